@@ -1,0 +1,70 @@
+# `make demo` and `make test` do all the set-up themselves; `make` alone lists the verbs.
+PYTHON ?= python3
+WORKERS ?= 2
+
+BIN := .venv/bin
+READY := .venv/.ready
+# What the extension is built with has to be there before it; the versions are those of the extra `dev`.
+BUILD_PINS := $(shell sed -nE 's/^ *"((setuptools|wheel|pybind11|ninja)==[^"]*)",/\1/p' pyproject.toml)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+SOURCES := setup.py $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test test-gpu gpu demo bench tables clean
+
+help:  ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY) $(BIN)/.built  ## .venv with pinned packages, fastdpo in it, its extension built
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "make: needs Python 3.10 or newer, got $$($(PYTHON) -V 2>&1); name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv \
+	  || { echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv" >&2; exit 1; }
+	@echo "installing the pinned packages into .venv and building the extension: a few minutes, once"
+	$(PIP) install --quiet $(BUILD_PINS)
+	$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# A second look at the same build folder: says what was built and what was not, which pip keeps to itself.
+$(BIN)/.built: $(READY) $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+check: setup  ## lint, formatting, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_layers.py
+
+test: check  ## everything that needs no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS)
+
+test-gpu: setup  ## the tests that need a GPU, in .venv
+	$(BIN)/python -m pytest -m gpu
+
+# Uses the active Python with what it has, no .venv and no network: GPU images bring their own torch. A failed test does
+# not keep the measurements from being made (each is checked before it is timed); it does fail the verb.
+gpu:  ## on a machine with a GPU: build the CUDA kernels, run tests/gpu, time the modes against cuBLAS
+	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
+	  || { echo "make gpu: $(PYTHON) has no torch that sees a CUDA GPU; nothing was run" >&2; exit 1; }
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	@$(PYTHON) -c 'import sys; from fastdpo.kernels import cuda; sys.exit(cuda.unavailable_reason())'
+	@status=0; \
+	$(PYTHON) -m pytest -m gpu tests/gpu tests/kernels/test_rows.py || status=$$?; \
+	$(PYTHON) -m benchmarks.gpu || status=$$?; \
+	exit $$status
+
+demo: setup  ## train a small model with DPO on the spot
+	$(BIN)/python examples/demo.py
+
+bench: setup  ## what `make gpu` times, on the CPU at small sizes
+	$(BIN)/python -m benchmarks.gpu --device cpu --quick --results .benchmarks
+
+tables: setup  ## write README's tables from benchmarks/results and the registry of losses
+	$(BIN)/python -m benchmarks.tables
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info fastdpo/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(BIN)/.built
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

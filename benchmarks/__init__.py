@@ -1,0 +1,1 @@
+"""Benchmarks: contenders are checked against fp64 before they are timed, and timed interleaved."""

@@ -1,0 +1,55 @@
+// What the kernels take, shared by the C++ and the CUDA side. No torch header: addresses, sizes and scalars only.
+//
+// `RowArgs` is fastdpo/kernels/contract.py in C++; the maths and the rules are written there. fastdpo/kernels/native.py
+// fills it from tensors and has checked every dtype, shape and stride before a kernel sees it.
+#pragma once
+
+#include <cstdint>
+
+namespace fastdpo {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+// z = softcap(scale * (x + bias)) / temperature over one chunk of C rows ("rows") and V columns ("vocab").
+// Strides count elements of the buffer they belong to; the elements of a row are contiguous.
+struct RowArgs {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+
+  void* logits = nullptr;  // (C, V) f32 or bf16; scratch: a kernel may overwrite it
+  DType logits_dtype = DType::f32;
+  int64_t logits_stride = 0;
+  const int64_t* labels = nullptr;  // (C,); outside 0..V-1 means logp = NaN and no one-hot
+
+  const float* bias = nullptr;  // (V,) or null
+  float scale = 1.0f;
+  float softcap = 0.0f;  // 0: none
+  float temperature = 1.0f;
+
+  float* logps = nullptr;  // (C,), as all outputs; these two are always wanted
+  float* lse = nullptr;
+  float* entropy = nullptr;  // null: not wanted, as the rest
+  float* log_sum_sq_probs = nullptr;
+  float* mean_logit = nullptr;
+  bool* is_top1 = nullptr;
+
+  const float* target_logits = nullptr;  // (C,) or null; only with bf16 logits
+
+  void* d_out = nullptr;  // (C, V) or null; disjoint from logits, or at its address with the same stride in bytes
+  DType d_dtype = DType::f32;
+  int64_t d_stride = 0;
+  const float* grad_coeffs = nullptr;  // (3, C) contiguous: a, b, c; or null: D itself. Only with d_out.
+};
+
+}  // namespace fastdpo
+
+// C linkage, so that nvcc's host compiler and the C++ compiler agree on the names.
+extern "C" {
+
+// Returns when the rows are done; uses at most `threads` threads (at least 1).
+void fastdpo_cpu_row_kernel(const fastdpo::RowArgs& args, int threads);
+
+// Launches on `stream` (a cudaStream_t) of the current device and returns the launch's cudaError_t, 0 for success.
+int fastdpo_cuda_row_kernel(const fastdpo::RowArgs& args, void* stream);
+const char* fastdpo_cuda_error_string(int code);
+}

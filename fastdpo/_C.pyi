@@ -1,0 +1,40 @@
+"""The compiled kernels (csrc/bindings.cpp). Addresses are integers, 0 where there is no tensor."""
+
+from enum import Enum
+
+built_with_cuda: bool
+cuda_archs: str
+compiler: str
+
+class DType(Enum):
+    f32 = 0
+    bf16 = 1
+    f16 = 2
+
+class RowArgs:
+    rows: int
+    vocab: int
+    logits: int
+    logits_dtype: DType
+    logits_stride: int
+    labels: int
+    bias: int
+    scale: float
+    softcap: float
+    temperature: float
+    logps: int
+    lse: int
+    entropy: int
+    log_sum_sq_probs: int
+    mean_logit: int
+    is_top1: int
+    target_logits: int
+    d_out: int
+    d_dtype: DType
+    d_stride: int
+    grad_coeffs: int
+
+    def __init__(self) -> None: ...
+
+def cpu_row_kernel(args: RowArgs, threads: int) -> None: ...
+def cuda_row_kernel(args: RowArgs, stream: int) -> None: ...

@@ -1,0 +1,62 @@
+"""fastdpo: the LM head of preference optimisation, fast, exact and light on memory.
+
+Importing it changes nothing and loads neither transformers nor any optional library: what needs them is
+loaded when its name is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastdpo.doctor import doctor
+from fastdpo.functional import dpo_loss_from_logps, fused_dpo_loss, shift_labels
+from fastdpo.integrations import lm_head as _lm_head  # noqa: F401  teaches LMHead.from_model its trade
+from fastdpo.losses import LOSSES, preference_loss
+from fastdpo.ops.linear_logprob import linear_logprob
+from fastdpo.plan import Plan, explain_plan
+from fastdpo.types import DPOLossOutput, Execution, LinearLogprobOutput, LMHead, PackedLayout
+
+if TYPE_CHECKING:
+    from fastdpo.integrations.model import FusedLMOutput, patch_model, unpatch_model
+    from fastdpo.training.config import PreferenceConfig
+    from fastdpo.training.trainer import PreferenceTrainer
+
+__version__ = "0.1.0"
+__all__ = [
+    "LOSSES",
+    "DPOLossOutput",
+    "Execution",
+    "FusedLMOutput",
+    "LMHead",
+    "LinearLogprobOutput",
+    "PackedLayout",
+    "Plan",
+    "PreferenceConfig",
+    "PreferenceTrainer",
+    "doctor",
+    "dpo_loss_from_logps",
+    "explain_plan",
+    "fused_dpo_loss",
+    "linear_logprob",
+    "patch_model",
+    "preference_loss",
+    "shift_labels",
+    "unpatch_model",
+]
+
+_LOADED_ON_USE = {
+    "FusedLMOutput": "fastdpo.integrations.model",
+    "patch_model": "fastdpo.integrations.model",
+    "unpatch_model": "fastdpo.integrations.model",
+    "PreferenceConfig": "fastdpo.training.config",
+    "PreferenceTrainer": "fastdpo.training.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOADED_ON_USE:
+        raise AttributeError(f"module 'fastdpo' has no attribute {name!r}")
+    return getattr(import_module(_LOADED_ON_USE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,184 @@
+"""``fastdpo train | score | doctor``: the command line.
+
+A user's mistake is one line on standard error and exit code 2; ``--debug`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import fastdpo
+
+if TYPE_CHECKING:
+    from fastdpo.training.arguments import DataArguments
+    from fastdpo.training.config import PreferenceConfig
+    from fastdpo.training.data import PreferenceDataset, RowSource
+
+COMMANDS = {
+    "train": "train a model on preference pairs",
+    "score": "compute reference log-probabilities once, for the cache and as JSONL",
+    "doctor": "say what is installed, what will run here, and why the rest will not",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for a failed run, 2 for a user's mistake."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    try:
+        command, rest = _command(argv)
+        {"train": train, "score": score, "doctor": diagnose}[command](rest)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        if debug:
+            raise
+        print(f"fastdpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastdpo: interrupted", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if debug:
+            raise
+        print(f"fastdpo: failed: {' '.join(str(error).split())} (--debug shows where)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _command(argv: list[str]) -> tuple[str, list[str]]:
+    listing = "\n".join(f"  {name:<8}{text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="fastdpo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Preference training without logits.\n\n{listing}",
+        epilog="`fastdpo COMMAND --help` lists the settings of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"fastdpo {fastdpo.__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    options = parser.parse_args(argv[:1])
+    return options.command, argv[1:]
+
+
+def train(argv: Sequence[str]) -> None:
+    """``fastdpo train``."""
+    from fastdpo.training.arguments import parse_train
+    from fastdpo.training.setup import check_output_dir, load_model
+    from fastdpo.training.trainer import PreferenceTrainer
+
+    arguments = parse_train(argv)
+    config = arguments.config
+    _set_up_logging(config)
+    check_output_dir(config)
+    # What is cheap comes first: a broken row shows before gigabytes of weights are read.
+    adapter = arguments.adapter.peft_config()
+    tokenizer = arguments.model.load_tokenizer()
+    _, train_pairs, eval_pairs = _load_pairs(arguments.data, tokenizer, config)
+    loading = arguments.model.loading_options(adapted=adapter is not None)
+    ref_name = arguments.model.ref_model
+    trainer = PreferenceTrainer(
+        load_model(arguments.model.name, **loading),
+        config,
+        train_dataset=train_pairs,
+        eval_dataset=eval_pairs,
+        processing_class=tokenizer,
+        ref_model=load_model(ref_name, **loading) if ref_name else None,
+        peft_config=adapter,
+    )
+    trainer.train()
+    if eval_pairs is not None:
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+
+
+def score(argv: Sequence[str]) -> None:
+    """``fastdpo score``: fills the cache for ``train --reference precomputed`` with the same settings."""
+    from accelerate import Accelerator  # type: ignore[import-untyped]
+
+    from fastdpo.integrations.model import patch_model
+    from fastdpo.training.arguments import parse_score
+    from fastdpo.training.collate import PreferenceCollator, pad_token_id
+    from fastdpo.training.precompute import PrecomputedReference
+    from fastdpo.training.setup import load_model
+
+    arguments, output = parse_score(argv)
+    config = arguments.config
+    _set_up_logging(config)
+    tokenizer = arguments.model.load_tokenizer()
+    source, *data_sets = _load_pairs(arguments.data, tokenizer, config)
+    loading = arguments.model.loading_options(adapted=arguments.adapter.use_peft)
+    model = load_model(arguments.model.ref_model or arguments.model.name, **loading)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.use_cpu)
+    model = patch_model(model.to(accelerator.device), execution=config.execution())
+    collator = PreferenceCollator(pad_token_id(tokenizer), config.pad_to_multiple_of)
+    reference = PrecomputedReference(model, accelerator, collator, config, is_base=False)
+    scored = [reference.add_to(pairs) for pairs in data_sets if pairs is not None]
+    if not accelerator.is_main_process:
+        return
+    print(f"reference log-probabilities kept in {reference.cache.directory}")
+    if output is not None:
+        count = _write_scored(output, source, scored if arguments.data.eval_dataset is None else scored[:1])
+        print(f"{count} scored rows written to {output}")
+
+
+def diagnose(argv: Sequence[str]) -> None:
+    """``fastdpo doctor``."""
+    from fastdpo.doctor import doctor
+
+    parser = argparse.ArgumentParser(prog="fastdpo doctor")
+    parser.add_argument("--model", help="path or hub id of a model to look at; its weights are not read")
+    print(doctor(parser.parse_args(list(argv)).model))
+
+
+def _load_pairs(
+    data: DataArguments, tokenizer: Any, config: PreferenceConfig
+) -> tuple[RowSource, PreferenceDataset, PreferenceDataset | None]:
+    """The rows of ``--dataset``, and the pairs to train and to evaluate on."""
+    from fastdpo.training.data import read_rows, split_pairs
+    from fastdpo.training.setup import tokenized_pairs
+
+    source = read_rows(data.dataset, split=data.dataset_split)
+    pairs = tokenized_pairs(source, tokenizer, config)
+    if data.eval_dataset is not None:
+        eval_rows = read_rows(data.eval_dataset, split=data.eval_dataset_split)
+        return source, pairs, tokenized_pairs(eval_rows, tokenizer, config)
+    if data.held_out:
+        return source, *split_pairs(pairs, data.held_out, seed=config.data_seed or config.seed)
+    return source, pairs, None
+
+
+def _write_scored(path: Path, source: RowSource, scored: Sequence[PreferenceDataset]) -> int:
+    """Write the rows that were scored, in their order, each with its two log-probabilities."""
+    from fastdpo.training.data import REF_COLUMNS
+
+    scores = {
+        int(row): dict(zip(REF_COLUMNS, values.tolist(), strict=True))
+        for pairs in scored
+        for row, values in zip(
+            pairs.rows, torch.stack([pairs.columns[name] for name in REF_COLUMNS], 1), strict=True
+        )
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for number, row in source:
+            if number in scores:
+                file.write(json.dumps({**row, **scores[number]}, ensure_ascii=False, default=str) + "\n")
+    return len(scores)
+
+
+def _set_up_logging(config: PreferenceConfig) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    is_main = config.process_index == 0
+    logging.getLogger("fastdpo").setLevel(logging.INFO if is_main else logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""``fastdpo doctor``: what is installed, what will run here, and why the rest will not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from fastdpo.ops.backends import backend_report
+
+# Beside what fastdpo cannot be installed without: what each is for.
+OPTIONAL = {
+    "triton": "the Triton kernels",
+    "peft": "training adapters",
+    "datasets": "datasets directories and hub ids",
+    "pyarrow": "Parquet files",
+    "matplotlib": "curves.png",
+    "trl": "patch_trl",
+}
+REQUIRED = ("torch", "transformers", "accelerate")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``doctor`` found: titled sections of (name, finding) lines. Printing it gives the report."""
+
+    sections: dict[str, list[tuple[str, str]]]
+
+    def __str__(self) -> str:
+        width = max(len(name) for lines in self.sections.values() for name, _ in lines)
+        text = []
+        for title, lines in self.sections.items():
+            text += [title, *(f"  {name:<{width}}  {finding}" for name, finding in lines), ""]
+        return "\n".join(text).rstrip()
+
+
+def doctor(model: str | None = None) -> Diagnosis:
+    """Look at this machine, and at a model if one is named.
+
+    Args:
+        model: path or hub id of a causal language model; only its configuration is read, no weights.
+    """
+    sections = {
+        "Versions": _versions(),
+        "Devices": _devices(),
+        "Kernels": [
+            (name, "runs" if reason is None else reason) for name, reason in backend_report().items()
+        ],
+        "Extension": [("fastdpo._C", _extension())],
+    }
+    if model is not None:
+        sections[f"Model {model}"] = _model(model)
+    return Diagnosis(sections)
+
+
+def _versions() -> list[tuple[str, str]]:
+    lines = [
+        ("fastdpo", _version("fastdpo") or "in its source tree, not installed"),
+        ("python", platform.python_version()),
+    ]
+    lines += [(name, _version(name) or "not installed") for name in REQUIRED]
+    return lines + [
+        (name, _version(name) or f"not installed: needed for {use}") for name, use in OPTIONAL.items()
+    ]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[tuple[str, str]]:
+    lines = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        size = f"{found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}"
+        lines.append((f"cuda:{index}", f"{found.name}, {size}"))
+    if len(lines) == 1:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+        lines.append(("cuda", f"none that torch can use ({built})"))
+    return lines
+
+
+def _extension() -> str:
+    try:
+        from fastdpo import _C
+    except ImportError as error:
+        return f"not built ({error}); install fastdpo with a C++17 compiler on PATH"
+    return "built with CUDA" if _C.built_with_cuda else "built without CUDA (no nvcc when it was installed)"
+
+
+def _model(name: str) -> list[tuple[str, str]]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fastdpo.integrations.lm_head import read_head
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        return [("model", f"cannot be read: {_one_line(error)}")]
+    lines = [("class", type(model).__name__)]
+    try:
+        head = read_head(model)
+    except ValueError as error:
+        return [*lines, ("head", f"refused: {_one_line(error)}")]
+    vocab, hidden = head.weight.shape
+    tied = head.weight is model.get_input_embeddings().weight
+    lines += [
+        ("head", f"vocabulary {vocab}, hidden {hidden}, {'tied to the embeddings' if tied else 'not tied'}"),
+        ("bias", "none" if head.bias is None else "yes"),
+        (
+            "logits",
+            f"scale {head.logit_scale:g}, softcap {head.softcap if head.softcap is not None else 'none'}",
+        ),
+        ("logits avoided", f"{vocab * 4096 * 4 / 2**30:.2f} GiB per 4096 tokens in fp32"),
+    ]
+    return lines + _tokenizer(name)
+
+
+def _tokenizer(name: str) -> list[tuple[str, str]]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        return [("tokenizer", f"cannot be read: {_one_line(error)}")]
+    return [
+        ("EOS token", tokenizer.eos_token or "none: pairs given as strings will be refused"),
+        ("padding token", tokenizer.pad_token or "none: another id is used, which masking makes harmless"),
+        (
+            "chat template",
+            "yes" if tokenizer.chat_template else "none: pairs given as messages will be refused",
+        ),
+    ]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,227 @@
+"""Find the backbone and the head of a Hugging Face causal LM, and prove what its forward does with them.
+
+Nothing is guessed. The head must be a plain ``nn.Linear``; scale and cap of the logits are read from the
+config (`_RULES`); and the model's own forward, followed by `Probe`, must confirm the rest: it hands its
+arguments to the backbone unchanged, gives all that comes back to the head, makes
+``softcap(scale * logits)`` of the head's output and shifts labels by one. What differs is refused, with
+the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastdpo.integrations.probe import Probe, refuse
+from fastdpo.types import LMHead
+
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")  # DDP and DeepSpeed, torch.compile, FSDP1
+
+
+class _Rule(NamedTuple):
+    """What a field of a (text) config does to the logits."""
+
+    field: str
+    effect: str  # "multiply", "divide" or "softcap"
+    multiplies_in: str | None = None  # prefix of model types that multiply where others divide
+
+
+_RULES = (
+    _Rule("final_logit_softcapping", "softcap"),  # Gemma 2, 3n, 4, PaliGemma, NanoChat, Mistral Large 4, Muse
+    _Rule("logits_soft_cap", "softcap"),  # RecurrentGemma
+    _Rule("output_logit_soft_cap", "softcap"),  # xLSTM
+    _Rule("logit_scale", "multiply"),  # Cohere, Cohere 2
+    _Rule("lm_head_multiplier", "multiply"),  # Falcon-H1
+    _Rule("output_multiplier", "multiply"),  # Muse, before its cap
+    # Granite divides the logits; MiniCPM3 and Inkling the hidden states, the same thing without a bias.
+    _Rule("logits_scaling", "divide", multiplies_in="hyperclovax"),
+    _Rule("logits_mup_width_multiplier", "divide"),
+)
+
+
+@dataclass(frozen=True)
+class ModelTail:
+    """All of a causal LM but its backbone and its head, as its own forward confirmed it.
+
+    Args:
+        backbone: attribute path of the module that makes the hidden states.
+        logit_scale: multiplies the head's output.
+        softcap: caps it, or None.
+        arguments: names that the forward hands to the backbone unchanged.
+        router: experts and experts per token of the load-balancing loss, or None where it has none.
+    """
+
+    backbone: str
+    logit_scale: float
+    softcap: float | None
+    arguments: frozenset[str]
+    router: tuple[int, int] | None
+
+
+def read_head(model: nn.Module) -> LMHead:
+    """Read the head of a Hugging Face causal LM, wrapped (DDP, PEFT, torch.compile) or not.
+
+    Args:
+        model: the model; its weights are shared with the result, not copied.
+
+    Returns:
+        `LMHead` with the weight ``(V, H)``, the bias ``(V,)`` or None, and scale and cap of the logits.
+
+    Raises:
+        ValueError: not a causal LM, or one whose head or forward is not understood; the message says why.
+
+    Example:
+        >>> head = LMHead.from_model(model)
+        >>> linear_logprob(hidden, head, labels)
+    """
+    model = unwrap(model)
+    examine(model)
+    return current_head(model)
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The module whose ``last_hidden_state`` the model's own forward gives to its head.
+
+    Raises:
+        ValueError: as `read_head`.
+    """
+    model = unwrap(model)
+    return attrgetter(examine(model).backbone)(model)
+
+
+def unwrap(model: Any) -> Any:
+    """The causal LM inside DDP, torch.compile and PEFT.
+
+    Raises:
+        TypeError: not an ``nn.Module``.
+        ValueError: a PEFT model whose adapter changes the input (prompt tuning and its kin).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a causal language model of transformers")
+    inner: Any = model
+    while inner is not None:
+        model = inner
+        inner = next((model._modules[name] for name in _WRAPPERS if name in model._modules), None)
+        if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            inner = _inside_peft(model)
+    return model
+
+
+def _inside_peft(model: Any) -> Any:
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        refuse(model, "prompt tuning adds virtual tokens to the input; not supported by this version")
+    return model.get_base_model()
+
+
+def current_head(model: Any) -> LMHead:
+    """The head as it is now: no tensor is kept from one call to the next."""
+    linear = find_linear(model)
+    scale, softcap = logit_transform(model)
+    return LMHead(linear.weight, bias=linear.bias, logit_scale=scale, softcap=softcap)
+
+
+def logit_transform(model: Any) -> tuple[float, float | None]:
+    """``(scale, softcap)`` as the config has them."""
+    config = model.config.get_text_config()
+    scale, softcap = 1.0, None
+    for field, effect, multiplies_in in _RULES:
+        value = getattr(config, field, None)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or value == 0:
+            refuse(model, f"config.{field} is {value!r}, wanted a number other than 0")
+        if effect == "softcap":
+            softcap = float(value)
+        elif effect == "multiply" or (multiplies_in and config.model_type.startswith(multiplies_in)):
+            scale *= value
+        else:
+            scale /= value
+    return scale, softcap
+
+
+def find_linear(model: Any) -> nn.Linear:
+    """The ``nn.Linear`` whose product the logits are.
+
+    Raises:
+        ValueError: no head, or one that does more than ``weight @ h + bias`` or whose weight is not whole.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        refuse(model, "it has no output embeddings, so no logits over a vocabulary")
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        head = _trained_copy(head)
+    name = f"its head ({type(head).__name__})"
+    if hasattr(head, "base_layer"):
+        refuse(
+            model,
+            f"{name} carries an adapter; not supported by this version. Leave lm_head out of target_modules",
+        )
+    if isinstance(weight := getattr(head, "weight", None), Tensor):
+        _check_weight(model, weight)
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        refuse(
+            model, f"{name} is not a plain nn.Linear. Leave the head out of the quantisation, if that is why"
+        )
+    if head._forward_hooks or head._forward_pre_hooks:
+        refuse(model, f"{name} has forward hooks, which would never run. Remove them")
+    if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
+        refuse(model, f"{name} has a forward of its own instead of its class's")
+    return head
+
+
+def _trained_copy(wrapper: Any) -> Any:
+    """The copy in use of a head that PEFT trains whole (``modules_to_save``): its own forward's choice."""
+    names = wrapper.active_adapters
+    if wrapper.disable_adapters or not names or names[0] not in wrapper.modules_to_save:
+        return wrapper.original_module
+    return wrapper.modules_to_save[names[0]]
+
+
+def _check_weight(model: nn.Module, weight: Any) -> None:
+    if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") or weight.dim() != 2 or 0 in weight.shape:
+        refuse(
+            model,
+            f"the weight of its head is sharded ({type(weight).__name__} of shape {tuple(weight.shape)}); "
+            "not supported by this version. Leave the head out of the sharding, or use ZeRO-2 or DDP",
+        )
+    if is_traceable_wrapper_subclass(weight) or not weight.dtype.is_floating_point:
+        kind = f"{type(weight).__name__}, {weight.dtype}"
+        refuse(model, f"the weight of its head is quantised ({kind}). Leave the head out of the quantisation")
+
+
+def examine(model: Any) -> ModelTail:
+    """Run the model's own forward around stand-ins and describe it; see the module's docstring.
+
+    Args:
+        model: an unwrapped model. It is left as it was.
+
+    Raises:
+        ValueError: the forward does something else than `ModelTail` can say.
+    """
+    for name in ("config", "get_output_embeddings", "base_model", "can_generate"):
+        if not hasattr(model, name):
+            refuse(model, f"it has no `{name}`; wanted a causal language model of transformers")
+    if model.config.is_encoder_decoder:
+        refuse(model, "it is an encoder-decoder, not a causal language model")
+    linear = find_linear(model)
+    if not model.can_generate():
+        refuse(model, "it does not generate text, so it is no causal language model")
+    scale, softcap = logit_transform(model)
+    probe = Probe(model, linear)
+    backbone = probe.find_backbone(scale, softcap)
+    probe.check_labels()
+    arguments = probe.arguments_passed_on()
+    router = None
+    try:
+        router = probe.router()
+    except LookupError:
+        arguments -= {"output_router_logits"}
+    path = next(path for path, module in model.named_modules() if module is backbone)
+    return ModelTail(path, scale, softcap, arguments, router)
+
+
+LMHead._read_model = staticmethod(read_head)

@@ -1,0 +1,309 @@
+"""``patch_model``: teach a Hugging Face causal LM to return log-probabilities without making logits.
+
+The model's class is replaced by a dynamic subclass of the same name, module and ``forward`` signature, so
+that whatever looks at the class (deepcopy, pickle, ``save_pretrained``, ``generate``, `Trainer`,
+accelerate's wrapping and unwrapping) finds what it found before. Nothing is stored on the instance: a copy
+of a patched model is a patched model with its own weights. Only ``model(..., return_logps=True)`` takes
+another path; every other call is the original's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from types import MethodType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from fastdpo.integrations.lm_head import ModelTail, current_head, examine, logit_transform, unwrap
+from fastdpo.integrations.probe import HEAD_ARGUMENTS, load_balancing_loss
+from fastdpo.ops.checks import check_execution, check_outputs, fail
+from fastdpo.ops.linear_logprob import linear_logprob
+from fastdpo.types import Execution, LinearLogprobOutput
+
+
+@dataclass
+class FusedLMOutput(ModelOutput):
+    """What a patched model returns for ``return_logps=True``: ``(B, T)`` tensors aligned with ``labels``.
+
+    Entry [b, t] belongs to ``labels[b, t]`` given the tokens before t. At t = 0 and where the label is
+    ignored all are 0 (False). In nats; float32, or float64 for float64 operands.
+
+    Args:
+        logps: log-probabilities of the labels, differentiable.
+        logps_mask: bool, True where a label was scored.
+        lse: logsumexp of the logits, differentiable. Like the next four, None unless in ``logps_outputs``.
+        entropy: of the distribution over the vocabulary, in nats.
+        log_sum_sq_probs: log of the sum of the squared probabilities.
+        mean_logit: mean of the logits over the vocabulary.
+        is_top1: bool, whether the label has the largest logit.
+        aux_loss: load-balancing loss of a mixture of experts, where its router logits are asked for.
+        past_key_values, hidden_states, attentions, router_logits: as the backbone returned them.
+    """
+
+    logps: Tensor | None = None
+    logps_mask: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    aux_loss: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Hook:
+    """What a patched class knows besides its original: all of it immutable and picklable."""
+
+    tail: ModelTail
+    execution: Execution
+    ignore_index: int
+
+
+def patch_model(
+    model: nn.Module, *, execution: Execution | None = None, ignore_index: int = -100
+) -> nn.Module:
+    """Let ``model(input_ids=..., labels=labels, return_logps=True)`` return log-probabilities, not logits.
+
+    A patched model takes, beside its own arguments, ``return_logps`` and ``logps_outputs``, the names of
+    further statistics (``lse``, ``entropy``, ``log_sum_sq_probs``, ``mean_logit``, ``is_top1``), and returns
+    a `FusedLMOutput`. Labels are as Hugging Face has them: ``(B, T)``, aligned with ``input_ids``; in packed
+    rows the first token of every sequence must be ignored. The rest reaches the backbone unchanged, except
+    that ``use_cache`` is False unless given: nothing will be generated from a scored sequence. Every call
+    without ``return_logps`` is the unpatched model's, to the bit.
+
+    Patch before ``accelerator.prepare``; before or after DDP, torch.compile and PEFT. Adapters of the
+    backbone are part of it; of what PEFT does to a head only ``modules_to_save`` is supported.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT, DDP or compiled wrapper around one.
+        execution: how to run the head; see `Execution`.
+        ignore_index: the label of tokens that are not scored.
+
+    Returns:
+        ``model`` itself. Patching again with the same options changes nothing.
+
+    Raises:
+        ValueError: the model's forward is not understood (the message says what), it is patched with other
+            options, or it is wrapped so that a patch would not be reached.
+        TypeError: ``model`` is no module, or an option is of the wrong type.
+
+    Example:
+        >>> model = patch_model(AutoModelForCausalLM.from_pretrained(path))
+        >>> out = model(input_ids=ids, attention_mask=mask, labels=labels, return_logps=True)
+        >>> sequence_logps = out.logps.sum(-1)
+    """
+    run = check_execution(execution)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: got {ignore_index!r}, wanted an int")
+    inner: Any = unwrap(model)
+    if is_patched(inner):
+        hook = type(inner)._fastdpo_hook
+        if (hook.execution, hook.ignore_index) != (run, ignore_index):
+            raise ValueError("model: got one patched with other options, wanted unpatch_model(model) first")
+        return model
+    own = _own_forward(inner)
+    original: Any = type(inner)
+    inner.__class__ = _patched_class(original, _Hook(examine(inner), run, ignore_index))
+    if own is not None:
+        setattr(inner, own, MethodType(type(inner).forward, inner))
+    return model
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Give a patched model its original class back; a model that is not patched is left as it is.
+
+    Raises:
+        ValueError: something wrapped the patched forward; the message says what to undo first.
+    """
+    inner: Any = unwrap(model)
+    if not is_patched(inner):
+        return model
+    patched = type(inner)
+    if "_fastdpo_hook" not in vars(patched):
+        raise ValueError(
+            f"model: got a {patched.__name__} made from a patched class, wanted the patched model"
+        )
+    own = _own_forward(inner)
+    inner.__class__ = patched.__mro__[1]
+    if own == "forward":
+        del inner.forward
+    elif own is not None:
+        setattr(inner, own, MethodType(type(inner).forward, inner))
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether a model, wrapped or not, was patched by `patch_model`."""
+    return hasattr(type(unwrap(model)), "_fastdpo_hook")
+
+
+def require_fused_output(output: Any) -> FusedLMOutput:
+    """``output`` if a patched model made it.
+
+    An unpatched model with ``**kwargs`` in its forward accepts ``return_logps=True`` silently and returns
+    logits; whoever relies on log-probabilities has to look.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(output, FusedLMOutput):
+        return output
+    raise TypeError(
+        f"output: got {type(output).__name__}, wanted FusedLMOutput. The model ignored return_logps=True: "
+        "it is not patched (fastdpo.patch_model), or something replaced its forward after patching"
+    )
+
+
+def _own_forward(model: Any) -> str | None:
+    """The instance attribute through which calls reach the class's forward, if there is one.
+
+    accelerate's hooks (``device_map``) keep the forward they call in ``_old_forward``; unwrapping after
+    mixed precision leaves a bound method of the class's forward in ``forward``.
+    """
+    if "forward" not in vars(model):
+        return None
+    name = "_old_forward" if "_old_forward" in vars(model) else "forward"
+    if getattr(vars(model)[name], "__func__", None) is not type(model).forward:
+        raise ValueError(
+            f"model: got a {type(model).__name__} whose `{name}` was replaced on the instance (accelerate's "
+            "mixed precision does that), so its class's forward would not be reached; wanted it patched or "
+            "unpatched before accelerator.prepare, or after "
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+        )
+    return name
+
+
+@functools.cache
+def _patched_class(original: Any, hook: _Hook) -> Any:
+    """One class per original and hook, shared by all copies of a model."""
+    signature = inspect.signature(original.forward)
+    names = tuple(signature.parameters)[1:]
+
+    def forward(
+        self: Any, *args: Any, return_logps: bool = False, logps_outputs: Sequence[str] = (), **kwargs: Any
+    ) -> Any:
+        if not return_logps:
+            if logps_outputs:
+                raise fail("logps_outputs", repr(logps_outputs), "return_logps=True with it")
+            return original.forward(self, *args, **kwargs)
+        if repeated := set(names[: len(args)]) & kwargs.keys():
+            raise TypeError(f"forward() got multiple values for {sorted(repeated)}")
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        return _fused_forward(self, hook, arguments, check_outputs(logps_outputs, False))
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        reduced = super(patched, self).__reduce_ex__(protocol)
+        return (_rebuild, (original, hook), *reduced[2:]) if type(self) is patched else reduced
+
+    # Not functools.wraps: accelerate unwraps a model by following `__wrapped__` down to the bottom.
+    forward.__qualname__ = original.forward.__qualname__
+    forward.__doc__ = original.forward.__doc__
+    forward.__module__ = original.forward.__module__
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    namespace = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+        "_fastdpo_hook": hook,
+    }
+    patched = type(original)(original.__name__, (original,), namespace)
+    return patched
+
+
+def _rebuild(original: Any, hook: _Hook) -> Any:
+    """An empty patched model, for copy and pickle to fill."""
+    patched = _patched_class(original, hook)
+    return patched.__new__(patched)
+
+
+def _fused_forward(
+    model: Any, hook: _Hook, arguments: dict[str, Any], outputs: tuple[str, ...]
+) -> FusedLMOutput:
+    labels = arguments.get("labels")
+    if not isinstance(labels, Tensor):
+        raise fail("labels", type(labels).__name__, "a (B, T) tensor with return_logps=True")
+    inputs = _backbone_inputs(model, hook.tail, arguments)
+    result = attrgetter(hook.tail.backbone)(model)(**inputs, return_dict=True)
+    hidden = result.last_hidden_state
+    if labels.shape != hidden.shape[:-1]:
+        raise fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(hidden.shape[:-1])} to match the input")
+
+    head = current_head(model)
+    if head.weight.is_meta and not hidden.is_meta:
+        raise fail("model", "a head whose weight is offloaded", "its weight on a device")
+    device = head.weight.device  # with device_map the backbone may end on another
+    # Position t predicts the label at t + 1; the last predicts none.
+    targets = F.pad(labels.to(device)[:, 1:], (0, 1), value=hook.ignore_index)
+    scored = linear_logprob(
+        hidden.to(device),
+        head,
+        targets,
+        ignore_index=hook.ignore_index,
+        outputs=outputs,
+        execution=hook.execution,
+    )
+    return FusedLMOutput(
+        **_aligned_with_labels(scored),
+        logps_mask=(targets != hook.ignore_index).roll(1, dims=1),
+        aux_loss=_aux_loss(model, hook.tail, result, inputs),
+        past_key_values=getattr(result, "past_key_values", None),
+        hidden_states=getattr(result, "hidden_states", None),
+        attentions=getattr(result, "attentions", None),
+        router_logits=getattr(result, "router_logits", None),
+    )
+
+
+def _aligned_with_labels(scored: LinearLogprobOutput) -> dict[str, Tensor]:
+    """From where a token is predicted to where it stands; the last column, never scored, comes first."""
+    values = {name: value for name, value in scored._asdict().items() if value is not None}
+    return {name: value.roll(1, dims=1) for name, value in values.items()}
+
+
+def _backbone_inputs(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the model's own forward would hand to its backbone; an error for all that it would do besides."""
+    if logit_transform(model) != (tail.logit_scale, tail.softcap):
+        raise ValueError(
+            "model.config: scale or softcap of the logits changed; unpatch_model and patch_model again"
+        )
+    inputs = {
+        name: value for name, value in arguments.items() if value is not None and name not in HEAD_ARGUMENTS
+    }
+    for name in HEAD_ARGUMENTS - {"labels", "return_dict"}:
+        value = arguments.get(name)
+        if value is not None and not (name == "logits_to_keep" and isinstance(value, int) and value == 0):
+            raise fail(
+                name,
+                type(value).__name__,
+                "nothing with return_logps=True, where ignored labels cost nothing",
+            )
+    if arguments.get("return_dict") is False:
+        raise fail("return_dict", False, "True or None with return_logps=True")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        inputs.setdefault("output_router_logits", True)
+    if unknown := inputs.keys() - tail.arguments:
+        raise TypeError(
+            f"{sorted(unknown)}: not supported with return_logps=True, wanted {sorted(tail.arguments)}"
+        )
+    if "use_cache" in tail.arguments and "past_key_values" not in inputs:
+        inputs.setdefault("use_cache", False)
+    return inputs
+
+
+def _aux_loss(model: Any, tail: ModelTail, result: Any, inputs: dict[str, Any]) -> Tensor | None:
+    balancing: Callable[..., Tensor] | None = load_balancing_loss(model)
+    if tail.router is None or not inputs.get("output_router_logits") or balancing is None:
+        return None
+    return balancing(result.router_logits, *tail.router, inputs.get("attention_mask"))

@@ -1,0 +1,266 @@
+"""Follow a causal LM's own forward with stand-ins for its backbone and its head.
+
+The stand-ins return known numbers, so that what a forward does around them shows: which arguments reach
+the backbone unchanged, what happens to the hidden states before the head and to the logits after it, how
+its loss lines labels up, what it makes of router logits. No layer runs, no weight is read and no random
+number is drawn: a probe takes milliseconds at any model size and works on the meta device.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+# Arguments of a forward that concern the logits or the loss, not the backbone.
+HEAD_ARGUMENTS = frozenset({"labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "return_dict"})
+
+_NUM_POSITIONS = 4
+_ROW_SCALES = (0.1, 1.0, 30.0, 300.0)  # from where a cap of 15 to 50 changes nothing to where it is all
+
+
+def refuse(model: nn.Module, reason: str) -> NoReturn:
+    raise ValueError(f"{type(model).__name__} is not supported: {reason}.")
+
+
+def load_balancing_loss(model: nn.Module) -> Callable[..., Tensor] | None:
+    """The ``load_balancing_loss_func`` of the file that defines the model's class, or None."""
+    return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+
+
+class _BackboneOutput:
+    """Stands for the backbone's output: hidden states, and None for whatever else a forward looks up."""
+
+    def __init__(self, hidden: Tensor, router_logits: tuple[Tensor, ...] | None) -> None:
+        self.last_hidden_state = hidden
+        self.router_logits = router_logits
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+
+class _Trace(NamedTuple):
+    """What was seen while a forward ran around the stand-ins."""
+
+    output: Any
+    backbone: nn.Module
+    arguments: dict[str, Any]  # as the backbone got them
+    head_input: Tensor | None
+
+
+class Probe:
+    """A causal LM whose backbone and head can be replaced for the length of one call of its forward.
+
+    Args:
+        model: the causal LM itself (an ``nn.Module``), not a wrapper. Every check leaves it as it was.
+        linear: its head, an ``nn.Linear``.
+
+    Every check raises a ValueError with the reason where the forward does something else.
+    """
+
+    def __init__(self, model: Any, linear: Any) -> None:
+        self.model = model
+        self.linear = linear
+        # Stand-ins for all that may be the backbone: the outermost is called and never gets to another.
+        found = [model.base_model, model.get_decoder(), *model.children()]
+        modules = [m for m in found if m is not model and m is not linear and hasattr(m, "config")]
+        self.backbones = {module: inspect.signature(module.forward) for module in modules}
+
+        parameters = inspect.signature(type(model).forward).parameters
+        self.has_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.names = {n for n, p in parameters.items() if n != "self" and p.kind is p.POSITIONAL_OR_KEYWORD}
+
+        device = torch.device("cpu") if linear.weight.is_meta else linear.weight.device
+        vocab, hidden_size = linear.weight.shape
+        self.hidden = torch.linspace(-2, 3, _NUM_POSITIONS * hidden_size, device=device)
+        self.hidden = self.hidden.view(1, _NUM_POSITIONS, hidden_size)
+        rows = torch.tensor(_ROW_SCALES, device=device)
+        self.raw = rows[None, :, None] * torch.linspace(-1, 1, vocab, device=device)
+        # Without router logits to give, a balancing loss that the config asks for would fail.
+        self.defaults = {"output_router_logits": False} if "output_router_logits" in self.names else {}
+        self.inputs = {"input_ids": torch.arange(_NUM_POSITIONS, device=device)[None] % vocab}
+
+    def run(self, arguments: Mapping[str, Any], router_logits: tuple[Tensor, ...] | None = None) -> _Trace:
+        """The model's own forward around the stand-ins."""
+        calls: list[tuple[nn.Module, dict[str, Any]]] = []
+        head_inputs: list[Tensor] = []
+
+        def backbone_forward(module: nn.Module) -> Callable[..., _BackboneOutput]:
+            def forward(*args: Any, **kwargs: Any) -> _BackboneOutput:
+                calls.append((module, _by_name(self.backbones[module], args, kwargs)))
+                return _BackboneOutput(self.hidden.clone(), router_logits)
+
+            return forward
+
+        def head_forward(hidden: Tensor) -> Tensor:
+            head_inputs.append(hidden)
+            return self.raw.clone()
+
+        stand_ins = {module: backbone_forward(module) for module in self.backbones}
+        with _forwards_replaced({**stand_ins, self.linear: head_forward}), torch.no_grad():
+            output = type(self.model).forward(self.model, **{**self.defaults, **arguments})
+        if len(calls) != 1 or len(head_inputs) > 1:
+            seen = f"{len(calls)} calls of what may be its backbone and {len(head_inputs)} of its head"
+            raise RuntimeError(f"it makes {seen}, wanted one of each")
+        return _Trace(output, *calls[0], head_inputs[0] if head_inputs else None)
+
+    def find_backbone(self, scale: float, softcap: float | None) -> nn.Module:
+        """The backbone; from it to ``softcap(scale * linear(hidden))`` in training and in evaluation."""
+        was_training = self.model.training
+        try:
+            for training in (True, False):
+                self.model.training = training  # of this module alone: no layer runs
+                trace = self._followed(self.inputs)
+                self._check_received(trace.arguments)
+                self._check_logits(trace, scale, softcap)
+        finally:
+            self.model.training = was_training
+        return trace.backbone
+
+    def check_labels(self) -> None:
+        """The model's own loss must ignore the first label and depend on the last: a shift by one."""
+        vocab = self.raw.shape[-1]
+        losses = []
+        for changed in (None, 0, -1):
+            labels = torch.arange(_NUM_POSITIONS, device=self.raw.device)[None] % vocab
+            if changed is not None:
+                labels[0, changed] = vocab - 1 - labels[0, changed]
+            output = self._followed({**self.inputs, "labels": labels}).output
+            losses.append(getattr(output, "loss", None))
+        if not all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in losses):
+            refuse(self.model, "its forward makes no loss from labels, so how it shifts them cannot be seen")
+        if losses[0] != losses[1] or losses[0] == losses[2]:
+            refuse(self.model, "its own loss does not shift labels by one, as a causal language model's does")
+
+    def arguments_passed_on(self) -> frozenset[str]:
+        """Every name that the forward takes and hands to the backbone as it came."""
+        names = set(self.names)
+        if self.has_kwargs:
+            from transformers.utils import TransformersKwargs
+
+            names |= TransformersKwargs.__annotations__.keys()
+            for signature in self.backbones.values():
+                names |= {n for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+        names -= HEAD_ARGUMENTS | self.inputs.keys()
+        passed = self._passed_on(names - {"inputs_embeds"})
+        for name in sorted(names - passed):
+            passed |= self._passed_on({name})
+        return frozenset(passed | self.inputs.keys())
+
+    def _passed_on(self, names: Iterable[str]) -> set[str]:
+        """Those of ``names`` that arrive when all are given at once; none if the forward fails."""
+        inputs = {} if "inputs_embeds" in names else self.inputs
+        # A marker that nothing can be done with or, where a forward asks for its shape, a tensor.
+        for make_marker in (object, self.hidden.clone):
+            markers = {name: make_marker() for name in names}
+            try:
+                received = self.run({**inputs, **markers}).arguments
+            except Exception:
+                continue
+            return {name for name, marker in markers.items() if received.get(name) is marker}
+        return set()
+
+    def router(self) -> tuple[int, int] | None:
+        """Experts and experts per token of the load-balancing loss; None where the model has no such loss.
+
+        Raises:
+            LookupError: it has one, and it is not ``load_balancing_loss_func`` of these two numbers.
+        """
+        attention_mask = torch.ones_like(self.inputs["input_ids"])
+        arguments = {**self.inputs, "attention_mask": attention_mask, "output_router_logits": True}
+        balancing = load_balancing_loss(self.model)
+        for experts, per_token in self._router_sizes():
+            logits = torch.linspace(-9, 9, _NUM_POSITIONS * experts, device=self.raw.device).sin()
+            layers = (logits.view(-1, experts), logits.flip(0).view(-1, experts))
+            try:
+                own = getattr(self.run(arguments, layers).output, "aux_loss", None)
+                if own is None:
+                    return None
+                if balancing and torch.equal(own, balancing(layers, experts, per_token, attention_mask)):
+                    return experts, per_token
+            except Exception:
+                continue
+        if balancing is None:
+            return None
+        raise LookupError
+
+    def _router_sizes(self) -> Iterator[tuple[int, int]]:
+        for source in (self.model, self.model.config.get_text_config()):
+            per_token = getattr(source, "num_experts_per_tok", None)
+            for name in ("num_experts", "num_local_experts"):
+                experts = getattr(source, name, None)
+                if isinstance(experts, int) and isinstance(per_token, int):
+                    yield experts, per_token
+
+    def _followed(self, arguments: Mapping[str, Any]) -> _Trace:
+        try:
+            return self.run(arguments)
+        except Exception as error:
+            kind = type(error).__name__
+            refuse(self.model, f"its forward cannot be followed with {sorted(arguments)} ({kind}: {error})")
+
+    def _check_received(self, received: Mapping[str, Any]) -> None:
+        if received.get("input_ids") is not self.inputs["input_ids"]:
+            refuse(self.model, "its forward does not hand `input_ids` to the backbone as it came")
+        for name, value in received.items():
+            is_off = value is None or (isinstance(value, bool | int) and value == 0)
+            if name not in self.inputs and not is_off and not isinstance(value, bool):
+                refuse(self.model, f"its forward makes `{name}` for the backbone")
+
+    def _check_logits(self, trace: _Trace, scale: float, softcap: float | None) -> None:
+        if trace.head_input is None or trace.head_input.shape != self.hidden.shape:
+            refuse(self.model, "its forward does not give all of the backbone's hidden states to its head")
+        before = (trace.head_input.flatten()[-1] / self.hidden.flatten()[-1]).item()
+        if before == 0 or not _alike(trace.head_input, before * self.hidden):
+            refuse(self.model, "its forward changes the hidden states between backbone and head")
+        if self.linear.bias is not None and not _alike(trace.head_input, self.hidden):
+            refuse(self.model, "its forward scales the hidden states before a head with a bias")
+        logits = getattr(trace.output, "logits", None)
+        expected = self.raw.double() * (scale / before)
+        if softcap is not None:
+            expected = softcap * torch.tanh(expected / softcap)
+        if not isinstance(logits, Tensor) or not _alike(logits, expected):
+            refuse(
+                self.model,
+                "the logits of its forward are not softcap(scale * head(hidden)) with the scale "
+                f"({scale:g}) and the softcap ({softcap}) of its config",
+            )
+
+
+def _alike(actual: Tensor, expected: Tensor) -> bool:
+    """Equal up to the few roundings of an elementwise scale and cap: 8 of them in the dtype of ``actual``."""
+    if actual.shape != expected.shape or actual.is_meta:
+        return False
+    error = (actual.double() - expected.double()).abs()
+    return bool((error <= 8 * torch.finfo(actual.dtype).eps * expected.double().abs()).all())
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+    return bound
+
+
+@contextmanager
+def _forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    saved = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in saved.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own

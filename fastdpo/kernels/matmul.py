@@ -1,0 +1,123 @@
+"""The three matrix products of the head, written into memory the caller owns.
+
+    logits   x  = h W^T          (C, V)
+    dhidden  D W                 (C, H)
+    dweight  sum of D^T (g h)    (V, H)
+
+They are the platform's own GEMMs. What this file adds is precision: sums are fp32 even where the
+operands have 16 bits. On a GPU the GEMM does that itself (``out_dtype``); on a CPU, whose ``mm`` has no
+such option, operands are upcast to fp32, the weight one vocabulary slab at a time so that no second
+(V, H) matrix ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+# Bounds the upcast copy of a piece of the weight; large enough that each slab is a full-sized GEMM.
+SLAB_MIB = 64
+
+
+def operand_dtype(compute_dtype: torch.dtype, logits_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which operands enter a GEMM: fp32 where 16-bit operands could not give fp32 logits."""
+    needs_upcast = compute_dtype in LOW_PRECISION and logits_dtype == torch.float32 and device.type != "cuda"
+    return torch.float32 if needs_upcast else compute_dtype
+
+
+class SlabbedWeight:
+    """A ``(V, H)`` weight in the operands' dtype, handed out in slabs of the vocabulary.
+
+    Without a conversion there is one slab, the weight itself. A conversion on a CPU is made slab by slab;
+    on a GPU it is made once, because slabs there would cost GEMM efficiency.
+    """
+
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._compute_dtype = compute_dtype
+        self._in_slabs = weight.device.type == "cpu" and not (weight.dtype == compute_dtype == dtype)
+        self._weight = weight if self._in_slabs else weight.to(compute_dtype).to(dtype)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        vocab_size, hidden_size = self._weight.shape
+        step = vocab_size
+        if self._in_slabs:
+            step = max(SLAB_MIB * 2**20 // (hidden_size * self.dtype.itemsize), 64)
+        for start in range(0, vocab_size, step):
+            stop = min(start + step, vocab_size)
+            # The rounding to the compute dtype comes first: under autocast an fp32 weight counts as bf16.
+            yield start, stop, self._weight[start:stop].to(self._compute_dtype).to(self.dtype)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """``(N, H)`` rows of the weight by token id, in the operands' dtype."""
+        return self._weight.index_select(0, index).to(self._compute_dtype).to(self.dtype)
+
+
+def logits_into(out: Tensor, rows: Tensor, weight: SlabbedWeight) -> None:
+    """``out (C, V) = rows (C, H) @ weight^T``; ``out`` may have any row stride."""
+    for start, stop, slab in weight:
+        _mm_into(out[:, start:stop], rows, slab.t())
+
+
+def hidden_grad_into(out: Tensor, d: Tensor, weight: SlabbedWeight) -> None:
+    """``out (C, H) = d (C, V) @ weight``, all in the operands' dtype."""
+    for start, stop, slab in weight:
+        if start == 0:
+            _mm_into(out, d[:, :stop], slab)
+        else:
+            out.addmm_(d[:, start:stop], slab)
+
+
+def add_weight_grad(total: Tensor, d: Tensor, scaled_rows: Tensor, *, is_first: bool) -> None:
+    """``total (V, H) (+)= d (C, V)^T @ scaled_rows (C, H)``; the first product writes, so no zero-fill.
+
+    ``total`` has the operands' dtype, or is fp32 over 16-bit operands on a GPU, where the GEMM sums so.
+    Every other pair goes through a product in the wider dtype, slab by slab, rounded once per call.
+    """
+    if total.dtype == d.dtype or _has_wide_sums(total, d):
+        if is_first:
+            _mm_into(total, d.t(), scaled_rows)
+        elif total.dtype == d.dtype:
+            total.addmm_(d.t(), scaled_rows)
+        else:
+            torch.addmm(total, d.t(), scaled_rows, out_dtype=total.dtype, out=total)
+        return
+    wide = torch.promote_types(total.dtype, d.dtype)
+    rows = scaled_rows.to(wide)
+    step = max(SLAB_MIB * 2**20 // (max(total.shape[1], d.shape[0]) * wide.itemsize), 64)
+    for start in range(0, total.shape[0], step):
+        slab = total[start : start + step]
+        product = torch.mm(d[:, start : start + step].to(wide).t(), rows)
+        if is_first:
+            slab.copy_(product)
+        else:
+            slab.add_(product)
+
+
+def _has_wide_sums(out: Tensor, operand: Tensor) -> bool:
+    """Whether this device's GEMM writes fp32 sums of 16-bit operands."""
+    return out.device.type == "cuda" and out.dtype == torch.float32 and operand.dtype in LOW_PRECISION
+
+
+def add_bias_grad(total: Tensor, d: Tensor, coeff: Tensor) -> None:
+    """``total (V,) += d (C, V)^T @ coeff (C,)`` with the sum in ``total``'s dtype, fp32 or fp64."""
+    if d.dtype == total.dtype:
+        total.addmv_(d.t(), coeff)
+    elif _has_wide_sums(total, d):
+        column = coeff.to(d.dtype)[:, None]
+        torch.addmm(total[:, None], d.t(), column, out_dtype=total.dtype, out=total[:, None])
+    else:
+        step = max(SLAB_MIB * 2**20 // (d.shape[1] * total.dtype.itemsize), 1)
+        for start in range(0, d.shape[0], step):
+            block = slice(start, start + step)
+            total.addmv_(d[block].to(total.dtype).t(), coeff[block])
+
+
+def _mm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)

@@ -1,0 +1,68 @@
+"""What a training loop logs, under TRL's names and with its meaning, as detached device tensors.
+
+Every value is ``()``. Means over pairs leave out pairs without a token, means over tokens take the
+completion's tokens only; an empty mean is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdpo.losses.inputs import PairLogps
+from fastdpo.losses.stable import masked_mean
+
+
+@torch.no_grad()
+def pair_metrics(pair: PairLogps, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
+    """``rewards/*`` and ``logps/*``: means over the pairs. ``logps`` are the sums per answer, in nats."""
+    values = {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype),
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "logps/chosen": pair.chosen,
+        "logps/rejected": pair.rejected,
+    }
+    return {name: masked_mean(value, pair.is_scored) for name, value in values.items()}
+
+
+@torch.no_grad()
+def token_metrics(
+    pair: PairLogps,
+    sums: Callable[[Tensor], Tensor],
+    *,
+    entropy: Tensor | None = None,
+    mean_logit: Tensor | None = None,
+    is_top1: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """``num_tokens``, and a mean over tokens for each statistic given.
+
+    Args:
+        pair: for the token counts.
+        sums: per-token values -> ``(2, P)`` sums over each answer's tokens, chosen first.
+        entropy, mean_logit, is_top1: per token; None leaves the metric out.
+
+    Returns:
+        ``num_tokens``: completion tokens of this batch, chosen and rejected; ``entropy``: nats, over both;
+        ``logits/chosen``, ``logits/rejected``: the vocabulary's mean logit; ``mean_token_accuracy``: the
+        share of chosen tokens that are the model's first choice.
+    """
+    chosen_tokens, rejected_tokens = pair.chosen_tokens.sum(), pair.rejected_tokens.sum()
+    metrics = {"num_tokens": chosen_tokens + rejected_tokens}
+
+    def mean(values: Tensor, count: Tensor) -> Tensor:
+        return values.sum() / count.clamp(min=1)
+
+    if entropy is not None:
+        metrics["entropy"] = mean(sums(entropy), metrics["num_tokens"])
+    if mean_logit is not None:
+        chosen, rejected = sums(mean_logit)
+        metrics["logits/chosen"] = mean(chosen, chosen_tokens)
+        metrics["logits/rejected"] = mean(rejected, rejected_tokens)
+    if is_top1 is not None:
+        chosen, _ = sums(is_top1.to(pair.chosen.dtype))
+        metrics["mean_token_accuracy"] = mean(chosen, chosen_tokens)
+    return metrics

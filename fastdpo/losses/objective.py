@@ -1,0 +1,240 @@
+"""Losses by name, with everything a caller says about them: checked once, then a function of a batch.
+
+    L = sum_k weight_k * (1 / n_k) * sum_i w_i L_k(pair i)
+
+with w the ``pair_weights`` and n_k the number of pairs, or of NLL tokens for a loss of scope
+``token``: the batch's own, or ``num_pairs`` / ``num_tokens``, with which the losses of micro-batches
+add up to the mean over all of them exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.losses.inputs import PairLogps, PerPair
+from fastdpo.losses.registry import PER_PAIR, Interval, LossSpec, find_loss
+from fastdpo.losses.stable import masked_sum, token_mean
+
+DEFAULT_BETA = 0.1  # scales the reported rewards where no named loss has a beta
+
+_RANGES = {
+    "beta": Interval(0.0, includes_low=False),
+    "margin": Interval(),
+    "soft_labels": Interval(0.0, 1.0, includes_high=True),
+    "pair_weights": Interval(0.0),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LossTerm:
+    """One named loss, its weight, and the arguments it gets."""
+
+    spec: LossSpec
+    weight: float
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What ``build_objective`` makes; call ``loss`` and ``rewards`` with the batch's ``PairLogps``."""
+
+    terms: tuple[LossTerm, ...]
+    per_pair: dict[str, PerPair]  # beta, margin, soft_labels and pair_weights where given
+    num_pairs: float | Tensor | None
+    num_tokens: float | Tensor | None
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether any named loss needs reference log-probabilities."""
+        return any(term.spec.uses_reference for term in self.terms)
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether any named loss looks at both answers of a pair."""
+        return any(term.spec.scope != "token" for term in self.terms)
+
+    @property
+    def uses_nll(self) -> bool:
+        """Whether any named loss is a mean over NLL tokens."""
+        return any(term.spec.scope == "token" for term in self.terms)
+
+    def check_batch(
+        self,
+        num_pairs: int,
+        device: torch.device,
+        *,
+        has_reference: bool,
+        has_token_weights: bool = False,
+        has_nll_tokens: bool = False,
+    ) -> None:
+        """Raise ValueError unless what comes with a batch is what the losses use, no less and no more."""
+        names = ", ".join(term.spec.name for term in self.terms)
+        if self.uses_reference and not has_reference:
+            wanted = f"ref_hidden or ref_logps for {names} (zeros for a uniform reference)"
+            raise ValueError(f"ref_logps: got no reference, wanted {wanted}")
+        for given, used, name, wanted in (
+            (has_reference, self.uses_reference, "ref_logps", "no reference"),
+            (has_token_weights, self.compares_answers, "token_weights", "none"),
+            (has_nll_tokens, self.uses_nll, "nll_labels or nll_mask", "none (no NLL term)"),
+        ):
+            if given and not used:
+                raise ValueError(f"{name}: got a value that {names} does not use, wanted {wanted}")
+        for name, value in self.per_pair.items():
+            if not isinstance(value, Tensor):
+                continue
+            if value.dim() > 0 and tuple(value.shape) != (num_pairs,):
+                raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted a number or ({num_pairs},)")
+            if value.device != device:
+                raise ValueError(f"{name}: got {value.device}, wanted {device}, the device of the batch")
+
+    def loss(self, pair: PairLogps) -> Tensor:
+        """The weighted sum of the named losses' means, ``()`` in the dtype of the log-probabilities."""
+        first, *others = (term.weight * self._mean(term, pair) for term in self.terms)
+        return sum(others, first).to(pair.chosen.dtype)
+
+    def _mean(self, term: LossTerm, pair: PairLogps) -> Tensor:
+        """One loss summed over the batch in fp64 and divided by what its scope asks for."""
+        seen = pair if term.spec.uses_reference else pair.without_reference()
+        losses = self.per_pair.get("pair_weights", 1.0) * term.spec.function(seen, **term.arguments)  # (P,)
+        if term.spec.scope == "token":
+            counts, divisor = pair.nll_count, self.num_tokens
+        else:
+            counts, divisor = pair.is_scored, self.num_pairs
+        return masked_sum(losses, counts > 0) / (counts.sum().clamp(min=1) if divisor is None else divisor)
+
+    def rewards(self, pair: PairLogps) -> tuple[Tensor, Tensor]:
+        """Implicit rewards of the chosen and of the rejected answers, detached, ``(P,)`` each.
+
+        beta times the log-ratio of the sums, as TRL's DPO trainer has it whatever the loss; for a first
+        loss that is reference-free and length-normalised (SimPO), beta times the per-token mean. beta is
+        the one given, else the default of the first named loss that has one.
+        """
+        lead = next((term.spec for term in self.terms if term.spec.default_beta is not None), None)
+        default_beta = DEFAULT_BETA if lead is None or lead.default_beta is None else lead.default_beta
+        beta = self.per_pair.get("beta", default_beta)
+        chosen, rejected = pair.chosen_logratios, pair.rejected_logratios
+        if lead is not None and lead.length_normalized and not lead.uses_reference:
+            chosen = token_mean(pair.chosen, pair.chosen_tokens)
+            rejected = token_mean(pair.rejected, pair.rejected_tokens)
+        dtype = pair.chosen.dtype
+        return (beta * chosen).detach().to(dtype), (beta * rejected).detach().to(dtype)
+
+
+def build_objective(
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    *,
+    beta: PerPair | None = None,
+    margin: PerPair | None = None,
+    soft_labels: PerPair | None = None,
+    pair_weights: PerPair | None = None,
+    num_pairs: float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    **options: Any,
+) -> Objective:
+    """Check what a caller says about the loss and bind it; needs no batch, so mistakes show at once.
+
+    Args:
+        loss_type: a name in ``LOSSES``, or several whose weighted sum is the loss.
+        loss_weights: one number per name; 1.0 each by default.
+        beta: positive, a number or ``(P,)``; goes to every named loss that has one and scales the
+            rewards. None: each loss's own default.
+        margin, soft_labels: numbers or ``(P,)``; every named loss that compares two answers must take them.
+        pair_weights: a number or ``(P,)``, at least 0; multiplies the pair's share of every named loss.
+        num_pairs, num_tokens: positive numbers or 0-d tensors to divide by. Where one is given, all that
+            the named losses divide by must be.
+        options: options of the named losses; one that several of them have goes to all of these.
+
+    Raises:
+        ValueError: an unknown loss or option, a value out of range or refused by a named loss.
+    """
+    names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    if not names:
+        raise ValueError("loss_type: got an empty list, wanted at least one name")
+    specs = [find_loss(name) for name in names]
+    weights = _check_weights(loss_weights, len(names))
+
+    given = {"beta": beta, "margin": margin, "soft_labels": soft_labels, "pair_weights": pair_weights}
+    per_pair = {name: _check_per_pair(name, value) for name, value in given.items() if value is not None}
+    for name in ("margin", "soft_labels"):
+        refusing = [spec.name for spec in specs if name not in spec.per_pair and spec.scope != "token"]
+        if name in per_pair and (refusing or all(spec.scope == "token" for spec in specs)):
+            raise ValueError(f"{name}: got a value, wanted None: {', '.join(refusing or names)} takes none")
+
+    known = {option.name for spec in specs for option in spec.options}
+    for name in options:
+        if name not in known:
+            wanted = f"one of {', '.join(sorted(known))}" if known else "none"
+            raise ValueError(f"{name}: got an option that {', '.join(names)} does not have, wanted {wanted}")
+
+    objective = Objective(
+        terms=tuple(
+            LossTerm(spec, weight, _arguments(spec, options, per_pair))
+            for spec, weight in zip(specs, weights, strict=True)
+        ),
+        per_pair=per_pair,
+        num_pairs=_check_count("num_pairs", num_pairs),
+        num_tokens=_check_count("num_tokens", num_tokens),
+    )
+    if num_pairs is not None or num_tokens is not None:
+        for name, value, needed in (
+            ("num_pairs", num_pairs, objective.compares_answers),
+            ("num_tokens", num_tokens, objective.uses_nll),
+        ):
+            if needed and value is None:
+                raise ValueError(f"{name}: got None, wanted a count: {', '.join(names)} divides by it")
+    return objective
+
+
+def _arguments(spec: LossSpec, options: dict[str, Any], per_pair: dict[str, PerPair]) -> dict[str, Any]:
+    """The keyword arguments of one loss out of what was given to all."""
+    arguments: dict[str, Any] = {
+        name: per_pair[name] for name in PER_PAIR if name in spec.per_pair & set(per_pair)
+    }
+    for option in spec.options:
+        if option.name in options:
+            arguments[option.name] = option.convert(options[option.name])
+    return arguments
+
+
+def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1.0] * count
+    if isinstance(weights, (str, int, float)) or len(weights) != count:
+        raise ValueError(f"loss_weights: got {weights!r}, wanted a list of {count}, one per loss_type")
+    for weight in weights:
+        if not _is_number(weight) or not math.isfinite(weight):
+            raise ValueError(f"loss_weights: got {weight!r}, wanted finite numbers")
+    return [float(weight) for weight in weights]
+
+
+def _check_per_pair(name: str, value: Any) -> PerPair:
+    """Numbers are checked against their range; tensors are not read, which would synchronise."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise ValueError(f"{name}: got {value.dtype}, wanted a floating-point tensor")
+        return value
+    if not _is_number(value):
+        raise ValueError(f"{name}: got {value!r}, wanted a number or a (P,) tensor")
+    if value not in _RANGES[name]:
+        raise ValueError(f"{name}: got {value!r}, wanted {_RANGES[name]}")
+    return float(value)
+
+
+def _check_count(name: str, value: Any) -> float | Tensor | None:
+    if value is None or (isinstance(value, Tensor) and value.dim() == 0):
+        return value
+    if not _is_number(value) or not 0 < value < math.inf:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{name}: got {got}, wanted a positive number or a 0-d tensor")
+    return float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

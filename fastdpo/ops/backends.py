@@ -1,0 +1,71 @@
+"""Which row-kernel backend runs here, and why the others do not.
+
+A backend asked for by name runs or raises; only ``auto`` chooses. The choice depends on the device and
+the dtype alone, so that every call of a run, with or without gradients, goes through the same kernel.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import cast
+
+import torch
+
+from fastdpo import reference
+from fastdpo.kernels.contract import RowKernel
+
+DEVICE_TYPE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+# In order of preference on each kind of device.
+AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+
+def unavailable_reason(
+    name: str, device: torch.device, logits_dtype: torch.dtype = torch.float32
+) -> str | None:
+    """None when the backend runs on the device, else why it does not and what would help."""
+    if name == "reference":
+        return None
+    if logits_dtype == torch.float64:
+        return "float64 runs on the 'reference' backend only"
+    try:
+        module = import_module(f"fastdpo.kernels.{name}")
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    reason = module.unavailable_reason(device)
+    return cast("str | None", reason)
+
+
+def resolve_backend(name: str, device: torch.device, logits_dtype: torch.dtype = torch.float32) -> str:
+    """The backend that runs for ``name``, which may be ``auto``.
+
+    Raises:
+        TypeError: the backend asked for by name cannot process float64.
+        ValueError: the backend asked for by name does not run on this device.
+    """
+    if name == "auto":
+        for candidate in AUTO_ORDER.get(device.type, ()):
+            if unavailable_reason(candidate, device, logits_dtype) is None:
+                return candidate
+        return "reference"
+    reason = unavailable_reason(name, device, logits_dtype)
+    if reason is not None:
+        error = TypeError if logits_dtype == torch.float64 else ValueError
+        raise error(f"backend: {name!r} does not run on {device}: {reason}")
+    return name
+
+
+def load_row_kernel(name: str) -> RowKernel:
+    """The row kernel of a resolved backend."""
+    module = reference if name == "reference" else import_module(f"fastdpo.kernels.{name}")
+    return cast(RowKernel, module.row_kernel)
+
+
+def backend_report() -> dict[str, str | None]:
+    """For every backend, None if it runs on this machine, else the reason why not."""
+    report: dict[str, str | None] = {"reference": None}
+    for name, device_type in DEVICE_TYPE.items():
+        if device_type == "cuda" and not torch.cuda.is_available():
+            report[name] = "no CUDA device is available to torch"
+        else:
+            report[name] = unavailable_reason(name, torch.device(device_type))
+    return report

@@ -1,0 +1,188 @@
+"""Every argument check of the ops: a mistake becomes an error with the name, what was got, what is wanted.
+
+Shapes, dtypes and devices only: nothing here reads a tensor's values, so nothing synchronises.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.types import BACKENDS, MODES, TOKEN_STATISTICS, Execution, LMHead
+
+COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LOGITS_DTYPES = (None, "fp32", "bf16")
+UNSUPPORTED_STATISTICS = ("topk_mass", "topk_entropy")
+
+
+def fail(name: str, got: object, wanted: str) -> ValueError:
+    """The one form of an argument error."""
+    return ValueError(f"{name}: got {got}, wanted {wanted}")
+
+
+def as_head(lm_head: object, name: str = "lm_head") -> LMHead:
+    """An `LMHead` from one, from a ``(V, H)`` tensor, or from an ``nn.Linear``; validated."""
+    if isinstance(lm_head, LMHead):
+        head = lm_head
+    elif isinstance(lm_head, nn.Linear):
+        head = LMHead(lm_head.weight, bias=lm_head.bias)
+    elif isinstance(lm_head, Tensor):
+        head = LMHead(lm_head)
+    else:
+        raise TypeError(
+            f"{name}: got {type(lm_head).__name__}, wanted an LMHead, a (V, H) tensor or an nn.Linear"
+        )
+    _check_head(head, name)
+    return head
+
+
+def _check_head(head: LMHead, name: str) -> None:
+    weight = head.weight
+    if head.adapter is not None:
+        raise ValueError(f"{name}.adapter: LoRA on the head is not supported by this version; merge it first")
+    if head.vocab_parallel is not None:
+        raise ValueError(f"{name}.vocab_parallel: a sharded vocabulary is not supported by this version")
+    if hasattr(weight, "device_mesh"):
+        raise ValueError(f"{name}.weight: got a DTensor, wanted a plain tensor; pass weight.full_tensor()")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise fail(f"{name}.weight", f"shape {tuple(weight.shape)}", "(V, H); gather a sharded weight first")
+    if weight.dtype not in COMPUTE_DTYPES:
+        raise fail(f"{name}.weight", weight.dtype, "float64, float32, bfloat16 or float16")
+    if head.bias is not None:
+        _check_like(f"{name}.bias", head.bias, (weight.shape[0],), weight.dtype, weight.device)
+    if not math.isfinite(head.logit_scale) or head.logit_scale == 0:
+        raise fail(f"{name}.logit_scale", head.logit_scale, "a finite number other than 0")
+    if head.softcap is not None and not (math.isfinite(head.softcap) and head.softcap > 0):
+        raise fail(f"{name}.softcap", head.softcap, "a positive finite number or None")
+    if not (math.isfinite(head.temperature) and head.temperature > 0):
+        raise fail(f"{name}.temperature", head.temperature, "a positive finite number")
+
+
+def _check_like(
+    name: str, got: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if tuple(got.shape) != shape:
+        raise fail(name, f"shape {tuple(got.shape)}", f"{shape}")
+    if got.dtype != dtype:
+        raise fail(name, got.dtype, f"{dtype}")
+    if got.device != device:
+        raise fail(name, got.device, f"{device}")
+
+
+def check_inputs(hidden: Tensor, head: LMHead, labels: Tensor) -> None:
+    """Ranks, shapes, dtypes and devices of one call."""
+    for name, value in (("hidden", hidden), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor")
+    hidden_size = head.weight.shape[1]
+    if hidden.dim() < 1 or hidden.shape[-1] != hidden_size:
+        raise fail("hidden", f"shape {tuple(hidden.shape)}", f"(..., {hidden_size}) to match lm_head.weight")
+    if hidden.dtype not in COMPUTE_DTYPES:
+        raise fail("hidden", hidden.dtype, "float64, float32, bfloat16 or float16")
+    if tuple(labels.shape) != tuple(hidden.shape[:-1]):
+        raise fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(hidden.shape[:-1])} to match hidden")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise fail("labels", labels.dtype, "int64 or int32")
+    for name, value in (("lm_head.weight", head.weight), ("labels", labels)):
+        if value.device != hidden.device:
+            raise fail(name, value.device, f"{hidden.device}, the device of hidden")
+
+
+def check_outputs(outputs: object, entropy_requires_grad: bool) -> tuple[str, ...]:
+    """The asked-for statistics as a tuple without repeats, in the caller's order."""
+    if isinstance(outputs, str) or not isinstance(outputs, (tuple, list)):
+        raise fail("outputs", repr(outputs), f"a tuple of names from {TOKEN_STATISTICS}")
+    for name in outputs:
+        if name in UNSUPPORTED_STATISTICS:
+            raise ValueError(f"outputs: {name!r} is not supported by this version")
+        if name not in TOKEN_STATISTICS:
+            raise fail("outputs", repr(name), f"names from {TOKEN_STATISTICS}")
+    if entropy_requires_grad and "entropy" not in outputs:
+        raise fail("entropy_requires_grad", "True without 'entropy' in outputs", "outputs to name 'entropy'")
+    return tuple(dict.fromkeys(outputs))
+
+
+def check_token_index(token_index: Tensor | None, hidden: Tensor) -> None:
+    if token_index is None:
+        return
+    if token_index.dim() != 1 or token_index.dtype != torch.int64:
+        got = f"shape {tuple(token_index.shape)}, {token_index.dtype}"
+        raise fail("token_index", got, "(N,) int64 positions into the flattened labels")
+    if token_index.device != hidden.device:
+        raise fail("token_index", token_index.device, f"{hidden.device}, the device of hidden")
+
+
+def check_grad_weight_out(grad_weight_out: Tensor | None, weight: Tensor) -> None:
+    if grad_weight_out is None:
+        return
+    if not weight.requires_grad:
+        raise fail(
+            "grad_weight_out",
+            "a tensor for a weight without requires_grad",
+            "a weight that requires a gradient",
+        )
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "grad_weight_out: is written by the backward pass, which torch.compile cannot trace; leave it out"
+        )
+    dtype = torch.float32 if grad_weight_out.dtype == torch.float32 else weight.dtype
+    _check_like("grad_weight_out", grad_weight_out, tuple(weight.shape), dtype, weight.device)
+    if not grad_weight_out.is_contiguous():
+        raise fail("grad_weight_out", f"strides {grad_weight_out.stride()}", "a contiguous tensor")
+
+
+def check_execution(execution: object) -> Execution:
+    """The execution options, defaults for None; names and ranges checked."""
+    if execution is None:
+        return Execution()
+    if not isinstance(execution, Execution):
+        raise TypeError(f"execution: got {type(execution).__name__}, wanted an Execution or None")
+    if execution.mode not in MODES:
+        raise fail("execution.mode", repr(execution.mode), f"one of {MODES}")
+    if execution.backend not in BACKENDS:
+        raise fail("execution.backend", repr(execution.backend), f"one of {BACKENDS}")
+    if execution.logits_dtype not in LOGITS_DTYPES:
+        raise fail("execution.logits_dtype", repr(execution.logits_dtype), f"one of {LOGITS_DTYPES}")
+    if execution.compute_dtype is not None and execution.compute_dtype not in COMPUTE_DTYPES:
+        raise fail("execution.compute_dtype", execution.compute_dtype, f"one of {COMPUTE_DTYPES} or None")
+    for name, lowest in (("workspace_mib", 1), ("cache_mib", 0)):
+        value = getattr(execution, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+            raise fail(f"execution.{name}", repr(value), f"an integer of at least {lowest} MiB")
+    return execution
+
+
+def resolve_dtypes(hidden: Tensor, weight: Tensor, execution: Execution) -> tuple[torch.dtype, torch.dtype]:
+    """``(compute, logits)`` dtypes of one call: asked for, else autocast's, else the inputs' own.
+
+    This is the op's autocast rule. The cast happens inside the op, so that an fp32 weight under bf16
+    autocast gets a gradient summed and returned in fp32.
+    """
+    compute = execution.compute_dtype
+    device_type = hidden.device.type
+    if compute is None and hidden.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        compute = torch.get_autocast_dtype(device_type)
+    if compute is None:
+        if hidden.dtype != weight.dtype:
+            raise fail(
+                "lm_head.weight",
+                weight.dtype,
+                f"{hidden.dtype}, the dtype of hidden (or execution.compute_dtype, or autocast)",
+            )
+        compute = hidden.dtype
+    if execution.logits_dtype == "bf16":
+        if compute != torch.bfloat16:
+            raise fail(
+                "execution.logits_dtype", f"'bf16' with {compute} operands", "bfloat16 operands for it"
+            )
+        return compute, torch.bfloat16
+    if execution.logits_dtype == "fp32" and compute == torch.float64:
+        raise fail("execution.logits_dtype", "'fp32' with float64 operands", "None")
+    return compute, torch.float64 if compute == torch.float64 else torch.float32
+
+
+def accumulation_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of log-probabilities and statistics: fp32, or fp64 for fp64 operands."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32

@@ -1,0 +1,316 @@
+"""The head as torch.library ops: schema, fake, autograd, and the autocast rule's cast.
+
+``fastdpo::linear_logprob`` runs the forward chunks; its autograd formula calls
+``fastdpo::linear_logprob_backward``, which has none: a second derivative raises instead of being wrong.
+Compaction to the labelled tokens happens inside the op, so that ``torch.compile(fullgraph=True)`` sees
+outputs of the labels' shape; what is kept for the backward pass has a data-dependent size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdpo.kernels.contract import LogitTransform, RowOutputs
+from fastdpo.kernels.matmul import operand_dtype
+from fastdpo.ops.backends import resolve_backend
+from fastdpo.ops.checks import accumulation_dtype, fail
+from fastdpo.ops.chunked import HeadCall, TokenGrads, backward_chunks, forward_chunks
+from fastdpo.plan import make_plan
+
+
+class CallOptions(NamedTuple):
+    """The scalars that both ops take, in this order, after their tensors and flags."""
+
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    run_mode: str  # not `mode`: torch passes a `mode` of its own by keyword when it functionalises an op
+    backend: str
+    compute_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    workspace_mib: int
+    cache_mib: int
+
+
+_OPTIONS_SCHEMA = (
+    "float logit_scale, float? softcap, float temperature, str run_mode, str backend, "
+    "ScalarType compute_dtype, ScalarType logits_dtype, SymInt workspace_mib, SymInt cache_mib"
+)
+
+
+@torch.library.custom_op(
+    "fastdpo::linear_logprob",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? token_index, "
+    "Tensor? grad_weight_out, SymInt ignore_index, str statistics, bool entropy_requires_grad, "
+    f"bool check_labels, {_OPTIONS_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def forward_op(
+    hidden: Tensor,  # (M, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (M,)
+    token_index: Tensor | None,  # (N,)
+    grad_weight_out: Tensor | None,  # written by the backward op only
+    ignore_index: int,
+    statistics: str,  # names joined by commas
+    entropy_requires_grad: bool,
+    check_labels: bool,
+    *options: Any,  # CallOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Six results ``(M,)`` (those not asked for ``(0,)``), the index of labelled rows, and what is kept."""
+    index = token_index
+    if index is None:
+        index = (labels != ignore_index).nonzero().squeeze(1)
+    if check_labels:
+        _raise_on_bad_labels(labels, index, weight.shape[0])
+    run = CallOptions(*options)
+    call = _head_call(hidden, weight, bias, labels, index, token_index is not None, run)
+    with torch.amp.autocast(hidden.device.type, enabled=False):
+        compact, kept = forward_chunks(call, tuple(filter(None, statistics.split(","))))
+
+    def full(name: str, value: Tensor | None) -> Tensor:
+        if value is None:
+            return _empty_output(hidden, name, run.compute_dtype, 0)
+        if call.index is None:
+            return value
+        return value.new_zeros(labels.shape[0]).index_copy_(0, call.index, value)
+
+    results = [full(name, value) for name, value in zip(RowOutputs._fields, compact, strict=True)]
+    # An op may not return its input: the caller's index is not repeated.
+    made_index = index if token_index is None else index.new_empty(0)
+    return (*results, made_index, kept)  # type: ignore[return-value]
+
+
+@forward_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    token_index: Tensor | None,
+    grad_weight_out: Tensor | None,
+    ignore_index: int,
+    statistics: str,
+    entropy_requires_grad: bool,
+    check_labels: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = CallOptions(*options)
+    wanted = ("logps", "lse", *statistics.split(","))
+    results = [
+        _empty_output(hidden, name, run.compute_dtype, labels.shape[0] if name in wanted else 0)
+        for name in RowOutputs._fields
+    ]
+    num_tokens: int | torch.SymInt
+    if token_index is None:
+        num_tokens = torch.library.get_ctx().new_dynamic_size()
+        index = labels.new_empty(num_tokens, dtype=torch.int64)
+    else:
+        num_tokens = token_index.shape[0]
+        index = labels.new_empty(0, dtype=torch.int64)
+    shape: tuple[Any, ...] = (0,)
+    if run.run_mode == "stash":
+        shape = (num_tokens, hidden.shape[1])
+    elif run.run_mode == "cache":
+        shape = (torch.library.get_ctx().new_dynamic_size(), weight.shape[0])
+    kept = hidden.new_empty(shape, dtype=operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device))
+    return (*results, index, kept)  # type: ignore[return-value]
+
+
+@torch.library.custom_op(
+    "fastdpo::linear_logprob_backward",
+    mutates_args=("grad_weight_out",),
+    schema="(Tensor? grad_logps, Tensor? grad_lse, Tensor? grad_entropy, Tensor hidden, Tensor weight, "
+    "Tensor? bias, Tensor labels, Tensor index, bool is_given_index, Tensor logps, Tensor lse, Tensor kept, "
+    "Tensor(a!)? grad_weight_out, bool needs_hidden, bool needs_weight, bool needs_bias, "
+    f"{_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+def backward_op(
+    grad_logps: Tensor | None,  # (M,) each
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    index: Tensor,
+    is_given_index: bool,
+    logps: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    grad_weight_out: Tensor | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    *options: Any,  # CallOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dhidden, dweight, dbias)``; one that is not needed, or went elsewhere, has shape ``(0,)``."""
+    run = CallOptions(*options)
+    call = _head_call(
+        hidden,
+        weight,
+        bias,
+        labels,
+        index,
+        is_given_index,
+        run,
+        needs_hidden=needs_hidden,
+        needs_weight=needs_weight,
+    )
+
+    def compact(value: Tensor | None) -> Tensor | None:
+        return value if value is None or call.index is None else value.index_select(0, call.index)
+
+    upstream = compact(grad_logps)
+    if upstream is None:
+        upstream = logps.new_zeros(call.plan.num_tokens)
+    outputs = RowOutputs(compact(logps), compact(lse))  # type: ignore[arg-type]
+    with torch.amp.autocast(hidden.device.type, enabled=False):
+        grads = backward_chunks(
+            call,
+            kept,
+            outputs,
+            TokenGrads(upstream, compact(grad_lse), compact(grad_entropy)),
+            needs_hidden=needs_hidden,
+            needs_weight=needs_weight,
+            needs_bias=needs_bias,
+            grad_weight_out=grad_weight_out,
+        )
+    dhidden, dweight, dbias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return dhidden, dweight, dbias
+
+
+@backward_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias = arguments[3:6]
+    grad_weight_out, needs_hidden, needs_weight, needs_bias = arguments[12:16]
+
+    def like(tensor: Tensor, is_returned: bool) -> Tensor:
+        if is_returned:
+            return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        return hidden.new_empty(0)
+
+    return (
+        like(hidden, needs_hidden),
+        like(weight, needs_weight and grad_weight_out is None),
+        like(bias, needs_bias),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, labels, token_index, grad_weight_out = inputs[:6]
+    entropy_requires_grad = inputs[8]
+    logps, lse, entropy, *rest, index, kept = output
+    # Unused outputs would otherwise get zero gradients of their size: one of D's, with `cache`.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*rest, index, kept, *(() if entropy_requires_grad else (entropy,)))
+    ctx.is_given_index = token_index is not None
+    saved_index = token_index if ctx.is_given_index else index
+    ctx.save_for_backward(hidden, weight, bias, labels, saved_index, logps, lse, kept)
+    # Not saved as a tensor: autograd would refuse a second backward pass because the first wrote to it.
+    ctx.grad_weight_out = grad_weight_out
+    ctx.options = CallOptions(*inputs[10:])
+    ctx.num_inputs = len(inputs)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    upstream = grads[:3]  # of logps, lse and entropy; nothing else is differentiable
+    hidden, weight, bias, labels, index, logps, lse, kept = ctx.saved_tensors
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    no_more = (None,) * (ctx.num_inputs - 3)
+    if all(grad is None for grad in upstream):
+        return (None, None, None, *no_more)
+    dhidden, dweight, dbias = backward_op(
+        *upstream,
+        hidden,
+        weight,
+        bias,
+        labels,
+        index,
+        ctx.is_given_index,
+        logps,
+        lse,
+        kept,
+        ctx.grad_weight_out,
+        needs_hidden,
+        needs_weight,
+        needs_bias,
+        *ctx.options,
+    )
+    return (
+        dhidden if needs_hidden else None,
+        dweight if needs_weight and ctx.grad_weight_out is None else None,
+        dbias if needs_bias else None,
+        *no_more,
+    )
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _head_call(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    index: Tensor,
+    is_given_index: bool,
+    run: CallOptions,
+    *,
+    needs_hidden: bool = True,
+    needs_weight: bool = True,
+) -> HeadCall:
+    """The call that both passes make the same way, so that they agree on every chunk."""
+    num_tokens = index.shape[0]
+    # `nonzero` is in order: as many labelled tokens as positions means all of them, and rows are views.
+    is_all = not is_given_index and num_tokens == hidden.shape[0]
+    operands = operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device)
+    acc = accumulation_dtype(run.compute_dtype)
+    plan = make_plan(
+        run.run_mode,
+        num_tokens,
+        hidden.shape[1],
+        weight.shape[0],
+        logits_bytes=run.logits_dtype.itemsize,
+        operand_bytes=operands.itemsize,
+        needs_hidden=needs_hidden,
+        needs_weight=needs_weight,
+        workspace_mib=run.workspace_mib,
+        cache_mib=run.cache_mib,
+    )
+    return HeadCall(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        index=None if is_all else index,
+        labels=(labels if is_all else labels.index_select(0, index)).long().contiguous(),
+        transform=LogitTransform(
+            bias=None if bias is None else bias.to(acc).contiguous(),
+            scale=run.logit_scale,
+            softcap=run.softcap,
+            temperature=run.temperature,
+        ),
+        plan=plan,
+        backend=resolve_backend(run.backend, hidden.device, run.logits_dtype),
+        compute_dtype=run.compute_dtype,
+        logits_dtype=run.logits_dtype,
+        operand_dtype=operands,
+    )
+
+
+def _raise_on_bad_labels(labels: Tensor, index: Tensor, vocab_size: int) -> None:
+    values = labels.index_select(0, index)
+    bad = ((values < 0) | (values >= vocab_size)).nonzero()
+    if bad.numel():
+        position = int(index[bad[0, 0]])
+        raise fail("labels", f"{int(labels[position])} at flat position {position}", f"0..{vocab_size - 1}")
+
+
+def _empty_output(hidden: Tensor, name: str, compute_dtype: torch.dtype, size: Any) -> Tensor:
+    dtype = torch.bool if name == "is_top1" else accumulation_dtype(compute_dtype)
+    return hidden.new_empty(size, dtype=dtype)

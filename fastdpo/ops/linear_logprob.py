@@ -1,0 +1,117 @@
+"""``linear_logprob``: hidden states and a head to per-token log-probabilities, differentiable.
+
+The checks, the mode, and the shapes that the caller sees; ``library.py`` has the op behind it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdpo.ops import checks
+from fastdpo.ops.library import CallOptions, forward_op
+from fastdpo.plan import resolve_mode
+from fastdpo.types import Execution, LinearLogprobOutput, LMHead
+
+
+def linear_logprob(
+    hidden: Tensor,
+    lm_head: LMHead | Tensor | torch.nn.Linear,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = (),
+    entropy_requires_grad: bool = False,
+    token_index: Tensor | None = None,
+    check_labels: bool = False,
+    grad_weight_out: Tensor | None = None,
+    execution: Execution | None = None,
+) -> LinearLogprobOutput:
+    """Per-token log-probabilities of labels under a language-model head, without the logits of the batch.
+
+    With z = softcap(s (W h + b)) / tau, the log-probability of label y is z_y - logsumexp(z). Only labelled
+    tokens enter a matrix product; logits exist for one chunk at a time.
+
+    Args:
+        hidden: ``(..., H)``, float64, float32, bfloat16 or float16.
+        lm_head: an `LMHead`, a ``(V, H)`` tensor, or an ``nn.Linear``; in the dtype of ``hidden``, unless
+            autocast or ``execution.compute_dtype`` casts both.
+        labels: ``(...)`` int64 or int32, aligned with ``hidden`` (no shift): ``labels[i]`` is the token that
+            ``hidden[i]`` predicts. A label outside 0..V-1 makes its log-probability NaN.
+        ignore_index: the label of tokens that are not scored; they cost nothing and get 0.
+        outputs: further statistics, from ``lse`` (differentiable), ``entropy``, ``log_sum_sq_probs``,
+            ``mean_logit``, ``is_top1``; in nats, of the distribution after cap and temperature.
+        entropy_requires_grad: make ``entropy`` differentiable (mode ``recompute``).
+        token_index: ``(N,)`` int64, the flat positions of the labelled tokens, none twice. With it there
+            is no host synchronisation; without it there is one. Other positions count as ignored.
+        check_labels: raise on labels outside 0..V-1 (one more synchronisation).
+        grad_weight_out: ``(V, H)`` contiguous, in the weight's dtype or float32. The backward pass adds the
+            weight's gradient to it and returns none for the weight.
+        execution: how to run; see `Execution`.
+
+    Returns:
+        `LinearLogprobOutput` of tensors of the labels' shape, float32 (float64 for float64 operands).
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or value.
+        TypeError: an argument of the wrong type, or float64 on a backend that has none.
+        RuntimeError: on a second derivative, and under ``torch.func``.
+
+    Example:
+        >>> out = linear_logprob(torch.randn(2, 5, 8), torch.randn(11, 8), torch.randint(0, 11, (2, 5)))
+        >>> out.logps.shape
+        torch.Size([2, 5])
+    """
+    head = checks.as_head(lm_head)
+    checks.check_inputs(hidden, head, labels)
+    wanted = checks.check_outputs(outputs, entropy_requires_grad)
+    checks.check_token_index(token_index, hidden)
+    checks.check_grad_weight_out(grad_weight_out, head.weight)
+    run = checks.check_execution(execution)
+    compute_dtype, logits_dtype = checks.resolve_dtypes(hidden, head.weight, run)
+
+    has_grad = torch.is_grad_enabled()
+    mode = resolve_mode(
+        run.mode,
+        needs_hidden=has_grad and hidden.requires_grad,
+        needs_weight=has_grad and head.weight.requires_grad,
+        needs_bias=has_grad and head.bias is not None and head.bias.requires_grad,
+        entropy_requires_grad=entropy_requires_grad,
+        cache_mib=run.cache_mib,
+    )
+    options = CallOptions(
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        temperature=head.temperature,
+        run_mode=mode,
+        backend=run.backend,
+        compute_dtype=compute_dtype,
+        logits_dtype=logits_dtype,
+        workspace_mib=run.workspace_mib,
+        cache_mib=run.cache_mib,
+    )
+    logps, lse, entropy, log_sum_sq, mean_logit, is_top1, _, _ = forward_op(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head.weight,
+        head.bias,
+        labels.reshape(-1),
+        token_index,
+        grad_weight_out,
+        ignore_index,
+        ",".join(wanted),
+        entropy_requires_grad,
+        check_labels,
+        *options,
+    )
+
+    def shaped(name: str, value: Tensor) -> Tensor | None:
+        return value.view(labels.shape) if name in wanted else None
+
+    return LinearLogprobOutput(
+        logps.view(labels.shape),
+        lse=shaped("lse", lse),
+        entropy=shaped("entropy", entropy),
+        log_sum_sq_probs=shaped("log_sum_sq_probs", log_sum_sq),
+        mean_logit=shaped("mean_logit", mean_logit),
+        is_top1=shaped("is_top1", is_top1),
+    )

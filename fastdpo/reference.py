@@ -1,0 +1,195 @@
+"""The definitions in plain torch: the oracle of every test, and the backend that runs anywhere.
+
+Per token, for a hidden state h and a label y (H hidden, V vocabulary, log-probabilities in nats):
+
+    x = W h,   z = softcap(s (x + b)) / tau,   softcap(u) = cap tanh(u / cap)
+    lse = logsumexp(z),   logp = z_y - lse,   p = exp(z - lse),   entropy = -sum p log p
+
+``linear_logprob_reference`` is that, dense and differentiable; ``row_kernel`` is the ``reference``
+backend of ``kernels/contract.py``: one chunk of x, with the gradient written out by hand.
+Neither is written for speed or memory: both hold all the logits they are given, several times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastdpo.types import TOKEN_STATISTICS, LinearLogprobOutput
+
+if TYPE_CHECKING:  # kernels lie above this module: only the shapes of their arguments are known here
+    from fastdpo.kernels.contract import LogitTransform, RowOutputs
+
+
+def linear_logprob_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    outputs: Sequence[str] = (),
+) -> LinearLogprobOutput:
+    """Per-token log-probabilities of ``labels`` under a language-model head, by definition.
+
+    Works in fp64 for fp64 inputs and in fp32 for every other dtype, 16-bit inputs being converted
+    first, so that nothing is rounded but the inputs and the results. Differentiable by autograd in
+    ``hidden``, ``weight`` and ``bias``, through every statistic but ``is_top1``.
+
+    Args:
+        hidden: ``(..., H)``, floating point.
+        weight: ``(V, H)``.
+        labels: ``(...)`` integers, aligned with ``hidden`` (no shift).
+        bias: ``(V,)``, or None.
+        logit_scale, softcap, temperature: s, cap and tau of the module's docstring.
+        ignore_index: the label of positions that give 0 and take no part in any gradient.
+        outputs: statistics wanted beside ``logps``, names of ``fastdpo.types.TOKEN_STATISTICS``.
+
+    Returns:
+        ``LinearLogprobOutput`` with fields of the labels' shape, 0 (False) where ignored. A label
+        outside ``0..V-1`` that is not ``ignore_index`` gives a log-probability of NaN.
+
+    Raises:
+        ValueError: an unknown name in ``outputs``.
+    """
+    unknown = set(outputs) - set(TOKEN_STATISTICS)
+    if unknown:
+        raise ValueError(f"outputs: got {sorted(unknown)}, want names out of {TOKEN_STATISTICS}")
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    labelled = labels != ignore_index
+    kept = labels[labelled].long()  # (N,)
+
+    z = hidden[labelled].to(dtype) @ weight.to(dtype).T  # (N, V)
+    if bias is not None:
+        z = z + bias.to(dtype)
+    z = logit_scale * z
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+
+    results = token_statistics(z, kept, ("logps", *outputs))
+    spread = {
+        name: torch.zeros_like(labels, dtype=value.dtype).masked_scatter(labelled, value)
+        for name, value in results.items()
+    }
+    return LinearLogprobOutput(**spread)
+
+
+def token_statistics(z: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """The statistics ``names`` (``logps`` or one of ``TOKEN_STATISTICS``) of final logits.
+
+    Args:
+        z: ``(N, V)`` logits, fp32 or fp64; -inf is legal and counts as probability 0.
+        labels: ``(N,)`` int64; outside ``0..V-1`` the log-probability is NaN and ``is_top1`` False.
+    """
+    log_p = _log_softmax(z)
+    results = {}
+    for name in names:
+        if name == "logps":
+            results[name] = _pick(log_p, labels)
+        elif name == "lse":
+            results[name] = _by_row(torch.logsumexp, z)
+        elif name == "entropy":
+            results[name] = -_by_row(torch.sum, _p_log_p(log_p))
+        elif name == "log_sum_sq_probs":
+            results[name] = _by_row(torch.logsumexp, 2 * log_p)
+        elif name == "mean_logit":
+            results[name] = _by_row(torch.mean, z)
+        else:
+            assert name == "is_top1", name
+            results[name] = _pick(z, labels) == z.amax(-1)
+    return results
+
+
+def row_kernel(
+    logits: Tensor,
+    labels: Tensor,
+    transform: LogitTransform,
+    outputs: RowOutputs,
+    *,
+    target_logits: Tensor | None = None,
+    d_out: Tensor | None = None,
+    grad_coeffs: Tensor | None = None,
+) -> None:
+    """The row kernel of ``kernels/contract.py`` in plain torch; also takes fp64 logits.
+
+    Everything is computed before anything is written, so ``d_out`` may lie over ``logits``.
+    """
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (C, V)
+    in_range = (labels >= 0) & (labels < x.shape[1])
+    if target_logits is not None:
+        index = labels.where(in_range, 0)[:, None]
+        target = target_logits.to(x.dtype)[:, None].where(in_range[:, None], x.gather(1, index))
+        x = x.scatter(1, index, target)
+
+    if transform.bias is not None:
+        x = x + transform.bias
+    z = transform.scale * x
+    cap_factor = None  # d softcap(u) / du; 1 without a cap
+    if transform.softcap is not None:
+        tanh = torch.tanh(z / transform.softcap)
+        z = transform.softcap * tanh
+        cap_factor = 1 - tanh * tanh
+    z = z / transform.temperature
+
+    wanted = [name for name, out in outputs._asdict().items() if out is not None]
+    results = token_statistics(z, labels, wanted)
+    d = None if d_out is None else _logit_gradient(z, labels, in_range, grad_coeffs)
+    for name in wanted:
+        getattr(outputs, name).copy_(results[name])
+    if d_out is not None and d is not None:
+        d_out.copy_(d if cap_factor is None else d * cap_factor)
+
+
+def unavailable_reason(device: torch.device | None = None) -> str | None:
+    """Why this backend cannot run on ``device``, or None where it can: always None."""
+    return None
+
+
+def _log_softmax(z: Tensor) -> Tensor:
+    """log p. The maximum goes first, so that a large common offset costs no digits.
+
+    Not torch's own: on the CPU that adds 128k terms one after the other and errs by 1e-5 nats and more,
+    where ``torch.sum`` adds them in a tree.
+    """
+    shifted = z - z.amax(-1, keepdim=True).detach()
+    return shifted - _by_row(torch.sum, shifted.exp()).log()[:, None]
+
+
+def _by_row(reduce: Callable[[Tensor, int], Tensor], z: Tensor) -> Tensor:
+    """``reduce(z, -1)``, in an order that does not depend on the number of rows.
+
+    torch splits a lone row over its threads, which moves the last bits; two rows it does not.
+    """
+    return reduce(z, -1) if len(z) != 1 else reduce(z.expand(2, -1), -1)[:1]
+
+
+def _pick(values: Tensor, labels: Tensor) -> Tensor:
+    """The label's entry of each row ``(N,)``; NaN where a label is none of 0..V-1."""
+    in_range = (labels >= 0) & (labels < values.shape[1])
+    picked = values.gather(1, labels.where(in_range, 0)[:, None])[:, 0]
+    return picked.where(in_range, float("nan"))
+
+
+def _p_log_p(log_p: Tensor) -> Tensor:
+    """p log p, with 0 * -inf counted as 0."""
+    return log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)
+
+
+def _logit_gradient(z: Tensor, labels: Tensor, in_range: Tensor, grad_coeffs: Tensor | None) -> Tensor:
+    """``onehot - p``, or its combination with the gradients of lse and entropy, with respect to z."""
+    log_p = _log_softmax(z)
+    p = log_p.exp()
+    onehot = torch.zeros_like(p).scatter(1, labels.where(in_range, 0)[:, None], in_range[:, None].to(p.dtype))
+    if grad_coeffs is None:
+        return onehot - p
+    a, b, c = grad_coeffs.to(p.dtype)[:, :, None]  # each (C, 1)
+    p_log_p = _p_log_p(log_p)
+    entropy = -_by_row(torch.sum, p_log_p)[:, None]
+    return a * (onehot - p) + b * p - c * (p_log_p + p * entropy)

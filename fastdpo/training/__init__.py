@@ -1,0 +1,1 @@
+"""The drop-in training loop: data, reference, trainer, and the settings of all three."""

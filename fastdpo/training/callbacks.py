@@ -1,0 +1,145 @@
+"""What runs beside the loop: ``metrics.jsonl``, ``curves.png``, and the trainer's own hooks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastdpo.training.collate import LikeLengthSampler
+
+if TYPE_CHECKING:
+    from fastdpo.training.trainer import PreferenceTrainer
+
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
+# Panels of curves.png: title, and the metrics drawn in it (with and without the eval_ prefix).
+PANELS = (
+    ("loss", ("loss",)),
+    ("reward accuracy", ("rewards/accuracies",)),
+    ("rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+    ("log-probability (nats)", ("logps/chosen", "logps/rejected")),
+)
+logger = logging.getLogger(__name__)
+
+
+class MetricsFileCallback(TrainerCallback):
+    """Append every log to ``metrics.jsonl``, one JSON object a line; numbers that are not finite are null.
+
+    A resumed run first drops what was logged after its checkpoint, so that no step appears twice.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        path = Path(args.output_dir or ".") / METRICS_FILE
+        if state.is_world_process_zero and path.exists():
+            keep_until(path, state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        with (Path(args.output_dir or ".") / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **_finite(logs)}) + "\n")
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop from a metrics file what came after ``step``, run summaries, and a half-written last line."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry["step"] <= step and "train_runtime" not in entry:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _finite(logs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in logs.items()
+    }
+
+
+class CurvesCallback(TrainerCallback):
+    """Draw ``curves.png`` from the log at the end of training."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            draw_curves(state.log_history, Path(args.output_dir or ".") / CURVES_FILE)
+
+
+def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Draw the training curves; False, with a line in the log, where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("%s is not drawn: matplotlib is not installed (pip install matplotlib)", path.name)
+        return False
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        for name in names:
+            for key, style in ((name, "-"), (f"eval_{name}", "o--")):
+                points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, label=key, markersize=4)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+class TrainerHooks(TrainerCallback):
+    """The moments of transformers' loop that ``PreferenceTrainer`` has to step into."""
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.restore_progress()
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        # accelerate's loader tells a sampler the epoch, but not through the wrappers of a resumed rank.
+        sampler = train_dataloader.batch_sampler
+        while hasattr(sampler, "batch_sampler"):
+            sampler = sampler.batch_sampler
+        sampler = getattr(sampler, "sampler", None)
+        if isinstance(sampler, LikeLengthSampler):
+            sampler.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.drop_nonfinite_step()

@@ -1,0 +1,83 @@
+"""Which pairs make a batch, and the batch: chosen rows first, then rejected, in the order TRL has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from fastdpo.training.data import REF_COLUMNS
+
+IGNORE_INDEX = -100
+# What an item of a PreferenceDataset holds beside its per-pair numbers.
+TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "row")
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """Collate P pairs into a batch of 2P right-padded sequences.
+
+    Returns a dict with ``input_ids``, ``attention_mask`` and ``labels`` ``(2P, T)`` (labels -100 on
+    prompt and padding), ``rows`` ``(P,)``, every per-pair number ``(P,)`` fp32 under its name, and
+    ``ref_logps`` ``(2P,)`` fp32 where the pairs carry both reference columns.
+
+    Args:
+        pad_token_id: fills ``input_ids``; any id will do, as padding is masked and never a label.
+        pad_to_multiple_of: rounds T up.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        prompts = [torch.as_tensor(pair["prompt_ids"]) for pair in pairs] * 2
+        answers = [torch.as_tensor(pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
+        ends = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        step = self.pad_to_multiple_of or 1
+        shape = (len(answers), -(-max(ends) // step) * step)
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE_INDEX)
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            input_ids[i, : ends[i]] = torch.cat([prompt, answer])
+            attention_mask[i, : ends[i]] = 1
+            labels[i, len(prompt) : ends[i]] = answer
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch["rows"] = torch.tensor([pair["row"] for pair in pairs])
+        for name in pairs[0]:
+            if name not in TOKEN_FIELDS:
+                batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
+        if all(name in batch for name in REF_COLUMNS):
+            batch["ref_logps"] = torch.cat([batch.pop(name) for name in REF_COLUMNS])
+        return batch
+
+
+class LikeLengthSampler(LengthGroupedSampler):
+    """Random groups of pairs of like length; the order of an epoch depends on seed and epoch alone.
+
+    Args:
+        group_size: pairs of one group, sorted by length within a larger random draw.
+        lengths: of every pair.
+    """
+
+    def __init__(self, group_size: int, lengths: list[int], *, seed: int) -> None:
+        super().__init__(group_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Before each epoch, of a resumed run too."""
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The padding id: the tokenizer's, else its EOS, else 0 (padding is masked, so any id will do)."""
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    return 0

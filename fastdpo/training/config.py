@@ -1,0 +1,267 @@
+"""``PreferenceConfig``: transformers' ``TrainingArguments`` plus what preference training needs.
+
+Every field is a flag of ``fastdpo train``. Defaults that differ from transformers' are the fields
+repeated at the top of the class. Every value is checked here, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from fastdpo.losses import LossSpec, build_objective, find_loss
+from fastdpo.plan import UNSUPPORTED_MODES
+from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
+from fastdpo.types import BACKENDS, MODES, Execution
+
+REFERENCES = ("auto", "copy", "adapter", "precomputed", "none")
+NONFINITE_POLICIES = ("stop", "skip")
+# "score" has no backward pass.
+TRAINING_MODES = tuple(mode for mode in MODES if mode not in (*UNSUPPORTED_MODES, "score"))
+FULL_LEARNING_RATE = 1e-6
+ADAPTER_LEARNING_RATE = 1e-5
+# Per-pair numbers of the losses, and the field that names the column they are read from.
+COLUMN_FIELDS = {
+    "margin": "margin_column",
+    "pair_weights": "pair_weight_column",
+    "soft_labels": "soft_label_column",
+}
+# Settings of TrainingArguments that this trainer cannot honour: the value it needs, and why.
+_FIXED = {
+    "remove_unused_columns": (False, "the collator decides what reaches the model"),
+    "label_smoothing_factor": (0, "use the loss option label_smoothing"),
+    "use_liger_kernel": (False, "it replaces the forward pass that the fused head lives in"),
+    "auto_find_batch_size": (False, "not supported by this version"),
+}
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """All settings of ``PreferenceTrainer``.
+
+    Raises:
+        ValueError: a value out of range, an unknown loss, option, mode or policy, or a setting of
+            ``TrainingArguments`` that this trainer cannot honour; names the field, got, wanted.
+    """
+
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata=_help(
+            f"Peak learning rate. Default {FULL_LEARNING_RATE:g}, with an adapter {ADAPTER_LEARNING_RATE:g}."
+        ),
+    )
+    num_train_epochs: float = field(
+        default=1.0, metadata=_help("Passes over the pairs; preference training overfits from the second on.")
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata=_help("bfloat16 autocast. Default: on a GPU that has bfloat16, unless fp16 is set.")
+        | {"nargs": "?", "const": True},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata=_help("Recompute activations in the backward pass. Default: on a GPU yes, on a CPU no.")
+        | {"nargs": "?", "const": True},
+    )
+    logging_steps: float = field(
+        default=10, metadata=_help("Log every so many steps (a share of all if below 1).")
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata=_help("Hide non-finite losses in the log; on_nonfinite_loss deals with them.")
+    )
+    remove_unused_columns: bool = field(default=False, metadata=_help("Must stay False."))
+
+    loss_type: str | list[str] = field(
+        default_factory=lambda: ["sigmoid"], metadata=_help("One loss or several, whose sum is minimised.")
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata=_help("A weight per loss of loss_type. Default 1 each.")
+    )
+    beta: float | None = field(
+        default=None, metadata=_help("Strength of the tie to the reference. Default: each loss's own.")
+    )
+    loss_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=_help("Further options of the losses, as a dict or JSON; each is a flag of its own too."),
+    )
+
+    max_length: int | None = field(
+        default=1024, metadata=_help("Longest prompt + answer, in tokens; 0 for no limit.")
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata=_help(
+            "What happens to what is too long: keep_start cuts the answer's end, keep_end the prompt's "
+            "start, skip leaves the row out."
+        ),
+    )
+    on_bad_row: str = field(
+        default="skip",
+        metadata=_help(
+            "Rows nothing can be learnt from (empty, identical, too long): skip and count, or error."
+        ),
+    )
+    margin_column: str | None = field(default=None, metadata=_help("Column with a margin per pair."))
+    pair_weight_column: str | None = field(default=None, metadata=_help("Column with a weight per pair."))
+    soft_label_column: str | None = field(
+        default=None, metadata=_help("Column with the probability that chosen is the better answer.")
+    )
+    pad_to_multiple_of: int | None = field(default=None, metadata=_help("Pad batches to a multiple of this."))
+
+    reference: str = field(
+        default="auto",
+        metadata=_help(
+            "Where reference log-probs come from: copy (a second, frozen model), adapter (the policy with "
+            "its adapter switched off), precomputed (scored once before training and cached on disk), none "
+            "(for losses without a reference), or auto."
+        ),
+    )
+    reference_cache_dir: str | None = field(
+        default=None,
+        metadata=_help("Where precomputed log-probs are kept. Default ~/.cache/fastdpo/reference."),
+    )
+    reference_batch_size: int | None = field(
+        default=None,
+        metadata=_help("Pairs per batch while precomputing. Default per_device_eval_batch_size."),
+    )
+    disable_dropout: bool = field(default=True, metadata=_help("Set every dropout of the model to 0."))
+
+    mode: str = field(
+        default="auto", metadata=_help(f"How the head runs: one of {', '.join(TRAINING_MODES)}.")
+    )
+    backend: str = field(
+        default="auto", metadata=_help(f"Kernels of the head: one of {', '.join(BACKENDS)}.")
+    )
+    logits_dtype: str | None = field(
+        default=None,
+        metadata=_help("fp32 (the default: logits rounded nowhere) or bf16 (less memory traffic)."),
+    )
+    workspace_mib: int = field(default=512, metadata=_help("Bound on the logits scratch, in MiB."))
+    cache_mib: int = field(
+        default=1024, metadata=_help("Bound on logit gradients kept for the backward pass, in MiB.")
+    )
+
+    on_nonfinite_loss: str = field(
+        default="stop",
+        metadata=_help("A loss that is not finite: stop (naming the rows), or skip that optimiser step."),
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata=_help("Train into a directory in use, removing the last run's checkpoints and metrics."),
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self.loss_options = self.options
+        self.max_length = self.max_length or None
+        self._choose_defaults()
+        self._check()
+        super().__post_init__()
+
+    @property
+    def losses(self) -> list[LossSpec]:
+        """The losses of ``loss_type``, in order."""
+        return [find_loss(name) for name in self.loss_type]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """``loss_options``, parsed."""
+        return _parse_options(self.loss_options)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any loss looks at reference log-probabilities."""
+        return any(loss.uses_reference for loss in self.losses)
+
+    def execution(self) -> Execution:
+        """How the head runs."""
+        return Execution(
+            mode=self.mode,
+            backend=self.backend,
+            logits_dtype=self.logits_dtype,
+            workspace_mib=self.workspace_mib,
+            cache_mib=self.cache_mib,
+        )
+
+    def encoding_options(self) -> EncodingOptions:
+        """How rows become tokens."""
+        columns = {
+            name: getattr(self, column) for name, column in COLUMN_FIELDS.items() if getattr(self, column)
+        }
+        return EncodingOptions(self.max_length, self.truncation_mode, self.on_bad_row, columns)
+
+    def _choose_defaults(self) -> None:
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
+        # transformers 5.23 calls it activation_checkpointing and warns about the older name.
+        names = {item.name for item in dataclasses.fields(TrainingArguments)}
+        wanted = on_gpu if self.gradient_checkpointing is None else self.gradient_checkpointing
+        if "activation_checkpointing" not in names:
+            self.gradient_checkpointing = wanted
+            return
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = wanted
+        self.gradient_checkpointing = None
+
+    def _check(self) -> None:
+        self._check_losses()
+        for name, choices in (
+            ("truncation_mode", TRUNCATION_MODES),
+            ("on_bad_row", BAD_ROW_POLICIES),
+            ("reference", REFERENCES),
+            ("mode", TRAINING_MODES),
+            ("backend", BACKENDS),
+            ("logits_dtype", (None, "fp32", "bf16")),
+            ("on_nonfinite_loss", NONFINITE_POLICIES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {choices}")
+        for name, least in (
+            ("max_length", 2),
+            ("pad_to_multiple_of", 1),
+            ("reference_batch_size", 1),
+            ("workspace_mib", 1),
+            ("cache_mib", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name}: got {value!r}, wanted a whole number from {least}")
+        for name, (needed, reason) in _FIXED.items():
+            if getattr(self, name) != needed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {needed}: {reason}")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError("train_sampling_strategy: 'batch_rebalance' is not supported by this version")
+
+    def _check_losses(self) -> None:
+        # The stand-ins say that there will be a value per pair; the values are checked with the data.
+        build_objective(
+            self.loss_type,
+            self.loss_weights,
+            beta=self.beta,
+            margin=0.0 if self.margin_column else None,
+            soft_labels=0.5 if self.soft_label_column else None,
+            **self.options,
+        )
+
+
+def _parse_options(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    try:
+        options = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"loss_options: got {value!r}, wanted a JSON object: {error}") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"loss_options: got {value!r}, wanted a dict or a JSON object")
+    return options

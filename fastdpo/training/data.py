@@ -1,0 +1,288 @@
+"""Preference data: where rows come from, and how tokenised pairs are held.
+
+``read_rows`` reads JSONL, JSON, Parquet, a ``datasets`` directory or a hub id; ``PreferenceDataset``
+holds the token ids of all pairs in one flat tensor. ``encode.py`` turns the one into the other.
+Rows are counted from 1, as editors count lines; every message about data names the row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Raw rows, their numbers for messages (from 1), and the name of the place they come from."""
+
+    rows: Sequence[Mapping[str, Any]]
+    numbers: Sequence[int]
+    name: str
+
+    def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        return zip(self.numbers, self.rows, strict=True)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read_rows(source: Any, *, split: str = "train") -> RowSource:
+    """Read preference rows.
+
+    Args:
+        source: path of a ``.jsonl``, ``.json`` or ``.parquet`` file, a ``datasets`` directory, a hub
+            id, or rows already in memory: a sequence of mappings, a ``datasets.Dataset`` or a
+            mapping of splits.
+        split: which split, where the source has several.
+
+    Raises:
+        ValueError: nothing there, a broken row (with its number), or not a format named above.
+        ImportError: Parquet without pyarrow, or a directory or id without ``datasets``.
+    """
+    if isinstance(source, RowSource):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        return _rows_in_memory(source, split)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir():
+        return _read_datasets(str(path), split, on_disk=_is_saved_dataset(path))
+    if _looks_like_path(os.fspath(source)):
+        raise ValueError(f"dataset: no such file or directory: {os.fspath(source)}")
+    return _read_datasets(os.fspath(source), split, on_disk=False)
+
+
+def _read_file(path: Path) -> RowSource:
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return _read_jsonl(path)
+    if suffix == ".json":
+        return _read_json(path)
+    if suffix == ".parquet":
+        return _numbered(_read_parquet(path), str(path))
+    raise ValueError(f"dataset: got a file ending in {suffix!r} ({path}), wanted one of {FILE_SUFFIXES}")
+
+
+def _read_jsonl(path: Path) -> RowSource:
+    rows, numbers = [], []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise ValueError(f"{path}, row {number}: not valid JSON: {error}") from None
+            rows.append(_checked_mapping(row, number, str(path)))
+            numbers.append(number)
+    return RowSource(rows, numbers, str(path))
+
+
+def _read_json(path: Path) -> RowSource:
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        # Many files named .json hold one object a line.
+        if text.lstrip().startswith("{"):
+            return _read_jsonl(path)
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if isinstance(rows, Mapping):
+        rows = [rows]
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: got a JSON {type(rows).__name__}, wanted a list of objects")
+    return _numbered([_checked_mapping(row, i, str(path)) for i, row in enumerate(rows, 1)], str(path))
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ImportError(
+            f"reading {path} needs pyarrow, which is not installed: pip install pyarrow"
+        ) from None
+    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    return rows
+
+
+def _read_datasets(name: str, split: str, *, on_disk: bool) -> RowSource:
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"reading {name!r} needs the package `datasets`, which is not installed: pip install datasets, "
+            f"or give a file ending in one of {FILE_SUFFIXES}"
+        ) from None
+    try:
+        loaded = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, split=split)
+    except Exception as error:
+        # Whatever went wrong (network, layout, unknown split), the user has to know which data set it was.
+        raise ValueError(f"dataset: could not load {name!r}, split {split!r}: {error}") from error
+    source = _rows_in_memory(loaded, split)
+    return RowSource(source.rows, source.numbers, f"{name}[{split}]")
+
+
+def _rows_in_memory(source: Any, split: str) -> RowSource:
+    if isinstance(source, Mapping):
+        if split not in source:
+            raise ValueError(f"dataset: got splits {sorted(source)}, wanted {split!r}")
+        source = source[split]
+    if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
+        raise ValueError(
+            f"dataset: got {type(source).__name__}, wanted a path, an id or a sequence of rows; "
+            "streaming data sets are not supported by this version"
+        )
+    return _numbered(source, "dataset")
+
+
+def _numbered(rows: Sequence[Mapping[str, Any]], name: str) -> RowSource:
+    return RowSource(rows, range(1, len(rows) + 1), name)
+
+
+def _checked_mapping(row: Any, number: int, name: str) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{name}, row {number}: got a JSON {type(row).__name__}, wanted an object")
+    return row
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows: counts, and the numbers of the rows left out by reason."""
+
+    source: str
+    rows: int
+    kept: int
+    skipped: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    merged: Sequence[int] = ()  # the prompt's last tokens are others once an answer follows
+    truncated: int = 0
+    duplicates: int = 0
+
+    def __str__(self) -> str:
+        lines = f"{self.source}: {self.kept} of {self.rows} pairs kept"
+        for reason, numbers in self.skipped.items():
+            lines += f"; skipped {len(numbers)} with {reason} ({row_list(numbers)})"
+        if self.truncated:
+            lines += f"; {self.truncated} truncated"
+        if self.merged:
+            lines += f"; {len(self.merged)} whose prompt ends otherwise once an answer follows"
+            lines += f" ({row_list(self.merged)})"
+        if self.duplicates:
+            lines += f"; {self.duplicates} repeated pairs kept"
+        return lines
+
+
+def row_list(numbers: Sequence[int], *, at_most: int = 10) -> str:
+    """``rows 3, 17, 40 and 5 more``: how messages name rows."""
+    shown = ", ".join(str(n) for n in numbers[:at_most])
+    more = f" and {len(numbers) - at_most} more" if len(numbers) > at_most else ""
+    return f"{'row' if len(numbers) == 1 else 'rows'} {shown}{more}"
+
+
+class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """P tokenised preference pairs.
+
+    Args:
+        tokens: all token ids, int32, pair after pair: prompt, chosen, rejected.
+        bounds: ``(P, 4)`` int64 into ``tokens``: start, end of prompt, end of chosen, end of rejected.
+        rows: ``(P,)`` int64, the row each pair came from.
+        columns: further numbers per pair, each ``(P,)`` fp32: margin, pair_weights, soft_labels,
+            ref_chosen_logps, ref_rejected_logps.
+        report: what became of the rows.
+    """
+
+    def __init__(
+        self, tokens: Tensor, bounds: Tensor, rows: Tensor, columns: Mapping[str, Tensor], report: DataReport
+    ) -> None:
+        self.tokens, self.bounds, self.rows = tokens, bounds, rows
+        self.columns, self.report = dict(columns), report
+
+    def __len__(self) -> int:
+        return self.bounds.shape[0]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, prompt, chosen, rejected = self.bounds[index].tolist()
+        return {
+            "prompt_ids": self.tokens[start:prompt],
+            "chosen_ids": self.tokens[prompt:chosen],
+            "rejected_ids": self.tokens[chosen:rejected],
+            "row": int(self.rows[index]),
+            **{name: float(values[index]) for name, values in self.columns.items()},
+        }
+
+    @property
+    def lengths(self) -> Tensor:
+        """``(P,)``: tokens of the longer of the pair's two sequences, prompt included."""
+        start, prompt, chosen, rejected = self.bounds.unbind(1)
+        return prompt - start + torch.maximum(chosen - prompt, rejected - chosen)
+
+    @property
+    def num_chosen_tokens(self) -> int:
+        """Labelled tokens of all chosen answers."""
+        return int((self.bounds[:, 2] - self.bounds[:, 1]).sum())
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the pairs carry reference log-probabilities."""
+        return all(name in self.columns for name in REF_COLUMNS)
+
+    def subset(self, indices: Sequence[int] | Tensor) -> PreferenceDataset:
+        """The pairs at ``indices``, sharing the token storage."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        columns = {name: values[index] for name, values in self.columns.items()}
+        return PreferenceDataset(self.tokens, self.bounds[index], self.rows[index], columns, self.report)
+
+    def with_columns(self, **columns: Tensor) -> PreferenceDataset:
+        """The same pairs with further (or replaced) per-pair numbers."""
+        return PreferenceDataset(
+            self.tokens, self.bounds, self.rows, {**self.columns, **columns}, self.report
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of the token ids and their boundaries, in order: equal exactly when the pairs are."""
+        digest = hashlib.blake2b(digest_size=16)
+        lengths = self.bounds.diff(dim=1)
+        digest.update(lengths.contiguous().numpy().tobytes())
+        for start, *_, end in self.bounds.tolist():
+            digest.update(self.tokens[start:end].numpy().tobytes())
+        return digest.hexdigest()
+
+
+def split_pairs(
+    dataset: PreferenceDataset, held_out: float, *, seed: int
+) -> tuple[PreferenceDataset, PreferenceDataset]:
+    """Split into (training, held-out) pairs, the same way for the same seed.
+
+    Args:
+        held_out: a fraction in (0, 1), or a whole number of pairs from 1.
+
+    Raises:
+        ValueError: a split that leaves either side empty.
+    """
+    count = round(held_out * len(dataset)) if held_out < 1 else int(held_out)
+    if not 0 < count < len(dataset) or (held_out >= 1 and count != held_out):
+        raise ValueError(
+            f"held_out: got {held_out} of {len(dataset)} pairs, wanted a fraction in (0, 1) or a whole "
+            "number that leaves pairs on both sides"
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return dataset.subset(order[count:].sort().values), dataset.subset(order[:count].sort().values)

@@ -1,0 +1,215 @@
+"""Rows to token ids: tokenisation, truncation, and what is left out.
+
+Prompt and answer are tokenised together, as a model sees them, and the answer begins where the
+three token sequences (prompt, prompt + chosen, prompt + rejected) part: a token that spans the end
+of the prompt belongs to the answer, and the report counts the row.
+
+Rows of the wrong shape raise. Rows nothing can be learnt from (an empty prompt or answer, identical
+answers, a prompt that fills ``max_length``, a number that is not finite) are skipped and counted,
+or raise, as ``on_bad_row`` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.training.data import DataReport, PreferenceDataset, RowSource
+from fastdpo.training.formats import PairTexts, render_row
+
+TRUNCATION_MODES = ("keep_start", "keep_end", "skip")
+BAD_ROW_POLICIES = ("skip", "error")
+# Rows are tokenised in batches, which fast tokenizers spread over the cores.
+BATCH_ROWS = 256
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How rows become tokens.
+
+    Args:
+        max_length: the longest prompt + answer, in tokens (at least 2); None for no limit.
+        truncation_mode: ``keep_start`` cuts the end of an answer that is too long (a prompt that
+            alone fills ``max_length`` is a bad row); ``keep_end`` cuts the start of the prompt, by
+            the same amount for both answers, and the end of an answer only when one token of prompt
+            is left; ``skip`` treats any longer row as a bad row.
+        on_bad_row: ``skip`` leaves rows nothing can be learnt from out, counted; ``error`` raises.
+        columns: per-pair numbers to carry along: their name in the data set -> the row's column.
+    """
+
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
+    on_bad_row: str = "skip"
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    @property
+    def size(self) -> int:
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+def encode_rows(source: RowSource, tokenizer: Any, options: EncodingOptions) -> PreferenceDataset:
+    """Tokenise rows into a ``PreferenceDataset`` whose ``report`` says what became of each.
+
+    Raises:
+        ValueError: a row of the wrong shape, a tokenizer that lacks what the rows need, a bad row
+            under ``on_bad_row="error"``, or no row left.
+    """
+    encoder = _Encoder(tokenizer, options)
+    rows = iter(source)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        encoder.add(
+            [render_row(row, number, source.name, tokenizer, options.columns) for number, row in batch]
+        )
+    return encoder.finish(source)
+
+
+class _Encoder:
+    """Collects the pairs of one data set, batch by batch."""
+
+    def __init__(self, tokenizer: Any, options: EncodingOptions) -> None:
+        self.tokenizer, self.options = tokenizer, options
+        self.tokens: list[Tensor] = []
+        self.sizes: list[tuple[int, int, int]] = []
+        self.rows: list[int] = []
+        self.columns: dict[str, list[float]] = {key: [] for key in options.columns}
+        self.skipped: dict[str, list[int]] = defaultdict(list)
+        self.merged: list[int] = []
+        self.truncated = 0
+
+    def add(self, batch: Sequence[PairTexts]) -> None:
+        flat = [text for texts in batch for text in (texts.prompt, texts.chosen, texts.rejected)]
+        ids = self._tokenize(flat, [texts.is_chat for texts in batch for _ in range(3)])
+        for i, texts in enumerate(batch):
+            self._add_pair(texts, *ids[3 * i : 3 * i + 3])
+
+    def finish(self, source: RowSource) -> PreferenceDataset:
+        report = DataReport(
+            source=source.name,
+            rows=len(source),
+            kept=len(self.tokens),
+            skipped=dict(self.skipped),
+            merged=self.merged,
+            truncated=self.truncated,
+            duplicates=len(self.tokens) - len({pair.numpy().tobytes() for pair in self.tokens}),
+        )
+        if self.skipped and self.options.on_bad_row == "error":
+            raise ValueError(f"{report} (on_bad_row='error')")
+        if not self.tokens:
+            raise ValueError(f"{report}: no pair left")
+        ends = torch.tensor(self.sizes).flatten().cumsum(0).view(-1, 3)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, 2]])
+        columns = {key: torch.tensor(values) for key, values in self.columns.items()}
+        return PreferenceDataset(
+            torch.cat(self.tokens),
+            torch.column_stack([starts, ends]),
+            torch.tensor(self.rows),
+            columns,
+            report,
+        )
+
+    def _tokenize(self, texts: Sequence[str], is_chat: Sequence[bool]) -> list[list[int]]:
+        """Token ids of each text; the tokenizer adds its special tokens to plain texts only."""
+        ids: list[list[int]] = [[] for _ in texts]
+        for chat in set(is_chat):
+            places = [i for i, value in enumerate(is_chat) if value == chat]
+            encoded = self.tokenizer(
+                [texts[i] for i in places],
+                add_special_tokens=not chat,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            for place, tokens in zip(places, encoded["input_ids"], strict=True):
+                ids[place] = list(tokens) if chat else self._without_extra_bos(list(tokens))
+        return ids
+
+    def _without_extra_bos(self, ids: list[int]) -> list[int]:
+        # A text that already starts with the BOS token gets a second one from the tokenizer.
+        bos = self.tokenizer.bos_token_id
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """``ids`` with exactly one EOS at the end, whatever the text and the tokenizer put there."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError(
+                "the tokenizer has no EOS token, so answers given as strings would have no end: set "
+                "tokenizer.eos_token"
+            )
+        while ids and ids[-1] == eos:
+            ids = ids[:-1]
+        return [*ids, eos]
+
+    def _add_pair(self, texts: PairTexts, prompt: list[int], chosen: list[int], rejected: list[int]) -> None:
+        if not texts.is_chat:
+            chosen, rejected = self._ended(chosen), self._ended(rejected)
+            # A tokenizer that ends every text ends the prompt too, which the answer follows.
+            is_ended = prompt[-1:] == [self.tokenizer.eos_token_id]
+            if is_ended and not texts.prompt.endswith(self.tokenizer.eos_token):
+                prompt = prompt[:-1]
+        shared = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+        pair = _Pair(prompt[:shared], chosen[shared:], rejected[shared:])
+        reason = _why_bad(texts, pair)
+        if reason is None:
+            cut, reason = _truncate(pair, self.options)
+        if reason is not None:
+            self.skipped[reason].append(texts.row)
+            return
+        if shared < len(prompt):
+            self.merged.append(texts.row)
+        self.truncated += cut.size < pair.size
+        self.tokens.append(torch.tensor([*cut.prompt, *cut.chosen, *cut.rejected], dtype=torch.int32))
+        self.sizes.append((len(cut.prompt), len(cut.chosen), len(cut.rejected)))
+        self.rows.append(texts.row)
+        for key, value in texts.columns.items():
+            self.columns[key].append(value)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def _why_bad(texts: PairTexts, pair: _Pair) -> str | None:
+    if not all(math.isfinite(value) for value in texts.columns.values()):
+        return "a number that is not finite"
+    if not pair.prompt:
+        # Its first answer token would have nothing to be predicted from.
+        return "an empty prompt"
+    if texts.has_empty_answer or not pair.chosen or not pair.rejected:
+        return "an empty completion"
+    if pair.chosen == pair.rejected:
+        return "identical answers"
+    return None
+
+
+def _truncate(pair: _Pair, options: EncodingOptions) -> tuple[_Pair, str | None]:
+    limit = options.max_length
+    longest = max(len(pair.chosen), len(pair.rejected))
+    if limit is None or len(pair.prompt) + longest <= limit:
+        return pair, None
+    if options.truncation_mode == "skip":
+        return pair, "more tokens than max_length"
+    prompt = pair.prompt
+    if options.truncation_mode == "keep_end":
+        prompt = prompt[-max(limit - longest, 1) :]
+    room = limit - len(prompt)
+    if room <= 0:
+        return pair, "a prompt that fills max_length"
+    cut = _Pair(prompt, pair.chosen[:room], pair.rejected[:room])
+    return cut, "answers identical once truncated" if cut.chosen == cut.rejected else None

@@ -1,0 +1,159 @@
+"""The row formats TRL documents, turned into three texts: prompt, prompt + chosen, prompt + rejected.
+
+A row is ``prompt``, ``chosen``, ``rejected``, each a string, or each a list of messages (``role``,
+``content``). Without ``prompt`` the part that chosen and rejected share at their start is the
+prompt. Messages go through the tokenizer's chat template, with ``tools`` and
+``chat_template_kwargs`` of the row where it has them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Messages = list[Mapping[str, Any]]
+# What a number per pair may be, by its name in the data set; any number where it has no entry.
+RANGES = {"pair_weights": (0.0, math.inf), "soft_labels": (0.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class PairTexts:
+    """One row as text; chat texts already hold every special token, plain ones do not."""
+
+    row: int
+    prompt: str
+    chosen: str  # prompt included
+    rejected: str  # prompt included
+    is_chat: bool
+    has_empty_answer: bool
+    columns: Mapping[str, float]
+
+
+def render_row(
+    row: Mapping[str, Any], number: int, source: str, tokenizer: Any, columns: Mapping[str, str]
+) -> PairTexts:
+    """Check one row and render it.
+
+    Args:
+        columns: per-pair numbers to read: name in the result -> name of the row's column.
+
+    Raises:
+        ValueError: the row has the wrong shape, or the tokenizer cannot render it; names the row.
+    """
+    where = f"{source}, row {number}"
+    prompt, chosen, rejected = _split_row(row, where)
+    numbers = {name: _read_number(row, name, column, where) for name, column in columns.items()}
+    if isinstance(prompt, str):
+        empty = not chosen or not rejected
+        return PairTexts(number, prompt, prompt + chosen, prompt + rejected, False, empty, numbers)
+    empty = not _has_content(chosen) or not _has_content(rejected)
+    texts = _render_chat(row, prompt, chosen, rejected, where, tokenizer)
+    return PairTexts(number, *texts, True, empty, numbers)
+
+
+def _split_row(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise ValueError(
+                f"{where}: no column {name!r}; got {sorted(row)}, wanted chosen, rejected and (unless it "
+                "is their common start) prompt"
+            )
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    named = {"chosen": chosen, "rejected": rejected}
+    if prompt is not None:
+        named["prompt"] = prompt
+    if not all(isinstance(value, str) for value in named.values()):
+        _check_messages(named, where)
+    if prompt is not None:
+        return prompt, chosen, rejected
+    shared = _shared_prefix(chosen, rejected)
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _shared_prefix(chosen: Any, rejected: Any) -> int:
+    shared = 0
+    for a, b in zip(chosen, rejected, strict=False):
+        if a != b:
+            break
+        shared += 1
+    # A space before the first difference belongs to the answer's first word, and to its first token.
+    if isinstance(chosen, str) and 0 < shared < min(len(chosen), len(rejected)) and chosen[shared - 1] == " ":
+        shared -= 1
+    return shared
+
+
+def _check_messages(named: Mapping[str, Any], where: str) -> None:
+    kinds = {name: type(value).__name__ for name, value in named.items()}
+    if any(isinstance(value, str) or not isinstance(value, Sequence) for value in named.values()):
+        hint = ""
+        if kinds.get("prompt") == "str":
+            hint = "; if chosen and rejected hold the whole conversation, leave the prompt column out"
+        raise ValueError(
+            f"{where}: got {kinds}, wanted strings throughout or lists of messages throughout{hint}"
+        )
+    for name, messages in named.items():
+        for message in messages:
+            if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+                raise ValueError(
+                    f"{where}: got {str(message)[:80]!r} in {name}, wanted a message with role and content"
+                )
+
+
+def _has_content(messages: Messages) -> bool:
+    return any(message["content"] or message.get("tool_calls") for message in messages)
+
+
+def _read_number(row: Mapping[str, Any], name: str, column: str, where: str) -> float:
+    value = row.get(column)
+    low, high = RANGES.get(name, (-math.inf, math.inf))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{where}: column {column!r}: got {value!r}, wanted a number")
+    if value < low or value > high:
+        raise ValueError(
+            f"{where}: column {column!r}: got {value!r}, wanted a number from {low:g} to {high:g}"
+        )
+    return float(value)
+
+
+def _render_chat(
+    row: Mapping[str, Any], prompt: Messages, chosen: Messages, rejected: Messages, where: str, tokenizer: Any
+) -> tuple[str, str, str]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{where}: the row holds messages, but the tokenizer has no chat template: set "
+            "tokenizer.chat_template (--chat_template FILE), use an instruction-tuned model's tokenizer, or "
+            "give strings"
+        )
+    tools = row.get("tools")
+    options = {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(row.get("chat_template_kwargs") or {}),
+    }
+
+    def render(messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        try:
+            text: str = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            )
+        except Exception as error:
+            # Templates raise whatever they like on roles they do not know; the row number is what helps.
+            raise ValueError(f"{where}: the chat template refused the messages: {error}") from error
+        return text
+
+    with_chosen, with_rejected = render([*prompt, *chosen]), render([*prompt, *rejected])
+    if not prompt:
+        return "", with_chosen, with_rejected
+    opened = render(prompt, add_generation_prompt=True)
+    if not (with_chosen.startswith(opened) and with_rejected.startswith(opened)):
+        # Some templates open the answer differently when it is still to come (a "<think>" for the model
+        # to continue): the answer then begins where the texts part. More must not differ.
+        closed = render(prompt)
+        if not (with_chosen.startswith(closed) and with_rejected.startswith(closed)):
+            raise ValueError(
+                f"{where}: the chat template renders the prompt differently once an answer follows, so where "
+                "the answer begins is not known: use a template that only appends"
+            )
+    return opened, with_chosen, with_rejected

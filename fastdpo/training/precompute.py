@@ -1,0 +1,116 @@
+"""Reference log-probabilities scored once, before training, and kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastdpo
+from fastdpo.training.collate import PreferenceCollator
+from fastdpo.training.config import PreferenceConfig
+from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, row_list
+from fastdpo.training.reference import adapter_off
+from fastdpo.training.reference_cache import ReferenceCache, cache_key, fingerprint_model
+from fastdpo.training.scoring import score_dataset
+
+logger = logging.getLogger(__name__)
+
+
+class PrecomputedReference:
+    """Adds the reference's log-probabilities to data sets.
+
+    Args:
+        model: patched; the reference, or the policy before its first step.
+        is_base: the reference is ``model`` with its adapter switched off, which stays what it is
+            while the adapter is trained.
+        accelerator: of the trainer; the ranks share the work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Any,
+        collator: PreferenceCollator,
+        args: PreferenceConfig,
+        *,
+        is_base: bool,
+    ) -> None:
+        self.model, self.accelerator, self.collator, self.args = model, accelerator, collator, args
+        self.is_base = is_base
+        self._is_stale = False
+        self.cache = ReferenceCache(args.reference_cache_dir)
+        self._fingerprint: str | None = None
+
+    def model_will_change(self) -> None:
+        """Training begins: from now on the model is the reference only without its adapter, or frozen."""
+        is_trained = any(parameter.requires_grad for parameter in self.model.parameters())
+        self._is_stale = is_trained and not self.is_base
+
+    def add_to(self, dataset: PreferenceDataset) -> PreferenceDataset:
+        """``dataset`` with its reference columns: as they are, from the cache, or computed now.
+
+        Raises:
+            ValueError: they have to be computed, but the model has been trained meanwhile.
+        """
+        if dataset.has_reference:
+            return dataset
+        key = self._key(dataset)
+        is_main = self.accelerator.is_main_process
+        found = [self.cache.load(key, len(dataset)) if is_main and key else None]
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(found)
+        scores = found[0] if found[0] is not None else self._compute(dataset, key)
+        return dataset.with_columns(**dict(zip(REF_COLUMNS, scores.unbind(1), strict=True)))
+
+    def _key(self, dataset: PreferenceDataset) -> str | None:
+        if self._fingerprint is None:
+            if self._is_stale:
+                return None
+            self._fingerprint = fingerprint_model(self.model, without_adapter=self.is_base)
+        return cache_key(
+            {
+                "model": self._fingerprint,
+                "data": dataset.fingerprint(),
+                "backend": self.args.backend,
+                "logits_dtype": self.args.logits_dtype,
+                "mixed_precision": self.accelerator.mixed_precision,
+                "device": self.accelerator.device.type,
+                "version": fastdpo.__version__,
+            }
+        )
+
+    def _compute(self, dataset: PreferenceDataset, key: str | None) -> Tensor:
+        if key is None or self._is_stale:
+            raise ValueError(
+                "reference: 'precomputed' cannot score new data once training has begun, as the reference is "
+                "the model before it: give the data to the trainer at the start, or a ref_model"
+            )
+        accelerator = self.accelerator
+        without_adapter = adapter_off(self.model) if self.is_base else contextlib.nullcontext()
+        with accelerator.autocast(), without_adapter:
+            scores = score_dataset(
+                self.model,
+                dataset,
+                self.collator,
+                batch_size=self.args.reference_batch_size or self.args.per_device_eval_batch_size,
+                device=accelerator.device,
+                rank=accelerator.process_index,
+                num_ranks=accelerator.num_processes,
+                show_progress=not self.args.disable_tqdm and accelerator.is_main_process,
+            )
+        # Every rank has scored its share and left the rest 0.
+        scores = accelerator.reduce(scores.to(accelerator.device), reduction="sum").cpu()
+        self._check(scores, dataset)
+        if accelerator.is_main_process:
+            path = self.cache.save(key, scores)
+            logger.info("reference log-probabilities of %d pairs kept in %s", len(dataset), path)
+        return scores
+
+    def _check(self, scores: Tensor, dataset: PreferenceDataset) -> None:
+        bad = dataset.rows[~torch.isfinite(scores).all(1)].tolist()
+        if bad:
+            raise ValueError(f"reference: log-probabilities are not finite in {row_list(bad)}")

@@ -1,0 +1,129 @@
+"""Where reference log-probabilities come from: a second copy, the adapter switched off, or the cache.
+
+``choose_reference`` turns the configured word into one of ``copy``, ``adapter``, ``precomputed`` and
+``none``, or says why it cannot be had.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.training.config import PreferenceConfig
+from fastdpo.training.scoring import Batch, sequence_logps
+
+
+def is_adapter_model(model: nn.Module) -> bool:
+    """Whether the model is one of peft's."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
+
+
+def is_fresh_adapter(model: Any) -> bool:
+    """Whether switching the adapter off changes nothing yet: LoRA only, and every product B A is 0."""
+    if any(str(config.peft_type).rsplit(".", 1)[-1] != "LORA" for config in model.peft_config.values()):
+        return False
+    # LoRA starts with B = 0, on an embedding with A = 0; initialisations such as PiSSA start with neither.
+    zeros = [p for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_A." in name]
+    return bool(zeros) and not any(p.any() for p in zeros)
+
+
+def choose_reference(
+    args: PreferenceConfig, model: nn.Module, *, has_ref_model: bool, has_columns: bool
+) -> str:
+    """Resolve ``args.reference``.
+
+    Args:
+        has_ref_model: the caller brought a reference model.
+        has_columns: the data carries reference log-probabilities.
+
+    Raises:
+        ValueError: the losses and the reference asked for do not go together.
+    """
+    wanted, losses = args.reference, ", ".join(args.loss_type)
+    if not args.needs_reference:
+        if has_ref_model or wanted not in ("auto", "none"):
+            got = "a ref_model" if has_ref_model else repr(wanted)
+            raise ValueError(f"reference: got {got}, but {losses} uses no reference: wanted 'none' or 'auto'")
+        return "none"
+    if wanted == "none":
+        raise ValueError(
+            f"reference: got 'none', but {losses} needs one: wanted auto, copy, adapter or precomputed"
+        )
+    if has_ref_model:
+        if wanted not in ("auto", "copy", "precomputed"):
+            raise ValueError(
+                f"reference: got {wanted!r} and a ref_model, wanted 'copy', 'precomputed' or 'auto'"
+            )
+        return "precomputed" if wanted == "precomputed" else "copy"
+    if wanted == "adapter" and not is_adapter_model(model):
+        raise ValueError(
+            "reference: got 'adapter', but the model has no adapter: wanted a peft model or peft_config"
+        )
+    if wanted != "auto":
+        return wanted
+    if has_columns:
+        return "precomputed"
+    if is_adapter_model(model):
+        # The reference is the policy as training finds it; a trained adapter is part of that.
+        return "adapter" if is_fresh_adapter(model) else "precomputed"
+    return "copy"
+
+
+def reference_model(kind: str, policy: nn.Module, given: nn.Module | None) -> nn.Module | None:
+    """The model that is never trained, without gradients and dropout: the one given, a copy, or None."""
+    if given is None and kind == "copy":
+        given = copy.deepcopy(policy)
+    return None if given is None else given.requires_grad_(False).eval()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to 0, modules and the probabilities attention layers keep."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            # attention_dropout, activation_dropout, layerdrop, resid_pdrop, ...
+            if isinstance(value, float) and ("dropout" in name or name.endswith("drop")):
+                setattr(module, name, 0.0)
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The model without its adapter and without dropout, as long as the context lasts."""
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        model.train(was_training)
+
+
+class Reference:
+    """Reference log-probabilities of a batch.
+
+    Args:
+        kind: what ``choose_reference`` returned.
+        model: the second copy, or None where ``kind`` has none.
+    """
+
+    def __init__(self, kind: str, model: nn.Module | None = None) -> None:
+        self.kind, self.model = kind, model
+
+    @torch.no_grad()
+    def logps(self, policy: nn.Module, batch: Batch) -> Tensor | None:
+        """``(2P,)`` fp32 in nats, or None without a reference. ``policy`` is the unwrapped policy."""
+        if self.kind == "none":
+            return None
+        if self.kind == "precomputed":
+            return batch["ref_logps"]
+        if self.kind == "copy":
+            assert self.model is not None
+            return sequence_logps(self.model, batch)
+        with adapter_off(policy):
+            return sequence_logps(policy, batch)

@@ -1,0 +1,187 @@
+"""What a trainer needs before its first step: a model, tokenised pairs, an output directory."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.trainer_utils import get_last_checkpoint
+
+from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
+from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
+from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, RowSource, read_rows
+from fastdpo.training.encode import EncodingOptions, encode_rows
+from fastdpo.training.reference import disable_dropout, is_adapter_model
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(name: str, *, dtype: str | torch.dtype = "auto", **options: Any) -> nn.Module:
+    """A causal LM by path or hub id; ``dtype`` "auto" keeps the checkpoint's.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be loaded; names it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model: could not load {name!r}: {first_line(error)}") from error
+    return model
+
+
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """A tokenizer by path or hub id. Raises ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"tokenizer: could not load {name!r}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for messages that have to fit on one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def prepare_policy(model: str | nn.Module, args: PreferenceConfig, peft_config: Any | None) -> nn.Module:
+    """The model to train: loaded, with its adapter and without dropout.
+
+    Raises:
+        ValueError: a model this version cannot train; says which and why.
+        ImportError: ``peft_config`` without peft.
+    """
+    # Weights that are trained are loaded as float32: 16 bits lose small updates.
+    dtype = "float32" if peft_config is None else "auto"
+    policy = load_model(model, dtype=dtype) if isinstance(model, str) else model
+    if args.disable_dropout:
+        # Before the adapter is added: a dropout in peft_config is asked for.
+        disable_dropout(policy)
+    if peft_config is not None:
+        policy = _add_adapter(policy, peft_config)
+    if is_adapter_model(policy):
+        adapters: Mapping[str, Any] = getattr(policy, "peft_config")  # noqa: B009  (absent from nn.Module)
+        if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+            raise ValueError(
+                "peft_config: prompt learning is not supported by this version; use LoRA or the like"
+            )
+    elif next(policy.parameters()).dtype in (torch.float16, torch.bfloat16):
+        logger.warning(
+            "the model's weights are %s: at the learning rates of preference training most updates are lost "
+            "in rounding; load them as float32 (bf16=True still computes in bfloat16) or train an adapter",
+            next(policy.parameters()).dtype,
+        )
+    if getattr(getattr(policy, "config", None), "output_router_logits", False):
+        raise ValueError("model: a router loss (output_router_logits=True) is not supported by this version")
+    return policy
+
+
+def _add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    if is_adapter_model(model):
+        raise ValueError("peft_config: the model has an adapter already; give one or the other")
+    try:
+        from peft import get_peft_model
+    except ImportError:
+        raise ImportError(
+            "training an adapter needs peft, which is not installed: pip install peft"
+        ) from None
+    adapted: nn.Module = get_peft_model(model, peft_config)
+    return adapted
+
+
+def prepare_pairs(data: Any, tokenizer: Any, args: PreferenceConfig) -> PreferenceDataset | None:
+    """Tokenised pairs from whatever ``read_rows`` reads; what is tokenised already passes through."""
+    if data is None or isinstance(data, PreferenceDataset):
+        return data
+    if tokenizer is None:
+        raise ValueError("processing_class: got None, wanted the model's tokenizer")
+    return tokenized_pairs(read_rows(data), tokenizer, args)
+
+
+def tokenized_pairs(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> PreferenceDataset:
+    """Tokenise rows as the settings say, and log what became of them."""
+    options = args.encoding_options()
+    columns = dict(options.columns)
+    if args.needs_reference and args.reference in ("auto", "precomputed") and len(source):
+        if all(name in source.rows[0] for name in REF_COLUMNS):
+            columns |= {name: name for name in REF_COLUMNS}
+    options = EncodingOptions(options.max_length, options.truncation_mode, options.on_bad_row, columns)
+    dataset = encode_rows(source, tokenizer, options)
+    report = dataset.report
+    is_clean = not (report.skipped or report.merged or report.duplicates)
+    logger.log(logging.INFO if is_clean else logging.WARNING, "%s", report)
+    return dataset
+
+
+def check_columns(dataset: PreferenceDataset, args: PreferenceConfig) -> None:
+    """Raise ValueError unless the pairs carry every per-pair number that the settings name."""
+    for name, column in COLUMN_FIELDS.items():
+        if getattr(args, column) and name not in dataset.columns:
+            raise ValueError(
+                f"{column}: the tokenised pairs carry {sorted(dataset.columns)}, wanted {name!r} too"
+            )
+
+
+def check_machine(args: PreferenceConfig, *, is_sharded: bool) -> None:
+    """Raise ValueError for a way to use several GPUs that this version does not support."""
+    if is_sharded:
+        raise ValueError("FSDP and DeepSpeed are not supported by this version: use one process a GPU (DDP)")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"got {args.n_gpu} GPUs in one process, wanted one: start with `accelerate launch` or "
+            f"`torchrun --nproc_per_node {args.n_gpu}`, or set CUDA_VISIBLE_DEVICES"
+        )
+
+
+def find_checkpoint(args: PreferenceConfig, resume: str | bool | None) -> str | None:
+    """The checkpoint to resume from: a path, the last one in the output directory for True, or None.
+
+    Raises:
+        ValueError: True, and there is none.
+    """
+    if resume is None or str(resume).lower() == "false":
+        return None
+    if str(resume).lower() != "true":
+        return str(resume)
+    last = None if is_unused(args.output_dir) else get_last_checkpoint(args.output_dir)
+    if last is None:
+        raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {args.output_dir}")
+    return str(last)
+
+
+def is_unused(output_dir: str | None) -> bool:
+    """Whether a directory does not exist or is empty."""
+    path = Path(output_dir or ".")
+    return not path.exists() or not any(path.iterdir())
+
+
+def check_output_dir(args: PreferenceConfig) -> None:
+    """Make sure that a fresh run mixes with no other.
+
+    Raises:
+        ValueError: the directory has content, and the run neither resumes nor overwrites.
+    """
+    if not (is_unused(args.output_dir) or args.overwrite_output_dir or args.resume_from_checkpoint):
+        raise ValueError(
+            f"output_dir: {args.output_dir} is in use: choose another, continue that run with "
+            "resume_from_checkpoint=True, or replace it with overwrite_output_dir=True"
+        )
+
+
+def clear_output_dir(args: PreferenceConfig) -> None:
+    """Remove the checkpoints and metrics that another run left."""
+    path = Path(args.output_dir or ".")
+    for entry in path.iterdir() if path.exists() else ():
+        if entry.is_dir() and re.fullmatch(r"checkpoint-\d+", entry.name):
+            shutil.rmtree(entry)
+        elif entry.name in (METRICS_FILE, CURVES_FILE):
+            entry.unlink()

@@ -1,0 +1,399 @@
+"""``PreferenceTrainer``: preference training on transformers' ``Trainer``, without logits.
+
+What it changes in that loop:
+
+* the batch is pairs (``collate.py``), the policy's forward returns log-probabilities (``patch_model``);
+* the loss of a micro-batch is its sum over pairs divided by the number of pairs of the whole
+  accumulated batch, over all ranks: the mean is exact, however the batch is cut up. transformers
+  divides by labels, which weights pairs by their length;
+* metrics have TRL's names and meaning, averaged over every pair (or token) since the last log;
+* a resumed run goes on with the sums that its checkpoint cut in two.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from fastdpo.integrations.model import patch_model
+from fastdpo.training.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
+from fastdpo.training.collate import LikeLengthSampler, PreferenceCollator, pad_token_id
+from fastdpo.training.config import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, PreferenceConfig
+from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, row_list
+from fastdpo.training.metrics import MetricSums
+from fastdpo.training.precompute import PrecomputedReference
+from fastdpo.training.reference import (
+    Reference,
+    choose_reference,
+    is_adapter_model,
+    is_fresh_adapter,
+    reference_model,
+)
+from fastdpo.training.scoring import Batch
+from fastdpo.training.setup import (
+    check_columns,
+    check_machine,
+    check_output_dir,
+    clear_output_dir,
+    find_checkpoint,
+    is_unused,
+    load_tokenizer,
+    prepare_pairs,
+    prepare_policy,
+)
+from fastdpo.training.step import (
+    BatchCounts,
+    bad_rows,
+    first_pairs,
+    local_counts,
+    num_pairs,
+    pair_loss,
+    record,
+    stacked_rewards,
+)
+from fastdpo.types import DPOLossOutput
+
+STATE_FILE = "preference_state_{rank}.json"
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite; the message names the step and the rows."""
+
+
+class PreferenceTrainer(Trainer):
+    """Train a causal LM on preference pairs.
+
+    Args:
+        model: a Hugging Face causal LM, a peft model, or a path or id to load one from; it is patched
+            (``patch_model``), which changes none of its other uses.
+        args: the settings.
+        train_dataset, eval_dataset: whatever ``read_rows`` reads (a path, rows, a ``datasets.Dataset``),
+            or a ``PreferenceDataset``; ``eval_dataset`` may be a dict of several.
+        processing_class: the model's tokenizer; not needed with a path or id as ``model``, nor when all
+            data is tokenised already.
+        ref_model: the reference, where it is not the policy as it is now; frozen and patched.
+        peft_config: adds an adapter to ``model``.
+        data_collator: replaces ``PreferenceCollator``.
+        compute_metrics: gets ``predictions`` ``(P, 2)``, the rewards of chosen and rejected.
+        callbacks, optimizers: as in ``Trainer``.
+
+    Raises:
+        ValueError: settings, model, data or reference that do not go together; says which.
+    """
+
+    args: PreferenceConfig
+    # transformers has these as optional; a PreferenceTrainer is never without them.
+    model: Any
+    optimizer: Any
+    data_collator: Any
+    # The loss comes normalised over the whole accumulated batch (transformers >= 5.23 asks this way).
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: PreferenceConfig,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        ref_model: nn.Module | None = None,
+        peft_config: Any = None,
+        data_collator: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if not isinstance(args, PreferenceConfig):
+            raise TypeError(f"args: got {type(args).__name__}, wanted PreferenceConfig")
+        if processing_class is None and isinstance(model, str):
+            processing_class = load_tokenizer(model)
+        self.args, self._tokenizer = args, processing_class
+        if ref_model is not None and ref_model is model:
+            raise ValueError(
+                "ref_model: got the model that is trained, wanted another, or None for a copy of it"
+            )
+        policy = prepare_policy(model, args, peft_config)
+        if args.learning_rate is None:
+            args.learning_rate = ADAPTER_LEARNING_RATE if is_adapter_model(policy) else FULL_LEARNING_RATE
+        train_dataset = self._prepare_data(train_dataset)
+        eval_dataset = self._prepare_data(eval_dataset, may_be_many=True)
+        self._has_given_reference = train_dataset is not None and train_dataset.has_reference
+        kind = choose_reference(
+            args, policy, has_ref_model=ref_model is not None, has_columns=self._has_given_reference
+        )
+        ref_model = reference_model(kind, policy, ref_model)
+        for patched in (policy, ref_model):
+            if patched is not None:
+                patch_model(patched, execution=args.execution())
+        self._owns_output_dir = is_unused(args.output_dir)  # what is in there later on is our own
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=data_collator
+            or PreferenceCollator(pad_token_id(processing_class), args.pad_to_multiple_of),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=[MetricsFileCallback(), CurvesCallback(), TrainerHooks(self), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        check_machine(args, is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        self.model_accepts_loss_kwargs = True  # what transformers < 5.23 reads for loss_is_scaled_for_ga
+        self._set_reference(kind, ref_model)
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._input_tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
+        self._resume_from: str | None = None
+        self._eval_counts: BatchCounts | None = None
+        self._is_step_bad = False
+
+    def _set_reference(self, kind: str, ref_model: nn.Module | None) -> None:
+        is_base = ref_model is None and is_adapter_model(self.model) and is_fresh_adapter(self.model)
+        if ref_model is not None:
+            ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        self.reference = Reference(kind, ref_model)
+        self._precomputed: PrecomputedReference | None = None
+        if kind == "precomputed":
+            scorer = self.model if ref_model is None else ref_model
+            self._precomputed = PrecomputedReference(
+                scorer, self.accelerator, self.data_collator, self.args, is_base=is_base
+            )
+
+    # Data
+
+    def _prepare_data(self, data: Any, *, may_be_many: bool = False) -> Any:
+        if may_be_many and isinstance(data, Mapping):
+            return {name: self._prepare_data(item) for name, item in data.items()}
+        dataset = prepare_pairs(data, self._tokenizer, self.args)
+        if dataset is not None:
+            check_columns(dataset, self.args)
+        return dataset
+
+    def _with_reference(self, data: Any) -> Any:
+        """``data`` with its precomputed log-probabilities, where the reference is one that needs them."""
+        if self._precomputed is None or data is None:
+            return data
+        if isinstance(data, Mapping):
+            return {name: self._with_reference(item) for name, item in data.items()}
+        if self._has_given_reference and not data.has_reference:
+            raise ValueError(
+                f"eval_dataset: got no columns {REF_COLUMNS}, wanted them, as the training data has them"
+            )
+        return self._precomputed.add_to(data)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, PreferenceDataset):
+            group = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return LikeLengthSampler(group, dataset.lengths.tolist(), seed=seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return SequentialSampler(eval_dataset)  # rewards come in the order of the pairs
+
+    # Training
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> TrainOutput:
+        """As ``Trainer.train``.
+
+        Raises:
+            ValueError: the output directory is in use and this run neither resumes nor overwrites it.
+            NonFiniteLossError: under ``on_nonfinite_loss="stop"``.
+        """
+        resume = (
+            self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        )
+        self._resume_from = find_checkpoint(self.args, resume)
+        if self._resume_from is None and not self._owns_output_dir and self.is_world_process_zero():
+            check_output_dir(self.args)
+            clear_output_dir(self.args)
+        self._owns_output_dir = True
+        self.train_dataset = self._with_reference(self.train_dataset)
+        self.eval_dataset = self._with_reference(self.eval_dataset)
+        if self._precomputed is not None:
+            self._precomputed.model_will_change()
+        output: TrainOutput = super().train(self._resume_from, trial, ignore_keys_for_eval)
+        return output
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
+        """The micro-batches of one optimiser step, and what their losses are divided by."""
+        batches = list(islice(epoch_iterator, num_batches))
+        return batches, self._count(batches)
+
+    def _count(self, batches: list[Batch]) -> BatchCounts:
+        return BatchCounts(*self._over_ranks(local_counts(batches, self.accelerator.device)).unbind())
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The micro-batch's share of the loss, ``()``; ``num_items_in_batch`` is a ``BatchCounts``."""
+        counts = num_items_in_batch if isinstance(num_items_in_batch, BatchCounts) else self._count([inputs])
+        result = pair_loss(
+            model, self.accelerator.unwrap_model(model), inputs, counts, self.args, self.reference
+        )
+        if torch.isfinite(result.loss):
+            record(self._sums["train"], inputs, result)
+            self._input_tokens += inputs["attention_mask"].sum()
+        else:
+            self._report_nonfinite(inputs, result)
+        # Gradients are averaged over the ranks, while the counts are sums over them.
+        loss = result.loss * self.accelerator.num_processes
+        return (loss, {"rewards": stacked_rewards(result)}) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch forward and backward; a loss that is not finite is logged as 0."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return torch.zeros_like(loss) if self._is_step_bad else loss
+
+    def _report_nonfinite(self, inputs: Batch, result: DPOLossOutput) -> None:
+        message = (
+            f"the loss is {result.loss.item()} at step {self.state.global_step + 1}, from the "
+            f"log-probabilities of {row_list(bad_rows(inputs, result))} of the training data"
+        )
+        if self.args.on_nonfinite_loss == "stop":
+            raise NonFiniteLossError(f"{message} (on_nonfinite_loss='skip' leaves such steps out)")
+        logger.warning("%s; this optimiser step is left out", message)
+        self._is_step_bad = True
+
+    def drop_nonfinite_step(self) -> None:
+        """Before an optimiser step: forget the gradients if any rank met a loss that is not finite."""
+        if self.args.on_nonfinite_loss != "skip":
+            return
+        num_bad = self._over_ranks(torch.tensor(int(self._is_step_bad), device=self.accelerator.device))
+        # A gradient scaler finds the bad gradients, and skips the step, by itself.
+        if num_bad > 0 and self.accelerator.scaler is None:
+            self.optimizer.zero_grad()
+        self._is_step_bad = False
+
+    # Evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As ``Trainer.evaluate``; ``eval_dataset`` may be whatever the constructor takes."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            self.eval_dataset = self._with_reference(self.eval_dataset)
+        else:
+            eval_dataset = self._with_reference(self._prepare_data(eval_dataset, may_be_many=True))
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return metrics
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
+        """As ``Trainer.predict``; ``predictions`` are the rewards ``(P, 2)`` of chosen and rejected."""
+        return super().predict(
+            self._with_reference(self._prepare_data(test_dataset)), ignore_keys, metric_key_prefix
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As ``Trainer.evaluation_loop``, with exact means over the pairs of the data set."""
+        dataset: PreferenceDataset = dataloader.dataset
+        self._eval_counts = BatchCounts(len(dataset), dataset.num_chosen_tokens)
+        self._sums["eval"].clear()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        means = self._sums["eval"].means(self._over_ranks) | {"num_tokens": self._total_input_tokens()}
+        means = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics={**(output.metrics or {}), **means})
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, rewards ``(P, 2)`` and a label of 0 per pair."""
+        inputs = self._prepare_inputs(inputs)
+        rewards = torch.zeros(num_pairs(inputs), 2, device=self.accelerator.device)
+        loss = rewards.new_zeros(())
+        kept = self._pairs_without_repeats(len(rewards))
+        if kept > 0:
+            batch = first_pairs(inputs, kept)
+            counts = self._eval_counts or self._count([batch])
+            # The unwrapped model: ranks may have unlike numbers of batches, and DDP's forward waits for all.
+            with self.compute_loss_context_manager():
+                result = pair_loss(self.model, self.model, batch, counts, self.args, self.reference)
+            record(self._sums["eval"], batch, result)
+            # A share of the data set's mean; scaled so that the mean over pairs adds the shares up.
+            self._sums["eval"].add_mean("loss", result.loss * counts.pairs / kept, kept)
+            rewards[:kept], loss = stacked_rewards(result), result.loss
+        return (
+            (loss, None, None) if prediction_loss_only else (loss, rewards, torch.zeros_like(rewards[:, 0]))
+        )
+
+    def _pairs_without_repeats(self, size: int) -> int:
+        """How many pairs of this rank's batch are no repeats, which fill up the last round of the ranks."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return size
+        return min(max(state.remainder - self.accelerator.process_index * size, 0), size)
+
+    # Logs and checkpoints
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log to a training log; an evaluation's come with it."""
+        if "loss" in logs:
+            logs.update(self._sums["train"].means(self._over_ranks), num_tokens=self._total_input_tokens())
+            self._sums["train"].clear()
+        super().log(logs, start_time)
+
+    def _total_input_tokens(self) -> int:
+        return int(self._over_ranks(self._input_tokens.clone()))
+
+    def _over_ranks(self, value: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(value, reduction="sum")
+        return total
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        state = {
+            "loss": self._tr_loss.item(),
+            "last_logged_step": self._globalstep_last_logged,
+            "sums": self._sums["train"].state(),
+            "input_tokens": self._input_tokens.item(),
+        }
+        (folder / STATE_FILE.format(rank=self.accelerator.process_index)).write_text(json.dumps(state))
+
+    def restore_progress(self) -> None:
+        """At the start of a resumed run: the sums since the last log before the checkpoint."""
+        if self._resume_from is None:
+            return
+        path = Path(self._resume_from) / STATE_FILE.format(rank=self.accelerator.process_index)
+        if not path.exists():
+            logger.warning("%s is missing: the first log after resuming covers the new steps only", path)
+            return
+        state = json.loads(path.read_text())
+        self._sums["train"].load(state["sums"], self.accelerator.device)
+        self._input_tokens.fill_(state["input_tokens"])
+        self._tr_loss.fill_(state["loss"])
+        self._globalstep_last_logged = state["last_logged_step"]
+        # The summary at the end is about the steps of this call alone.
+        self._total_loss_scalar -= (
+            self._over_ranks(self._tr_loss.clone()).item() / self.accelerator.num_processes
+        )

@@ -1,0 +1,126 @@
+"""The nouns of the package: frozen dataclasses that carry tensors and options between layers.
+
+Legend used everywhere: B sequences, T positions, N labelled tokens, H hidden, V vocabulary,
+P preference pairs (B = 2P). Log-probabilities are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+MODES = ("auto", "score", "stash", "cache", "pairs", "recompute", "lean")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+
+# Every per-token statistic the op can return beside the log-probability; `lse` is the only one with
+# a gradient by default, `entropy` has one on request.
+TOKEN_STATISTICS = ("lse", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """All there is to know of a language-model head.
+
+    The logits of a hidden state h are, in Hugging Face's and TRL's order,
+    ``softcap(logit_scale * (weight @ h + bias)) / temperature`` with
+    ``softcap(x) = cap * tanh(x / cap)``, the cap only where one is given.
+
+    Args:
+        weight: ``(V, H)``, floating point.
+        bias: ``(V,)`` in the dtype of ``weight``, or None.
+        logit_scale: multiplies the product (Cohere, Granite, Falcon-H1, ...); finite and not zero.
+        softcap: positive and finite (Gemma 2), or None for no cap.
+        temperature: positive and finite.
+        adapter: LoRA on the head, ``(A (r, H), B (V, r), scale)``; not supported by this version,
+            the ops refuse it.
+        vocab_parallel: a process group over which V is split; not supported by this version, the
+            ops refuse it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = field(default=None, kw_only=True)
+    logit_scale: float = field(default=1.0, kw_only=True)
+    softcap: float | None = field(default=None, kw_only=True)
+    temperature: float = field(default=1.0, kw_only=True)
+    adapter: tuple[Tensor, Tensor, float] | None = field(default=None, kw_only=True)
+    vocab_parallel: Any = field(default=None, kw_only=True)
+
+    # Filled in by `fastdpo.integrations.lm_head`, the only place that knows model classes.
+    _read_model: ClassVar[Callable[[Any], LMHead] | None] = None
+
+    @classmethod
+    def from_model(cls, model: Any) -> LMHead:
+        """Read the head of a Hugging Face causal language model; see ``integrations.lm_head``."""
+        if cls._read_model is None:
+            raise RuntimeError("LMHead.from_model needs `import fastdpo.integrations.lm_head`")
+        return cls._read_model(model)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How to run the head. Changes no result beyond the stated numerics.
+
+    Args:
+        mode: one of ``MODES``; ``auto`` chooses by what needs a gradient.
+        backend: one of ``BACKENDS``; ``auto`` chooses, a name never falls back to another.
+        logits_dtype: ``None`` or ``"fp32"`` for logits rounded nowhere, ``"bf16"`` to halve their
+            traffic (the label's logit and its share of the logsumexp stay exact).
+        compute_dtype: dtype of the matrix products' operands; ``None`` is the inputs' dtype, or
+            autocast's where autocast is on.
+        workspace_mib: bound on the logits scratch, in MiB.
+        cache_mib: bound on the logit gradients kept for the backward pass of one call, in MiB.
+    """
+
+    mode: str = field(default="auto", kw_only=True)
+    backend: str = field(default="auto", kw_only=True)
+    logits_dtype: str | None = field(default=None, kw_only=True)
+    compute_dtype: torch.dtype | None = field(default=None, kw_only=True)
+    workspace_mib: int = field(default=512, kw_only=True)
+    cache_mib: int = field(default=1024, kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout:
+    """Sequences one after the other without padding: hidden ``(N_all, H)``.
+
+    Args:
+        cu_seqlens: ``(B + 1,)`` integers, from 0 to N_all, never decreasing; sequences 0..P-1 are
+            chosen, P..2P-1 rejected.
+        lengths: the B lengths as Python integers, where the caller has them on the host.
+    """
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...] | None = None
+
+
+class LinearLogprobOutput(NamedTuple):
+    """Per-token results of ``linear_logprob``, each of the labels' shape; 0 where ignored.
+
+    fp32 (fp64 for fp64 inputs), in nats; ``is_top1`` is bool. What was not asked for is None.
+    """
+
+    logps: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    topk_mass: Tensor | None = None
+    topk_entropy: Tensor | None = None
+
+
+class DPOLossOutput(NamedTuple):
+    """What ``fused_dpo_loss`` returns; all but ``loss`` is detached. Shapes ``()`` and ``(P,)``."""
+
+    loss: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    ref_chosen_logps: Tensor | None
+    ref_rejected_logps: Tensor | None
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    metrics: dict[str, Tensor]

@@ -1,0 +1,108 @@
+"""What every test runs under: fixed seeds, two threads, poisoned memory; and the shared real data."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch loads OpenMP: idle threads sleep instead of spinning, which on two busy cores makes
+# small operations up to ten times faster. Subprocesses of tests inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "gpu: needs a CUDA device; skipped, with the reason, where there is none"
+    )
+    torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, none here")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that Python code asks torch for uninitialised holds NaN (integers: their maximum).
+
+    An output that is never written then shows as NaN instead of as whatever lay there before, which
+    is often the right result of the test before. torch can do this itself, but only in its
+    deterministic mode, which would hide operations that do not give the same bits twice.
+    """
+    with torch.device("cpu"):  # has torch remember which functions are its own before one is wrapped
+        torch.empty(0)
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(allocate)
+    def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        with torch.no_grad():
+            if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+    return allocate_poisoned
+
+
+@pytest.fixture(scope="session")
+def preference_path() -> Path:
+    """240 real preference pairs: ``prompt``, ``chosen`` and ``rejected`` as lists of messages."""
+    return _shared("preference_en.jsonl")
+
+
+@pytest.fixture(scope="session")
+def preference_rows(preference_path: Path) -> list[dict[str, Any]]:
+    return _rows(preference_path)
+
+
+@pytest.fixture(scope="session")
+def unpaired_path() -> Path:
+    """300 real rated answers: ``prompt``, ``completion`` and ``label``."""
+    return _shared("unpaired_en.jsonl")
+
+
+@pytest.fixture(scope="session")
+def unpaired_rows(unpaired_path: Path) -> list[dict[str, Any]]:
+    return _rows(unpaired_path)
+
+
+def _shared(name: str) -> Path:
+    path = SHARED_DATA / name
+    if not path.is_file():
+        pytest.skip(f"the shared data file ../shared/data/{name} is not here")
+    return path
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

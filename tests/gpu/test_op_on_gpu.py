@@ -1,0 +1,196 @@
+"""The op on a CUDA device: numbers, bits, memory, synchronisation and sizes past 2^31.
+
+Run by ``make gpu`` and ``make test-gpu``; skipped, with the reason, where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdpo import Execution, linear_logprob
+from fastdpo.ops.backends import unavailable_reason
+from fastdpo.reference import linear_logprob_reference
+from fastdpo.testing import (
+    Case,
+    assert_close_to_fp64,
+    assert_logps_close,
+    assert_results_close,
+    emulated_results,
+    fp64_results,
+    make_case,
+    same_sign_case,
+)
+from tests.ops.common import leaves, op_results, run_op
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+BACKENDS = ["reference", "triton", "cuda"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    reason = unavailable_reason(request.param, CUDA)
+    if reason:
+        pytest.skip(f"{request.param}: {reason}")
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _exact_fp32_products() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["cache", "cache_partly", "recompute"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "logit_scale": 2.5, "temperature": 0.6}])
+def test_numbers(backend: str, mode: str, dtype: torch.dtype, options: dict[str, float]) -> None:
+    case = make_case(dtype=dtype, vocab=4001, hidden_size=80, device=CUDA, **options)  # type: ignore[arg-type]
+    cache = 2 if mode == "cache_partly" else 64
+    execution = Execution(
+        mode=mode.removesuffix("_partly"), workspace_mib=2, cache_mib=cache, backend=backend
+    )
+    assert_results_close(op_results(case, execution), case)
+
+
+@pytest.mark.parametrize("vocab", [2, 1000, 32000, 50257, 128256, 262208])
+def test_vocabularies(backend: str, vocab: int) -> None:
+    case = make_case(batch=3, length=40, vocab=vocab, hidden_size=64, device=CUDA)
+    assert_results_close(op_results(case, Execution(backend=backend)), case)
+
+
+def test_bf16_logits(backend: str) -> None:
+    case = make_case(batch=16, vocab=4001, device=CUDA)
+    ours = op_results(case, Execution(backend=backend, logits_dtype="bf16"))
+    truth = fp64_results(case)
+    # The rounding of the other logits to bf16 is what is left: a few 1e-3 nats rms (README, numerics).
+    assert (ours.logps.double() - truth.logps).square().mean().sqrt() < 2e-2
+    assert ours.logps.max() <= 0
+
+
+@pytest.mark.parametrize("mode", ["stash", "cache", "recompute"])
+def test_no_synchronisation_with_a_given_index(backend: str, mode: str) -> None:
+    case = make_case(device=CUDA, has_bias=False)
+    index = (case.labels != case.ignore_index).flatten().nonzero().squeeze(1)
+    h, w, _ = leaves(case, weight=mode != "stash")
+    execution = Execution(mode=mode, backend=backend, workspace_mib=1)
+    run_op(case, h, w, None, execution, token_index=index).logps.backward(case.upstream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_op(case, h, w, None, execution, token_index=index).logps.backward(case.upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_same_bits_in_every_mode_and_run(backend: str) -> None:
+    case = make_case(vocab=32000, device=CUDA)
+    with torch.no_grad():
+        scored = run_op(case, *leaves(case), Execution(backend=backend, workspace_mib=8)).logps
+    first = op_results(case, Execution(backend=backend, workspace_mib=8))
+    assert torch.equal(first.logps, scored)
+    side = torch.cuda.Stream()
+    for _ in range(20):
+        with torch.cuda.stream(side):
+            torch.randn(2048, 2048, device=CUDA) @ torch.randn(2048, 2048, device=CUDA)
+        again = op_results(case, Execution(backend=backend, workspace_mib=8))
+        for one, two in zip(first, again, strict=True):
+            assert one is not None and two is not None and torch.equal(one, two)
+
+
+def test_weight_gradient_does_not_drift(backend: str) -> None:
+    case = same_sign_case(tokens=65536, vocab=1024, hidden_size=64, device=CUDA)
+    truth = fp64_results(case)
+    for cache_mib in (0, 1024):
+        ours = op_results(case, Execution(backend=backend, workspace_mib=16, cache_mib=cache_mib))
+        error = (ours.dweight.double() - truth.dweight).norm() / truth.dweight.norm()
+        assert error < 3e-3  # D, g h and dweight rounded to bf16 once each: 2e-3
+        assert_close_to_fp64(ours.dweight, truth.dweight, emulated_results(case).dweight)
+
+
+def test_peak_memory_is_the_budgets_and_the_gradients(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("the reference backend holds several copies of a chunk")
+    num_tokens, vocab, hidden_size = 8192, 128256, 512
+    hidden = torch.randn(num_tokens, hidden_size, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocab, hidden_size, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(vocab, (num_tokens,), device=CUDA)
+    execution = Execution(backend=backend, workspace_mib=256, cache_mib=256)
+
+    def step() -> None:
+        linear_logprob(hidden, weight, labels, execution=execution).logps.sum().backward()
+        hidden.grad = weight.grad = None
+
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    # More than 4 groups sum dweight in fp32, and it is cast once: 6 bytes an element.
+    outputs = (6 * vocab * hidden_size + 2 * num_tokens * hidden_size) / 2**20
+    assert peak <= 256 + 256 + outputs + 64
+
+
+def test_more_than_2_31_logits_in_one_chunk(backend: str) -> None:
+    """Row offsets past 2^31: the last rows of the chunk are the ones an int32 would put elsewhere."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    if backend == "reference":
+        pytest.skip("the reference backend would need several times the chunk")
+    num_tokens, vocab = 8320, 262208
+    assert num_tokens * vocab > 2**31
+    hidden = torch.randn(num_tokens, 64, device=CUDA, dtype=torch.bfloat16)
+    weight = (torch.randn(vocab, 64, device=CUDA) * 0.3).bfloat16()
+    labels = torch.randint(vocab, (num_tokens,), device=CUDA)
+    whole = linear_logprob(hidden, weight, labels, execution=Execution(workspace_mib=10240, backend=backend))
+    for rows in (slice(0, 64), slice(num_tokens - 64, num_tokens)):
+        truth = linear_logprob_reference(hidden[rows].double(), weight.double(), labels[rows])
+        assert_logps_close(whole.logps[rows], truth.logps, torch.bfloat16)
+
+
+def test_out_of_memory_leaves_the_next_call_right(backend: str) -> None:
+    case = make_case(device=CUDA)
+    expected = op_results(case, Execution(backend=backend))
+    before = torch.cuda.memory_allocated()
+    huge = torch.empty(1, 1, device=CUDA).expand(2**20, 1)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + 2**28) / total))
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            execution = Execution(backend=backend, workspace_mib=4096)
+            labels = torch.zeros(2**20, dtype=torch.long, device=CUDA)
+            linear_logprob(huge, torch.randn(1024, 1, device=CUDA), labels, execution=execution)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    labels = None
+    del huge
+    again = op_results(case, Execution(backend=backend))
+    assert torch.equal(again.logps, expected.logps) and torch.equal(again.dweight, expected.dweight)
+    del again
+    assert torch.cuda.memory_allocated() <= before + expected.dweight.numel() * 8 + 2**20
+
+
+def test_autocast(backend: str) -> None:
+    case = make_case(dtype=torch.bfloat16, has_bias=False, device=CUDA)
+    w = case.weight.float().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        out = linear_logprob(case.hidden, w, case.labels, execution=Execution(backend=backend))
+    (dweight,) = torch.autograd.grad(out.logps, w, case.upstream)
+    assert dweight.dtype == torch.float32
+    assert_close_to_fp64(dweight.bfloat16(), fp64_results(case).dweight, emulated_results(case).dweight)
+
+
+def test_a_graph_can_be_captured_with_a_given_index(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("plain torch indexing synchronises")
+    case: Case = make_case(device=CUDA, has_bias=False)
+    index = (case.labels != case.ignore_index).flatten().nonzero().squeeze(1)
+    execution = Execution(backend=backend, workspace_mib=1)
+    with torch.no_grad():
+        for _ in range(2):
+            expected = run_op(case, *leaves(case)[:2], None, execution, token_index=index).logps
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run_op(case, case.hidden, case.weight, None, execution, token_index=index).logps
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, expected)

@@ -1,0 +1,177 @@
+"""Compiles Triton row kernels for architectures that need not be here, and reports what came out.
+
+Run in a process of its own: it replaces the machine's driver, and must not see TRITON_INTERPRET.
+``python -m tests.kernels.triton_compile 90`` prints the reports of all CASES for sm_90 as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """A specialisation of the kernel, named by the call that asks for it."""
+
+    vocab: int
+    logits_dtype: torch.dtype = FP32
+    d_dtype: torch.dtype | None = BF16
+    in_place: bool = False
+    has_statistics: bool = False
+    has_coeffs: bool = False
+    has_target: bool = False
+    is_heavy: bool = False  # bias, softcap, negative scale and temperature
+
+
+# Long rows, whole groups and ragged, and rows of one tile, with as little and as much as can be asked for.
+CASES = {
+    "score": CompileCase(128256, d_dtype=None),
+    "score bf16": CompileCase(128256, BF16, d_dtype=None),
+    "score, statistics": CompileCase(128256, d_dtype=None, has_statistics=True),
+    "D": CompileCase(128256),
+    "D in place, statistics": CompileCase(128256, in_place=True, has_statistics=True),
+    "D fp32 in place, coefficients": CompileCase(128256, d_dtype=FP32, in_place=True, has_coeffs=True),
+    "D bf16 in place, target": CompileCase(128256, BF16, in_place=True, has_target=True),
+    "D fp16 in place, coefficients": CompileCase(128256, FP16, FP16, in_place=True, has_coeffs=True),
+    "short D in place": CompileCase(32000, in_place=True),
+    "heavy D in place, statistics": CompileCase(256000, in_place=True, has_statistics=True, is_heavy=True),
+    "heavy D bf16, coefficients, target": CompileCase(
+        256000, BF16, has_coeffs=True, has_target=True, is_heavy=True
+    ),
+    "ragged score": CompileCase(50257, d_dtype=None),
+    "ragged D in place, statistics": CompileCase(50257, in_place=True, has_statistics=True),
+    "ragged heavy D bf16 in place, statistics, target": CompileCase(
+        50257, BF16, in_place=True, has_statistics=True, has_target=True, is_heavy=True
+    ),
+    "one tile": CompileCase(4000),
+    "one tile, heavy, all": CompileCase(4000, FP32, FP32, True, True, True, False, True),
+    "one ragged tile, heavy bf16, all": CompileCase(2001, BF16, BF16, True, True, True, True, True),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a case."""
+
+    threads: int
+    blocks_per_sm: int  # as many as the registers it may use are meant to leave room for
+    registers: int
+    stack_bytes: int  # spills and arrays in local memory
+    shared_bytes: int
+    instructions: dict[str, int]  # SASS, by name
+    num_tile_stores: int  # in Triton's own code
+    num_barriers: int  # the same, those written out
+    reductions: dict[str, list[str]]  # shape of what is reduced, and the layouts in which that happens
+
+
+class StubDriver:
+    """Stands for a GPU as far as Triton needs one to compile."""
+
+    def __init__(self, arch: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_case(case: CompileCase) -> Compiled:
+    from fastdpo.kernels import triton as backend
+    from fastdpo.kernels.contract import LogitTransform, RowOutputs
+
+    def rows(dtype: torch.dtype) -> Tensor:
+        return torch.empty(2, -(-case.vocab // 64) * 64, dtype=dtype)[:, : case.vocab]
+
+    def per_row(dtype: torch.dtype = FP32) -> Tensor:
+        return torch.empty(2, dtype=dtype)
+
+    logits = rows(case.logits_dtype)
+    if case.d_dtype is None or not case.in_place:
+        d = None if case.d_dtype is None else rows(case.d_dtype)
+    else:
+        d = torch.as_strided(logits, (2, logits.stride(0)), logits.stride()).view(case.d_dtype)[
+            :, : case.vocab
+        ]
+    transform = LogitTransform()
+    if case.is_heavy:
+        transform = LogitTransform(torch.empty(case.vocab), scale=-0.5, softcap=30.0, temperature=0.7)
+    statistics = (per_row(), per_row(), per_row(), per_row(torch.bool)) if case.has_statistics else ()
+    launch = backend.plan_launch(
+        logits,
+        torch.zeros(2, dtype=torch.int64),
+        transform,
+        RowOutputs(per_row(), per_row(), *statistics),
+        per_row() if case.has_target else None,
+        d,
+        torch.empty(3, 2) if case.has_coeffs else None,
+    )
+    assert launch.options["IN_PLACE"] == case.in_place
+    kernel = backend._row_kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    resources, sass = disassemble(kernel.asm["cubin"])
+    usage = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", resources))
+    instruction = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+    return Compiled(
+        threads=32 * launch.options["num_warps"],
+        blocks_per_sm=128 // launch.options["maxnreg"],
+        registers=int(usage["REG"]),
+        stack_bytes=int(usage["STACK"]),
+        shared_bytes=int(usage["SHARED"]),
+        instructions=Counter(instruction.findall(sass)),
+        num_tile_stores=len(re.findall(r"tt\.store .*tensor<", kernel.asm["ttir"])),
+        num_barriers=len(re.findall(r"\w+\.barrier\b", kernel.asm["ttir"])),
+        reductions=find_reductions(kernel.asm["ttgir"]),
+    )
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """cuobjdump's report on resources, and the SASS."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, file.name]
+        texts = [
+            subprocess.run([*command, flag], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        ]
+    return texts[0], texts[1]
+
+
+def find_reductions(ttgir: str) -> dict[str, list[str]]:
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
+    found: dict[str, set[str]] = {}
+    for shape, layout in re.findall(r"^\s*\}\) : \(tensor<([\dx]+)xf32, (.*?)>\) ->", ttgir, re.MULTILINE):
+        described = re.sub(r"#\w+", lambda match: layouts.get(match[0], match[0]), layout)
+        found.setdefault(shape, set()).add(described)
+    return {shape: sorted(described) for shape, described in found.items()}
+
+
+def main(arch: int) -> None:
+    import triton
+
+    triton.runtime.driver.set_active(StubDriver(arch))
+    json.dump({name: vars(compile_case(case)) for name, case in CASES.items()}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

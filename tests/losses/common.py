@@ -1,0 +1,85 @@
+"""What the tests of the losses share: random pairs, and every registered loss with every option moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.losses import LOSSES, Example, LossOption, LossSpec, PairLogps, build_objective
+
+ALL_LOSSES = sorted(LOSSES)
+
+
+def random_pair(
+    spec: LossSpec | None = None, *, pairs: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> PairLogps:
+    """Margins of both signs and not saturated; chosen and rejected require gradients.
+
+    Without a reference where the loss takes none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(scale: float, offset: float) -> Tensor:
+        return (scale * torch.randn(pairs, generator=generator, dtype=torch.float64) + offset).to(dtype)
+
+    ref_chosen, ref_rejected = draw(10, -60), draw(10, -60)
+    tokens = torch.randint(1, 40, (2, pairs), generator=generator).to(dtype)
+    with_reference = spec is None or spec.uses_reference
+    return PairLogps(
+        chosen=(ref_chosen + draw(8, 0)).requires_grad_(),
+        rejected=(ref_rejected + draw(8, 0)).requires_grad_(),
+        chosen_tokens=tokens[0],
+        rejected_tokens=tokens[1],
+        ref_chosen=ref_chosen if with_reference else None,
+        ref_rejected=ref_rejected if with_reference else None,
+    )
+
+
+def example_pair(spec: LossSpec, example: Example) -> PairLogps:
+    def one(value: float) -> Tensor:
+        return torch.tensor([value], dtype=torch.float64)
+
+    return PairLogps(
+        one(example.chosen),
+        one(example.rejected),
+        one(example.chosen_tokens),
+        one(example.rejected_tokens),
+        one(example.ref_chosen) if spec.uses_reference else None,
+        one(example.ref_rejected) if spec.uses_reference else None,
+    )
+
+
+def mean_loss(name: str, pair: PairLogps, **arguments: Any) -> Tensor:
+    return build_objective(name, **arguments).loss(pair)
+
+
+def variants(spec: LossSpec, pairs: int = 5) -> list[dict[str, Any]]:
+    """The defaults, then every option and per-pair argument of the loss moved off its default."""
+    per_pair = {
+        "beta": torch.linspace(0.05, 0.5, pairs, dtype=torch.float64),
+        "margin": torch.linspace(-1.0, 2.0, pairs, dtype=torch.float64),
+        "soft_labels": torch.linspace(0.0, 1.0, pairs, dtype=torch.float64),
+    }
+    moved = [{option.name: _other_value(option)} for option in spec.options]
+    return [{}, *moved, *({name: per_pair[name]} for name in sorted(spec.per_pair))]
+
+
+def _other_value(option: LossOption) -> Any:
+    if option.type is bool:
+        return not option.default
+    assert option.type is float and option.interval is not None, f"say how to move {option}"
+    for candidate in (0.3, 1.7, -0.3):
+        if candidate in option.interval and candidate != option.default:
+            return candidate
+    raise AssertionError(f"no legal value to move {option} to")
+
+
+def with_ids(losses: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Every variant of every loss, for ``parametrize``."""
+    return [(name, variant) for name in losses for variant in variants(LOSSES[name])]
+
+
+def variant_id(value: Any) -> str:
+    return value if isinstance(value, str) else "+".join(value) or "defaults"

@@ -1,0 +1,146 @@
+"""A caller's mistake is an error that names the argument, what was got and what is wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastdpo import Execution, LMHead, linear_logprob
+
+H, V = 8, 11
+HIDDEN = torch.randn(2, 5, H)
+WEIGHT = torch.randn(V, H)
+LABELS = torch.randint(V, (2, 5))
+
+
+def call(hidden: Any = HIDDEN, head: Any = WEIGHT, labels: Any = LABELS, **kwargs: Any) -> Any:
+    return linear_logprob(hidden, head, labels, **kwargs)
+
+
+def execution(**kwargs: Any) -> dict[str, Any]:
+    return {"execution": Execution(**kwargs)}
+
+
+BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
+    "hidden of another size": ({"hidden": torch.randn(2, 5, H + 1)}, r"hidden.*\(2, 5, 9\).*8"),
+    "hidden is 0-d": ({"hidden": torch.tensor(1.0), "labels": torch.tensor(1)}, "hidden"),
+    "hidden of integers": ({"hidden": HIDDEN.long()}, "hidden.*int64"),
+    "hidden complex": ({"hidden": HIDDEN.to(torch.complex64)}, "hidden.*complex"),
+    "labels too short": ({"labels": LABELS[:, :-1]}, r"labels.*\(2, 4\).*\(2, 5\)"),
+    "labels with a further dimension": ({"labels": LABELS[..., None]}, "labels"),
+    "labels of floats": ({"labels": LABELS.float()}, "labels.*float32.*int64"),
+    "labels of bool": ({"labels": LABELS.bool()}, "labels.*bool"),
+    "labels on another device": ({"labels": LABELS.to("meta")}, "labels.*meta.*cpu"),
+    "weight of another dtype": ({"head": WEIGHT.bfloat16()}, "weight.*bfloat16.*float32"),
+    "weight of integers": ({"head": WEIGHT.to(torch.int8)}, "weight.*int8"),
+    "weight with one dimension": ({"head": WEIGHT[0]}, r"weight.*\(8,\).*\(V, H\)"),
+    "weight empty, as a partitioned one is": ({"head": torch.empty(0, H)}, "weight.*gather"),
+    "weight on another device": ({"head": WEIGHT.to("meta")}, "weight.*meta"),
+    "bias of another size": ({"head": LMHead(WEIGHT, bias=torch.zeros(H))}, r"bias.*\(8,\).*\(11,\)"),
+    "bias of another dtype": ({"head": LMHead(WEIGHT, bias=torch.zeros(V).half())}, "bias.*float16"),
+    "bias on another device": ({"head": LMHead(WEIGHT, bias=torch.zeros(V, device="meta"))}, "bias.*meta"),
+    "logit_scale of 0": ({"head": LMHead(WEIGHT, logit_scale=0.0)}, "logit_scale.*0.0"),
+    "logit_scale of nan": ({"head": LMHead(WEIGHT, logit_scale=float("nan"))}, "logit_scale"),
+    "softcap of 0": ({"head": LMHead(WEIGHT, softcap=0.0)}, "softcap"),
+    "softcap of inf": ({"head": LMHead(WEIGHT, softcap=float("inf"))}, "softcap"),
+    "temperature of 0": ({"head": LMHead(WEIGHT, temperature=0.0)}, "temperature"),
+    "temperature below 0": ({"head": LMHead(WEIGHT, temperature=-1.0)}, "temperature.*-1.0"),
+    "adapter": ({"head": LMHead(WEIGHT, adapter=(WEIGHT, WEIGHT, 1.0))}, "adapter.*not supported"),
+    "vocab_parallel": ({"head": LMHead(WEIGHT, vocab_parallel=object())}, "vocab_parallel.*not supported"),
+    "outputs as a string": ({"outputs": "lse"}, "outputs.*'lse'"),
+    "unknown output": ({"outputs": ("lse", "perplexity")}, "outputs.*perplexity.*lse"),
+    "top-k output": ({"outputs": ("topk_mass",)}, "topk_mass.*not supported"),
+    "entropy gradient without entropy": ({"entropy_requires_grad": True}, "entropy_requires_grad"),
+    "token_index with two dimensions": ({"token_index": torch.zeros(1, 1, dtype=torch.long)}, "token_index"),
+    "token_index of int32": ({"token_index": torch.zeros(1, dtype=torch.int32)}, "token_index.*int32"),
+    "token_index on another device": (
+        {"token_index": torch.zeros(1, device="meta").long()},
+        "token_index.*meta",
+    ),
+    "grad_weight_out for a frozen weight": ({"grad_weight_out": torch.zeros(V, H)}, "grad_weight_out"),
+    "unknown mode": (execution(mode="fast"), "mode.*fast.*stash"),
+    "mode of a later version": (execution(mode="pairs"), "mode.*pairs.*not supported"),
+    "unknown backend": (execution(backend="tpu"), "backend.*tpu.*triton"),
+    "backend for another device": (execution(backend="cuda"), "backend.*cuda.*cpu"),
+    "unknown logits_dtype": (execution(logits_dtype="fp8"), "logits_dtype.*fp8"),
+    "bf16 logits from fp32 operands": (execution(logits_dtype="bf16"), "logits_dtype.*bf16.*bfloat16"),
+    "compute_dtype of integers": (execution(compute_dtype=torch.int8), "compute_dtype.*int8"),
+    "no workspace": (execution(workspace_mib=0), "workspace_mib.*0.*1"),
+    "workspace of a fraction": (execution(workspace_mib=0.5), "workspace_mib.*0.5"),
+    "negative cache": (execution(cache_mib=-1), "cache_mib.*-1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_bad_value_is_named(name: str) -> None:
+    kwargs, message = BAD_VALUES[name]
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        call(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"head": nn.Embedding(V, H)}, "lm_head.*Embedding.*LMHead"),
+        ({"head": None}, "lm_head.*NoneType"),
+        ({"hidden": [[1.0]]}, "hidden.*list.*Tensor"),
+        ({"execution": {"mode": "auto"}}, "execution.*dict.*Execution"),
+        (
+            {"hidden": HIDDEN.double(), "head": WEIGHT.double(), **execution(backend="cpu")},
+            "float64.*reference",
+        ),
+    ],
+)
+def test_bad_type_is_named(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call(**kwargs)
+
+
+def test_modes_that_cannot_give_the_gradient_asked_for() -> None:
+    trained = WEIGHT.clone().requires_grad_()
+    for mode in ("score", "stash"):
+        with pytest.raises(ValueError, match=f"mode.*{mode}"):
+            call(head=trained, **execution(mode=mode))
+    with pytest.raises(ValueError, match="mode.*entropy.*cache"):
+        call(head=trained, outputs=("entropy",), entropy_requires_grad=True, **execution(mode="cache"))
+
+
+def test_grad_weight_out_is_checked() -> None:
+    weight = WEIGHT.clone().requires_grad_()
+    for bad in (
+        torch.zeros(V, H + 1),
+        torch.zeros(V, H).half(),
+        torch.zeros(H, V).t(),
+        torch.zeros(V, H, device="meta"),
+    ):
+        with pytest.raises(ValueError, match="grad_weight_out"):
+            call(head=weight, grad_weight_out=bad)
+
+
+def test_a_workspace_below_one_row_is_refused_with_the_bytes() -> None:
+    hidden, weight = torch.randn(3, 2), torch.randn(300_000, 2)
+    with pytest.raises(ValueError, match=r"workspace_mib.*300000.*1200128 bytes.*1 MiB"):
+        linear_logprob(hidden, weight, torch.zeros(3, dtype=torch.long), execution=Execution(workspace_mib=1))
+
+
+@pytest.mark.parametrize("label", [-1, V, V + 1000, -(2**40)])
+def test_label_out_of_range_is_loud(label: int) -> None:
+    labels = LABELS.clone()
+    labels[1, 2] = label
+    out = call(labels=labels, outputs=("lse",))
+    clean = call(outputs=("lse",))
+    assert out.logps[1, 2].isnan() and out.logps.isnan().sum() == 1
+    others = torch.ones_like(labels, dtype=torch.bool)
+    others[1, 2] = False
+    assert torch.equal(out.logps[others], clean.logps[others])
+    with pytest.raises(ValueError, match=rf"labels: got {label} at flat position 7, wanted 0\.\.10"):
+        call(labels=labels, check_labels=True)
+
+
+def test_good_labels_pass_the_check() -> None:
+    labels = LABELS.clone()
+    labels[0, 0] = -100
+    assert torch.equal(call(labels=labels, check_labels=True).logps, call(labels=labels).logps)

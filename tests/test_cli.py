@@ -1,0 +1,309 @@
+"""The command line: what users type, what they get, and one clear line for their mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fastdpo
+from fastdpo.cli import main
+from fastdpo.doctor import doctor
+from fastdpo.losses import LOSSES
+from fastdpo.training.arguments import ArgumentError, parse_score, parse_train
+from tests.conftest import SHARED_DATA
+from tests.training.conftest import (  # noqa: F401  (fixtures)
+    curves,
+    make_rows,
+    make_tokenizer,
+    no_curves,
+    read_metrics,
+    tiny_llama,
+    trained_bpe,
+    write_jsonl,
+)
+
+REAL_PAIRS = SHARED_DATA / "preference_en.jsonl"
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path, make_tokenizer: Callable[..., Any]) -> Path:  # noqa: F811
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "pairs.jsonl", make_rows(12))
+
+
+@pytest.fixture
+def train(model_dir: Path, pairs: Path, tmp_path: Path) -> Callable[..., int]:
+    """``fastdpo train`` on the pairs above, for two quick steps, with further words."""
+
+    def run(*words: str, dataset: Path = pairs, output: str = "out") -> int:
+        settings = (
+            f"--model {model_dir} --dataset {dataset} --loss_type sigmoid --output_dir {tmp_path / output} "
+            f"--use_cpu --max_steps 2 --logging_steps 1 --per_device_train_batch_size 2 --save_strategy no "
+            f"--learning_rate 1e-3 --disable_tqdm true --reference_cache_dir {tmp_path / 'cache'}"
+        )
+        return main(["train", *settings.split(), *words])
+
+    return run
+
+
+def test_train(train: Callable[..., int], tmp_path: Path, curves: None):  # noqa: F811
+    assert train() == 0
+    out = tmp_path / "out"
+    assert [entry["step"] for entry in read_metrics(out)] == [1, 2]
+    assert (out / "curves.png").exists()
+    AutoModelForCausalLM.from_pretrained(out)
+    AutoTokenizer.from_pretrained(out)
+
+
+def test_train_evaluates_what_is_held_out(train: Callable[..., int], tmp_path: Path):
+    assert train("--held_out", "4", "--eval_strategy", "steps", "--eval_steps", "2") == 0
+    evaluations = [entry for entry in read_metrics(tmp_path / "out") if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 2]  # asked for, and at the end
+    assert evaluations[0] == evaluations[1]
+
+
+def test_resume(train: Callable[..., int], tmp_path: Path):
+    assert train("--save_strategy", "steps", "--save_steps", "1") == 0
+    assert train() == 2  # in use
+    assert train("--resume_from_checkpoint", "true", "--max_steps", "3") == 0
+    assert [entry["step"] for entry in read_metrics(tmp_path / "out")] == [1, 2, 3]
+    assert train("--overwrite_output_dir") == 0
+    assert [entry["step"] for entry in read_metrics(tmp_path / "out")] == [1, 2]
+
+
+REAL_WORDS = "--max_length 160 --truncation_mode keep_end --max_steps 3 --held_out 4"
+
+
+@pytest.mark.skipif(not REAL_PAIRS.exists(), reason=f"{REAL_PAIRS.name} is not beside this checkout")
+@pytest.mark.parametrize("adapter", ["", "--use_peft --lora_r 4"])
+def test_train_on_real_conversations(train: Callable[..., int], tmp_path: Path, adapter: str):
+    assert train(*REAL_WORDS.split(), *adapter.split(), dataset=REAL_PAIRS) == 0
+    logs = read_metrics(tmp_path / "out")
+    assert logs[0]["rewards/chosen"] == logs[0]["rewards/rejected"] == 0.0
+    assert logs[-1]["eval_loss"] > 0
+    is_adapter = (tmp_path / "out" / "adapter_config.json").exists()
+    assert is_adapter == bool(adapter)
+    if not is_adapter:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_score_fills_the_cache_that_train_reads(
+    train: Callable[..., int], model_dir: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scored = tmp_path / "scored.jsonl"
+    words = f"--model {model_dir} --dataset {pairs} --use_cpu --reference_cache_dir {tmp_path / 'cache'}"
+    assert main(["score", *words.split(), "--output", str(scored)]) == 0
+    rows = [json.loads(line) for line in scored.read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if not k.startswith("ref_")} for row in rows] == make_rows(12)
+
+    def unexpected(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr("fastdpo.training.precompute.score_dataset", unexpected)
+    assert train("--reference", "precomputed") == 0
+    assert train("--reference", "precomputed", "--use_peft", output="adapter") == 0
+    assert train(dataset=scored, output="columns") == 0
+    logs = [read_metrics(tmp_path / name) for name in ("out", "columns")]
+    assert logs[0] == logs[1]
+    assert logs[0][0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_every_option_of_every_loss_is_a_flag():
+    for spec in LOSSES.values():
+        words = ["--model", "m", "--dataset", "d", "--use_cpu", "--loss_type", spec.name]
+        for option in spec.options:
+            words += [f"--{option.name}", str(option.default)]
+        config = parse_train(words).config
+        assert config.options == {option.name: option.default for option in spec.options}
+
+
+def test_flags_and_yaml(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: m\ndataset: d\nuse_cpu: true\nloss_type: [sigmoid, sft]\nloss_weights: [1.0, 1e-1]\n"
+        "learning_rate: 1e-6\nlabel_smoothing: 0.1\nuse_peft: true\nlora_target_modules: [q_proj, v_proj]\n"
+        "gradient_checkpointing: true\nmargin_column: null\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+    )
+    for words in ([str(path)], ["--config", str(path)]):
+        run = parse_train([*words, "--learning_rate", "2e-6", "--held_out", "0.1"])
+        assert run.model.model == "m"
+        assert run.config.loss_type == ["sigmoid", "sft"]
+        assert run.config.loss_weights == [1.0, 0.1]
+        assert run.config.learning_rate == 2e-6
+        assert run.config.options == {"label_smoothing": 0.1}
+        assert run.config.gradient_checkpointing is True
+        assert run.config.lr_scheduler_kwargs == {"num_cycles": 2}
+        assert run.adapter.peft_config().target_modules == {"q_proj", "v_proj"}
+        assert run.data.held_out == 0.1
+
+
+def test_options_as_json_and_as_flags_add_up():
+    words = ["--model", "m", "--dataset", "d", "--use_cpu", "--loss_type", "simpo", "--gamma", "1.5"]
+    config = parse_train([*words, "--loss_options", '{"label_smoothing": 0.2}']).config
+    assert config.options == {"gamma": 1.5, "label_smoothing": 0.2}
+
+
+def test_the_dtype_of_the_weights():
+    model = parse_train(["--model", "m", "--dataset", "d", "--use_cpu"]).model
+    assert model.loading_options(adapted=False)["dtype"] == "float32"
+    assert model.loading_options(adapted=True)["dtype"] == "auto"
+    chosen = parse_train(["--model", "m", "--dataset", "d", "--use_cpu", "--dtype", "bfloat16"]).model
+    assert chosen.loading_options(adapted=False)["dtype"] == "bfloat16"
+
+
+BASE = ("--model", "m", "--dataset", "d", "--use_cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "m"], "--dataset is required"),
+        (["--dataset", "d"], "--model is required"),
+        ([*BASE, "--betta", "0.1"], "unknown argument --betta; did you mean --beta?"),
+        (["stray", *BASE], "unknown argument stray"),
+        ([*BASE, "--beta", "much"], "argument --beta: invalid float value: 'much'"),
+        ([*BASE, "--loss_type", "sigmod"], "did you mean 'sigmoid'"),
+        ([*BASE, "--gamma", "0.5"], "gamma"),
+        ([*BASE, "--lora_r", "8"], "--lora_r: has no effect without --use_peft"),
+        ([*BASE, "--held_out", "0.1", "--eval_dataset", "e"], "give one of the two"),
+        ([*BASE, "--config", "missing.yaml"], "--config: cannot read missing.yaml"),
+    ],
+)
+def test_mistakes_of_the_command_line(words: Sequence[str], message: str):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        parse_train(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- a", "wanted names and values"),
+        ("betta: 1", "unknown argument --betta"),
+    ],
+)
+def test_mistakes_of_a_yaml_file(tmp_path: Path, text: str, message: str):
+    (tmp_path / "run.yml").write_text(text)
+    with pytest.raises(ArgumentError, match=message):
+        parse_train([str(tmp_path / "run.yml")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--model", "./missing"), "tokenizer: could not load './missing'"),
+        (("--tokenizer", "./missing"), "tokenizer: could not load './missing'"),
+        (("--dataset", "./missing.jsonl"), "no such file or directory: ./missing.jsonl"),
+        (("--dtype", "int8"), "--dtype: got 'int8'"),
+        (("--chat_template", "./missing.jinja"), "--chat_template: no such file"),
+        (("--reference", "adapter"), "has no adapter"),
+        (("--held_out", "12"), "held_out"),
+        (("--max_length", "3", "--on_bad_row", "error"), "a prompt that fills max_length"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    train: Callable[..., int], capsys: pytest.CaptureFixture[str], changes: Sequence[str], message: str
+):
+    assert train(*changes) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastdpo")]
+    assert len(lines) == 1 and lines[0].startswith("fastdpo: error: ") and message in lines[0]
+
+
+def test_a_broken_row_is_found_before_the_model_is_read(
+    train: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("fastdpo.training.setup.load_model", lambda *_, **__: pytest.fail("model was read"))
+    path = tmp_path / "broken.jsonl"
+    path.write_text(json.dumps(make_rows(1)[0]) + '\n{"prompt": \n')
+    assert train(dataset=path) == 2
+    assert "broken.jsonl, row 2: not valid JSON" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(train: Callable[..., int]):
+    with pytest.raises(ValueError, match="no such file"):
+        train("--debug", "--dataset", "./missing.jsonl")
+
+
+def test_a_chat_template_from_a_file(model_dir: Path, tmp_path: Path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
+    run = parse_train(
+        ["--model", str(model_dir), "--dataset", "d", "--use_cpu", "--chat_template", str(template)]
+    )
+    assert run.model.load_tokenizer().chat_template == "{{ messages }}"
+
+
+def test_score_says_where_to_write():
+    run, output = parse_score([*BASE, "--output", "x.jsonl"])
+    assert (run.model.model, output) == ("m", Path("x.jsonl"))
+
+
+def test_doctor(model_dir: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["doctor", "--model", str(model_dir)]) == 0
+    report = capsys.readouterr().out
+    for text in (
+        "torch",
+        "reference",
+        "runs",
+        "fastdpo._C",
+        "vocabulary 360, hidden 32, not tied",
+        "chat template",
+    ):
+        assert text in report
+
+
+def test_doctor_refuses_what_the_hook_refuses(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    findings = dict(doctor(str(tmp_path)).sections[f"Model {tmp_path}"])
+    assert "refused" in findings.get("head", "") or "cannot be read" in findings.get("model", "")
+    missing = dict(doctor("./missing").sections["Model ./missing"])
+    assert missing["model"].startswith("cannot be read")
+
+
+def test_the_program_itself():
+    """A real process: no traceback for a mistake."""
+    words = [sys.executable, "-m", "fastdpo.cli", "train", "--model", "m"]
+    ended = subprocess.run(words, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == "fastdpo: error: --dataset is required"
+    assert "Traceback" not in ended.stderr
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"fastdpo {fastdpo.__version__}\n"
+
+
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for flag in (
+        "--model",
+        "--held_out",
+        "--use_peft",
+        "--loss_type",
+        "--label_smoothing",
+        "--learning_rate",
+    ):
+        assert flag in text

@@ -1,0 +1,84 @@
+"""Settings are checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fastdpo.losses import LOSSES
+from fastdpo.training.config import PreferenceConfig
+
+MakeArgs = Callable[..., PreferenceConfig]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "sigmod"}, "did you mean 'sigmoid'"),
+        ({"loss_type": []}, "loss_type"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights"),
+        ({"loss_weights": [float("nan")]}, "loss_weights"),
+        ({"beta": 0.0}, "beta"),
+        ({"loss_options": {"gamma": 1.0}}, "gamma"),
+        ({"loss_options": {"label_smoothing": 0.7}}, "label_smoothing"),
+        ({"loss_options": "{not json"}, "loss_options"),
+        ({"loss_options": "[1]"}, "loss_options"),
+        ({"loss_type": "sft", "margin_column": "gap"}, "margin"),
+        ({"max_length": 1}, "max_length"),
+        ({"max_length": -5}, "max_length"),
+        ({"truncation_mode": "middle"}, "truncation_mode"),
+        ({"on_bad_row": "ignore"}, "on_bad_row"),
+        ({"reference": "copied"}, "reference"),
+        ({"reference_batch_size": 0}, "reference_batch_size"),
+        ({"mode": "pairs"}, "mode"),
+        ({"mode": "score"}, "mode"),
+        ({"backend": "cutlass"}, "backend"),
+        ({"logits_dtype": "fp8"}, "logits_dtype"),
+        ({"workspace_mib": 0}, "workspace_mib"),
+        ({"cache_mib": -1}, "cache_mib"),
+        ({"pad_to_multiple_of": True}, "pad_to_multiple_of"),
+        ({"on_nonfinite_loss": "hope"}, "on_nonfinite_loss"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
+    ],
+)
+def test_wrong_settings_are_refused(make_args: MakeArgs, changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        make_args(**changes)
+
+
+def test_an_unknown_setting_is_refused(make_args: MakeArgs):
+    with pytest.raises(TypeError, match="betta"):
+        make_args(betta=0.1)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_registered_loss_is_a_setting(make_args: MakeArgs, name: str):
+    spec = LOSSES[name]
+    args = make_args(loss_type=name, loss_options={option.name: option.default for option in spec.options})
+    assert args.losses == [spec]
+    assert args.needs_reference == spec.uses_reference
+
+
+def test_loss_options_may_be_json(make_args: MakeArgs):
+    assert make_args(loss_options='{"label_smoothing": 0.1}').options == {"label_smoothing": 0.1}
+
+
+def test_no_limit_on_the_length(make_args: MakeArgs):
+    assert make_args(max_length=0).max_length is None
+
+
+def test_defaults_on_a_cpu(make_args: MakeArgs):
+    args = make_args()
+    assert args.bf16 is False
+    assert not args.gradient_checkpointing
+    assert args.execution().mode == "auto"
+
+
+def test_gradient_checkpointing_may_be_asked_for(make_args: MakeArgs, recwarn: pytest.WarningsRecorder):
+    assert make_args(gradient_checkpointing=True).gradient_checkpointing

@@ -1,0 +1,81 @@
+"""Two processes give the gradients and the metrics of one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.conftest import read_metrics
+from tests.training.ddp_run import CPU_RANKS_CAN_RESUME, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.training.ddp_run", str(folder)],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in launched]
+    finally:
+        for process in launched:
+            process.kill()
+    assert [process.returncode for process in launched] == [0, 0], "\n".join(outputs)
+    return folder
+
+
+@pytest.mark.distributed
+def test_two_ranks_train_as_one(two_ranks: Path, tmp_path: Path):
+    """2 ranks x 2 pairs x 2 micro-batches against 8 pairs at once; of 7 pairs to evaluate one is repeated."""
+    run(tmp_path, per_device=8, accumulate=1)
+    wanted = torch.load(tmp_path / "gradients0.pt")
+    for rank in range(2):
+        gradients = torch.load(two_ranks / f"gradients{rank}.pt")
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-6)
+    logs, wanted_logs = read_metrics(two_ranks / "run"), read_metrics(tmp_path / "run")
+    assert [entry["step"] for entry in logs] == [1, 2, 2]
+    for entry, wanted_entry in zip(logs, wanted_logs, strict=True):
+        assert entry == pytest.approx(wanted_entry, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.distributed
+def test_each_rank_keeps_its_part_of_the_progress(two_ranks: Path):
+    states = sorted(path.name for path in (two_ranks / "run" / "checkpoint-2").glob("preference_state_*"))
+    assert states == ["preference_state_0.json", "preference_state_1.json"]
+    assert len(list((two_ranks / "reference").iterdir())) == 2  # training and evaluation pairs, scored once
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not CPU_RANKS_CAN_RESUME, reason="transformers before 5.23 cannot resume ranks on a CPU")
+def test_two_ranks_resume_as_if_nothing_had_happened(two_ranks: Path):
+    logs = read_metrics(two_ranks / "parts")
+    assert [entry["step"] for entry in logs] == [2, 4, 6, 8]
+    assert logs == read_metrics(two_ranks / "whole")

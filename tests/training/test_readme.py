@@ -1,0 +1,63 @@
+"""The README's examples run as printed, in a folder with a model and a file of pairs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+import fastdpo
+from fastdpo import cli
+from tests.training.conftest import make_rows, tiny_llama, write_jsonl
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "my-model")
+    make_tokenizer().save_pretrained(tmp_path / "my-model")
+    write_jsonl(tmp_path / "pairs.jsonl", make_rows(8))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_is_one_example_of_each_use() -> None:
+    sources = blocks("python")
+    assert len(sources) == 3
+    for source, use in zip(sources, ("fused_dpo_loss", "patch_model", "PreferenceTrainer"), strict=True):
+        assert use in source and len(source.splitlines()) <= 20
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_python_examples_run(index: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = blocks("python")[index]
+    if "peft" in source:
+        pytest.importorskip("peft")
+    exec(compile(source, f"README.md, example {index + 1}", "exec"), {})
+    if index == 0:
+        assert capsys.readouterr().out.split()[0].startswith("0.69314")
+
+
+def test_the_shell_example_runs(folder: Path) -> None:
+    (command,) = [
+        line for block in blocks("bash") for line in block.splitlines() if line.startswith("fastdpo train")
+    ]
+    words = shlex.split(command)[1:]
+    assert cli.main([*words, "--max_steps", "1", "--report_to", "none", "--use_cpu"]) == 0
+    assert (folder / "out" / "config.json").exists()
+
+
+def test_every_public_name_exists() -> None:
+    for name in fastdpo.__all__:
+        assert getattr(fastdpo, name) is not None

@@ -1,0 +1,119 @@
+"""An interrupted run, resumed, logs what the uninterrupted one logs, to the last digit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from fastdpo.training.callbacks import METRICS_FILE
+from fastdpo.training.config import PreferenceConfig
+from fastdpo.training.trainer import PreferenceTrainer
+from tests.training.conftest import make_rows, read_metrics, tiny_llama
+
+MakeArgs = Callable[..., PreferenceConfig]
+# Saved in the middle of a logging interval and of an epoch (20 pairs, 6 a step), under dropout.
+SETTINGS = {
+    "max_steps": 8,
+    "logging_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 3,
+    "warmup_steps": 2,
+    "disable_dropout": False,
+}
+
+
+SECOND_EPOCH = {"save_steps": 5}
+
+
+class Interrupt(TrainerCallback):
+    """Ends a run: in good order after a checkpoint, or by an error two steps later."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.how == "stopped":
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.how == "crashed" and state.global_step == 5:
+            raise InterruptedError
+
+
+def make_trainer(args: PreferenceConfig, tokenizer: Any, use_lora: bool, *callbacks: TrainerCallback) -> Any:
+    return PreferenceTrainer(
+        tiny_llama(attention_dropout=0.2),
+        args,
+        train_dataset=make_rows(20),
+        eval_dataset=make_rows(5, 2),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if use_lora else None,
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "use_lora", "changes"),
+    [
+        ("stopped", False, {}),
+        ("crashed", False, {}),
+        ("stopped", True, {}),
+        ("stopped", False, SECOND_EPOCH),
+        ("stopped", False, {**SECOND_EPOCH, "train_sampling_strategy": "group_by_length"}),
+    ],
+    ids=["stopped", "crashed", "lora", "second epoch", "by length"],
+)
+def test_the_curve_is_that_of_the_uninterrupted_run(
+    make_args: MakeArgs, tokenizer: Any, tmp_path: Path, how: str, use_lora: bool, changes: dict[str, Any]
+):
+    settings = {**SETTINGS, **changes}
+    whole = make_args(output_dir=str(tmp_path / "whole"), **settings)
+    straight = make_trainer(whole, tokenizer, use_lora)
+    straight.train()
+
+    parts = make_args(output_dir=str(tmp_path / "parts"), **settings)
+    interrupted = make_trainer(parts, tokenizer, use_lora, Interrupt(how))
+    if how == "crashed":
+        with pytest.raises(InterruptedError):
+            interrupted.train()
+        with (Path(parts.output_dir) / METRICS_FILE).open("a") as file:
+            file.write('{"step": 6, "lo')  # killed while writing
+    else:
+        interrupted.train()
+    assert [path.name for path in Path(parts.output_dir).glob("checkpoint-*")] == [
+        f"checkpoint-{settings['save_steps']}"
+    ]
+    resumed = make_trainer(make_args(output_dir=parts.output_dir, **settings), tokenizer, use_lora)
+    resumed.train(resume_from_checkpoint=True)
+
+    assert read_metrics(parts.output_dir) == read_metrics(whole.output_dir)
+    assert [e["step"] for e in read_metrics(parts.output_dir)] == [2, 4, 4, 6, 8, 8]
+    for name, value in straight.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_resuming_by_path_and_by_setting(make_args: MakeArgs, tokenizer: Any, tmp_path: Path):
+    settings = {**SETTINGS, "save_steps": 4, "max_steps": 4}
+    args = make_args(**settings)
+    make_trainer(args, tokenizer, False).train()
+    checkpoint = str(Path(args.output_dir) / "checkpoint-4")
+    for resume in ("true", checkpoint):
+        again = make_args(**{**settings, "max_steps": 6}, resume_from_checkpoint=resume)
+        trainer = make_trainer(again, tokenizer, False)
+        trainer.train()
+        assert [e["step"] for e in read_metrics(args.output_dir) if "loss" in e] == [2, 4, 6]
+
+
+def test_there_is_nothing_to_resume_from(make_args: MakeArgs, tokenizer: Any):
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
+        make_trainer(make_args(**SETTINGS), tokenizer, False).train(resume_from_checkpoint=True)
