@@ -13,7 +13,7 @@ from fastdpo.integrations import lm_head as _lm_head  # noqa: F401  teaches LMHe
 from fastdpo.losses import LOSSES, preference_loss
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.plan import Plan, explain_plan
-from fastdpo.types import DPOLossOutput, Execution, LinearLogprobOutput, LMHead, PackedLayout
+from fastdpo.types import DPOLossOutput, Execution, LinearLogprobOutput, LMHead, PackedLayout, TokenLayout
 
 if TYPE_CHECKING:
     from fastdpo.integrations.model import FusedLMOutput, patch_model, unpatch_model
@@ -32,6 +32,7 @@ __all__ = [
     "Plan",
     "PreferenceConfig",
     "PreferenceTrainer",
+    "TokenLayout",
     "doctor",
     "dpo_loss_from_logps",
     "explain_plan",

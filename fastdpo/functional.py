@@ -1,12 +1,16 @@
 """From hidden states to the preference loss: the only place where the op and the losses meet.
 
-    labels --shift_labels--> the token each hidden state predicts
-    hidden, head --linear_logprob--> log-probabilities per token, for the reference and for the policy
-    --sequence_sums--> per answer --Objective--> loss and rewards
+    labels --labelled_tokens--> the tokens to score, pair by pair, and the rows of hidden that predict them
+    hidden, head --chunks of logits--> log-probabilities per token, for the policy and for the reference
+    --answer_sums--> per answer --Objective--> loss and rewards
 
-Sequences 0..P-1 are the chosen answers and P..2P-1 the rejected ones, padded ``(2P, T)`` or packed
-``(N_all,)`` with a ``PackedLayout``. Log-probabilities are fp32 (fp64 for fp64 inputs), in nats.
-Nothing here waits for the device; ``linear_logprob`` does once a call, to find the labelled tokens.
+The gradient comes back the same way. Where the head is trained and the loss is a sum over pairs (mode
+``pairs``) the last step runs group by group in the middle of the second, so that one pass makes both.
+
+Sequences 0..P-1 are the chosen answers and P..2P-1 the rejected ones, padded ``(2P, T)``, packed ``(N_all,)``
+with a ``PackedLayout``, or token by token with a ``TokenLayout``. Log-probabilities are fp32 (fp64 for fp64
+inputs), in nats. The device is waited for once a call, to learn how many tokens have a label; not at all with
+a ``TokenLayout`` that has its ``lengths``.
 """
 
 from __future__ import annotations
@@ -16,26 +20,51 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.losses.aggregate import check_cu_seqlens, sequence_sums
-from fastdpo.losses.inputs import PairLogps, PerPair
-from fastdpo.losses.metrics import pair_metrics, token_metrics
+from fastdpo.batch import (
+    AnswerTokens,
+    all_tokens,
+    batch_pairs,
+    labelled_tokens,
+    layout_pairs,
+    layout_tokens,
+    next_token,
+    shift_labels,
+)
+from fastdpo.functional_checks import (
+    FLOAT_DTYPES,
+    INT_DTYPES,
+    check_batch,
+    check_layout_call,
+    check_layout_logps,
+    check_like,
+    check_reference,
+    check_tensor,
+)
+from fastdpo.losses.inputs import PerPair
 from fastdpo.losses.objective import Objective, build_objective
-from fastdpo.ops.checks import fail
-from fastdpo.ops.linear_logprob import linear_logprob
-from fastdpo.types import DPOLossOutput, Execution, LinearLogprobOutput, LMHead, PackedLayout
+from fastdpo.ops.checks import (
+    as_head,
+    check_execution,
+    check_inputs,
+    check_labels,
+    is_same_head,
+    resolve_dtypes,
+)
+from fastdpo.ops.linear_logprob import indexed_logprob
+from fastdpo.ops.paired_loss import paired_loss
+from fastdpo.pair_loss import LOSS_KEY, METRIC_STATISTICS, loss_output, pack_objective, pair_logps
+from fastdpo.plan import resolve_mode
+from fastdpo.types import DPOLossOutput, Execution, LinearLogprobOutput, LMHead, PackedLayout, TokenLayout
 
-METRIC_STATISTICS = ("entropy", "mean_logit", "is_top1")
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INT_DTYPES = (torch.int64, torch.int32)
+__all__ = ["dpo_loss_from_logps", "fused_dpo_loss", "shift_labels"]
 
 
 def fused_dpo_loss(
     hidden: Tensor,
     lm_head: LMHead | Tensor | torch.nn.Linear,
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     ref_hidden: Tensor | None = None,
     ref_lm_head: LMHead | Tensor | torch.nn.Linear | None = None,
@@ -50,7 +79,7 @@ def fused_dpo_loss(
     nll_labels: Tensor | None = None,
     num_pairs: float | Tensor | None = None,
     num_tokens: float | Tensor | None = None,
-    layout: PackedLayout | None = None,
+    layout: PackedLayout | TokenLayout | None = None,
     shift: bool = True,
     ignore_index: int = -100,
     execution: Execution | None = None,
@@ -59,11 +88,11 @@ def fused_dpo_loss(
     """A preference loss of hidden states, without the logits of the batch.
 
     Args:
-        hidden: ``(2P, T, H)``, chosen answers first, or ``(N_all, H)`` with a ``layout``: the states that
-            the head is applied to.
+        hidden: ``(2P, T, H)``, chosen answers first, ``(N_all, H)`` with a ``PackedLayout``, or ``(..., H)``
+            with a ``TokenLayout``: the states that the head is applied to.
         lm_head: the policy's head: an ``LMHead``, a ``(V, H)`` tensor or an ``nn.Linear``.
         labels: ``(2P, T)`` or ``(N_all,)`` int64 or int32, aligned with the input ids; ``ignore_index``
-            marks prompt and padding.
+            marks prompt and padding. None with a ``TokenLayout``, which has the tokens.
         ref_hidden: the reference's hidden states, same tokens; its log-probabilities are computed here
             with ``ref_lm_head`` (default: ``lm_head``) and carry no gradient.
         ref_logps: instead of it, ``(2P,)`` sums, or (the only form with ``token_weights``) per token in the
@@ -80,7 +109,8 @@ def fused_dpo_loss(
         num_pairs, num_tokens: what to divide by instead of this batch's own counts of pairs and of NLL
             tokens (losses of scope ``token``), so that micro-batches add up to the mean over all of them. A
             number or a 0-d tensor; with one given, every count that the named losses divide by must be.
-        layout: None for padded input.
+        layout: None for padded input. With a ``TokenLayout`` per-token tensors are ``(N,)`` in its order,
+            nothing is shifted, and ``nll_labels`` is refused.
         shift: whether ``labels``, ``nll_labels`` and ``token_weights`` are aligned with the input ids, so
             that a state predicts the next one; False where they are aligned with ``hidden`` already.
         execution: how to run the head; see ``Execution``.
@@ -108,56 +138,89 @@ def fused_dpo_loss(
 
     Source: Rafailov et al., arXiv:2305.18290 eq. 7; every other loss names its own in ``losses_table()``.
     """
-    objective = build_objective(
-        loss_type, loss_weights, beta=beta, margin=margin, soft_labels=soft_labels, pair_weights=pair_weights,
-        num_pairs=num_pairs, num_tokens=num_tokens, **loss_options,
-    )  # fmt: skip
-    _check_batch("labels", labels, layout)
-    _check_like("labels", labels, labels, INT_DTYPES)
-    _check_reference(labels, layout, ref_hidden, ref_lm_head, ref_logps, token_weights)
-    _check_like("token_weights", token_weights, labels, FLOAT_DTYPES)
-    _check_like("nll_labels", nll_labels, labels, INT_DTYPES)
+    loss_arguments = {
+        "loss_type": loss_type, "loss_weights": loss_weights, "beta": beta, "margin": margin,
+        "soft_labels": soft_labels, "pair_weights": pair_weights, "num_pairs": num_pairs,
+        "num_tokens": num_tokens, **loss_options,
+    }  # fmt: skip
+    objective = build_objective(**loss_arguments)
+    run, head = check_execution(execution), as_head(lm_head)
+    if isinstance(layout, TokenLayout):
+        check_layout_call(layout, hidden, labels, nll_labels)
+        per_token, num_pairs_here = layout.target_ids, layout_pairs(layout)
+    else:
+        labels = check_batch("labels", labels, layout, INT_DTYPES)
+        check_labels(labels, hidden)
+        per_token, num_pairs_here = labels, batch_pairs(labels, layout)
+    check_reference(
+        per_token, num_pairs_here, hidden.shape[:-1], ref_hidden, ref_lm_head, ref_logps, token_weights
+    )
+    check_like("token_weights", token_weights, per_token, FLOAT_DTYPES)
+    check_like("nll_labels", nll_labels, per_token, INT_DTYPES)
     objective.check_batch(
-        _num_pairs(labels, layout),
-        labels.device,
+        num_pairs_here,
+        hidden.device,
         has_reference=ref_hidden is not None or ref_logps is not None,
         has_token_weights=token_weights is not None,
         has_nll_tokens=nll_labels is not None,
     )
 
-    targets, mask, nll_mask = _targets(labels, nll_labels, layout, shift, ignore_index)
-    if token_weights is not None and shift:
-        token_weights = _next_token(token_weights, 0, layout)
-    token = linear_logprob(
-        hidden, lm_head, targets, ignore_index=ignore_index, outputs=METRIC_STATISTICS, execution=execution
-    )
-    if ref_hidden is not None:
-        # The same targets as the policy, so that the same chunks give policy == reference bit for bit.
-        head = lm_head if ref_lm_head is None else ref_lm_head
+    if isinstance(layout, TokenLayout):
+        tokens = layout_tokens(layout)
+    else:
+        tokens = labelled_tokens(per_token, nll_labels, layout, shift=shift, ignore_index=ignore_index)
+        if token_weights is not None and shift:
+            token_weights = next_token(token_weights, 0, layout)
+    weights = None if token_weights is None else tokens.pick(token_weights)
+    reference = _given_reference(ref_logps, tokens, weights)
+    ref_head = head if ref_lm_head is None else as_head(ref_lm_head, "ref_lm_head")
+    is_shared = ref_hidden is not None and ref_hidden.dtype == hidden.dtype and is_same_head(head, ref_head)
+
+    # The reference's rows go through the same chunks as the policy's, right behind them where both have the
+    # same head, so that policy == reference bit for bit.
+    mode = _settle_mode(run, hidden, head, objective, loss_arguments)
+    rows = (tokens.target_ids, tokens.token_index, tokens.index_kind)
+    if ref_hidden is not None and not is_shared:
+        how = replace(run, mode="score")
         with torch.no_grad():
-            ref_logps = linear_logprob(
-                ref_hidden, head, targets, ignore_index=ignore_index, execution=execution
-            ).logps
-    return _loss_of_tokens(objective, token, mask, ref_logps, nll_mask, token_weights, layout)
+            reference = indexed_logprob(ref_hidden, ref_head, *rows, execution=how)[0].logps
+    shared: dict[str, Any] = {
+        "ref_hidden": ref_hidden if is_shared else None,
+        "outputs": METRIC_STATISTICS,
+        "execution": replace(run, mode=mode),
+    }
+    loss = None
+    if mode == "pairs":
+        packed = pack_objective(
+            loss_arguments, tokens, ref_logps=reference, token_weights=weights, uses_nll=objective.uses_nll
+        )
+        pair_rows = tokens.host_offsets[::2].contiguous()
+        loss, token, computed = paired_loss(hidden, head, *rows, pair_rows, (LOSS_KEY, *packed), **shared)
+    else:
+        token, computed = indexed_logprob(hidden, head, *rows, **shared)
+    reference = computed if is_shared else reference
+    pair = pair_logps(tokens, token.logps, reference, weights, uses_nll=objective.uses_nll)
+    return loss_output(objective, pair, token, tokens, loss)
 
 
 def dpo_loss_from_logps(
     token: LinearLogprobOutput,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
     ref_logps: Tensor | None = None,
     nll_mask: Tensor | None = None,
     token_weights: Tensor | None = None,
-    layout: PackedLayout | None = None,
+    layout: PackedLayout | TokenLayout | None = None,
     **loss_arguments: Any,
 ) -> DPOLossOutput:
     """The second half of ``fused_dpo_loss``, for per-token log-probabilities that are there already.
 
     Args:
-        token: as ``linear_logprob`` returns it, ``(2P, T)`` or packed ``(N_all,)``. Of ``entropy``,
-            ``mean_logit`` and ``is_top1``, one that is None gives no metric.
+        token: as ``linear_logprob`` returns it, ``(2P, T)``, packed ``(N_all,)``, or ``(N,)`` with a
+            ``TokenLayout``. Of ``entropy``, ``mean_logit`` and ``is_top1``, one that is None gives no metric.
         mask: bool, the shape of ``token.logps``: the completion tokens. Every argument here is aligned
-            with ``token.logps``, nothing is shifted: ``shift_labels(labels, ...) != ignore_index``.
+            with ``token.logps``, nothing is shifted: ``shift_labels(labels, ...) != ignore_index``. None,
+            for all of them, with a ``TokenLayout``.
         ref_logps: ``(2P,)`` sums or per token; None for losses without a reference.
         nll_mask: bool; its tokens of the chosen sequences are those of an NLL term. None: ``mask``.
         token_weights, layout: as in ``fused_dpo_loss``.
@@ -168,182 +231,70 @@ def dpo_loss_from_logps(
     """
     objective = build_objective(**loss_arguments)
     logps = token.logps
-    _check_batch("token.logps", logps, layout)
-    _check_tensor("mask", mask)
-    _check_like("mask", mask, logps, (torch.bool,))
-    _check_like("nll_mask", nll_mask, logps, (torch.bool,))
-    _check_like("token_weights", token_weights, logps, FLOAT_DTYPES)
-    _check_reference(logps, layout, None, None, ref_logps, token_weights)
+    if isinstance(layout, TokenLayout):
+        check_layout_logps(layout, logps, nll_mask)
+        num_pairs = layout_pairs(layout)
+    else:
+        check_batch("token.logps", logps, layout, FLOAT_DTYPES)
+        mask = check_tensor("mask", mask)
+        num_pairs = batch_pairs(logps, layout)
+    check_like("mask", mask, logps, (torch.bool,))
+    check_like("nll_mask", nll_mask, logps, (torch.bool,))
+    check_like("token_weights", token_weights, logps, FLOAT_DTYPES)
+    check_reference(logps, num_pairs, logps.shape, None, None, ref_logps, token_weights)
     objective.check_batch(
-        _num_pairs(logps, layout),
+        num_pairs,
         logps.device,
         has_reference=ref_logps is not None,
         has_token_weights=token_weights is not None,
         has_nll_tokens=nll_mask is not None,
     )
-    return _loss_of_tokens(objective, token, mask, ref_logps, nll_mask, token_weights, layout)
 
-
-def shift_labels(labels: Tensor, *, layout: PackedLayout | None = None, ignore_index: int = -100) -> Tensor:
-    """The token that each position predicts: ``labels`` moved left by one within each sequence.
-
-    Args:
-        labels: ``(B, T)``, or ``(N_all,)`` with a ``layout``; aligned with the input ids.
-
-    Returns:
-        The same shape; ``ignore_index`` at every sequence's last position.
-    """
-    return _next_token(labels, ignore_index, layout)
-
-
-def _next_token(values: Tensor, fill: int, layout: PackedLayout | None) -> Tensor:
-    """``values[t + 1]`` at t, and ``fill`` at every sequence's last position."""
-    num_positions = values.shape[-1]
-    following = F.pad(values, (0, 1), value=fill).narrow(-1, 1, num_positions)
-    if layout is None:
-        return following
-    # An empty sequence starts where the next one does, so starts may repeat and may equal N_all.
-    is_start = values.new_zeros(num_positions + 1, dtype=torch.bool)
-    is_start.index_fill_(0, layout.cu_seqlens.long(), True)
-    return following.masked_fill(is_start.narrow(0, 1, num_positions), fill)
-
-
-def _targets(
-    labels: Tensor, nll_labels: Tensor | None, layout: PackedLayout | None, shift: bool, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(targets, mask, nll_mask)``: what each state predicts, and which of it the losses look at."""
-    if shift:
-        labels = shift_labels(labels, layout=layout, ignore_index=ignore_index)
-    mask = labels != ignore_index
-    if nll_labels is None:
-        return labels, mask, None
-    if shift:
-        nll_labels = shift_labels(nll_labels, layout=layout, ignore_index=ignore_index)
-    position = torch.arange(len(labels), device=labels.device)
-    num_pairs = _num_pairs(labels, layout)
-    if layout is None:
-        is_chosen = (position < num_pairs).unsqueeze(1)
+    tokens: AnswerTokens
+    if isinstance(layout, TokenLayout):
+        tokens = layout_tokens(layout)
+        tokens = tokens if mask is None else replace(tokens, in_answer=tokens.pick(mask))
     else:
-        is_chosen = position < layout.cu_seqlens.narrow(0, num_pairs, 1)
-    nll_mask = (nll_labels != ignore_index) & is_chosen
-    return labels.where(mask, nll_labels.where(nll_mask, ignore_index)), mask, nll_mask
-
-
-def _loss_of_tokens(
-    objective: Objective,
-    token: LinearLogprobOutput,
-    mask: Tensor,
-    ref_logps: Tensor | None,
-    nll_mask: Tensor | None,
-    token_weights: Tensor | None,
-    layout: PackedLayout | None,
-) -> DPOLossOutput:
-    """Per token -> per answer -> loss, rewards and metrics."""
-    cu_seqlens = None if layout is None else layout.cu_seqlens
-    num_pairs = _num_pairs(mask, layout)
-
-    def answers(values: Tensor, where: Tensor = mask) -> Tensor:  # (2, P): chosen, rejected
-        return sequence_sums(values, where, cu_seqlens).view(2, num_pairs)
-
-    def weighted(values: Tensor) -> Tensor:
-        return values if token_weights is None else values * token_weights
-
-    def lengths(where: Tensor) -> Tensor:
-        return answers(where.to(token.logps.dtype), where)
-
-    chosen, rejected = answers(weighted(token.logps))
-    chosen_tokens, rejected_tokens = lengths(mask)
-    pair = PairLogps(chosen, rejected, chosen_tokens, rejected_tokens)
-    if ref_logps is not None:
-        ref_logps = ref_logps.detach().to(chosen.dtype)
-        is_sums = token_weights is None and ref_logps.shape == (2 * num_pairs,)
-        ref_chosen, ref_rejected = ref_logps.view(2, num_pairs) if is_sums else answers(weighted(ref_logps))
-        pair = replace(pair, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
-    if objective.uses_nll and not (nll_mask is None and token_weights is None):
-        where = mask if nll_mask is None else nll_mask
-        (log_likelihood, _), (nll_tokens, _) = answers(token.logps, where), lengths(where)
-        pair = replace(pair, nll_sum=-log_likelihood, nll_tokens=nll_tokens)
-
-    rewards = objective.rewards(pair)
-    statistics = {name: getattr(token, name) for name in METRIC_STATISTICS}
-    return DPOLossOutput(
-        loss=objective.loss(pair),
-        chosen_logps=chosen.detach(),
-        rejected_logps=rejected.detach(),
-        ref_chosen_logps=pair.ref_chosen,
-        ref_rejected_logps=pair.ref_rejected,
-        chosen_rewards=rewards[0],
-        rejected_rewards=rewards[1],
-        metrics=pair_metrics(pair, *rewards) | token_metrics(pair, answers, **statistics),
+        assert mask is not None
+        tokens = all_tokens(mask, nll_mask, layout)
+    weights = None if token_weights is None else tokens.pick(token_weights)
+    token = LinearLogprobOutput(
+        tokens.pick(logps),
+        **{
+            name: tokens.pick(value)
+            for name in METRIC_STATISTICS
+            if (value := getattr(token, name)) is not None
+        },
     )
+    reference = _given_reference(ref_logps, tokens, weights)
+    pair = pair_logps(tokens, token.logps, reference, weights, uses_nll=objective.uses_nll)
+    return loss_output(objective, pair, token, tokens)
 
 
-def _num_pairs(tokens: Tensor, layout: PackedLayout | None) -> int:
-    return (len(tokens) if layout is None else len(layout.cu_seqlens) - 1) // 2
+def _given_reference(ref_logps: Tensor | None, tokens: AnswerTokens, weights: Tensor | None) -> Tensor | None:
+    """Sums as ``(2, P)``, log-probabilities per token as ``(N,)``."""
+    if ref_logps is None:
+        return None
+    is_sums = weights is None and ref_logps.shape == (2 * tokens.num_pairs,)
+    return ref_logps.view(2, tokens.num_pairs) if is_sums else tokens.pick(ref_logps)
 
 
-def _check_batch(name: str, tokens: Tensor, layout: object) -> None:
-    """The rank of the tensor that sets the batch's shape, its layout, and an even number of sequences."""
-    _check_tensor(name, tokens)
-    if layout is None:
-        if tokens.dim() != 2 or len(tokens) % 2:
-            raise fail(name, f"shape {tuple(tokens.shape)}", "(2P, T), chosen rows first, or a layout")
-        return
-    if not isinstance(layout, PackedLayout):
-        wanted = "None or a PackedLayout; others are not supported by this version"
-        raise fail("layout", type(layout).__name__, wanted)
-    if tokens.dim() != 1:
-        raise fail(name, f"shape {tuple(tokens.shape)}", "(N_all,) with a PackedLayout")
-    _check_tensor("layout.cu_seqlens", layout.cu_seqlens)
-    check_cu_seqlens(layout.cu_seqlens, layout.lengths, tokens)
-    if len(layout.cu_seqlens) % 2 == 0:
-        raise fail("layout.cu_seqlens", f"{len(layout.cu_seqlens)} bounds", "2P + 1 of them")
-
-
-def _check_reference(
-    tokens: Tensor,
-    layout: PackedLayout | None,
-    ref_hidden: Tensor | None,
-    ref_lm_head: object,
-    ref_logps: Tensor | None,
-    token_weights: Tensor | None,
-) -> None:
-    """At most one source of reference log-probabilities, in a shape that fits."""
-    shape = tuple(tokens.shape)
-    if ref_lm_head is not None and ref_hidden is None:
-        raise fail("ref_lm_head", "a head without ref_hidden", "ref_hidden as well")
-    if ref_hidden is not None:
-        _check_tensor("ref_hidden", ref_hidden)
-        if ref_logps is not None:
-            raise fail("ref_logps", "a value together with ref_hidden", "one of the two")
-        if tuple(ref_hidden.shape[:-1]) != shape:
-            raise fail("ref_hidden", f"shape {tuple(ref_hidden.shape)}", f"(*{shape}, H), as hidden")
-    if token_weights is not None:
-        _check_like("ref_logps (with token_weights)", ref_logps, tokens, FLOAT_DTYPES)
-    else:
-        _check_like("ref_logps", ref_logps, tokens, FLOAT_DTYPES, (2 * _num_pairs(tokens, layout),))
-
-
-def _check_like(
-    name: str,
-    value: Tensor | None,
-    tokens: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    other_shape: tuple[int, ...] | None = None,
-) -> None:
-    """Unless None, ``value`` has the shape of ``tokens`` (or the other), its device, and a listed dtype."""
-    if value is None:
-        return
-    _check_tensor(name, value)
-    shapes = [tuple(tokens.shape)] if other_shape is None else [other_shape, tuple(tokens.shape)]
-    if tuple(value.shape) not in shapes:
-        raise fail(name, f"shape {tuple(value.shape)}", " or ".join(map(str, shapes)))
-    if value.dtype not in dtypes:
-        raise fail(name, value.dtype, " or ".join(map(str, dtypes)))
-    if value.device != tokens.device:
-        raise fail(name, value.device, f"{tokens.device}, the device of the batch")
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor")
+def _settle_mode(
+    run: Execution, hidden: Tensor, head: LMHead, objective: Objective, loss_arguments: dict[str, Any]
+) -> str:
+    """The mode that runs. ``pairs`` makes gradients of hidden states and head only, once, for this loss."""
+    check_inputs(hidden, head)
+    tensors = [value for value in loss_arguments.values() if isinstance(value, Tensor)]
+    # fp16 gradients are too small before a loss scaler has had its say, which comes with the backward pass.
+    is_fp16 = resolve_dtypes(hidden, head.weight, run)[0] == torch.float16
+    has_grad = torch.is_grad_enabled()
+    return resolve_mode(
+        run.mode,
+        needs_hidden=has_grad and hidden.requires_grad,
+        needs_weight=has_grad and head.weight.requires_grad,
+        needs_bias=has_grad and head.bias is not None and head.bias.requires_grad,
+        cache_mib=run.cache_mib,
+        has_pair_loss=objective.is_sum_over_pairs
+        and not is_fp16
+        and not any(tensor.requires_grad for tensor in tensors),
+    )

@@ -1,29 +1,22 @@
 """How one call of the head will run: mode, chunks, what is kept, matrix products and bytes.
 
-Pure arithmetic: no tensor, no torch, nothing of ours. The ops follow the `Plan` they get from here,
-and `explain_plan` prints the same object, so what is printed is what runs.
-
-Chunk boundaries depend on (N, V, logits dtype, workspace) and on nothing else, in particular not on
-the mode or on who needs gradients: a policy that equals its reference, or a forward pass repeated by
-activation checkpointing, gets logits of the same bits (DESIGN section 3).
+Pure arithmetic: no tensor, no torch. The ops follow the `Plan` they get from here, and `explain_plan`
+prints the same object, so what is printed is what runs. The chunks themselves come from ``schedule.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-MIB = 1024 * 1024
-# Rows of the workspace start at multiples of this many elements: 128 bytes or more in every dtype, so
-# that an odd vocabulary still gets aligned, vectorised loads.
-LEADING_DIM_MULTIPLE = 64
-CHUNK_ROWS_MULTIPLE = 128
-# Below this a product no longer hides the reading of W on an H200 (DESIGN section 3); smaller still works.
-WANTED_CHUNK_ROWS = 512
+from fastdpo.schedule import GROUP_ROWS, MIB, PairGroup, chunk_rows, group_pairs, leading_dim
+
 # Up to this many products may be summed in a 16-bit gradient: measured error 2.2 to 2.6e-3, against
 # 1.7e-3 for a single rounding; more than that and the sum is fp32 (DESIGN section 3).
 MAX_LOW_PRECISION_GROUPS = 4
 
-UNSUPPORTED_MODES = ("pairs", "lean")
+UNSUPPORTED_MODES = ("lean",)
 
 
 @dataclass(frozen=True)
@@ -42,6 +35,8 @@ class Plan:
     weight_grad_groups: int
     workspace_bytes: int
     kept_bytes: int
+    groups: tuple[PairGroup, ...]  # of mode `pairs`
+    group_rows: int  # of the longest of them that is not recomputed: the buffer for its D
 
     @property
     def gemm_passes(self) -> float:
@@ -54,9 +49,11 @@ class Plan:
         return [(start, min(start + step, self.num_tokens)) for start in range(0, self.num_tokens, step)]
 
     def __str__(self) -> str:
-        kept = {"stash": "D W for the backward pass", "cache": "D for the backward pass"}.get(
-            self.mode, "nothing"
-        )
+        kept = {
+            "stash": "D W for the backward pass",
+            "cache": "D for the backward pass",
+            "pairs": "D of one group of pairs, until its gradient is known",
+        }.get(self.mode, "nothing")
         lines = [
             f"mode          {self.mode}",
             f"tokens        {self.num_tokens} labelled",
@@ -69,6 +66,12 @@ class Plan:
         ]
         if self.mode == "cache":
             lines.append(f"cached rows   {self.cached_rows} of {self.num_tokens}; the rest is recomputed")
+        if self.mode == "pairs":
+            again = sum(group.is_recomputed for group in self.groups)
+            lines.append(
+                f"groups        {len(self.groups)} of whole pairs, up to {self.group_rows} rows; "
+                f"{again} pairs too long for that are recomputed"
+            )
         return "\n".join(lines)
 
 
@@ -80,10 +83,12 @@ def resolve_mode(
     needs_bias: bool = False,
     entropy_requires_grad: bool = False,
     cache_mib: int = 1024,
+    has_pair_loss: bool = False,
 ) -> str:
     """The mode that runs, from the one asked for and what needs a gradient.
 
     Without any gradient to compute every mode is ``score``: the modes differ in the backward pass only.
+    ``has_pair_loss``: the loss is known to the call and each pair's share of it depends on that pair alone.
 
     Raises:
         ValueError: the mode asked for cannot give the gradients needed, or is not supported.
@@ -92,13 +97,20 @@ def resolve_mode(
         raise ValueError(
             f"mode: {mode!r} is not supported by this version; use 'auto', 'cache' or 'recompute'"
         )
+    if mode == "pairs" and not has_pair_loss:
+        raise ValueError(
+            "mode: 'pairs' needs fused_dpo_loss, losses of scope 'pair' or 'token' that pass no gradient to "
+            "their own arguments, and operands other than float16; use 'auto' or 'cache'"
+        )
     trains_head = needs_weight or needs_bias
     if not (needs_hidden or trains_head):
         return "score"
     if mode == "auto":
         if entropy_requires_grad or (trains_head and cache_mib == 0):
             return "recompute"
-        return "cache" if trains_head else "stash"
+        if trains_head:
+            return "pairs" if has_pair_loss else "cache"
+        return "stash"
     if mode == "score":
         raise ValueError("mode: got 'score', which has no backward pass, but an input requires a gradient")
     if mode == "stash" and trains_head:
@@ -108,33 +120,6 @@ def resolve_mode(
     if entropy_requires_grad and mode != "recompute":
         raise ValueError(f"mode: a differentiable entropy needs 'recompute' (or 'auto'), got {mode!r}")
     return mode
-
-
-def leading_dim(vocab_size: int) -> int:
-    """Elements from one row of the logits workspace to the next."""
-    return -(-vocab_size // LEADING_DIM_MULTIPLE) * LEADING_DIM_MULTIPLE
-
-
-def chunk_rows(num_tokens: int, vocab_size: int, logits_bytes: int, workspace_mib: int) -> int:
-    """Rows per chunk: what the workspace holds, spread evenly over the chunks that takes.
-
-    Raises:
-        ValueError: the workspace does not hold a single row.
-    """
-    row_bytes = leading_dim(vocab_size) * logits_bytes
-    limit = workspace_mib * MIB // row_bytes
-    if limit < 1:
-        raise ValueError(
-            f"workspace_mib: one row of {vocab_size} logits needs {row_bytes} bytes, got {workspace_mib} MiB"
-        )
-    if num_tokens <= limit:
-        return num_tokens
-    if limit >= CHUNK_ROWS_MULTIPLE:
-        limit -= limit % CHUNK_ROWS_MULTIPLE
-    num_chunks = -(-num_tokens // limit)
-    even = -(-num_tokens // num_chunks)
-    multiple = CHUNK_ROWS_MULTIPLE if limit >= CHUNK_ROWS_MULTIPLE else 1
-    return min(limit, -(-even // multiple) * multiple)
 
 
 def make_plan(
@@ -149,31 +134,63 @@ def make_plan(
     needs_weight: bool = False,
     workspace_mib: int = 512,
     cache_mib: int = 1024,
+    num_multiprocessors: int = 0,
+    pair_rows: Sequence[int] = (0,),
 ) -> Plan:
-    """The plan for a mode that ``resolve_mode`` has settled; sizes in elements, budgets in MiB."""
-    rows = chunk_rows(num_tokens, vocab_size, logits_bytes, workspace_mib)
-    ld = leading_dim(vocab_size)
-    cached = _cached_rows(num_tokens, rows, vocab_size * operand_bytes, cache_mib) if mode == "cache" else 0
-    recomputed = num_tokens - cached if mode in ("cache", "recompute") else 0
+    """The plan for a mode that ``resolve_mode`` has settled; sizes in elements, budgets in MiB.
 
-    backward = 0.0
-    if mode in ("cache", "recompute"):
-        share = recomputed / num_tokens if num_tokens else 0.0
+    ``num_multiprocessors``: of the GPU, 0 for a CPU. ``pair_rows``: for ``pairs``, pair p fills labelled rows
+    ``[pair_rows[p], pair_rows[p + 1])``.
+    """
+    rows = chunk_rows(
+        num_tokens,
+        vocab_size,
+        logits_bytes,
+        workspace_mib,
+        hidden_size=hidden_size,
+        num_multiprocessors=num_multiprocessors,
+    )
+    d_row_bytes = vocab_size * operand_bytes
+    cached = _cached_rows(num_tokens, rows, d_row_bytes, cache_mib) if mode == "cache" else 0
+    groups: tuple[PairGroup, ...] = ()
+    if mode == "pairs":
+        groups = group_pairs(pair_rows, min(GROUP_ROWS, cache_mib * MIB // d_row_bytes))
+    group_rows = max((group.stop - group.start for group in groups if not group.is_recomputed), default=0)
+    # In pieces of what is recomputed at a time: the rest of a batch, or a pair that is too long.
+    again = [group.stop - group.start for group in groups if group.is_recomputed]
+    if mode in ("cache", "recompute") and cached < num_tokens:
+        again = [num_tokens - cached]
+    share = sum(again) / num_tokens if num_tokens else 0.0
+
+    forward, backward = 1.0, 0.0
+    if mode == "stash":
+        forward = 2.0
+    elif mode == "pairs" and num_tokens:
+        forward += needs_hidden + needs_weight + share
+    elif mode in ("cache", "recompute") and num_tokens:
         backward = needs_hidden + needs_weight + share
-    kept = {"stash": num_tokens * hidden_size * operand_bytes, "cache": cached * vocab_size * operand_bytes}
+    kept_bytes = {
+        "stash": num_tokens * hidden_size * operand_bytes,
+        "cache": cached * d_row_bytes,
+        "pairs": group_rows * d_row_bytes,
+    }
     return Plan(
         mode=mode,
         num_tokens=num_tokens,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
         chunk_rows=rows,
-        leading_dim=ld,
+        leading_dim=leading_dim(vocab_size),
         cached_rows=cached,
-        gemm_passes_forward=2.0 if mode == "stash" else 1.0,
+        gemm_passes_forward=forward,
         gemm_passes_backward=backward,
-        weight_grad_groups=(cached > 0) + (-(-recomputed // rows) if recomputed else 0),
-        workspace_bytes=rows * ld * logits_bytes,
-        kept_bytes=kept.get(mode, 0),
+        weight_grad_groups=(cached > 0)
+        + sum(not group.is_recomputed and group.stop > group.start for group in groups)
+        + sum(-(-piece // rows) for piece in again),
+        workspace_bytes=rows * leading_dim(vocab_size) * logits_bytes,
+        kept_bytes=kept_bytes.get(mode, 0),
+        groups=groups,
+        group_rows=group_rows,
     )
 
 
@@ -192,12 +209,14 @@ def explain_plan(
     hidden_requires_grad: bool = True,
     weight_requires_grad: bool = False,
     entropy_requires_grad: bool = False,
+    pair_lengths: Sequence[int] | None = None,
     logits_bytes: int = 4,
     operand_bytes: int = 2,
     workspace_mib: int = 512,
     cache_mib: int = 1024,
+    num_multiprocessors: int = 0,
 ) -> Plan:
-    """Print and return what ``linear_logprob`` will do for N labelled tokens.
+    """Print and return what ``linear_logprob``, or ``fused_dpo_loss``, will do for N labelled tokens.
 
     Args:
         num_tokens: N, labelled tokens only.
@@ -205,23 +224,30 @@ def explain_plan(
         vocab_size: V.
         mode: as in ``Execution``.
         hidden_requires_grad, weight_requires_grad, entropy_requires_grad: what needs a gradient.
+        pair_lengths: for ``fused_dpo_loss`` with a loss per pair: the labelled tokens of each pair, both
+            answers together, N in all. None: for ``linear_logprob``.
         logits_bytes: 4 for fp32 logits, 2 with ``logits_dtype="bf16"``.
         operand_bytes: bytes of one element of the products' operands: 2 for bf16 and fp16 on a GPU; 4
             for fp32, and for 16-bit inputs on a CPU, which are upcast.
         workspace_mib, cache_mib: as in ``Execution``.
+        num_multiprocessors: of the GPU (132 for an H100 or H200), which sets the rows of a chunk; 0: a CPU.
 
     Raises:
-        ValueError: the mode does not fit the gradients, or the workspace does not hold one row.
+        ValueError: the mode does not fit the gradients, the workspace does not hold one row, or the pairs
+            do not have N tokens.
 
     Example:
         >>> plan = explain_plan(4096, 4096, 128256, weight_requires_grad=True)  # doctest: +SKIP
     """
+    if pair_lengths is not None and sum(pair_lengths) != num_tokens:
+        raise ValueError(f"pair_lengths: got {sum(pair_lengths)} tokens in all, wanted {num_tokens}")
     settled = resolve_mode(
         mode,
         needs_hidden=hidden_requires_grad,
         needs_weight=weight_requires_grad,
         entropy_requires_grad=entropy_requires_grad,
         cache_mib=cache_mib,
+        has_pair_loss=pair_lengths is not None,
     )
     plan = make_plan(
         settled,
@@ -234,6 +260,8 @@ def explain_plan(
         needs_weight=weight_requires_grad,
         workspace_mib=workspace_mib,
         cache_mib=cache_mib,
+        num_multiprocessors=num_multiprocessors,
+        pair_rows=tuple(accumulate(pair_lengths or (), initial=0)),
     )
     print(plan)
     return plan

@@ -97,6 +97,27 @@ class PackedLayout:
     lengths: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """The labelled tokens one by one, for batches whose sequences share rows of hidden (a prompt, say).
+
+    A row may predict several tokens, as the last one of a shared prompt predicts the first token of both
+    answers; its gradients add up, in a fixed order.
+
+    Args:
+        token_index: ``(N,)`` int64, the row of the flattened hidden states that predicts each token.
+        target_ids: ``(N,)`` int64 or int32, the token predicted.
+        sequence_ids: ``(N,)`` int64, its sequence: 0..P-1 chosen, P..2P-1 rejected.
+        lengths: the number of tokens of each of the 2P sequences, where the caller has them on the host:
+            then nothing waits for the device, and a batch whose last sequences are empty is known as such.
+    """
+
+    token_index: Tensor
+    target_ids: Tensor
+    sequence_ids: Tensor
+    lengths: tuple[int, ...] | None = None
+
+
 class LinearLogprobOutput(NamedTuple):
     """Per-token results of ``linear_logprob``, each of the labels' shape; 0 where ignored.
 

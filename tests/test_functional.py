@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdpo import functional
 from fastdpo.functional import dpo_loss_from_logps, fused_dpo_loss, shift_labels
-from fastdpo.ops.linear_logprob import linear_logprob
+from fastdpo.ops.linear_logprob import indexed_logprob
 from fastdpo.testing import assert_close_to_fp64
 from fastdpo.types import Execution, LinearLogprobOutput, LMHead, PackedLayout
 from tests.functional_batch import (
@@ -117,28 +117,47 @@ def test_reference_gets_no_gradient() -> None:
     assert grads[0] is not None and grads[1] is not None and grads[2:] == (None, None)
 
 
-def test_what_the_head_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference is scored without a graph (every mode is `score` then), on the policy's tokens."""
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_what_the_head_is_asked_for(monkeypatch: pytest.MonkeyPatch, is_shared: bool) -> None:
+    """The reference is scored on the policy's tokens: in its call, or, with another head, without a graph."""
     calls = []
 
     def spy(
-        hidden: torch.Tensor, lm_head: object, labels: torch.Tensor, **kwargs: Any
-    ) -> LinearLogprobOutput:
-        calls.append((labels, torch.is_grad_enabled(), kwargs["execution"]))
-        return linear_logprob(hidden, lm_head, labels, **kwargs)  # type: ignore[arg-type]
+        hidden: torch.Tensor,
+        head: LMHead,
+        targets: torch.Tensor,
+        index: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[LinearLogprobOutput, torch.Tensor | None]:
+        calls.append((targets, index, torch.is_grad_enabled(), kwargs["execution"], kwargs.get("ref_hidden")))
+        return indexed_logprob(hidden, head, targets, index, *args, **kwargs)
 
-    monkeypatch.setattr(functional, "linear_logprob", spy)
+    monkeypatch.setattr(functional, "indexed_logprob", spy)
     batch = make_batch()
     ids = batch.labels.clamp(min=0).masked_fill(~batch.is_real, IGNORED)  # the prompt is token 0
     execution = Execution(mode="cache", workspace_mib=7)
     names = ["sigmoid", "sft"]
-    run(batch, *batch.leaves(), loss_type=names, nll_labels=ids, execution=execution)
-    (targets, has_graph, how), (ref_targets, ref_has_graph, ref_how) = calls
-    assert has_graph and how is execution
-    assert not ref_has_graph and ref_how is execution
-    assert ref_targets is targets
-    assert torch.equal(targets[:PAIRS], shift_labels(ids)[:PAIRS])
-    assert torch.equal(targets[PAIRS:], shift_labels(batch.labels)[PAIRS:])  # no NLL of rejected prompts
+    hidden, weight = batch.leaves()
+    head = {"ref_lm_head": None if is_shared else batch.ref_weight}
+    run(
+        batch, hidden, weight, loss_type=names, nll_labels=ids, execution=execution,
+        ref_hidden=batch.ref_hidden, **head,
+    )  # fmt: skip
+    targets, index, has_graph, how, ref_hidden = calls[-1]
+    assert has_graph and how == execution
+    assert (ref_hidden is batch.ref_hidden) == is_shared and len(calls) == (1 if is_shared else 2)
+    if not is_shared:
+        ref_targets, ref_index, ref_has_graph, ref_how, _ = calls[0]
+        assert not ref_has_graph and ref_how == Execution(mode="score", workspace_mib=7)
+        assert ref_targets is targets and ref_index is index
+    # No NLL of rejected prompts.
+    asked_for = torch.cat((shift_labels(ids)[:PAIRS], shift_labels(batch.labels)[PAIRS:]))
+    assert torch.equal(asked_for.view(-1)[index], targets)
+    assert sorted(index.tolist()) == (asked_for.view(-1) != IGNORED).nonzero().view(-1).tolist()
+    # Pair by pair.
+    pair = index // asked_for.shape[1] % PAIRS
+    assert pair.tolist() == sorted(pair.tolist())
 
 
 def test_micro_batches_add_up() -> None:

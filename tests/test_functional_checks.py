@@ -73,7 +73,11 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "layout.cu_seqlens: got meta, wanted cpu",
     ),
     (packed(lengths=(6, 6, 12)), ValueError, "layout.lengths: got (count, sum) (3, 24), wanted (4, 24)"),
-    (packed() | {"layout": (0, 24)}, ValueError, "layout: got tuple, wanted None or a PackedLayout"),
+    (
+        packed() | {"layout": (0, 24)},
+        ValueError,
+        "layout: got tuple, wanted None, a PackedLayout or a TokenLayout",
+    ),
     # the reference
     (
         {"ref_hidden": None},

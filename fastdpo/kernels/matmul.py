@@ -13,6 +13,7 @@ such option, operands are upcast to fp32, the weight one vocabulary slab at a ti
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,22 +39,30 @@ class SlabbedWeight:
     def __init__(self, weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._compute_dtype = compute_dtype
+        self._weight = weight
         self._in_slabs = weight.device.type == "cpu" and not (weight.dtype == compute_dtype == dtype)
-        self._weight = weight if self._in_slabs else weight.to(compute_dtype).to(dtype)
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        return self._converted(self._weight)  # on first use: a call may need single rows only
+
+    def _converted(self, rows: Tensor) -> Tensor:
+        # The rounding to the compute dtype comes first: under autocast an fp32 weight counts as bf16.
+        return rows.to(self._compute_dtype).to(self.dtype)
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
         vocab_size, hidden_size = self._weight.shape
-        step = vocab_size
-        if self._in_slabs:
-            step = max(SLAB_MIB * 2**20 // (hidden_size * self.dtype.itemsize), 64)
+        if not self._in_slabs:
+            yield 0, vocab_size, self._whole
+            return
+        step = max(SLAB_MIB * 2**20 // (hidden_size * self.dtype.itemsize), 64)
         for start in range(0, vocab_size, step):
             stop = min(start + step, vocab_size)
-            # The rounding to the compute dtype comes first: under autocast an fp32 weight counts as bf16.
-            yield start, stop, self._weight[start:stop].to(self._compute_dtype).to(self.dtype)
+            yield start, stop, self._converted(self._weight[start:stop])
 
     def rows(self, index: Tensor) -> Tensor:
         """``(N, H)`` rows of the weight by token id, in the operands' dtype."""
-        return self._weight.index_select(0, index).to(self._compute_dtype).to(self.dtype)
+        return self._converted(self._weight.index_select(0, index))
 
 
 def logits_into(out: Tensor, rows: Tensor, weight: SlabbedWeight) -> None:

@@ -60,6 +60,11 @@ class Objective:
         return any(term.spec.scope != "token" for term in self.terms)
 
     @property
+    def is_sum_over_pairs(self) -> bool:
+        """Whether each pair's share of the loss depends on that pair alone, given the counts to divide by."""
+        return all(term.spec.scope in ("pair", "token") for term in self.terms)
+
+    @property
     def uses_nll(self) -> bool:
         """Whether any named loss is a mean over NLL tokens."""
         return any(term.spec.scope == "token" for term in self.terms)
@@ -95,8 +100,12 @@ class Objective:
 
     def loss(self, pair: PairLogps) -> Tensor:
         """The weighted sum of the named losses' means, ``()`` in the dtype of the log-probabilities."""
+        return self.total(pair).to(pair.chosen.dtype)
+
+    def total(self, pair: PairLogps) -> Tensor:
+        """``loss`` before it is rounded, in fp64: shares of a batch add up to the whole of it."""
         first, *others = (term.weight * self._mean(term, pair) for term in self.terms)
-        return sum(others, first).to(pair.chosen.dtype)
+        return sum(others, first)
 
     def _mean(self, term: LossTerm, pair: PairLogps) -> Tensor:
         """One loss summed over the batch in fp64 and divided by what its scope asks for."""

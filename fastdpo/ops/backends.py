@@ -60,6 +60,13 @@ def load_row_kernel(name: str) -> RowKernel:
     return cast(RowKernel, module.row_kernel)
 
 
+def num_multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU, over which the waves of a product go; 0 for a CPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def backend_report() -> dict[str, str | None]:
     """For every backend, None if it runs on this machine, else the reason why not."""
     report: dict[str, str | None] = {"reference": None}

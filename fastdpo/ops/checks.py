@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastdpo.types import BACKENDS, MODES, TOKEN_STATISTICS, Execution, LMHead
+from fastdpo.types import BACKENDS, MODES, TOKEN_STATISTICS, Execution, LMHead, TokenLayout
 
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOGITS_DTYPES = (None, "fp32", "bf16")
@@ -36,6 +36,16 @@ def as_head(lm_head: object, name: str = "lm_head") -> LMHead:
         )
     _check_head(head, name)
     return head
+
+
+def is_same_head(head: LMHead, other: LMHead) -> bool:
+    """Whether two heads are one: the same tensors, the same scalars."""
+    return (
+        head.weight is other.weight
+        and head.bias is other.bias
+        and (head.logit_scale, head.softcap, head.temperature)
+        == (other.logit_scale, other.softcap, other.temperature)
+    )
 
 
 def _check_head(head: LMHead, name: str) -> None:
@@ -71,23 +81,63 @@ def _check_like(
         raise fail(name, got.device, f"{device}")
 
 
-def check_inputs(hidden: Tensor, head: LMHead, labels: Tensor) -> None:
-    """Ranks, shapes, dtypes and devices of one call."""
-    for name, value in (("hidden", hidden), ("labels", labels)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor")
+def check_inputs(hidden: Tensor, head: LMHead) -> None:
+    """Shape, dtype and device of hidden states for a head."""
     hidden_size = head.weight.shape[1]
     if hidden.dim() < 1 or hidden.shape[-1] != hidden_size:
         raise fail("hidden", f"shape {tuple(hidden.shape)}", f"(..., {hidden_size}) to match lm_head.weight")
     if hidden.dtype not in COMPUTE_DTYPES:
         raise fail("hidden", hidden.dtype, "float64, float32, bfloat16 or float16")
+    if head.weight.device != hidden.device:
+        raise fail("lm_head.weight", head.weight.device, f"{hidden.device}, the device of hidden")
+
+
+def check_labels(labels: Tensor, hidden: Tensor) -> None:
+    """One label for each hidden state, on its device."""
+    for name, value in (("hidden", hidden), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor")
     if tuple(labels.shape) != tuple(hidden.shape[:-1]):
         raise fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(hidden.shape[:-1])} to match hidden")
     if labels.dtype not in (torch.int64, torch.int32):
         raise fail("labels", labels.dtype, "int64 or int32")
-    for name, value in (("lm_head.weight", head.weight), ("labels", labels)):
+    if labels.device != hidden.device:
+        raise fail("labels", labels.device, f"{hidden.device}, the device of hidden")
+
+
+def check_token_layout(layout: TokenLayout, hidden: Tensor) -> None:
+    """Shapes, dtypes and device of a layout; values only where reading them is free, on a CPU."""
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden: got {type(hidden).__name__}, wanted a Tensor")
+    shape = tuple(layout.token_index.shape)
+    for name, dtypes in (
+        ("token_index", (torch.int64,)),
+        ("target_ids", (torch.int64, torch.int32)),
+        ("sequence_ids", (torch.int64,)),
+    ):
+        value = getattr(layout, name)
+        if value.dim() != 1 or tuple(value.shape) != shape:
+            raise fail(f"layout.{name}", f"shape {tuple(value.shape)}", f"(N,), here {shape}, as the others")
+        if value.dtype not in dtypes:
+            raise fail(f"layout.{name}", value.dtype, " or ".join(map(str, dtypes)))
         if value.device != hidden.device:
-            raise fail(name, value.device, f"{hidden.device}, the device of hidden")
+            raise fail(f"layout.{name}", value.device, f"{hidden.device}, the device of hidden")
+    if layout.lengths is not None and (sum(layout.lengths) != shape[0] or min(layout.lengths, default=0) < 0):
+        raise fail("layout.lengths", f"{layout.lengths}", f"{shape[0]} tokens in all, none negative")
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling() or not shape[0]:
+        return
+    num_rows = hidden.shape[:-1].numel()
+    lowest, highest = (int(bound) for bound in layout.token_index.aminmax())
+    if lowest < 0 or highest >= num_rows:
+        raise fail(
+            "layout.token_index", f"rows {lowest} to {highest}", f"rows of hidden, 0 to {num_rows - 1}"
+        )
+    counts = layout.sequence_ids.clamp(min=-1).add(1).bincount().tolist()
+    if counts[0]:
+        raise fail("layout.sequence_ids", "a negative one", "0..2P-1")
+    wanted = list(layout.lengths or counts[1:])
+    if counts[1:] + [0] * (len(wanted) - len(counts) + 1) != wanted:
+        raise fail("layout.lengths", f"{layout.lengths}", f"the tokens of each sequence, {counts[1:]}")
 
 
 def check_outputs(outputs: object, entropy_requires_grad: bool) -> tuple[str, ...]:

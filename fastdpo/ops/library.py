@@ -3,11 +3,13 @@
 ``fastdpo::linear_logprob`` runs the forward chunks; its autograd formula calls
 ``fastdpo::linear_logprob_backward``, which has none: a second derivative raises instead of being wrong.
 Compaction to the labelled tokens happens inside the op, so that ``torch.compile(fullgraph=True)`` sees
-outputs of the labels' shape; what is kept for the backward pass has a data-dependent size.
+outputs of the labels' shape; what is kept for the backward pass has a data-dependent size. A caller that has
+the tokens one by one (``INDEX_KINDS``) gets outputs one by one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +17,20 @@ from torch import Tensor
 
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
 from fastdpo.kernels.matmul import operand_dtype
-from fastdpo.ops.backends import resolve_backend
+from fastdpo.ops.backends import num_multiprocessors, resolve_backend
 from fastdpo.ops.checks import accumulation_dtype, fail
-from fastdpo.ops.chunked import HeadCall, TokenGrads, backward_chunks, forward_chunks
+from fastdpo.ops.chunked import backward_chunks, forward_chunks
+from fastdpo.ops.gradients import TokenGrads
+from fastdpo.ops.head_call import HeadCall
 from fastdpo.plan import make_plan
+
+# What the index of labelled rows is, and so which shape labels and outputs have:
+#   found      the op looks for labels other than ignore_index;         labels and outputs (M,)
+#   given      positions from the caller, none twice;                   labels and outputs (M,)
+#   tokens     a row for each label, none twice;                        labels and outputs (N,)
+#   repeated   a row for each label, rows may occur more than once;     labels and outputs (N,)
+INDEX_KINDS = ("found", "given", "tokens", "repeated")
+PER_TOKEN = ("tokens", "repeated")
 
 
 class CallOptions(NamedTuple):
@@ -35,7 +47,7 @@ class CallOptions(NamedTuple):
     cache_mib: int
 
 
-_OPTIONS_SCHEMA = (
+OPTIONS_SCHEMA = (
     "float logit_scale, float? softcap, float temperature, str run_mode, str backend, "
     "ScalarType compute_dtype, ScalarType logits_dtype, SymInt workspace_mib, SymInt cache_mib"
 )
@@ -44,46 +56,49 @@ _OPTIONS_SCHEMA = (
 @torch.library.custom_op(
     "fastdpo::linear_logprob",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? token_index, "
-    "Tensor? grad_weight_out, SymInt ignore_index, str statistics, bool entropy_requires_grad, "
-    f"bool check_labels, {_OPTIONS_SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? token_index, str index_kind, "
+    "Tensor? ref_hidden, Tensor? grad_weight_out, SymInt ignore_index, str statistics, "
+    f"bool entropy_requires_grad, bool check_labels, {OPTIONS_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def forward_op(
     hidden: Tensor,  # (M, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    labels: Tensor,  # (M,)
+    labels: Tensor,  # (M,) or (N,)
     token_index: Tensor | None,  # (N,)
+    index_kind: str,
+    ref_hidden: Tensor | None,  # (M, H): also the log-probabilities of these, without a gradient
     grad_weight_out: Tensor | None,  # written by the backward op only
     ignore_index: int,
     statistics: str,  # names joined by commas
     entropy_requires_grad: bool,
     check_labels: bool,
     *options: Any,  # CallOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Six results ``(M,)`` (those not asked for ``(0,)``), the index of labelled rows, and what is kept."""
+) -> tuple[Tensor, ...]:
+    """Six results of the labels' shape (those not asked for ``(0,)``), the reference's log-probabilities
+    (likewise), the index of labelled rows, and what is kept for the backward pass."""
     index = token_index
     if index is None:
         index = (labels != ignore_index).nonzero().squeeze(1)
-    if check_labels:
-        _raise_on_bad_labels(labels, index, weight.shape[0])
     run = CallOptions(*options)
-    call = _head_call(hidden, weight, bias, labels, index, token_index is not None, run)
+    call = head_call(hidden, weight, bias, labels, index, index_kind, run, ref_hidden=ref_hidden)
+    if check_labels:
+        _raise_on_bad_labels(call.labels, index, weight.shape[0])
     with torch.amp.autocast(hidden.device.type, enabled=False):
-        compact, kept = forward_chunks(call, tuple(filter(None, statistics.split(","))))
+        compact, kept, ref_logps = forward_chunks(call, tuple(filter(None, statistics.split(","))))
 
     def full(name: str, value: Tensor | None) -> Tensor:
         if value is None:
-            return _empty_output(hidden, name, run.compute_dtype, 0)
-        if call.index is None:
+            return empty_output(hidden, name, run.compute_dtype, 0)
+        if call.index is None or index_kind in PER_TOKEN:
             return value
         return value.new_zeros(labels.shape[0]).index_copy_(0, call.index, value)
 
     results = [full(name, value) for name, value in zip(RowOutputs._fields, compact, strict=True)]
     # An op may not return its input: the caller's index is not repeated.
     made_index = index if token_index is None else index.new_empty(0)
-    return (*results, made_index, kept)  # type: ignore[return-value]
+    return (*results, full("logps", ref_logps), made_index, kept)
 
 
 @forward_op.register_fake
@@ -93,19 +108,23 @@ def _(
     bias: Tensor | None,
     labels: Tensor,
     token_index: Tensor | None,
+    index_kind: str,
+    ref_hidden: Tensor | None,
     grad_weight_out: Tensor | None,
     ignore_index: int,
     statistics: str,
     entropy_requires_grad: bool,
     check_labels: bool,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     run = CallOptions(*options)
     wanted = ("logps", "lse", *statistics.split(","))
     results = [
-        _empty_output(hidden, name, run.compute_dtype, labels.shape[0] if name in wanted else 0)
+        empty_output(hidden, name, run.compute_dtype, labels.shape[0] if name in wanted else 0)
         for name in RowOutputs._fields
     ]
+    num_scored = 0 if ref_hidden is None else labels.shape[0]
+    results.append(empty_output(hidden, "logps", run.compute_dtype, num_scored))
     num_tokens: int | torch.SymInt
     if token_index is None:
         num_tokens = torch.library.get_ctx().new_dynamic_size()
@@ -119,19 +138,19 @@ def _(
     elif run.run_mode == "cache":
         shape = (torch.library.get_ctx().new_dynamic_size(), weight.shape[0])
     kept = hidden.new_empty(shape, dtype=operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device))
-    return (*results, index, kept)  # type: ignore[return-value]
+    return (*results, index, kept)
 
 
 @torch.library.custom_op(
     "fastdpo::linear_logprob_backward",
     mutates_args=("grad_weight_out",),
     schema="(Tensor? grad_logps, Tensor? grad_lse, Tensor? grad_entropy, Tensor hidden, Tensor weight, "
-    "Tensor? bias, Tensor labels, Tensor index, bool is_given_index, Tensor logps, Tensor lse, Tensor kept, "
+    "Tensor? bias, Tensor labels, Tensor index, str index_kind, Tensor logps, Tensor lse, Tensor kept, "
     "Tensor(a!)? grad_weight_out, bool needs_hidden, bool needs_weight, bool needs_bias, "
-    f"{_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    f"{OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
 def backward_op(
-    grad_logps: Tensor | None,  # (M,) each
+    grad_logps: Tensor | None,  # of the labels' shape, each
     grad_lse: Tensor | None,
     grad_entropy: Tensor | None,
     hidden: Tensor,
@@ -139,7 +158,7 @@ def backward_op(
     bias: Tensor | None,
     labels: Tensor,
     index: Tensor,
-    is_given_index: bool,
+    index_kind: str,
     logps: Tensor,
     lse: Tensor,
     kept: Tensor,
@@ -151,20 +170,22 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dhidden, dweight, dbias)``; one that is not needed, or went elsewhere, has shape ``(0,)``."""
     run = CallOptions(*options)
-    call = _head_call(
+    call = head_call(
         hidden,
         weight,
         bias,
         labels,
         index,
-        is_given_index,
+        index_kind,
         run,
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
     )
 
     def compact(value: Tensor | None) -> Tensor | None:
-        return value if value is None or call.index is None else value.index_select(0, call.index)
+        if value is None or call.index is None or index_kind in PER_TOKEN:
+            return value
+        return value.index_select(0, call.index)
 
     upstream = compact(grad_logps)
     if upstream is None:
@@ -203,18 +224,18 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, token_index, grad_weight_out = inputs[:6]
-    entropy_requires_grad = inputs[8]
+    hidden, weight, bias, labels, token_index, index_kind, _, grad_weight_out = inputs[:8]
+    entropy_requires_grad = inputs[10]
     logps, lse, entropy, *rest, index, kept = output
     # Unused outputs would otherwise get zero gradients of their size: one of D's, with `cache`.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*rest, index, kept, *(() if entropy_requires_grad else (entropy,)))
-    ctx.is_given_index = token_index is not None
-    saved_index = token_index if ctx.is_given_index else index
+    ctx.index_kind = index_kind
+    saved_index = index if token_index is None else token_index
     ctx.save_for_backward(hidden, weight, bias, labels, saved_index, logps, lse, kept)
     # Not saved as a tensor: autograd would refuse a second backward pass because the first wrote to it.
     ctx.grad_weight_out = grad_weight_out
-    ctx.options = CallOptions(*inputs[10:])
+    ctx.options = CallOptions(*inputs[12:])
     ctx.num_inputs = len(inputs)
 
 
@@ -232,7 +253,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         bias,
         labels,
         index,
-        ctx.is_given_index,
+        ctx.index_kind,
         logps,
         lse,
         kept,
@@ -253,22 +274,25 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _head_call(
+def head_call(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     index: Tensor,
-    is_given_index: bool,
+    index_kind: str,
     run: CallOptions,
     *,
     needs_hidden: bool = True,
     needs_weight: bool = True,
+    ref_hidden: Tensor | None = None,
+    pair_rows: Sequence[int] = (0,),
 ) -> HeadCall:
     """The call that both passes make the same way, so that they agree on every chunk."""
     num_tokens = index.shape[0]
     # `nonzero` is in order: as many labelled tokens as positions means all of them, and rows are views.
-    is_all = not is_given_index and num_tokens == hidden.shape[0]
+    is_all = index_kind == "found" and num_tokens == hidden.shape[0]
+    targets = labels if is_all or index_kind in PER_TOKEN else labels.index_select(0, index)
     operands = operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device)
     acc = accumulation_dtype(run.compute_dtype)
     plan = make_plan(
@@ -282,13 +306,17 @@ def _head_call(
         needs_weight=needs_weight,
         workspace_mib=run.workspace_mib,
         cache_mib=run.cache_mib,
+        num_multiprocessors=num_multiprocessors(hidden.device),
+        pair_rows=pair_rows,
     )
     return HeadCall(
         hidden=hidden,
         weight=weight,
         bias=bias,
         index=None if is_all else index,
-        labels=(labels if is_all else labels.index_select(0, index)).long().contiguous(),
+        has_repeats=index_kind == "repeated",
+        labels=targets.long().contiguous(),
+        ref_hidden=ref_hidden,
         transform=LogitTransform(
             bias=None if bias is None else bias.to(acc).contiguous(),
             scale=run.logit_scale,
@@ -304,13 +332,13 @@ def _head_call(
 
 
 def _raise_on_bad_labels(labels: Tensor, index: Tensor, vocab_size: int) -> None:
-    values = labels.index_select(0, index)
-    bad = ((values < 0) | (values >= vocab_size)).nonzero()
+    bad = ((labels < 0) | (labels >= vocab_size)).nonzero()
     if bad.numel():
-        position = int(index[bad[0, 0]])
-        raise fail("labels", f"{int(labels[position])} at flat position {position}", f"0..{vocab_size - 1}")
+        first = bad[0, 0]
+        got = f"{int(labels[first])} at flat position {int(index[first])}"
+        raise fail("labels", got, f"0..{vocab_size - 1}")
 
 
-def _empty_output(hidden: Tensor, name: str, compute_dtype: torch.dtype, size: Any) -> Tensor:
+def empty_output(hidden: Tensor, name: str, compute_dtype: torch.dtype, size: Any) -> Tensor:
     dtype = torch.bool if name == "is_top1" else accumulation_dtype(compute_dtype)
     return hidden.new_empty(size, dtype=dtype)

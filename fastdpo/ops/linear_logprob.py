@@ -11,13 +11,13 @@ from torch import Tensor
 from fastdpo.ops import checks
 from fastdpo.ops.library import CallOptions, forward_op
 from fastdpo.plan import resolve_mode
-from fastdpo.types import Execution, LinearLogprobOutput, LMHead
+from fastdpo.types import Execution, LinearLogprobOutput, LMHead, TokenLayout
 
 
 def linear_logprob(
     hidden: Tensor,
     lm_head: LMHead | Tensor | torch.nn.Linear,
-    labels: Tensor,
+    labels: Tensor | TokenLayout,
     *,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = (),
@@ -37,7 +37,8 @@ def linear_logprob(
         lm_head: an `LMHead`, a ``(V, H)`` tensor, or an ``nn.Linear``; in the dtype of ``hidden``, unless
             autocast or ``execution.compute_dtype`` casts both.
         labels: ``(...)`` int64 or int32, aligned with ``hidden`` (no shift): ``labels[i]`` is the token that
-            ``hidden[i]`` predicts. A label outside 0..V-1 makes its log-probability NaN.
+            ``hidden[i]`` predicts. A label outside 0..V-1 makes its log-probability NaN. Or a `TokenLayout`
+            of N tokens, whose rows may predict several; results then have shape ``(N,)``.
         ignore_index: the label of tokens that are not scored; they cost nothing and get 0.
         outputs: further statistics, from ``lse`` (differentiable), ``entropy``, ``log_sum_sq_probs``,
             ``mean_logit``, ``is_top1``; in nats, of the distribution after cap and temperature.
@@ -62,13 +63,56 @@ def linear_logprob(
         >>> out.logps.shape
         torch.Size([2, 5])
     """
-    head = checks.as_head(lm_head)
-    checks.check_inputs(hidden, head, labels)
+    if isinstance(labels, TokenLayout):
+        if token_index is not None:
+            raise checks.fail("token_index", "a value together with a TokenLayout", "None: the layout has it")
+        checks.check_token_layout(labels, hidden)
+        token_index, index_kind, labels = labels.token_index, "repeated", labels.target_ids
+    else:
+        checks.check_labels(labels, hidden)
+        checks.check_token_index(token_index, hidden)
+        index_kind = "found" if token_index is None else "given"
+    output, _ = indexed_logprob(
+        hidden,
+        checks.as_head(lm_head),
+        labels,
+        token_index,
+        index_kind,
+        ignore_index=ignore_index,
+        outputs=outputs,
+        entropy_requires_grad=entropy_requires_grad,
+        check_labels=check_labels,
+        grad_weight_out=grad_weight_out,
+        execution=execution,
+    )
+    return output
+
+
+def indexed_logprob(
+    hidden: Tensor,
+    head: LMHead,
+    labels: Tensor,
+    token_index: Tensor | None,
+    index_kind: str,
+    *,
+    ref_hidden: Tensor | None = None,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = (),
+    entropy_requires_grad: bool = False,
+    check_labels: bool = False,
+    grad_weight_out: Tensor | None = None,
+    execution: Execution | None = None,
+) -> tuple[LinearLogprobOutput, Tensor | None]:
+    """``linear_logprob`` for a checked head and index (``library.INDEX_KINDS``), and with a reference.
+
+    Returns:
+        The output, and the log-probabilities of ``ref_hidden`` (the shape of ``hidden``, the same head) or
+        None: chunk after chunk right behind the policy's, without a gradient.
+    """
+    checks.check_inputs(hidden, head)
     wanted = checks.check_outputs(outputs, entropy_requires_grad)
-    checks.check_token_index(token_index, hidden)
     checks.check_grad_weight_out(grad_weight_out, head.weight)
     run = checks.check_execution(execution)
-    compute_dtype, logits_dtype = checks.resolve_dtypes(hidden, head.weight, run)
 
     has_grad = torch.is_grad_enabled()
     mode = resolve_mode(
@@ -79,7 +123,45 @@ def linear_logprob(
         entropy_requires_grad=entropy_requires_grad,
         cache_mib=run.cache_mib,
     )
-    options = CallOptions(
+    logps, lse, entropy, log_sum_sq, mean_logit, is_top1, ref_logps, _, _ = forward_op(
+        flat_rows(hidden),
+        head.weight,
+        head.bias,
+        labels.reshape(-1),
+        token_index,
+        index_kind,
+        None if ref_hidden is None else flat_rows(ref_hidden.detach()),
+        grad_weight_out,
+        ignore_index,
+        ",".join(wanted),
+        entropy_requires_grad,
+        check_labels,
+        *call_options(hidden, head, run, mode),
+    )
+
+    def shaped(name: str, value: Tensor) -> Tensor | None:
+        return value.view(labels.shape) if name in wanted else None
+
+    output = LinearLogprobOutput(
+        logps.view(labels.shape),
+        lse=shaped("lse", lse),
+        entropy=shaped("entropy", entropy),
+        log_sum_sq_probs=shaped("log_sum_sq_probs", log_sum_sq),
+        mean_logit=shaped("mean_logit", mean_logit),
+        is_top1=shaped("is_top1", is_top1),
+    )
+    return output, None if ref_hidden is None else ref_logps.view(labels.shape)
+
+
+def flat_rows(hidden: Tensor) -> Tensor:
+    """``(..., H)`` as ``(M, H)``; a view where the strides allow one."""
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def call_options(hidden: Tensor, head: LMHead, run: Execution, mode: str) -> CallOptions:
+    """The scalars of the ops, from what the caller said and a settled mode."""
+    compute_dtype, logits_dtype = checks.resolve_dtypes(hidden, head.weight, run)
+    return CallOptions(
         logit_scale=head.logit_scale,
         softcap=head.softcap,
         temperature=head.temperature,
@@ -89,29 +171,4 @@ def linear_logprob(
         logits_dtype=logits_dtype,
         workspace_mib=run.workspace_mib,
         cache_mib=run.cache_mib,
-    )
-    logps, lse, entropy, log_sum_sq, mean_logit, is_top1, _, _ = forward_op(
-        hidden.reshape(-1, hidden.shape[-1]),
-        head.weight,
-        head.bias,
-        labels.reshape(-1),
-        token_index,
-        grad_weight_out,
-        ignore_index,
-        ",".join(wanted),
-        entropy_requires_grad,
-        check_labels,
-        *options,
-    )
-
-    def shaped(name: str, value: Tensor) -> Tensor | None:
-        return value.view(labels.shape) if name in wanted else None
-
-    return LinearLogprobOutput(
-        logps.view(labels.shape),
-        lse=shaped("lse", lse),
-        entropy=shaped("entropy", entropy),
-        log_sum_sq_probs=shaped("log_sum_sq_probs", log_sum_sq),
-        mean_logit=shaped("mean_logit", mean_logit),
-        is_top1=shaped("is_top1", is_top1),
     )

@@ -9,21 +9,31 @@ import pytest
 import torch
 
 from fastdpo import Execution, LMHead, linear_logprob
+from fastdpo.ops.library import INDEX_KINDS, PER_TOKEN
 from fastdpo.testing import assert_close_to_fp64, eager_results, fp64_results, make_case
 from fastdpo.types import TOKEN_STATISTICS
 from tests.ops.common import leaves, run_op
 
 
 def op_args(
-    dtype: torch.dtype, mode: str, *, hidden: bool, weight: bool, given: bool = False
+    dtype: torch.dtype,
+    mode: str,
+    *,
+    hidden: bool,
+    weight: bool,
+    kind: str = "found",
+    has_reference: bool = False,
 ) -> tuple[Any, ...]:
     case = make_case(batch=2, length=12, hidden_size=8, vocab=20, dtype=dtype)
     h, w, b = leaves(case, hidden=hidden, weight=weight)
     labels = case.labels.flatten()
-    index = (labels != -100).nonzero().squeeze(1) if given else None
+    index = None if kind == "found" else (labels != -100).nonzero().squeeze(1)
+    if index is not None and kind in PER_TOKEN:
+        labels = labels[index]
+    reference = torch.randn_like(case.hidden.flatten(0, 1)) if has_reference else None
     logits = torch.float64 if dtype == torch.float64 else torch.float32
     return (
-        h.detach().flatten(0, 1).requires_grad_(hidden), w, b, labels, index, None,
+        h.detach().flatten(0, 1).requires_grad_(hidden), w, b, labels, index, kind, reference, None,
         -100, ",".join(TOKEN_STATISTICS), False, False,
         0.7, 5.0, 1.3, mode, "auto", dtype, logits, 1, 64,
     )  # fmt: skip
@@ -34,22 +44,23 @@ def op_args(
     ("hidden", "weight", "mode"),
     [(False, False, "score"), (True, False, "stash"), (False, True, "cache"), (True, True, "cache")],
 )
-@pytest.mark.parametrize("given", [False, True])
-def test_opcheck(dtype: torch.dtype, hidden: bool, weight: bool, mode: str, given: bool) -> None:
-    args = op_args(dtype, mode, hidden=hidden, weight=weight, given=given)
+@pytest.mark.parametrize("kind", INDEX_KINDS)
+def test_opcheck(dtype: torch.dtype, hidden: bool, weight: bool, mode: str, kind: str) -> None:
+    has_reference = kind in PER_TOKEN
+    args = op_args(dtype, mode, hidden=hidden, weight=weight, kind=kind, has_reference=has_reference)
     torch.library.opcheck(torch.ops.fastdpo.linear_logprob.default, args)
 
 
-@pytest.mark.parametrize("is_given_index", [False, True])
+@pytest.mark.parametrize("kind", ["found", "given"])
 @pytest.mark.parametrize("has_out", [False, True])
-def test_opcheck_of_the_backward_op(is_given_index: bool, has_out: bool) -> None:
+def test_opcheck_of_the_backward_op(kind: str, has_out: bool) -> None:
     h, w, b, labels, *_ = op_args(torch.float32, "recompute", hidden=False, weight=False)
     index = (labels != -100).nonzero().squeeze(1)
     grads = [torch.randn(len(labels)) for _ in range(3)]
     logps, lse = torch.randn(2, len(labels))
     out = torch.zeros_like(w) if has_out else None
     args = (
-        *grads, h, w.detach(), b.detach(), labels, index, is_given_index, logps, lse, torch.empty(0), out,
+        *grads, h, w.detach(), b.detach(), labels, index, kind, logps, lse, torch.empty(0), out,
         True, True, True, 0.7, 5.0, 1.3, "recompute", "auto", torch.float32, torch.float32, 1, 64,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastdpo.linear_logprob_backward.default, args)

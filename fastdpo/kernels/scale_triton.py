@@ -1,0 +1,48 @@
+"""``tensor *= factor`` in Triton, whose blocks return at once where the factor on the device is 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .triton import _jit, tl, unavailable_reason
+
+__all__ = ["scale_", "unavailable_reason"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK = 4096
+BLOCKS_PER_MULTIPROCESSOR = 8
+
+
+@_jit(do_not_specialize=["size"])
+def _scale_kernel(tensor, factor, size, BLOCK: tl.constexpr):
+    scale = tl.load(factor).to(tl.float32)
+    if scale != 1.0:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        while start < size:
+            index = start + tl.arange(0, BLOCK)
+            mask = index < size
+            value = tl.load(tensor + index, mask=mask).to(tl.float32)
+            tl.store(tensor + index, (value * scale).to(tensor.dtype.element_ty), mask=mask)
+            start += step
+
+
+def plan_launch(tensor: Tensor, factor: Tensor) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """Grid, arguments and options of the launch, so that a test can compile just that."""
+    num_blocks = -(-tensor.numel() // BLOCK)
+    if tensor.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(tensor.device)
+        num_blocks = min(num_blocks, BLOCKS_PER_MULTIPROCESSOR * properties.multi_processor_count)
+    return (num_blocks,), (tensor, factor, tensor.numel()), {"BLOCK": BLOCK, "num_warps": 8}
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """Multiply a contiguous fp32, bf16 or fp16 tensor by a ``()`` tensor on its device."""
+    if tensor.numel() == 0:
+        return
+    with torch.cuda.device_of(tensor):
+        grid, args, options = plan_launch(tensor, factor)
+        _scale_kernel[grid](*args, **options)

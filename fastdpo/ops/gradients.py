@@ -1,0 +1,179 @@
+"""From D, the unscaled gradient of a group of rows, to dhidden, dweight and dbias.
+
+With g = (s / tau) dL/dlogp of a token,
+
+    dhidden = g (D W)        dweight = sum of D^T (g h)        dbias = sum of g D
+
+so that g scales (C, H) matrices and never a (C, V) one. A gradient of lse adds g_lse p cf to the row, and
+p cf = onehot cf - D: hence (g - g_lse) D + g_lse cf_y onehot, whose last term is a row of W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdpo.kernels.contract import RowOutputs
+from fastdpo.kernels.matmul import (
+    LOW_PRECISION,
+    SlabbedWeight,
+    add_bias_grad,
+    add_weight_grad,
+    hidden_grad_into,
+)
+from fastdpo.ops.checks import accumulation_dtype
+from fastdpo.ops.head_call import HeadCall
+from fastdpo.plan import MAX_LOW_PRECISION_GROUPS, MIB
+
+# Bounds the (rows, H) product of a group. Large, because a product of few rows fills fewer of a GPU's waves.
+HIDDEN_SCRATCH_MIB = 64
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGrads:
+    """Upstream gradients of the labelled tokens, ``(N,)`` in the accumulation dtype; None for none."""
+
+    logps: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DGroup:
+    """Labelled rows ``[start, stop)`` whose D is at hand: kept ones, or a recomputed chunk."""
+
+    start: int
+    stop: int
+    d: Tensor  # (stop - start, V); the full gradient of the products when `is_scaled`
+    rows: Tensor | None = None  # (stop - start, H), where the recomputation has them already
+    is_scaled: bool = False
+
+
+class Gradients:
+    """Where the gradients of one call are summed, group by group."""
+
+    def __init__(
+        self,
+        call: HeadCall,
+        weight: SlabbedWeight,
+        *,
+        hidden: bool,
+        bias: bool,
+        dweight: bool,
+        weight_out: Tensor | None = None,
+        adds_label_rows: bool = False,
+    ) -> None:
+        self.call = call
+        self.weight = weight
+        acc = accumulation_dtype(call.compute_dtype)
+        # Rows without a label get no gradient, and repeated rows add theirs up.
+        make = torch.empty_like if call.index is None else torch.zeros_like
+        self.dhidden = make(call.hidden, memory_format=torch.contiguous_format) if hidden else None
+        self.dbias = call.hidden.new_zeros(call.plan.vocab_size, dtype=acc) if bias else None
+        self.dweight = weight_out
+        self._weight_out = weight_out
+        if dweight and weight_out is None:
+            # Rows added one by one are many roundings too: an lse gradient also sums in fp32.
+            many = adds_label_rows or call.plan.weight_grad_groups > MAX_LOW_PRECISION_GROUPS
+            dtype = acc if many and call.weight.dtype in LOW_PRECISION else call.weight.dtype
+            make = torch.empty_like if call.plan.weight_grad_groups else torch.zeros_like
+            self.dweight = make(call.weight, dtype=dtype, memory_format=torch.contiguous_format)
+        self._is_first_product = weight_out is None
+
+    def add_group(self, group: DGroup, outputs: RowOutputs, grads: TokenGrads) -> None:
+        """All that a group gives: one product for dhidden, one for dweight."""
+        call = self.call
+        coeff = torch.ones_like(grads.logps[group.start : group.stop])
+        if not group.is_scaled:
+            coeff = row_coeff(call, grads, group.start, group.stop)
+        adds_label_rows = grads.lse is not None and not group.is_scaled
+        if self.dhidden is not None:
+            self._add_hidden(group, coeff, outputs, grads if adds_label_rows else None)
+        if self.dweight is not None:
+            rows = call.rows(group.start, group.stop) if group.rows is None else group.rows
+            scaled = rows if group.is_scaled else (rows * coeff[:, None]).to(call.operand_dtype)
+            add_weight_grad(self.dweight, group.d, scaled, is_first=self._is_first_product)
+            self._is_first_product = False
+        if self.dbias is not None:
+            add_bias_grad(self.dbias, group.d, coeff)
+        if adds_label_rows and (self.dweight is not None or self.dbias is not None):
+            label_coeff = label_row_coeff(call, outputs, grads, group.start, group.stop)
+            self._add_label_rows(group.start, group.stop, label_coeff)
+
+    def _add_hidden(
+        self, group: DGroup, coeff: Tensor, outputs: RowOutputs, lse_grads: TokenGrads | None
+    ) -> None:
+        """dhidden of a group, in pieces so that a large cache needs no (N, H) scratch."""
+        call = self.call
+        row_bytes = call.plan.hidden_size * call.operand_dtype.itemsize
+        step = max(call.plan.chunk_rows, HIDDEN_SCRATCH_MIB * MIB // row_bytes, 1)
+        for start in range(group.start, group.stop, step):
+            stop = min(start + step, group.stop)
+            local = slice(start - group.start, stop - group.start)
+            product = call.hidden.new_empty((stop - start, call.plan.hidden_size), dtype=call.operand_dtype)
+            hidden_grad_into(product, group.d[local], self.weight)
+            dhidden = product if group.is_scaled else product * coeff[local, None]
+            if lse_grads is not None:
+                label_coeff = label_row_coeff(call, outputs, lse_grads, start, stop)
+                dhidden = dhidden + label_coeff[:, None] * self.weight.rows(call.safe_labels(start, stop))
+            self.put_hidden(start, stop, dhidden)
+
+    def put_hidden(self, start: int, stop: int, dhidden: Tensor) -> None:
+        """``dhidden (stop - start, H)`` of labelled rows to where these are in the batch."""
+        assert self.dhidden is not None
+        dhidden = dhidden.to(self.dhidden.dtype)
+        if self.call.index is None:
+            self.dhidden[start:stop] = dhidden
+        elif self.call.has_repeats:
+            _add_rows_in_order(self.dhidden, self.call.index[start:stop], dhidden)
+        else:
+            self.dhidden.index_copy_(0, self.call.index[start:stop], dhidden)
+
+    def _add_label_rows(self, start: int, stop: int, coeff: Tensor) -> None:
+        """Adds ``coeff * row`` to row ``label`` of dweight and ``coeff`` to dbias, in a fixed order."""
+        labels = self.call.safe_labels(start, stop)
+        if self.dweight is not None:
+            rows = self.call.rows(start, stop) * coeff[:, None]
+            _add_rows_in_order(self.dweight, labels, rows.to(self.dweight.dtype))
+        if self.dbias is not None:
+            _add_rows_in_order(self.dbias, labels, coeff.to(self.dbias.dtype))
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """``(dhidden, dweight, dbias)`` in their inputs' dtypes; None where there is none."""
+        dweight = None
+        if self._weight_out is None and self.dweight is not None:
+            dweight = self.dweight.to(self.call.weight.dtype)
+        dbias = self.dbias
+        if dbias is not None and self.call.bias is not None:
+            dbias = dbias.to(self.call.bias.dtype)
+        return self.dhidden, dweight, dbias
+
+
+def row_coeff(call: HeadCall, grads: TokenGrads, start: int, stop: int) -> Tensor:
+    """The factor of D in each row: (s / tau) (dL/dlogp - dL/dlse)."""
+    coeff = grads.logps[start:stop]
+    if grads.lse is not None:
+        coeff = coeff - grads.lse[start:stop]
+    return coeff * call.transform.grad_scale
+
+
+def label_row_coeff(call: HeadCall, outputs: RowOutputs, grads: TokenGrads, start: int, stop: int) -> Tensor:
+    """The factor of the label's one-hot that a gradient of lse brings: (s / tau) g_lse cf_y."""
+    assert grads.lse is not None
+    coeff = grads.lse[start:stop] * call.transform.grad_scale
+    cap = call.transform.softcap
+    if cap is not None:
+        capped = (outputs.logps[start:stop] + outputs.lse[start:stop]) * call.transform.temperature
+        coeff = coeff * (1 - (capped / cap).square())
+    return coeff
+
+
+def _add_rows_in_order(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    # Atomics would make the sum depend on timing. On a GPU `index_put_` sorts when it accumulates; on a
+    # CPU it does not, but `index_add_` goes row by row.
+    if total.device.type == "cuda":
+        total.index_put_((index,), rows, accumulate=True)
+    else:
+        total.index_add_(0, index, rows)

@@ -1,0 +1,147 @@
+"""One call of the head: what is the same for all its chunks, and the workspace that they go through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdpo.kernels.contract import LogitTransform, RowKernel, RowOutputs
+from fastdpo.kernels.matmul import SlabbedWeight, logits_into
+from fastdpo.ops.backends import load_row_kernel
+from fastdpo.ops.checks import accumulation_dtype
+from fastdpo.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class HeadCall:
+    """Everything that is the same for every chunk of one call."""
+
+    hidden: Tensor  # (M, H) all positions
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    index: Tensor | None  # (N,) rows of hidden that are labelled; None when all are, in order
+    has_repeats: bool  # whether a row may be in the index more than once
+    labels: Tensor  # (N,) int64
+    ref_hidden: Tensor | None  # (M, H) the reference's states, scored with the same head, chunk by chunk
+    transform: LogitTransform
+    plan: Plan
+    backend: str
+    compute_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    operand_dtype: torch.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Labelled rows ``[start, stop)`` of hidden in the operands' dtype; a view where it can be."""
+        return self._rows_of(self.hidden, start, stop)
+
+    def ref_rows(self, start: int, stop: int) -> Tensor:
+        """The same rows of the reference's hidden states."""
+        assert self.ref_hidden is not None
+        return self._rows_of(self.ref_hidden, start, stop)
+
+    def _rows_of(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+        if self.index is None:
+            rows = hidden[start:stop]
+        else:
+            rows = hidden.index_select(0, self.index[start:stop])
+        return rows.to(self.compute_dtype).to(self.operand_dtype)
+
+    def slabbed_weight(self) -> SlabbedWeight:
+        return SlabbedWeight(self.weight, self.compute_dtype, self.operand_dtype)
+
+    def safe_labels(self, start: int, stop: int) -> Tensor:
+        """Labels usable as an index; an out-of-range one already made its log-probability NaN."""
+        return self.labels[start:stop].clamp(0, self.plan.vocab_size - 1)
+
+
+class LogitChunks:
+    """One workspace that every chunk of logits goes through: ``fill`` it, then run the kernel on its rows."""
+
+    def __init__(self, call: HeadCall, weight: SlabbedWeight | None = None) -> None:
+        self.call = call
+        self.weight = call.slabbed_weight() if weight is None else weight
+        plan = call.plan
+        self._kernel: RowKernel = load_row_kernel(call.backend)
+        self._logits = call.hidden.new_empty((plan.chunk_rows, plan.leading_dim), dtype=call.logits_dtype)
+        self._start = 0
+        self._rows = call.hidden.new_empty(0)
+
+    def process(
+        self,
+        start: int,
+        stop: int,
+        outputs: RowOutputs,
+        *,
+        d_out: Tensor | None = None,
+        grad_coeffs: Tensor | None = None,
+    ) -> Tensor:
+        """Rows ``[start, stop)`` through the product and the kernel; returns the rows of hidden."""
+        rows = self.call.rows(start, stop)
+        self.fill(start, rows)
+        self.run_kernel(start, stop, outputs, d_out=d_out, grad_coeffs=grad_coeffs)
+        return rows
+
+    def score_reference(self, start: int, stop: int, outputs: RowOutputs) -> None:
+        """The reference's rows ``[start, stop)``: a product of the same shape as the policy's.
+
+        Not one product for both: GEMM libraries do not give a row the same bits at every place (seen with
+        MKL for small odd row counts), and policy == reference has to give exactly 0.
+        """
+        self.fill(start, self.call.ref_rows(start, stop))
+        self.run_kernel(start, stop, outputs)
+
+    def fill(self, start: int, rows: Tensor) -> None:
+        """The logits of ``rows``, of which the first is labelled row ``start``."""
+        self._start, self._rows = start, rows
+        logits_into(self._logits[: len(rows), : self.call.plan.vocab_size], rows, self.weight)
+
+    def run_kernel(
+        self,
+        start: int,
+        stop: int,
+        outputs: RowOutputs,
+        *,
+        d_out: Tensor | None = None,
+        grad_coeffs: Tensor | None = None,
+    ) -> None:
+        """The row kernel on labelled rows ``[start, stop)`` of those that ``fill`` brought; once for each."""
+        call = self.call
+        local = slice(start - self._start, stop - self._start)
+        target = None
+        if call.logits_dtype == torch.bfloat16:
+            target_rows = self.weight.rows(call.safe_labels(start, stop))
+            target = (self._rows[local].float() * target_rows.float()).sum(-1)
+        self._kernel(
+            self._logits[local, : call.plan.vocab_size],
+            call.labels[start:stop],
+            call.transform,
+            outputs,
+            target_logits=target,
+            d_out=d_out,
+            grad_coeffs=grad_coeffs,
+        )
+
+    def d_in_place(self, num_rows: int) -> Tensor:
+        """D's place in the workspace: the front of each logits row, in the operands' dtype."""
+        flat = self._logits.view(-1).view(self.call.operand_dtype)
+        stride = flat.numel() // max(self._logits.shape[0], 1)
+        return flat.as_strided((num_rows, self.call.plan.vocab_size), (stride, 1))
+
+
+def empty_outputs(call: HeadCall, statistics: tuple[str, ...]) -> RowOutputs:
+    """Compact ``(N,)`` buffers for the log-probabilities, lse and the statistics asked for."""
+    num_tokens = call.plan.num_tokens
+    dtype = accumulation_dtype(call.compute_dtype)
+
+    def buffer(name: str) -> Tensor | None:
+        wanted = name in ("logps", "lse") or name in statistics
+        kind = torch.bool if name == "is_top1" else dtype
+        return call.hidden.new_empty(num_tokens, dtype=kind) if wanted else None
+
+    return RowOutputs(*(buffer(name) for name in RowOutputs._fields))  # type: ignore[arg-type]
+
+
+def slice_outputs(outputs: RowOutputs, start: int, stop: int) -> RowOutputs:
+    return RowOutputs(*(None if out is None else out[start:stop] for out in outputs))  # type: ignore[arg-type]

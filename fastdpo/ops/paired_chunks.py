@@ -1,0 +1,110 @@
+"""Mode ``pairs``: loss and gradients of a batch of pairs in one pass over its chunks, no autograd.
+
+dweight needs each token's g = (s / tau) dL/dlogp before it sums over tokens, and the loss of a pair needs
+the log-probabilities of both of its answers. So the D of whole pairs is held, about 4096 rows of it, until
+their loss is known; then D W and D^T (g h) are made and the rows given back:
+
+    chunk of logits --row kernel--> logp, D --group complete--> loss, g --> dhidden, dweight
+
+Chunks are those of every other mode. Where a group ends within a chunk, the row kernel runs on its rows, the
+group is finished, and the kernel goes on with the chunk's other rows in the same buffer. A pair longer than
+the buffer is scored without D, and computed again once its g is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastdpo.kernels.contract import RowOutputs
+from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads
+from fastdpo.ops.head_call import HeadCall, LogitChunks, empty_outputs, slice_outputs
+from fastdpo.schedule import PairGroup
+
+# The loss of some pairs, given (logps (n,), reference's logps (n,) or None, their group):
+# its share of the batch's loss (), and dL/dlogp of every token (n,).
+GroupLoss: TypeAlias = Callable[[Tensor, Tensor | None, PairGroup], tuple[Tensor, Tensor]]
+
+
+class PairedResults(NamedTuple):
+    """What ``paired_chunks`` returns; gradients are those of the loss itself, None where not needed."""
+
+    loss: Tensor  # ()
+    outputs: RowOutputs  # (N,) each
+    ref_logps: Tensor | None  # (N,)
+    token_grads: Tensor  # (N,) dL/dlogp
+    dhidden: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+
+def paired_chunks(
+    call: HeadCall,
+    statistics: tuple[str, ...],
+    group_loss: GroupLoss,
+    *,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> PairedResults:
+    """All of a batch whose labelled rows come pair by pair, as ``call.plan.groups`` has them."""
+    plan = call.plan
+    chunks = LogitChunks(call)
+    outputs = empty_outputs(call, statistics)
+    ref_outputs = None if call.ref_hidden is None else empty_outputs(call, ())
+    grads = TokenGrads(torch.empty_like(outputs.logps))
+    total = Gradients(call, chunks.weight, hidden=needs_hidden, bias=needs_bias, dweight=needs_weight)
+    held = call.hidden.new_empty((plan.group_rows, plan.vocab_size), dtype=call.operand_dtype)
+    loss = outputs.logps.new_zeros((), dtype=torch.float64)  # rounded once, as in every other mode
+
+    def settle(group: PairGroup) -> None:
+        rows = slice(group.start, group.stop)
+        ref_logps = None if ref_outputs is None else ref_outputs.logps[rows]
+        share, grads.logps[rows] = group_loss(outputs.logps[rows], ref_logps, group)
+        loss.add_(share)
+
+    for start, stop in plan.chunks():
+        if ref_outputs is not None:
+            chunks.score_reference(start, stop, slice_outputs(ref_outputs, start, stop))
+        chunks.fill(start, call.rows(start, stop))
+        ended_long_pairs = []
+        for group, first, last in _pieces(plan.groups, start, stop):
+            d_out = None if group.is_recomputed else held[first - group.start : last - group.start]
+            chunks.run_kernel(first, last, slice_outputs(outputs, first, last), d_out=d_out)
+            if last < group.stop:
+                continue
+            settle(group)
+            if group.is_recomputed:
+                ended_long_pairs.append(group)
+            else:
+                d = held[: group.stop - group.start]
+                total.add_group(DGroup(group.start, group.stop, d), outputs, grads)
+        for group in ended_long_pairs:  # only now: they need the workspace
+            _recompute(chunks, group, outputs, grads, total)
+    dhidden, dweight, dbias = total.results()
+    ref_logps = None if ref_outputs is None else ref_outputs.logps
+    return PairedResults(loss.to(grads.logps.dtype), outputs, ref_logps, grads.logps, dhidden, dweight, dbias)
+
+
+def _pieces(groups: tuple[PairGroup, ...], start: int, stop: int) -> Iterator[tuple[PairGroup, int, int]]:
+    """The parts of rows ``[start, stop)`` that lie in one group each."""
+    for group in groups:
+        first, last = max(start, group.start), min(stop, group.stop)
+        if first < last:
+            yield group, first, last
+
+
+def _recompute(
+    chunks: LogitChunks, group: PairGroup, outputs: RowOutputs, grads: TokenGrads, total: Gradients
+) -> None:
+    """The gradients of a pair whose D was not held, a chunk at a time."""
+    call = chunks.call
+    scratch = empty_outputs(call, ())
+    for start in range(group.start, group.stop, call.plan.chunk_rows):
+        stop = min(start + call.plan.chunk_rows, group.stop)
+        d = chunks.d_in_place(stop - start)
+        rows = chunks.process(start, stop, slice_outputs(scratch, start, stop), d_out=d)
+        total.add_group(DGroup(start, stop, d, rows), outputs, grads)

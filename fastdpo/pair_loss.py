@@ -1,0 +1,167 @@
+"""Per token -> per answer -> loss, rewards and metrics; for a whole batch, and for a group of its pairs.
+
+The second half of ``fused_dpo_loss``. Mode ``pairs`` runs it group by group in the middle of the first
+half, under the key ``objective`` of the op's table of losses.
+"""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.batch import AnswerTokens
+from fastdpo.losses.aggregate import sequence_sums
+from fastdpo.losses.inputs import PairLogps
+from fastdpo.losses.metrics import pair_metrics, token_metrics
+from fastdpo.losses.objective import Objective, build_objective
+from fastdpo.ops.paired_chunks import GroupLoss
+from fastdpo.ops.paired_loss import GROUP_LOSSES, recording_gradients
+from fastdpo.schedule import PairGroup
+from fastdpo.types import DPOLossOutput, LinearLogprobOutput
+
+METRIC_STATISTICS = ("entropy", "mean_logit", "is_top1")
+LOSS_KEY = "objective"
+
+
+def answer_sums(values: Tensor, tokens: AnswerTokens, where: Tensor | None) -> Tensor:
+    """``(2, P)``, chosen first: per-token values summed over each answer's tokens, all or those ``where``."""
+    mask = torch.ones_like(values, dtype=torch.bool) if where is None else where
+    return sequence_sums(values, mask, tokens.offsets).view(tokens.num_pairs, 2).t()
+
+
+def pair_logps(
+    tokens: AnswerTokens,
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+    *,
+    uses_nll: bool,
+) -> PairLogps:
+    """What the losses see of a batch.
+
+    Args:
+        logps: ``(N,)`` in pair order.
+        ref_logps: ``(N,)`` likewise, or sums ``(2, P)``, or None.
+        token_weights: ``(N,)`` likewise, or None; weigh the log-probabilities of both models.
+        uses_nll: whether a loss looks at the tokens of an NLL term.
+    """
+
+    def weighted(values: Tensor) -> Tensor:
+        return answer_sums(
+            values if token_weights is None else values * token_weights, tokens, tokens.in_answer
+        )
+
+    def lengths(where: Tensor | None) -> Tensor:
+        return answer_sums(torch.ones_like(logps), tokens, where)
+
+    chosen, rejected = weighted(logps)
+    pair = PairLogps(chosen, rejected, *lengths(tokens.in_answer))
+    if ref_logps is not None:
+        ref_logps = ref_logps.detach().to(logps.dtype)
+        ref_chosen, ref_rejected = ref_logps if ref_logps.dim() == 2 else weighted(ref_logps)
+        pair = replace(pair, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    if uses_nll and not (tokens.in_nll is None and token_weights is None):
+        where = tokens.in_answer if tokens.in_nll is None else tokens.in_nll
+        (log_likelihood, _), (nll_tokens, _) = answer_sums(logps, tokens, where), lengths(where)
+        pair = replace(pair, nll_sum=-log_likelihood, nll_tokens=nll_tokens)
+    return pair
+
+
+def loss_output(
+    objective: Objective,
+    pair: PairLogps,
+    token: LinearLogprobOutput,
+    tokens: AnswerTokens,
+    loss: Tensor | None = None,
+) -> DPOLossOutput:
+    """Everything a caller gets, from a batch in pair order; ``loss`` where it is there already."""
+    rewards = objective.rewards(pair)
+    statistics = {name: getattr(token, name) for name in METRIC_STATISTICS}
+
+    def answers(values: Tensor) -> Tensor:
+        return answer_sums(values, tokens, tokens.in_answer)
+
+    return DPOLossOutput(
+        loss=objective.loss(pair) if loss is None else loss,
+        chosen_logps=pair.chosen.detach(),
+        rejected_logps=pair.rejected.detach(),
+        ref_chosen_logps=pair.ref_chosen,
+        ref_rejected_logps=pair.ref_rejected,
+        chosen_rewards=rewards[0],
+        rejected_rewards=rewards[1],
+        metrics=pair_metrics(pair, *rewards) | token_metrics(pair, answers, **statistics),
+    )
+
+
+def pack_objective(
+    loss_arguments: dict[str, Any],
+    tokens: AnswerTokens,
+    *,
+    ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+    uses_nll: bool,
+) -> tuple[str, list[Tensor]]:
+    """An objective and all it needs of a batch as an op can carry it: text and tensors.
+
+    The counts to divide by are the whole batch's where ``loss_arguments`` has none: every group uses them.
+    """
+    no_logps = torch.zeros_like(tokens.segment_ids, dtype=torch.float64)
+    pair = pair_logps(tokens, no_logps, None, token_weights, uses_nll=uses_nll)
+    given = {name: value for name, value in loss_arguments.items() if value is not None}
+    if not given.keys() & {"num_pairs", "num_tokens"}:
+        given["num_pairs"] = pair.is_scored.sum().clamp(min=1)
+        given["num_tokens"] = pair.nll_count.sum().clamp(min=1)
+    arguments = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+    tensors = {f"loss.{name}": value for name, value in given.items() if isinstance(value, Tensor)}
+    tensors |= {"segment_ids": tokens.segment_ids, "offsets": tokens.offsets}
+    optional = {
+        "in_answer": tokens.in_answer,
+        "in_nll": tokens.in_nll,
+        "ref_logps": ref_logps,
+        "token_weights": token_weights,
+    }
+    tensors |= {name: value for name, value in optional.items() if value is not None}
+    return repr((arguments, list(tensors))), list(tensors.values())
+
+
+def _unpack_objective(parameters: str, tensors: Sequence[Tensor]) -> GroupLoss:
+    """What ``pack_objective`` made, as a function of a group."""
+    constants, names = literal_eval(parameters)
+    named = dict(zip(names, tensors, strict=True))
+    segment_ids, offsets = named["segment_ids"], named["offsets"]
+    batch = AnswerTokens(
+        len(offsets) // 2, segment_ids, segment_ids, offsets, named.get("in_answer"), named.get("in_nll")
+    )
+    per_loss = {name[5:]: value for name, value in named.items() if name.startswith("loss.")}
+    all_ref_logps, all_weights = named.get("ref_logps"), named.get("token_weights")
+
+    def group_loss(logps: Tensor, ref_logps: Tensor | None, group: PairGroup) -> tuple[Tensor, Tensor]:
+        pairs, rows = slice(group.first_pair, group.last_pair), slice(group.start, group.stop)
+        arguments = {name: value[pairs] if value.dim() else value for name, value in per_loss.items()}
+        objective = build_objective(**constants, **arguments)
+        if all_ref_logps is not None:
+            ref_logps = all_ref_logps[:, pairs] if all_ref_logps.dim() == 2 else all_ref_logps[rows]
+        if not objective.uses_reference:
+            ref_logps = None
+        with recording_gradients():
+            leaf = logps.detach().requires_grad_()
+            pair = pair_logps(
+                batch.of_group(group),
+                leaf,
+                ref_logps,
+                None if all_weights is None else all_weights[rows],
+                uses_nll=objective.uses_nll,
+            )
+            share = objective.total(pair)
+            (token_grads,) = torch.autograd.grad(share, leaf)
+        return share.detach(), token_grads
+
+    return group_loss
+
+
+GROUP_LOSSES[LOSS_KEY] = _unpack_objective
