@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fastdpo"
 # stand side by side and do not know each other.
 LAYERS = (
     {"types", "_C"},
-    {"reference", "plan"},
+    {"reference", "reference_sequence", "plan"},
     {"kernels"},
     {"ops"},
     {"losses"},
@@ -33,6 +33,7 @@ ONLY = {"losses": set(), "plan": set(), "testing": {"types", "reference", "kerne
 LIBRARIES = {
     "types": set(),
     "reference": set(),
+    "reference_sequence": set(),
     "plan": set(),
     "kernels": {"triton"},
     "ops": set(),

@@ -11,8 +11,9 @@ from typing import cast
 
 import torch
 
-from fastdpo import reference
+from fastdpo import reference, reference_sequence
 from fastdpo.kernels.contract import RowKernel
+from fastdpo.kernels.sequence import SequenceKernels
 
 DEVICE_TYPE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # In order of preference on each kind of device.
@@ -58,6 +59,13 @@ def load_row_kernel(name: str) -> RowKernel:
     """The row kernel of a resolved backend."""
     module = reference if name == "reference" else import_module(f"fastdpo.kernels.{name}")
     return cast(RowKernel, module.row_kernel)
+
+
+def load_sequence_kernels(name: str) -> SequenceKernels:
+    """The sequence kernels of a resolved backend: they run where its row kernel does."""
+    if name == "reference":
+        return cast(SequenceKernels, reference_sequence)
+    return cast(SequenceKernels, import_module(f"fastdpo.kernels.sequence_{name}"))
 
 
 def backend_report() -> dict[str, str | None]:
