@@ -60,7 +60,8 @@ def sigmoid_pairs(
 
     slope = (1 - preferred) * torch.sigmoid(h) - preferred * torch.sigmoid(-h)
     coeff = (weight * slope * beta / divisor).where(is_scored, 0)
-    per_sequence = torch.stack([coeff, -coeff], dim=1).flatten()  # (2P,)
+    # (2P + 1,): wrong offsets may leave tokens behind the last sequence.
+    per_sequence = F.pad(torch.stack([coeff, -coeff], dim=1).flatten(), (0, 1))
     position = torch.arange(len(values), device=values.device)
     g = per_sequence[torch.searchsorted(offsets[1:], position, right=True)]
     if weights is not None:
