@@ -42,11 +42,13 @@ def sigmoid_pairs(
     num_pairs = len(outputs.sums) // 2
 
     def per_pair(value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float64, device=values.device).expand(num_pairs)
+        if isinstance(value, Tensor):
+            return value.double().expand(num_pairs)
+        return torch.full((num_pairs,), value, dtype=torch.float64, device=values.device)
 
     beta, margin, weight = map(per_pair, (terms.beta, terms.margin, terms.pair_weights))
     preferred = per_pair(terms.preferred)
-    divisor = torch.as_tensor(terms.divisor, dtype=torch.float64, device=values.device)
+    divisor = terms.divisor.double() if isinstance(terms.divisor, Tensor) else terms.divisor
     ratios = outputs.sums.double()
     if terms.ref_sums is not None:
         ratios = ratios - terms.ref_sums.double()

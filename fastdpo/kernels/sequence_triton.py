@@ -38,9 +38,9 @@ def _span(offsets, sequence, num_tokens):
 
 @_jit()
 def _counts(mask, tokens, inside):
-    if mask is None:
-        return inside
-    return inside & tl.load(mask + tokens, mask=inside, other=0).to(tl.int1)
+    if mask is not None:
+        inside &= tl.load(mask + tokens, mask=inside, other=0).to(tl.int1)
+    return inside
 
 
 @_jit()
@@ -82,7 +82,7 @@ def _write_g(g, weights, mask, begin, end, coeff, TILE: tl.constexpr):
 def _at_pair(values, number, pair):
     """The pair's number out of a tensor, or the one for all of them."""
     if values is not None:
-        return tl.load(values + pair).to(tl.float64)
+        number = tl.load(values + pair).to(tl.float64)
     return tl.full([], 0.0, tl.float64) + number
 
 
@@ -248,7 +248,7 @@ def plan_pairs(
 
 
 def _options() -> dict[str, Any]:
-    return {"TILE": TILE, "num_warps": NUM_WARPS}
+    return {"TILE": TILE, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 
 def _run(launch: Launch, values: Tensor) -> None:

@@ -186,7 +186,8 @@ def test_sigmoid_pairs_converts_what_it_is_given(backend: str) -> None:
     )  # fmt: skip
     other = sigmoid_pairs(
         values, OFFSETS.int(), divisor=torch.tensor(2), beta=torch.tensor(0.25),
-        margin=torch.tensor(0.5).bfloat16(), soft_labels=torch.full((2,), 0.75).double(), pair_weights=1.5, ref_sums=torch.zeros(4).double(),
+        margin=torch.tensor(0.5).bfloat16(), soft_labels=torch.full((2,), 0.75).double(),
+        pair_weights=1.5, ref_sums=torch.zeros(4).double(),
         weights=weights.double(), mask=mask, backend=backend,
     )  # fmt: skip
     assert all(map(torch.equal, plain, other))
