@@ -15,8 +15,8 @@ constexpr int kPairThreads = 2 * kTeamThreads;
 
 // Of one block, in shared memory.
 struct SequenceShared {
-  double sums[2 * kTeamWarps];  // of each warp
-  float counts[2 * kTeamWarps];  // above 0 where a token of the warp counts
+  double sums[2 * kTeamWarps];      // of each warp
+  float has_token[2 * kTeamWarps];  // 1 where a token of the warp counts
   double coeff;
   int is_last;
 };
@@ -50,7 +50,7 @@ FASTDPO_DEVICE void add_up_warps(const SequenceArgs& args, Span span, int thread
   const int warp = gpu::thread_index() / 32;
   if (thread % 32 == 0) {
     sequence_shared().sums[warp] = own.sum;
-    sequence_shared().counts[warp] = own.has_token;
+    sequence_shared().has_token[warp] = own.has_token;
   }
 }
 
@@ -59,7 +59,7 @@ FASTDPO_DEVICE WarpSum add_up_team(int first, int count) {
   WarpSum total;
   for (int warp = first; warp < first + count; ++warp) {
     total.sum += sequence_shared().sums[warp];
-    total.has_token = fmaxf(total.has_token, sequence_shared().counts[warp]);
+    total.has_token = fmaxf(total.has_token, sequence_shared().has_token[warp]);
   }
   return total;
 }

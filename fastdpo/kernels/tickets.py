@@ -18,11 +18,14 @@ def ticket_counter(device: torch.device) -> Tensor:
     stays a single launch. While a CUDA graph is captured it is a new one, zeroed in the graph: graphs may be
     replayed side by side, on other streams than they were captured on.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    with _lock:
+    if device.type != "cuda":
+        return torch.zeros(1, dtype=torch.int32, device=device)  # interpreted
+    with torch.cuda.device(device):  # the device of the stream, which need not be the current one
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(1, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream()
         key = (stream.device.index, stream.cuda_stream)
-        if key not in _counters:
-            _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
-        return _counters[key]
+        with _lock:
+            if key not in _counters:
+                _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+            return _counters[key]

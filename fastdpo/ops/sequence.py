@@ -34,7 +34,7 @@ def sequence_sums_op(
     weights: Tensor | None,  # (N,) in the dtype of the values
     mask: Tensor | None,  # (N,) bool
     offsets: Tensor,  # (S + 1,) int64
-    sequence_ids: Tensor,  # (N,) int64; read by the backward pass only
+    sequence_ids: Tensor,  # (N,) int64, for the backward pass: anything where there will be none
     backend: str,
 ) -> Tensor:
     """``(S,)`` in the dtype of the values."""
@@ -94,8 +94,8 @@ def sequence_sums(
             ``offsets[s + 1] - 1``, possibly none. Read, to be checked, on the CPU only.
         weights: ``(N,)`` floating point, without a gradient; converted to the dtype of ``values``.
         mask: ``(N,)`` bool: the tokens that count. Values and weights of the others may be NaN.
-        sequence_ids: ``(N,)`` int64, each token's sequence, as ``token_sequence_ids`` makes it, which happens
-            here without it.
+        sequence_ids: ``(N,)`` int64, each token's sequence, as ``token_sequence_ids`` makes it. None: made
+            here, where a gradient is wanted.
         backend: ``auto``, or the name of one that runs on this device.
 
     Returns:
@@ -110,10 +110,12 @@ def sequence_sums(
         tensor([-3.,  0., -4.])
     """
     _check_tokens(values, offsets, weights, mask, backend)
-    if sequence_ids is None:
+    if sequence_ids is not None:
+        _check_tensor("sequence_ids", sequence_ids, (values.shape[0],), (torch.int64,), values.device)
+    elif torch.is_grad_enabled() and values.requires_grad:
         sequence_ids = token_sequence_ids(offsets, values.shape[0])
     else:
-        _check_tensor("sequence_ids", sequence_ids, (values.shape[0],), (torch.int64,), values.device)
+        sequence_ids = offsets.new_empty(0, dtype=torch.int64)
     if weights is not None:
         weights = weights.to(values.dtype)
     result: Tensor = sequence_sums_op(values, weights, mask, offsets.long(), sequence_ids, backend)

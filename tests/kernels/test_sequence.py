@@ -212,6 +212,18 @@ def test_many_pairs_are_added_up(backend: Backend):
     assert_rounded_once(results.loss, truth, "loss")
 
 
+@pytest.mark.parametrize("h", [0.0, 1e-6, 0.5, 3.0, 12.0, 30.0, 45.0, 80.0, 104.0, 800.0, 1e30])
+def test_losses_and_gradients_keep_their_digits(backend: Backend, h: float):
+    """Of one pair, since among many a large loss hides the small ones; either answer preferred."""
+    tokens = make_tokens((1, 0))
+    for sign in (1.0, -1.0):
+        tokens.values[0] = sign * h
+        results = backend.pairs(tokens, SigmoidTerms(beta=1.0))
+        x = tokens.values.double()
+        assert_rounded_once(results.loss, -torch.nn.functional.logsigmoid(x)[0], "loss")
+        assert_rounded_once(results.g, -torch.sigmoid(-x), "g")
+
+
 @pytest.mark.parametrize("value", ["nan", "-inf"])
 def test_a_bad_token_stays_in_its_pair(backend: Backend, value: str):
     """The same bits in all other pairs."""
