@@ -14,15 +14,18 @@
 
 namespace py = pybind11;
 using fastdpo::DType;
+using fastdpo::PerPair;
 using fastdpo::RowArgs;
+using fastdpo::SequenceArgs;
+using fastdpo::SigmoidArgs;
 
 namespace {
 
-template <class T>
-void address(py::class_<RowArgs>& args, const char* name, T* RowArgs::*member) {
+template <class Class, class Args, class T>
+void address(Class& args, const char* name, T* Args::*member) {
   args.def_property(
-      name, [member](const RowArgs& self) { return reinterpret_cast<uintptr_t>(self.*member); },
-      [member](RowArgs& self, uintptr_t value) { self.*member = reinterpret_cast<T*>(value); });
+      name, [member](const Args& self) { return reinterpret_cast<uintptr_t>(self.*member); },
+      [member](Args& self, uintptr_t value) { self.*member = reinterpret_cast<T*>(value); });
 }
 
 void bind_row_args(py::module_& module) {
@@ -53,12 +56,41 @@ void bind_row_args(py::module_& module) {
   address(args, "grad_coeffs", &RowArgs::grad_coeffs);
 }
 
+void bind_sequence_args(py::module_& module) {
+  py::class_<SequenceArgs> args(module, "SequenceArgs");
+  args.def(py::init<>())
+      .def_readwrite("tokens", &SequenceArgs::tokens)
+      .def_readwrite("sequences", &SequenceArgs::sequences);
+  address(args, "values", &SequenceArgs::values);
+  address(args, "weights", &SequenceArgs::weights);
+  address(args, "mask", &SequenceArgs::mask);
+  address(args, "offsets", &SequenceArgs::offsets);
+  address(args, "sums", &SequenceArgs::sums);
+
+  py::class_<PerPair> per_pair(module, "PerPair");
+  per_pair.def(py::init<>()).def_readwrite("number", &PerPair::number);
+  address(per_pair, "values", &PerPair::values);
+
+  py::class_<SigmoidArgs, SequenceArgs> pairs(module, "SigmoidArgs");
+  pairs.def(py::init<>())
+      .def_readwrite("beta", &SigmoidArgs::beta)
+      .def_readwrite("margin", &SigmoidArgs::margin)
+      .def_readwrite("preferred", &SigmoidArgs::preferred)
+      .def_readwrite("pair_weights", &SigmoidArgs::pair_weights)
+      .def_readwrite("divisor", &SigmoidArgs::divisor);
+  address(pairs, "ref_sums", &SigmoidArgs::ref_sums);
+  address(pairs, "pair_losses", &SigmoidArgs::pair_losses);
+  address(pairs, "loss", &SigmoidArgs::loss);
+  address(pairs, "g", &SigmoidArgs::g);
+  address(pairs, "counter", &SigmoidArgs::counter);
+}
+
 #ifdef FASTDPO_WITH_CUDA
-void cuda_row_kernel(const RowArgs& args, uintptr_t stream) {
-  const int code = fastdpo_cuda_row_kernel(args, reinterpret_cast<void*>(stream));
-  if (code != 0) {
-    throw std::runtime_error(std::string("CUDA row kernel: ") + fastdpo_cuda_error_string(code));
-  }
+// A launch that raises what it returns.
+template <class Args, int (*launch)(const Args&, void*)>
+void cuda_launch(const Args& args, uintptr_t stream) {
+  const int code = launch(args, reinterpret_cast<void*>(stream));
+  if (code != 0) throw std::runtime_error(std::string("CUDA kernel: ") + fastdpo_cuda_error_string(code));
 }
 #endif
 
@@ -69,12 +101,21 @@ PYBIND11_MODULE(_C, module) {
   module.attr("compiler") = FASTDPO_COMPILER;
   module.attr("cuda_archs") = FASTDPO_CUDA_ARCHS;
   bind_row_args(module);
-  module.def("cpu_row_kernel", &fastdpo_cpu_row_kernel, py::arg("args"), py::arg("threads"),
-             py::call_guard<py::gil_scoped_release>());
+  bind_sequence_args(module);
+  const auto def_cpu = [&](const char* name, auto kernel) {
+    module.def(name, kernel, py::arg("args"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  };
+  def_cpu("cpu_row_kernel", &fastdpo_cpu_row_kernel);
+  def_cpu("cpu_sequence_sums", &fastdpo_cpu_sequence_sums);
+  def_cpu("cpu_sigmoid_pairs", &fastdpo_cpu_sigmoid_pairs);
 #ifdef FASTDPO_WITH_CUDA
+  const auto def_cuda = [&](const char* name, auto kernel) {
+    module.def(name, kernel, py::arg("args"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  };
   module.attr("built_with_cuda") = true;
-  module.def("cuda_row_kernel", &cuda_row_kernel, py::arg("args"), py::arg("stream"),
-             py::call_guard<py::gil_scoped_release>());
+  def_cuda("cuda_row_kernel", &cuda_launch<RowArgs, fastdpo_cuda_row_kernel>);
+  def_cuda("cuda_sequence_sums", &cuda_launch<SequenceArgs, fastdpo_cuda_sequence_sums>);
+  def_cuda("cuda_sigmoid_pairs", &cuda_launch<SigmoidArgs, fastdpo_cuda_sigmoid_pairs>);
 #else
   module.attr("built_with_cuda") = false;
 #endif

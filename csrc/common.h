@@ -41,6 +41,38 @@ struct RowArgs {
   const float* grad_coeffs = nullptr;  // (3, C) contiguous: a, b, c; or null: D itself. Only with d_out.
 };
 
+// The sequence kernel's arguments: fastdpo/kernels/sequence.py in C++, filled by fastdpo/kernels/sequence_native.py.
+// N tokens ("tokens") in S sequences ("sequences"), one after the other.
+struct SequenceArgs {
+  int64_t tokens = 0;
+  int64_t sequences = 0;
+  const float* values = nullptr;     // (N,)
+  const float* weights = nullptr;    // (N,) or null: all 1
+  const bool* mask = nullptr;        // (N,) or null: every token counts
+  const int64_t* offsets = nullptr;  // (S + 1,), rising from 0 to N
+  float* sums = nullptr;             // (S,)
+};
+
+// One number for each pair, or one for all.
+struct PerPair {
+  const float* values = nullptr;  // (P,), or null: `number`
+  double number = 0.0;
+};
+
+// P pairs: sequence 2p is pair p's chosen answer, 2p + 1 its rejected one.
+struct SigmoidArgs : SequenceArgs {
+  const float* ref_sums = nullptr;  // (2P,) or null: zeros
+  PerPair beta;
+  PerPair margin;
+  PerPair preferred;  // the probability that the chosen answer is the better one
+  PerPair pair_weights;
+  PerPair divisor;                // of all pairs: `values` is one number
+  double* pair_losses = nullptr;  // (P,) scratch
+  double* loss = nullptr;         // ()
+  float* g = nullptr;             // (N,)
+  uint32_t* counter = nullptr;    // CUDA: one that is 0, and is left 0; no other launch may use it meanwhile
+};
+
 }  // namespace fastdpo
 
 // C linkage, so that nvcc's host compiler and the C++ compiler agree on the names.
@@ -51,5 +83,12 @@ void fastdpo_cpu_row_kernel(const fastdpo::RowArgs& args, int threads);
 
 // Launches on `stream` (a cudaStream_t) of the current device and returns the launch's cudaError_t, 0 for success.
 int fastdpo_cuda_row_kernel(const fastdpo::RowArgs& args, void* stream);
+
+// The same for the sequence kernel.
+void fastdpo_cpu_sequence_sums(const fastdpo::SequenceArgs& args, int threads);
+void fastdpo_cpu_sigmoid_pairs(const fastdpo::SigmoidArgs& args, int threads);
+int fastdpo_cuda_sequence_sums(const fastdpo::SequenceArgs& args, void* stream);
+int fastdpo_cuda_sigmoid_pairs(const fastdpo::SigmoidArgs& args, void* stream);
+
 const char* fastdpo_cuda_error_string(int code);
 }

@@ -36,5 +36,40 @@ class RowArgs:
 
     def __init__(self) -> None: ...
 
+class SequenceArgs:
+    tokens: int
+    sequences: int
+    values: int
+    weights: int
+    mask: int
+    offsets: int
+    sums: int
+
+    def __init__(self) -> None: ...
+
+class PerPair:
+    values: int
+    number: float
+
+    def __init__(self) -> None: ...
+
+class SigmoidArgs(SequenceArgs):
+    ref_sums: int
+    beta: PerPair
+    margin: PerPair
+    preferred: PerPair
+    pair_weights: PerPair
+    divisor: PerPair
+    pair_losses: int
+    loss: int
+    g: int
+    counter: int
+
+    def __init__(self) -> None: ...
+
 def cpu_row_kernel(args: RowArgs, threads: int) -> None: ...
 def cuda_row_kernel(args: RowArgs, stream: int) -> None: ...
+def cpu_sequence_sums(args: SequenceArgs, threads: int) -> None: ...
+def cpu_sigmoid_pairs(args: SigmoidArgs, threads: int) -> None: ...
+def cuda_sequence_sums(args: SequenceArgs, stream: int) -> None: ...
+def cuda_sigmoid_pairs(args: SigmoidArgs, stream: int) -> None: ...

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from fastdpo.batch import AnswerTokens
-from fastdpo.losses.aggregate import sequence_sums
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.metrics import pair_metrics, token_metrics
 from fastdpo.losses.objective import Objective, build_objective
 from fastdpo.ops.paired_chunks import GroupLoss
 from fastdpo.ops.paired_loss import GROUP_LOSSES, recording_gradients
+from fastdpo.ops.sequence import sequence_sums_op, sigmoid_pairs
 from fastdpo.schedule import PairGroup
 from fastdpo.types import DPOLossOutput, LinearLogprobOutput
 
@@ -30,8 +30,18 @@ LOSS_KEY = "objective"
 
 def answer_sums(values: Tensor, tokens: AnswerTokens, where: Tensor | None) -> Tensor:
     """``(2, P)``, chosen first: per-token values summed over each answer's tokens, all or those ``where``."""
-    mask = torch.ones_like(values, dtype=torch.bool) if where is None else where
-    return sequence_sums(values, mask, tokens.offsets).view(tokens.num_pairs, 2).t()
+    # The op itself: its offsets were made here and need no check.
+    sums = sequence_sums_op(values, None, where, tokens.offsets, tokens.segment_ids, "auto")
+    return sums.view(tokens.num_pairs, 2).t()
+
+
+def answer_lengths(tokens: AnswerTokens, where: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``(2, P)``, chosen first: the number of tokens of each answer, all or those ``where``."""
+    if where is None:
+        num_answers = 2 * tokens.num_pairs
+        lengths = tokens.offsets.narrow(0, 1, num_answers) - tokens.offsets.narrow(0, 0, num_answers)
+        return lengths.to(dtype).view(tokens.num_pairs, 2).t()
+    return answer_sums(where.to(dtype), tokens, None)
 
 
 def pair_logps(
@@ -56,18 +66,16 @@ def pair_logps(
             values if token_weights is None else values * token_weights, tokens, tokens.in_answer
         )
 
-    def lengths(where: Tensor | None) -> Tensor:
-        return answer_sums(torch.ones_like(logps), tokens, where)
-
     chosen, rejected = weighted(logps)
-    pair = PairLogps(chosen, rejected, *lengths(tokens.in_answer))
+    pair = PairLogps(chosen, rejected, *answer_lengths(tokens, tokens.in_answer, logps.dtype))
     if ref_logps is not None:
         ref_logps = ref_logps.detach().to(logps.dtype)
         ref_chosen, ref_rejected = ref_logps if ref_logps.dim() == 2 else weighted(ref_logps)
         pair = replace(pair, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     if uses_nll and not (tokens.in_nll is None and token_weights is None):
         where = tokens.in_answer if tokens.in_nll is None else tokens.in_nll
-        (log_likelihood, _), (nll_tokens, _) = answer_sums(logps, tokens, where), lengths(where)
+        log_likelihood = answer_sums(logps, tokens, where)[0]
+        nll_tokens = answer_lengths(tokens, where, logps.dtype)[0]
         pair = replace(pair, nll_sum=-log_likelihood, nll_tokens=nll_tokens)
     return pair
 
@@ -148,20 +156,45 @@ def _unpack_objective(parameters: str, tensors: Sequence[Tensor]) -> GroupLoss:
             ref_logps = all_ref_logps[:, pairs] if all_ref_logps.dim() == 2 else all_ref_logps[rows]
         if not objective.uses_reference:
             ref_logps = None
+        tokens = batch.of_group(group)
+        weights = None if all_weights is None else all_weights[rows]
+        if objective.is_plain_sigmoid:
+            return _sigmoid_of_group(objective, tokens, logps, ref_logps, weights)
         with recording_gradients():
             leaf = logps.detach().requires_grad_()
-            pair = pair_logps(
-                batch.of_group(group),
-                leaf,
-                ref_logps,
-                None if all_weights is None else all_weights[rows],
-                uses_nll=objective.uses_nll,
-            )
+            pair = pair_logps(tokens, leaf, ref_logps, weights, uses_nll=objective.uses_nll)
             share = objective.total(pair)
             (token_grads,) = torch.autograd.grad(share, leaf)
         return share.detach(), token_grads
 
     return group_loss
+
+
+def _sigmoid_of_group(
+    objective: Objective,
+    tokens: AnswerTokens,
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The DPO loss, the one that has a kernel: one launch where autograd takes some thirty."""
+    if ref_logps is not None and ref_logps.dim() == 1:
+        ref_logps = answer_sums(
+            ref_logps if token_weights is None else ref_logps * token_weights, tokens, tokens.in_answer
+        )
+    arguments: dict[str, Any] = dict(objective.terms[0].arguments)
+    if "pair_weights" in objective.per_pair:
+        arguments["pair_weights"] = objective.per_pair["pair_weights"]
+    result = sigmoid_pairs(
+        logps,
+        tokens.offsets,
+        divisor=1.0 if objective.num_pairs is None else objective.num_pairs,
+        ref_sums=None if ref_logps is None else ref_logps.t().reshape(-1),
+        weights=token_weights,
+        mask=tokens.in_answer,
+        **arguments,
+    )
+    return result.loss, result.g
 
 
 GROUP_LOSSES[LOSS_KEY] = _unpack_objective

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fastdpo"
 # stand side by side and do not know each other.
 LAYERS = (
     {"types", "_C", "schedule"},
-    {"reference", "plan"},
+    {"reference", "reference_sequence", "plan"},
     {"kernels"},
     {"ops"},
     {"losses"},
@@ -40,6 +40,7 @@ ONLY = {
 LIBRARIES = {
     "types": set(),
     "reference": set(),
+    "reference_sequence": set(),
     "plan": set(),
     "schedule": set(),
     "kernels": {"triton"},

@@ -65,6 +65,11 @@ class Objective:
         return all(term.spec.scope in ("pair", "token") for term in self.terms)
 
     @property
+    def is_plain_sigmoid(self) -> bool:
+        """Whether it is the DPO loss alone."""
+        return len(self.terms) == 1 and self.terms[0].spec.name == "sigmoid" and self.terms[0].weight == 1
+
+    @property
     def uses_nll(self) -> bool:
         """Whether any named loss is a mean over NLL tokens."""
         return any(term.spec.scope == "token" for term in self.terms)

@@ -11,8 +11,9 @@ from typing import cast
 
 import torch
 
-from fastdpo import reference
+from fastdpo import reference, reference_sequence
 from fastdpo.kernels.contract import RowKernel
+from fastdpo.kernels.sequence import SequenceKernels
 
 DEVICE_TYPE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # In order of preference on each kind of device.
@@ -65,6 +66,13 @@ def num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def load_sequence_kernels(name: str) -> SequenceKernels:
+    """The sequence kernels of a resolved backend: they run where its row kernel does."""
+    if name == "reference":
+        return cast(SequenceKernels, reference_sequence)
+    return cast(SequenceKernels, import_module(f"fastdpo.kernels.sequence_{name}"))
 
 
 def backend_report() -> dict[str, str | None]:

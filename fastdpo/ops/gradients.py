@@ -93,7 +93,8 @@ class Gradients:
             self._add_hidden(group, coeff, outputs, grads if adds_label_rows else None)
         if self.dweight is not None:
             rows = call.rows(group.start, group.stop) if group.rows is None else group.rows
-            scaled = rows if group.is_scaled else (rows * coeff[:, None]).to(call.operand_dtype)
+            # Not in place, for rows may be a view of the caller's; one rounding, no wider copy on the way.
+            scaled = rows if group.is_scaled else torch.mul(rows, coeff[:, None], out=torch.empty_like(rows))
             add_weight_grad(self.dweight, group.d, scaled, is_first=self._is_first_product)
             self._is_first_product = False
         if self.dbias is not None:
@@ -114,11 +115,13 @@ class Gradients:
             local = slice(start - group.start, stop - group.start)
             product = call.hidden.new_empty((stop - start, call.plan.hidden_size), dtype=call.operand_dtype)
             hidden_grad_into(product, group.d[local], self.weight)
-            dhidden = product if group.is_scaled else product * coeff[local, None]
-            if lse_grads is not None:
+            if lse_grads is None:
+                product = product if group.is_scaled else product.mul_(coeff[local, None])
+            else:
                 label_coeff = label_row_coeff(call, outputs, lse_grads, start, stop)
-                dhidden = dhidden + label_coeff[:, None] * self.weight.rows(call.safe_labels(start, stop))
-            self.put_hidden(start, stop, dhidden)
+                label_rows = self.weight.rows(call.safe_labels(start, stop))
+                product = product * coeff[local, None] + label_coeff[:, None] * label_rows
+            self.put_hidden(start, stop, product)
 
     def put_hidden(self, start: int, stop: int, dhidden: Tensor) -> None:
         """``dhidden (stop - start, H)`` of labelled rows to where these are in the batch."""
