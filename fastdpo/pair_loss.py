@@ -74,8 +74,8 @@ def pair_logps(
         pair = replace(pair, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     if uses_nll and not (tokens.in_nll is None and token_weights is None):
         where = tokens.in_answer if tokens.in_nll is None else tokens.in_nll
-        log_likelihood = answer_sums(logps, tokens, where)[0]
-        nll_tokens = answer_lengths(tokens, where, logps.dtype)[0]
+        log_likelihood, _ = answer_sums(logps, tokens, where)
+        nll_tokens, _ = answer_lengths(tokens, where, logps.dtype)
         pair = replace(pair, nll_sum=-log_likelihood, nll_tokens=nll_tokens)
     return pair
 
