@@ -5,11 +5,15 @@ Run by ``make gpu`` and ``make test-gpu``; skipped, with the reason, where there
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from fastdpo import Execution, linear_logprob
+from fastdpo import Execution, TokenLayout, fused_dpo_loss, linear_logprob
 from fastdpo.ops.backends import unavailable_reason
+from fastdpo.ops.scaling import scaled
 from fastdpo.reference import linear_logprob_reference
 from fastdpo.testing import (
     Case,
@@ -194,3 +198,80 @@ def test_a_graph_can_be_captured_with_a_given_index(backend: str) -> None:
     captured.zero_()
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+def _pairs_step(backend: str, mode: str) -> Callable[[], tuple[Tensor, ...]]:
+    """One pass of `fused_dpo_loss` on 24 pairs, in several chunks and groups, with a reference."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 60, (48,), generator=generator).tolist()
+    num_tokens, vocab, hidden_size = sum(lengths), 8192, 128
+    hidden = torch.randn(num_tokens, hidden_size, generator=generator).bfloat16().to(CUDA)
+    weight = (torch.randn(vocab, hidden_size, generator=generator) * 3 / hidden_size**0.5).bfloat16().to(CUDA)
+    targets = torch.randint(vocab, (num_tokens,), generator=generator).to(CUDA)
+    sequence = torch.arange(48).repeat_interleave(torch.tensor(lengths)).to(CUDA)
+    layout = TokenLayout(torch.arange(num_tokens, device=CUDA), targets, sequence, tuple(lengths))
+    execution = Execution(mode=mode, backend=backend, workspace_mib=8, cache_mib=4)
+
+    def step() -> tuple[Tensor, ...]:
+        h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        out = fused_dpo_loss(h, w, None, layout=layout, ref_hidden=hidden, execution=execution)
+        return (out.loss.detach(), out.chosen_rewards, *torch.autograd.grad(out.loss, (h, w)))
+
+    return step
+
+
+@pytest.mark.parametrize("mode", ["cache", "pairs"])
+def test_pairs_without_synchronisation(backend: str, mode: str) -> None:
+    """With a layout that has its lengths, loss and gradients need nothing from the device; reward 0."""
+    if backend == "reference":
+        pytest.skip("plain torch indexing synchronises")
+    step = _pairs_step(backend, mode)
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, expected, again))
+    assert expected[0].item() == torch.tensor(2.0).log().item() and not expected[1].any()
+
+
+def test_pairs_equal_the_cache(backend: str) -> None:
+    """The same loss, and gradients that differ by the roundings of dweight's groups."""
+    loss, _, dhidden, dweight = _pairs_step(backend, "pairs")()
+    want_loss, _, want_dhidden, want_dweight = _pairs_step(backend, "cache")()
+    assert torch.equal(loss, want_loss)
+    assert (dhidden.double() - want_dhidden.double()).norm() <= 2**-8 * want_dhidden.double().norm()
+    assert (dweight.double() - want_dweight.double()).norm() <= 2**-7 * want_dweight.double().norm()
+
+
+def test_a_whole_step_of_pairs_can_be_captured(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("plain torch indexing synchronises")
+    step = _pairs_step(backend, "pairs")
+    for _ in range(2):
+        expected = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in captured:
+        tensor.zero_()
+    graph.replay()
+    assert all(map(torch.equal, expected, captured))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.125, 1 / 3])
+def test_scaling_by_the_incoming_gradient(dtype: torch.dtype, factor: float) -> None:
+    """Rounded once; by 1 the bits stay, and nothing waits for the device."""
+    tensor = torch.randn(1000003, device=CUDA).to(dtype)
+    wanted = (tensor.double() * torch.tensor(factor).double().item()).to(dtype)
+    scale = torch.tensor(factor, device=CUDA)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = scaled(tensor.clone(), scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(result, wanted, rtol=torch.finfo(dtype).eps, atol=0)
+    if factor == 1.0:
+        assert torch.equal(result, tensor)
