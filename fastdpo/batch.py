@@ -116,9 +116,8 @@ def labelled_tokens(
     return replace(tokens, in_answer=tokens.pick(mask), in_nll=tokens.pick(nll_mask))
 
 
-def layout_tokens(layout: TokenLayout) -> LabelledTokens:
-    """The tokens of a ``TokenLayout``; without its ``lengths`` this waits for the device once."""
-    num_pairs = layout_pairs(layout)
+def layout_tokens(layout: TokenLayout, num_pairs: int) -> LabelledTokens:
+    """The tokens of a ``TokenLayout`` of P pairs; without its ``lengths`` this waits for the device."""
     segments = _segment_of(layout.sequence_ids, num_pairs)
     positions = segments.argsort(stable=True)
     counts = torch.zeros(2 * num_pairs + 1, dtype=torch.int64, device=segments.device)

@@ -10,7 +10,7 @@ The gradient comes back the same way. Where the head is trained and the loss is 
 Sequences 0..P-1 are the chosen answers and P..2P-1 the rejected ones, padded ``(2P, T)``, packed ``(N_all,)``
 with a ``PackedLayout``, or token by token with a ``TokenLayout``. Log-probabilities are fp32 (fp64 for fp64
 inputs), in nats. The device is waited for once a call, to learn how many tokens have a label; not at all with
-a ``TokenLayout`` that has its ``lengths``.
+a ``TokenLayout`` that has its ``lengths``, twice with one that has not.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def fused_dpo_loss(
     )
 
     if isinstance(layout, TokenLayout):
-        tokens = layout_tokens(layout)
+        tokens = layout_tokens(layout, num_pairs_here)
     else:
         tokens = labelled_tokens(per_token, nll_labels, layout, shift=shift, ignore_index=ignore_index)
         if token_weights is not None and shift:
@@ -252,7 +252,7 @@ def dpo_loss_from_logps(
 
     tokens: AnswerTokens
     if isinstance(layout, TokenLayout):
-        tokens = layout_tokens(layout)
+        tokens = layout_tokens(layout, num_pairs)
         tokens = tokens if mask is None else replace(tokens, in_answer=tokens.pick(mask))
     else:
         assert mask is not None
