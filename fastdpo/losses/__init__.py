@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from fastdpo.losses import pairwise as _pairwise  # noqa: F401  (registers its losses)
+# Each registers its losses, in this order.
+from fastdpo.losses import pairwise as _pairwise  # noqa: F401
+from fastdpo.losses import pairwise_anchored as _anchored  # noqa: F401
+from fastdpo.losses import pairwise_batch as _batch  # noqa: F401
+from fastdpo.losses import pairwise_free as _free  # noqa: F401
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.objective import Objective, build_objective
 from fastdpo.losses.registry import (
     LOSSES,
+    BatchExample,
     Example,
     Interval,
     LossOption,
@@ -19,6 +24,7 @@ from fastdpo.losses.registry import (
 
 __all__ = [
     "LOSSES",
+    "BatchExample",
     "Example",
     "Interval",
     "LossOption",

@@ -4,7 +4,9 @@
 
 with w the ``pair_weights`` and n_k the number of pairs, or of NLL tokens for a loss of scope
 ``token``: the batch's own, or ``num_pairs`` / ``num_tokens``, with which the losses of micro-batches
-add up to the mean over all of them exactly.
+add up to the mean over all of them exactly. For losses of another kind, read row for pair: an answer, a
+group, a sequence or a step. A loss with an NLL term of its own (``LossSpec.nll_weight``) is two terms
+here, itself and ``sft``.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.losses.inputs import PairLogps, PerPair
-from fastdpo.losses.registry import PER_PAIR, Interval, LossSpec, find_loss
+from fastdpo.losses.inputs import Batch, PairLogps, PerPair
+from fastdpo.losses.registry import NLL_WEIGHT, PER_PAIR, Interval, LossSpec, find_loss
 from fastdpo.losses.stable import masked_sum, token_mean
 
 DEFAULT_BETA = 0.1  # scales the reported rewards where no named loss has a beta
@@ -50,6 +52,11 @@ class Objective:
     num_tokens: float | Tensor | None
 
     @property
+    def inputs(self) -> type:
+        """The class of batch that the losses take: ``PairLogps``, or that of their kind."""
+        return self.terms[0].spec.inputs
+
+    @property
     def uses_reference(self) -> bool:
         """Whether any named loss needs reference log-probabilities."""
         return any(term.spec.uses_reference for term in self.terms)
@@ -74,17 +81,44 @@ class Objective:
         has_nll_tokens: bool = False,
     ) -> None:
         """Raise ValueError unless what comes with a batch is what the losses use, no less and no more."""
-        names = ", ".join(term.spec.name for term in self.terms)
-        if self.uses_reference and not has_reference:
-            wanted = f"ref_hidden or ref_logps for {names} (zeros for a uniform reference)"
-            raise ValueError(f"ref_logps: got no reference, wanted {wanted}")
+        names = self._names()
+        if self.inputs is not PairLogps:
+            wanted = f"losses of chosen and rejected answers: {names} takes {self.inputs.__name__}"
+            raise ValueError(f"loss_type: got {names}, wanted {wanted}")
+        self._check_reference(has_reference)
         for given, used, name, wanted in (
-            (has_reference, self.uses_reference, "ref_logps", "no reference"),
             (has_token_weights, self.compares_answers, "token_weights", "none"),
             (has_nll_tokens, self.uses_nll, "nll_labels or nll_mask", "none (no NLL term)"),
         ):
             if given and not used:
                 raise ValueError(f"{name}: got a value that {names} does not use, wanted {wanted}")
+        self._check_per_pair(num_pairs, device)
+
+    def check(self, batch: Batch) -> None:
+        """Raise ValueError unless a batch of any kind is what the losses use, and is sound in itself.
+
+        What has to be read to be checked, as a score that is NaN, is checked on the CPU only: elsewhere it
+        would synchronise.
+        """
+        if not isinstance(batch, self.inputs):
+            wanted = f"{self.inputs.__name__} for {self._names()}"
+            raise ValueError(f"batch: got {type(batch).__name__}, wanted {wanted}")
+        self._check_reference(batch.has_reference)
+        batch.check()
+        self._check_per_pair(batch.num_rows, batch.logps_like.device)
+
+    def _names(self) -> str:
+        return ", ".join(dict.fromkeys(term.spec.name for term in self.terms))
+
+    def _check_reference(self, has_reference: bool) -> None:
+        names = self._names()
+        if self.uses_reference and not has_reference:
+            wanted = f"ref_hidden or ref_logps for {names} (zeros for a uniform reference)"
+            raise ValueError(f"ref_logps: got no reference, wanted {wanted}")
+        if has_reference and not self.uses_reference:
+            raise ValueError(f"ref_logps: got a value that {names} does not use, wanted no reference")
+
+    def _check_per_pair(self, num_pairs: int, device: torch.device) -> None:
         for name, value in self.per_pair.items():
             if not isinstance(value, Tensor):
                 continue
@@ -93,16 +127,20 @@ class Objective:
             if value.device != device:
                 raise ValueError(f"{name}: got {value.device}, wanted {device}, the device of the batch")
 
-    def loss(self, pair: PairLogps) -> Tensor:
-        """The weighted sum of the named losses' means, ``()`` in the dtype of the log-probabilities."""
-        first, *others = (term.weight * self._mean(term, pair) for term in self.terms)
-        return sum(others, first).to(pair.chosen.dtype)
+    def loss(self, pair: Batch) -> Tensor:
+        """The weighted sum of the named losses' means, ``()`` in the dtype of the log-probabilities.
 
-    def _mean(self, term: LossTerm, pair: PairLogps) -> Tensor:
+        ``pair`` is a ``PairLogps``, or the ``inputs`` of the losses' kind.
+        """
+        first, *others = (term.weight * self._mean(term, pair) for term in self.terms)
+        return sum(others, first).to(pair.logps_like.dtype)
+
+    def _mean(self, term: LossTerm, pair: Batch) -> Tensor:
         """One loss summed over the batch in fp64 and divided by what its scope asks for."""
         seen = pair if term.spec.uses_reference else pair.without_reference()
         losses = self.per_pair.get("pair_weights", 1.0) * term.spec.function(seen, **term.arguments)  # (P,)
         if term.spec.scope == "token":
+            assert isinstance(pair, PairLogps)  # build_objective mixes no kinds, and sft is the only one
             counts, divisor = pair.nll_count, self.num_tokens
         else:
             counts, divisor = pair.is_scored, self.num_pairs
@@ -167,6 +205,11 @@ def build_objective(
         if name in per_pair and (refusing or all(spec.scope == "token" for spec in specs)):
             raise ValueError(f"{name}: got a value, wanted None: {', '.join(refusing or names)} takes none")
 
+    classes = {spec.inputs.__name__: spec for spec in specs}
+    if len(classes) > 1:
+        got = ", ".join(f"{spec.name} of {name}" for name, spec in classes.items())
+        raise ValueError(f"loss_type: got {got}, wanted losses of the same batch")
+
     known = {option.name for spec in specs for option in spec.options}
     for name in options:
         if name not in known:
@@ -175,8 +218,9 @@ def build_objective(
 
     objective = Objective(
         terms=tuple(
-            LossTerm(spec, weight, _arguments(spec, options, per_pair))
+            term
             for spec, weight in zip(specs, weights, strict=True)
+            for term in _terms(spec, weight, options, per_pair)
         ),
         per_pair=per_pair,
         num_pairs=_check_count("num_pairs", num_pairs),
@@ -190,6 +234,16 @@ def build_objective(
             if needed and value is None:
                 raise ValueError(f"{name}: got None, wanted a count: {', '.join(names)} divides by it")
     return objective
+
+
+def _terms(
+    spec: LossSpec, weight: float, options: dict[str, Any], per_pair: dict[str, PerPair]
+) -> list[LossTerm]:
+    """A named loss, and its NLL term where it has one whose weight is not 0."""
+    arguments = _arguments(spec, options, per_pair)
+    nll_weight = arguments.pop(NLL_WEIGHT, spec.nll_weight) if spec.nll_weight is not None else 0.0
+    terms = [LossTerm(spec, weight, arguments)]
+    return [*terms, LossTerm(find_loss("sft"), weight * nll_weight, {})] if nll_weight else terms
 
 
 def _arguments(spec: LossSpec, options: dict[str, Any], per_pair: dict[str, PerPair]) -> dict[str, Any]:
