@@ -5,8 +5,8 @@ Legend: P pairs; u is a log-ratio to the reference, log pi(y|x) - log pi_ref(y|x
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -16,7 +16,12 @@ PerPair: TypeAlias = float | Tensor  # one number for all pairs, or (P,)
 
 
 class Batch(Protocol):
-    """What an ``Objective`` asks of a batch, whatever the kind of its losses."""
+    """What an ``Objective`` asks of a batch, whatever the kind of its losses.
+
+    ``extras`` names the fields that only some losses use: such a loss says so (``LossSpec.needs``).
+    """
+
+    extras: ClassVar[tuple[str, ...]]
 
     @property
     def logps_like(self) -> Tensor:
@@ -54,6 +59,8 @@ class PairLogps:
         chosen_win_rate, rejected_win_rate: probability in [0, 1] that the answer beats another sample of
             the policy, for the soft SPPO loss; both or neither.
     """
+
+    extras: ClassVar[tuple[str, ...]] = ()
 
     chosen: Tensor
     rejected: Tensor
@@ -154,7 +161,8 @@ def check_rows(batch: object, main: str, *, per_row: tuple[str, ...] = ()) -> No
     if not isinstance(first, Tensor) or first.dim() != 1 or not first.is_floating_point():
         got = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
         raise ValueError(f"{name}.{main}: got {got}, wanted a floating-point tensor, one number per row")
-    for field in per_row or tuple(vars(batch)):
+    # Not vars(batch), which holds what a batch has cached beside its fields.
+    for field in per_row or tuple(item.name for item in fields(batch)):  # type: ignore[arg-type]
         value = getattr(batch, field)
         if not isinstance(value, Tensor):
             continue

@@ -104,6 +104,12 @@ class Objective:
             wanted = f"{self.inputs.__name__} for {self._names()}"
             raise ValueError(f"batch: got {type(batch).__name__}, wanted {wanted}")
         self._check_reference(batch.has_reference)
+        needed = {name for term in self.terms for name in term.spec.needs}
+        for name in batch.extras:
+            is_given = getattr(batch, name) is not None
+            if is_given != (name in needed):
+                got, wanted = ("a value", "None") if is_given else ("None", "a value")
+                raise ValueError(f"{name}: got {got}, wanted {wanted} for {self._names()}")
         batch.check()
         self._check_per_pair(batch.num_rows, batch.logps_like.device)
 

@@ -138,11 +138,13 @@ class LossSpec:
     kind: str = "paired"
     inputs: type = PairLogps
     nll_weight: float | None = None  # None: the loss has no NLL term of its own
+    needs: tuple[str, ...] = ()
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What a caller should know: scope, lengths, invariance, an NLL term."""
+        """What a caller should know: scope, lengths, invariance, an NLL term, further data."""
         named = {
+            f"needs {', '.join(self.needs)}": bool(self.needs),
             f"scope {self.scope}": self.scope != "pair",
             "per-token means": self.length_normalized,
             "NLL term": self.nll_weight is not None,
@@ -167,6 +169,7 @@ def preference_loss(
     kind: str = "paired",
     inputs: type = PairLogps,
     nll_weight: float | None = None,
+    needs: tuple[str, ...] = (),
 ) -> Callable[[Loss], Loss]:
     """Register the decorated function as a loss; it stays an ordinary function.
 
@@ -190,6 +193,8 @@ def preference_loss(
         inputs: the dataclass the function takes.
         nll_weight: the default weight of an NLL term beside the function, which does not see it: the loss
             gets an option of this name, and ``build_objective`` adds ``sft`` with that weight.
+        needs: those of the ``extras`` of its ``inputs`` without which it cannot be computed; the others are
+            refused.
 
     Raises:
         ValueError: a name that is taken, an unknown scope or kind, a parameter without a usable default.
@@ -227,6 +232,7 @@ def preference_loss(
             kind=kind,
             inputs=inputs,
             nll_weight=nll_weight,
+            needs=needs,
         )
         return function
 
@@ -277,12 +283,12 @@ def loss_options() -> dict[str, dict[str, LossOption]]:
 
 
 def losses_table() -> str:
-    """The registry as a Markdown table, a row per loss."""
+    """The registry as a Markdown table, a row per loss, kind by kind."""
     rows = [
         "| `loss_type` | what it is | kind | reference | defaults | flags | source |",
         "|---|---|---|---|---|---|---|",
     ]
-    for spec in LOSSES.values():
+    for spec in sorted(LOSSES.values(), key=lambda spec: KINDS.index(spec.kind)):
         defaults = [] if spec.default_beta is None else [f"`beta={spec.default_beta:g}`"]
         defaults += [f"`{option.name}={option.default}`" for option in spec.options]
         cells = (

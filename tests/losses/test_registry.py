@@ -162,8 +162,8 @@ def test_options_of_one_name_have_one_type() -> None:
 def test_table_has_a_row_per_loss() -> None:
     header, _, *rows = losses_table().splitlines()
     assert len(rows) == len(LOSSES)
-    for name, row in zip(LOSSES, rows, strict=True):
-        assert row.startswith(f"| `{name}`")
+    assert {row.split("`")[1] for row in rows} == set(LOSSES)
+    for row in rows:
         assert row.count("|") == header.count("|")
         assert all(cell.strip() for cell in row.strip("|").split("|"))
     assert "`gamma=0.5`" in losses_table() and "`beta=2`" in losses_table()
