@@ -263,7 +263,8 @@ def in_context_ranking_loss(lists: ListLogps, *, beta: PerPair = 1.0) -> Tensor:
     lowest = torch.finfo(rewards.dtype).min
     gaps = (rewards.unsqueeze(-2) - rewards.unsqueeze(-1)).where(others, lowest)  # [i, j]: u_j - u_i
     has_others = (count > 1) & mask
-    log_mean = torch.logsumexp(gaps, -1).where(has_others, 0) - (count - 1).clamp(min=1).log()
+    num_others = (count - 1).clamp(min=1).to(rewards.dtype)  # of an integer, log would be fp32
+    log_mean = torch.logsumexp(gaps, -1).where(has_others, 0) - num_others.log()
     return (weights * logistic(-log_mean)).where(has_others, 0).sum(-1) / count.squeeze(-1).clamp(min=1)
 
 

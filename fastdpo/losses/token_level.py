@@ -146,9 +146,9 @@ def _two_tokens() -> TokenDivergences:
     example=BatchExample(2.0, _two_tokens),  # 2 * 0.5 + 4 * 0.25
 )
 def aligndistil_loss(tokens: TokenDivergences, *, length_normalize: bool = False) -> Tensor:
-    """AlignDistil: KL(pi || teacher_t) summed over the answer, each token with its own scale.
+    """AlignDistil: the KL divergence from a teacher per token, each with its own scale, over the answer.
 
-    Teacher and scale are ``aligndistil_teacher``'s. Off-policy on chosen answers only, or on samples.
+    sum_t scale_t KL(pi || teacher_t). Teacher and scale are ``aligndistil_teacher``'s. Off-policy on chosen answers only, or on samples.
     """
     if tokens.scales is None:
         raise ValueError("scales: got None, wanted a value for aligndistil")
