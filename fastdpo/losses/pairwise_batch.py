@@ -2,7 +2,7 @@
 
 Alignment via optimal transport compares distributions: sorted scores of one kind with sorted scores of
 the other. The method's batch is the global one; TRL, and these functions, sort the batch they are
-given, so gather the log-probabilities of all ranks first (``controllers.gather_pairs``) for the method's.
+given, so gather the log-probabilities of all ranks first (``gather.gather_pairs``) for the method's.
 """
 
 from __future__ import annotations

@@ -148,7 +148,8 @@ def _two_tokens() -> TokenDivergences:
 def aligndistil_loss(tokens: TokenDivergences, *, length_normalize: bool = False) -> Tensor:
     """AlignDistil: the KL divergence from a teacher per token, each with its own scale, over the answer.
 
-    sum_t scale_t KL(pi || teacher_t). Teacher and scale are ``aligndistil_teacher``'s. Off-policy on chosen answers only, or on samples.
+    sum_t scale_t KL(pi || teacher_t). Teacher and scale are ``aligndistil_teacher``'s. Off-policy on chosen
+    answers only, or on samples.
     """
     if tokens.scales is None:
         raise ValueError("scales: got None, wanted a value for aligndistil")
