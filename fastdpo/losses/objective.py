@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.losses.batches import ListLogps, UnpairedLogps
 from fastdpo.losses.inputs import Batch, PairLogps, PerPair
 from fastdpo.losses.registry import NLL_WEIGHT, PER_PAIR, Interval, LossSpec, find_loss
 from fastdpo.losses.stable import masked_sum, token_mean
@@ -159,15 +160,33 @@ class Objective:
         loss that is reference-free and length-normalised (SimPO), beta times the per-token mean. beta is
         the one given, else the default of the first named loss that has one.
         """
-        lead = next((term.spec for term in self.terms if term.spec.default_beta is not None), None)
-        default_beta = DEFAULT_BETA if lead is None or lead.default_beta is None else lead.default_beta
-        beta = self.per_pair.get("beta", default_beta)
+        lead, beta = self._lead()
         chosen, rejected = pair.chosen_logratios, pair.rejected_logratios
-        if lead is not None and lead.length_normalized and not lead.uses_reference:
+        if lead.length_normalized and not lead.uses_reference:
             chosen = token_mean(pair.chosen, pair.chosen_tokens)
             rejected = token_mean(pair.rejected, pair.rejected_tokens)
         dtype = pair.chosen.dtype
         return (beta * chosen).detach().to(dtype), (beta * rejected).detach().to(dtype)
+
+    def answer_rewards(self, batch: ListLogps | UnpairedLogps) -> Tensor:
+        """Implicit rewards of every answer of a list or of unpaired answers, detached, ``(M,)`` or ``(B,)``.
+
+        As ``rewards``: beta times the log-ratio, or the per-token mean for a first loss that is
+        reference-free and length-normalised.
+        """
+        lead, beta = self._lead()
+        logratios = batch.logps if batch.ref_logps is None else batch.logps - batch.ref_logps
+        if lead.length_normalized and not lead.uses_reference:
+            logratios = token_mean(logratios, batch.tokens)
+        if isinstance(batch, ListLogps) and isinstance(beta, Tensor) and beta.dim() == 1:
+            beta = beta[batch.group_ids]
+        return (beta * logratios).detach().to(batch.logps.dtype)
+
+    def _lead(self) -> tuple[LossSpec, PerPair]:
+        """The loss that the rewards are of, and their beta."""
+        lead = next((term.spec for term in self.terms if term.spec.default_beta is not None), None)
+        default = DEFAULT_BETA if lead is None or lead.default_beta is None else lead.default_beta
+        return lead or self.terms[0].spec, self.per_pair.get("beta", default)
 
 
 def build_objective(

@@ -18,6 +18,7 @@ from fastdpo.losses import (
     UnpairedLogps,
     build_objective,
 )
+from fastdpo.losses.metrics import list_metrics
 from tests.losses.common import mean_loss, random_pair, row_losses, variant_id, variants
 from tests.losses.kinds import OTHER_KINDS, ROWS, leaf, one_row, padded, random_batch, with_leaf
 
@@ -295,3 +296,47 @@ def test_empty_batches() -> None:
             scores = gap.scores if "scores" in spec.needs else None
             batch = replace(gap, scores=scores, ref_logps=gap.ref_logps if spec.uses_reference else None)
             assert mean_loss(name, batch).isfinite()
+
+
+def test_rewards_of_answers() -> None:
+    batch = random_batch(LOSSES["sdpo"])
+    got = build_objective("sdpo", beta=0.3).answer_rewards(
+        batch.__class__(**_fields(batch, requires_grad=True))
+    )
+    torch.testing.assert_close(got, 0.3 * (batch.logps - batch.ref_logps))
+    assert not got.requires_grad
+    betas = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    per_group = build_objective("sdpo", beta=betas).answer_rewards(batch)
+    torch.testing.assert_close(per_group, betas[batch.group_ids] * (batch.logps - batch.ref_logps))
+    free = random_batch(LOSSES["rrhf"])  # has no beta: 0.1
+    torch.testing.assert_close(build_objective("rrhf").answer_rewards(free), 0.1 * free.logps / free.tokens)
+    single = random_batch(LOSSES["bco"])
+    torch.testing.assert_close(
+        build_objective("bco").answer_rewards(single), 0.1 * (single.logps - single.ref_logps)
+    )
+
+
+def _fields(batch: ListLogps, *, requires_grad: bool) -> dict[str, Any]:
+    names = ("logps", "tokens", "group_ids", "scores", "ref_logps")
+    values = {name: getattr(batch, name) for name in names}
+    values["logps"] = values["logps"].clone().requires_grad_(requires_grad)
+    return values
+
+
+def test_list_metrics_by_hand() -> None:
+    batch = ListLogps(
+        torch.zeros(6),
+        torch.ones(6),
+        torch.tensor([0, 0, 0, 1, 1, 2]),
+        torch.tensor([0.0, 2.0, 2.0, 1.0, 0.0, 5.0]),
+    )
+    rewards = torch.tensor([1.0, 3.0, 2.0, 0.5, 0.5, 9.0])
+    got = list_metrics(batch, rewards)
+    # Group 0: best 3, others 1.5; group 1: best 0.5, other 0.5, a tie is no success; group 2 has one.
+    assert got == {
+        "rewards/best": 1.75,
+        "rewards/others": 1.0,
+        "rewards/margins": 0.75,
+        "rewards/accuracies": 0.5,
+    }
+    assert list_metrics(replace(batch, scores=None), rewards)["rewards/best"] == 0.75
