@@ -87,7 +87,7 @@ A25 | RPO, iterative RPO, MPO | 2405.16436 | recipe
     a list of losses with weights
     -> Several losses at once
 A26 | SFT term | 2405.16436 | loss
-    `sft`
+    `sft`, a mean over tokens; `sft_mean`, over answers
 A27 | WPO | 2406.11827 | weights
     `pair_weights=wpo_weights(...)`
     -> Weights of pairs
@@ -270,7 +270,8 @@ def _parse(text: str) -> tuple[Method, ...]:
     for line in text.splitlines():
         part = line.strip()
         if not line.startswith(" "):
-            methods.append(Method(*(cell.strip() for cell in line.split("|")), use=""))
+            identity, name, source, provided = (cell.strip() for cell in line.split("|"))
+            methods.append(Method(identity, name, source, provided, use=""))
         elif part.startswith("-> "):
             methods[-1] = replace(methods[-1], recipe=part.removeprefix("-> "))
         else:

@@ -65,12 +65,12 @@ class Objective:
     @property
     def compares_answers(self) -> bool:
         """Whether any named loss looks at both answers of a pair."""
-        return any(term.spec.scope != "token" for term in self.terms)
+        return any(not term.spec.is_nll for term in self.terms)
 
     @property
     def uses_nll(self) -> bool:
-        """Whether any named loss is a mean over NLL tokens."""
-        return any(term.spec.scope == "token" for term in self.terms)
+        """Whether any named loss looks at NLL tokens."""
+        return any(term.spec.is_nll for term in self.terms)
 
     def check_batch(
         self,
@@ -226,8 +226,8 @@ def build_objective(
     given = {"beta": beta, "margin": margin, "soft_labels": soft_labels, "pair_weights": pair_weights}
     per_pair = {name: _check_per_pair(name, value) for name, value in given.items() if value is not None}
     for name in ("margin", "soft_labels"):
-        refusing = [spec.name for spec in specs if name not in spec.per_pair and spec.scope != "token"]
-        if name in per_pair and (refusing or all(spec.scope == "token" for spec in specs)):
+        refusing = [spec.name for spec in specs if name not in spec.per_pair and not spec.is_nll]
+        if name in per_pair and (refusing or all(spec.is_nll for spec in specs)):
             raise ValueError(f"{name}: got a value, wanted None: {', '.join(refusing or names)} takes none")
 
     classes = {spec.inputs.__name__: spec for spec in specs}
@@ -253,8 +253,8 @@ def build_objective(
     )
     if num_pairs is not None or num_tokens is not None:
         for name, value, needed in (
-            ("num_pairs", num_pairs, objective.compares_answers),
-            ("num_tokens", num_tokens, objective.uses_nll),
+            ("num_pairs", num_pairs, any(term.spec.scope != "token" for term in objective.terms)),
+            ("num_tokens", num_tokens, any(term.spec.scope == "token" for term in objective.terms)),
         ):
             if needed and value is None:
                 raise ValueError(f"{name}: got None, wanted a count: {', '.join(names)} divides by it")

@@ -211,3 +211,19 @@ def sft_loss(pair: PairLogps) -> Tensor:
     Returns the sums per pair: the mean is over all tokens of the batch, not over pairs.
     """
     return pair.nll
+
+
+@preference_loss(
+    "sft_mean",
+    paper="arXiv:2404.19733 (the term of iterative RPO)",
+    uses_reference=False,
+    length_normalized=True,
+    reads_nll=True,
+    example=Example(4.0, chosen=-12.0, rejected=-15.0, chosen_tokens=3),  # 12 / 3
+)
+def sft_mean_loss(pair: PairLogps) -> Tensor:
+    """Mean over pairs of the chosen answer's mean negative log-likelihood per token.
+
+    Every answer counts alike, where ``sft`` counts every token alike (as TRL does).
+    """
+    return token_mean(pair.nll, pair.nll_count)

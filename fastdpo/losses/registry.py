@@ -139,6 +139,12 @@ class LossSpec:
     inputs: type = PairLogps
     nll_weight: float | None = None  # None: the loss has no NLL term of its own
     needs: tuple[str, ...] = ()
+    reads_nll: bool = False
+
+    @property
+    def is_nll(self) -> bool:
+        """Whether it looks at NLL tokens alone, not at answers: it takes no margins and no token weights."""
+        return self.scope == "token" or self.reads_nll
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -170,6 +176,7 @@ def preference_loss(
     inputs: type = PairLogps,
     nll_weight: float | None = None,
     needs: tuple[str, ...] = (),
+    reads_nll: bool = False,
 ) -> Callable[[Loss], Loss]:
     """Register the decorated function as a loss; it stays an ordinary function.
 
@@ -195,6 +202,8 @@ def preference_loss(
             gets an option of this name, and ``build_objective`` adds ``sft`` with that weight.
         needs: those of the ``extras`` of its ``inputs`` without which it cannot be computed; the others are
             refused.
+        reads_nll: whether it is a function of ``PairLogps.nll`` and ``nll_count`` alone (every loss of scope
+            ``token`` is taken to be).
 
     Raises:
         ValueError: a name that is taken, an unknown scope or kind, a parameter without a usable default.
@@ -233,6 +242,7 @@ def preference_loss(
             inputs=inputs,
             nll_weight=nll_weight,
             needs=needs,
+            reads_nll=reads_nll,
         )
         return function
 

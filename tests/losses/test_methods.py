@@ -68,8 +68,8 @@ def test_the_recipes_run() -> None:
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), namespace)
     trained = [
-        "rpo", "mpo", "wpo", "sem", "ld", "loss", "mrpo", "infifpo", "multi", "tpo", "sdpo", "brain", "trpa",
-        "irpo", "kto", "bco", "mcts", "dapo", "srft", "opa", "tdpo", "aligndistil", "online", "online_ipo",
+        "rpo", "iterative_rpo", "mpo", "wpo", "sem", "ld", "loss", "mrpo", "infifpo", "multi", "tpo", "sdpo",
+        "brain", "trpa", "irpo", "kto", "bco", "mcts", "dapo", "srft", "opa", "tdpo", "aligndistil", "online", "online_ipo",
         "sppo", "hypo", "xpo", "total", "aot", "popri",
     ]  # fmt: skip
     for name in trained:

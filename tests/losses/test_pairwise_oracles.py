@@ -403,3 +403,25 @@ def test_composites_are_lists() -> None:
     )
     mpo = build_objective(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], beta=BETA).loss(pair)
     assert_same(mpo, 0.8 * sigmoid + 0.2 * bco + sft)
+
+
+def test_sft_mean_counts_every_answer_alike() -> None:
+    pair = random_pair(LOSSES["sft"])
+    assert_same(mean_loss("sft_mean", pair), -(pair.chosen / pair.chosen_tokens).mean())
+    length = torch.full((5,), 8.0, dtype=torch.float64)
+    equal = replace(pair, chosen_tokens=length)
+    assert_same(mean_loss("sft_mean", equal), mean_loss("sft", equal))
+    own = replace(pair, nll_sum=3 * length, nll_tokens=length)
+    assert mean_loss("sft_mean", own).item() == 3.0
+    objective = build_objective("sft_mean", num_pairs=10)
+    assert objective.uses_nll and not objective.compares_answers
+    assert_same(objective.loss(pair), mean_loss("sft_mean", pair) / 2)
+    with pytest.raises(ValueError, match="margin: got a value, wanted None: sft_mean takes none"):
+        build_objective("sft_mean", margin=0.1)
+    with pytest.raises(ValueError, match="token_weights: got a value that sft_mean does not use"):
+        objective.check_batch(5, torch.device("cpu"), has_reference=False, has_token_weights=True)
+    both = build_objective(["sigmoid", "sft_mean"], margin=0.1)  # the margin is sigmoid's
+    assert_same(
+        both.loss(random_pair()),
+        mean_loss("sigmoid", random_pair(), margin=0.1) + mean_loss("sft_mean", pair),
+    )
