@@ -188,7 +188,7 @@ def _sample() -> TokenLogps:
 
 @preference_loss(
     "nash_md",
-    paper="arXiv:2312.00886 (TRL's NashMDTrainer)",
+    paper="arXiv:2312.00886",
     kind="token",
     inputs=TokenLogps,
     needs=("win_rates",),

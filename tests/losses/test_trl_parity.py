@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastdpo.functional import dpo_loss_from_logps
 from fastdpo.losses import LOSSES, PairLogps, build_objective
+from fastdpo.losses.heads import bradley_terry
 from fastdpo.types import LinearLogprobOutput
 from tests.losses.common import random_pair
 
@@ -358,3 +359,50 @@ def test_installed_trl_tpo(name: str, loss_type: str) -> None:
         options: dict[str, Any] = {"gamma": GAMMA} if name == "tpo_l" else {}
         objective = build_objective(name, beta=BETA, label_smoothing=EPS, nll_weight=0.7, **options)
         torch.testing.assert_close(objective.loss(pair), want, rtol=1e-6, atol=1e-6)
+
+
+@needs_trl
+@pytest.mark.parametrize("loss_type", ["hinge", "ipo"])
+def test_installed_trl_cpo_with_other_losses(loss_type: str) -> None:
+    """CPO's hinge and IPO are those of DPO under a uniform reference, listed with an NLL term."""
+    from trl.experimental.cpo import CPOTrainer
+
+    trainer = cpo_trainer(loss_type=loss_type, cpo_alpha=0.7)
+    for seed in range(BATCHES):
+        pair = random_pair(LOSSES["cpo"], seed=seed, dtype=torch.float32)
+        zeros = torch.zeros(5)
+        uniform = replace(pair, ref_chosen=zeros, ref_rejected=zeros)
+        logps = (pair.chosen, pair.rejected)
+        if loss_type == "ipo":
+            logps = pair.chosen / pair.chosen_tokens, pair.rejected / pair.rejected_tokens
+        nll = -pair.chosen.sum() / pair.chosen_tokens.sum()
+        logits = torch.zeros(1)
+        trainer.concatenated_forward = lambda model, batch, out=(*logps, logits, logits, nll): out
+        want, _ = CPOTrainer.get_batch_loss_metrics(trainer, None, {})
+        got = build_objective([loss_type, "sft"], [1.0, 0.7], beta=BETA).loss(uniform)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@needs_trl
+@pytest.mark.parametrize("centering", [None, 0.01])
+@pytest.mark.parametrize("with_margin", [False, True])
+def test_installed_trl_reward_model(centering: float | None, with_margin: bool) -> None:
+    from trl import RewardTrainer
+
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        args=SimpleNamespace(center_rewards_coefficient=centering),
+        accelerator=SimpleNamespace(gather_for_metrics=lambda x: x, gather=lambda x: x),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+    )
+    for seed in range(BATCHES):
+        generator = torch.Generator().manual_seed(seed)
+        rewards = 3 * torch.randn(8, 1, generator=generator)
+        margin = torch.rand(4, generator=generator) if with_margin else None
+        model = lambda out=rewards, **_: SimpleNamespace(logits=out)  # noqa: E731
+        inputs = {} if margin is None else {"margin": margin}
+        want = RewardTrainer.compute_loss(trainer, model, inputs)
+        chosen, rejected = rewards.squeeze(-1).chunk(2)
+        got = bradley_terry(chosen, rejected, margin=margin, centering=centering or 0.0).mean()
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
