@@ -317,8 +317,9 @@ def trpa_loss(lists: ListLogps, *, beta: PerPair = 0.1, anisotropy: Positive = 2
 
     Scores are minus the preference level, so -1 for level 1, the best. Mean over pairs of
     -ls(kappa beta (ubar_i - ubar_j)), kappa the ``anisotropy`` where i is of level 1, else 1. A group of one
-    level gives the mean of -ls(ubar) if that is level 1, else of -ls(-ubar). The trust region is a term of
-    its own: ``terms.trust_region``.
+    level gives the mean of -ls(ubar) if that is level 1, else of -ls(-ubar). Groups count alike; the authors'
+    code counts the batch's pairs alike, and comes to groups of one level only where it has no pair at all.
+    The trust region is a term of its own: ``terms.trust_region``.
     """
     scores, mask = lists.dense_scores, lists.mask
     means = lists.per_token(lists.logratios)

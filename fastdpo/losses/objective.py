@@ -230,16 +230,7 @@ def build_objective(
         if name in per_pair and (refusing or all(spec.is_nll for spec in specs)):
             raise ValueError(f"{name}: got a value, wanted None: {', '.join(refusing or names)} takes none")
 
-    classes = {spec.inputs.__name__: spec for spec in specs}
-    if len(classes) > 1:
-        got = ", ".join(f"{spec.name} of {name}" for name, spec in classes.items())
-        raise ValueError(f"loss_type: got {got}, wanted losses of the same batch")
-
-    known = {option.name for spec in specs for option in spec.options}
-    for name in options:
-        if name not in known:
-            wanted = f"one of {', '.join(sorted(known))}" if known else "none"
-            raise ValueError(f"{name}: got an option that {', '.join(names)} does not have, wanted {wanted}")
+    _check_named(specs, options)
 
     objective = Objective(
         terms=tuple(
@@ -251,14 +242,39 @@ def build_objective(
         num_pairs=_check_count("num_pairs", num_pairs),
         num_tokens=_check_count("num_tokens", num_tokens),
     )
-    if num_pairs is not None or num_tokens is not None:
-        for name, value, needed in (
-            ("num_pairs", num_pairs, any(term.spec.scope != "token" for term in objective.terms)),
-            ("num_tokens", num_tokens, any(term.spec.scope == "token" for term in objective.terms)),
-        ):
-            if needed and value is None:
-                raise ValueError(f"{name}: got None, wanted a count: {', '.join(names)} divides by it")
+    _check_counts(objective.terms, num_pairs, num_tokens)
     return objective
+
+
+def _check_counts(
+    terms: tuple[LossTerm, ...], num_pairs: float | Tensor | None, num_tokens: float | Tensor | None
+) -> None:
+    """Where one count is given, each that a loss divides by must be."""
+    if num_pairs is None and num_tokens is None:
+        return
+    scopes = {term.spec.scope for term in terms}
+    for name, value, is_needed in (
+        ("num_pairs", num_pairs, bool(scopes - {"token"})),
+        ("num_tokens", num_tokens, "token" in scopes),
+    ):
+        if is_needed and value is None:
+            names = ", ".join(dict.fromkeys(term.spec.name for term in terms))
+            raise ValueError(f"{name}: got None, wanted a count: {names} divides by it")
+
+
+def _check_named(specs: list[LossSpec], options: dict[str, Any]) -> None:
+    """Raise ValueError unless the losses take the same batch, and some of them each option."""
+    names = ", ".join(spec.name for spec in specs)
+    classes = {spec.inputs.__name__: spec for spec in specs}
+    if len(classes) > 1:
+        got = ", ".join(f"{spec.name} of {name}" for name, spec in classes.items())
+        raise ValueError(f"loss_type: got {got}, wanted losses of the same batch")
+
+    known = {option.name for spec in specs for option in spec.options}
+    for name in options:
+        if name not in known:
+            wanted = f"one of {', '.join(sorted(known))}" if known else "none"
+            raise ValueError(f"{name}: got an option that {names} does not have, wanted {wanted}")
 
 
 def _terms(

@@ -210,16 +210,7 @@ def preference_loss(
     """
 
     def register(function: Loss) -> Loss:
-        taken = {other for spec in LOSSES.values() for other in (spec.name, *spec.aliases)}
-        for new in (name, *aliases):
-            if new in taken:
-                raise ValueError(
-                    f"preference_loss: got {new!r}, which is registered already, wanted a new name"
-                )
-        if scope not in SCOPES:
-            raise ValueError(f"preference_loss {name!r}: got scope {scope!r}, wanted one of {SCOPES}")
-        if kind not in KINDS:
-            raise ValueError(f"preference_loss {name!r}: got kind {kind!r}, wanted one of {KINDS}")
+        _check_registration((name, *aliases), scope, kind)
         parameters = _keyword_only(name, function)
         if nll_weight is not None:
             parameters[NLL_WEIGHT] = LossOption(NLL_WEIGHT, float, nll_weight, Interval(0.0))
@@ -247,6 +238,17 @@ def preference_loss(
         return function
 
     return register
+
+
+def _check_registration(names: tuple[str, ...], scope: str, kind: str) -> None:
+    taken = {other for spec in LOSSES.values() for other in (spec.name, *spec.aliases)}
+    for new in names:
+        if new in taken:
+            raise ValueError(f"preference_loss: got {new!r}, which is registered already, wanted a new name")
+    if scope not in SCOPES:
+        raise ValueError(f"preference_loss {names[0]!r}: got scope {scope!r}, wanted one of {SCOPES}")
+    if kind not in KINDS:
+        raise ValueError(f"preference_loss {names[0]!r}: got kind {kind!r}, wanted one of {KINDS}")
 
 
 def _keyword_only(name: str, function: Callable[..., Tensor]) -> dict[str, LossOption]:

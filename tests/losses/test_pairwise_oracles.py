@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastdpo.losses import LOSSES, PairLogps, build_objective
-from fastdpo.losses.links import link
 from tests.losses.common import mean_loss, random_pair
 
 BETA, EPS, GAMMA, TAU, LAMBDA = 0.17, 0.2, 0.7, 0.4, 3.0
@@ -162,44 +161,6 @@ def test_stated_gradient_coefficients(case: str) -> None:
     value = LOSSES[name].function(pair, beta=BETA, **options).sum()
     got = torch.autograd.grad(value, (pair.chosen, pair.rejected))
     torch.testing.assert_close(got, slope(pair), rtol=1e-10, atol=1e-13)
-
-
-LINK_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
-    "reverse_kl": torch.ones_like,
-    "forward_kl": lambda u: torch.exp(-u),
-    "js_divergence": lambda u: sig(-u),
-    "alpha_divergence": lambda u: torch.exp(0.7 * u),
-}
-
-
-@pytest.mark.parametrize("divergence", sorted(LINK_SLOPES))
-def test_link_slopes_and_zero(divergence: Any) -> None:
-    u = torch.linspace(-6, 6, 25, dtype=torch.float64, requires_grad=True)
-    coefficient = 1.7 if divergence == "alpha_divergence" else 0.5
-    value = link(u, divergence, coefficient)
-    (slope,) = torch.autograd.grad(value.sum(), u)
-    torch.testing.assert_close(slope, LINK_SLOPES[divergence](u.detach()), rtol=1e-12, atol=1e-12)
-    assert abs(value[12].item()) < 1e-15  # f'(1) = 0
-
-
-def test_link_identities() -> None:
-    pair = random_pair()
-    alpha: dict[str, Any] = {"beta": BETA, "f_divergence_type": "alpha_divergence"}
-    assert_same(
-        losses("sigmoid", pair, f_alpha_divergence_coef=1.0, **alpha), losses("sigmoid", pair, beta=BETA)
-    )
-    near_one = losses("sigmoid", pair, f_alpha_divergence_coef=1 + 1e-5, **alpha)
-    torch.testing.assert_close(near_one, losses("sigmoid", pair, beta=BETA), rtol=1e-3, atol=1e-6)
-    forward = losses("sigmoid", pair, beta=BETA, f_divergence_type="forward_kl")
-    assert_same(losses("sigmoid", pair, f_alpha_divergence_coef=0.0, **alpha), forward)
-    u = torch.tensor([-60.0], dtype=torch.float64)
-    torch.testing.assert_close(link(u, "js_divergence"), u + math.log(2))
-    with pytest.raises(
-        ValueError, match="f_alpha_divergence_coef: got 0.7 with f_divergence_type 'forward_kl'"
-    ):
-        link(u, "forward_kl", 0.7)
-    with pytest.raises(ValueError, match="f_divergence_type: got 'kl', wanted one of"):
-        link(u, "kl")  # type: ignore[arg-type]
 
 
 def test_exo_is_a_divergence_from_the_smoothed_label() -> None:
