@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from fastdpo.losses import pairwise as _pairwise  # noqa: F401  (registers its losses)
+# Each registers its losses.
+from fastdpo.losses import listwise as _listwise  # noqa: F401
+from fastdpo.losses import pairwise as _pairwise  # noqa: F401
+from fastdpo.losses import pairwise_anchored as _anchored  # noqa: F401
+from fastdpo.losses import pairwise_batch as _batch  # noqa: F401
+from fastdpo.losses import pairwise_free as _free  # noqa: F401
+from fastdpo.losses import token_level as _token_level  # noqa: F401
+from fastdpo.losses import unpaired as _unpaired  # noqa: F401
+from fastdpo.losses.batches import DivergencePairLogps, ListLogps, StepLogps, UnpairedLogps
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.objective import Objective, build_objective
 from fastdpo.losses.registry import (
     LOSSES,
+    BatchExample,
     Example,
     Interval,
     LossOption,
@@ -16,15 +25,23 @@ from fastdpo.losses.registry import (
     losses_table,
     preference_loss,
 )
+from fastdpo.losses.token_batches import TokenDivergences, TokenLogps
 
 __all__ = [
     "LOSSES",
+    "BatchExample",
+    "DivergencePairLogps",
     "Example",
     "Interval",
+    "ListLogps",
     "LossOption",
     "LossSpec",
     "Objective",
     "PairLogps",
+    "StepLogps",
+    "TokenDivergences",
+    "TokenLogps",
+    "UnpairedLogps",
     "build_objective",
     "find_loss",
     "loss_options",

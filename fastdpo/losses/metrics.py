@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastdpo.losses.batches import ListLogps, UnpairedLogps
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.stable import masked_mean
 
@@ -27,6 +28,50 @@ def pair_metrics(pair: PairLogps, chosen_rewards: Tensor, rejected_rewards: Tens
         "logps/rejected": pair.rejected,
     }
     return {name: masked_mean(value, pair.is_scored) for name, value in values.items()}
+
+
+@torch.no_grad()
+def unpaired_metrics(answers: UnpairedLogps, rewards: Tensor) -> dict[str, Tensor]:
+    """TRL's KTO metrics: means over the desirable (``chosen``) and the undesirable (``rejected``) answers.
+
+    ``rewards/*`` and ``logps/*``; ``rewards/margins`` is the difference of the two means. NaN where a batch
+    has no answer of the kind: a loop leaves those out.
+    """
+    scored = answers.is_scored
+    sides = {"chosen": scored & answers.is_desirable, "rejected": scored & ~answers.is_desirable}
+    metrics = {}
+    for name, values in (("rewards", rewards), ("logps", answers.logps)):
+        for side, mask in sides.items():
+            metrics[f"{name}/{side}"] = masked_mean(values, mask).where(mask.any(), torch.nan)
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
+
+
+@torch.no_grad()
+def list_metrics(lists: ListLogps, rewards: Tensor) -> dict[str, Tensor]:
+    """Means over the groups: ``rewards/`` ``best``, ``others``, ``margins`` and ``accuracies``.
+
+    The best candidate is the one with the highest score, the first of equals; without scores the first.
+    ``accuracies``: its reward is above every other's; groups of one count nowhere.
+    """
+    mask = lists.mask
+    dense = lists.dense(rewards)
+    place = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    if lists.scores is None:
+        best = (place == 0) & mask
+    else:
+        scores = lists.dense_scores
+        lowest = torch.finfo(scores.dtype).min
+        is_highest = mask & (scores == scores.where(mask, lowest).amax(-1, keepdim=True))
+        best = is_highest & (is_highest.cumsum(-1) == 1)
+    others = mask & ~best
+    counts = others.sum(-1)
+    reward = dense.where(best, 0).sum(-1)
+    mean = dense.where(others, 0).sum(-1) / counts.clamp(min=1)
+    lower = ((reward.unsqueeze(-1) > dense) | ~others).all(-1).to(dense.dtype)
+    counted = lists.is_scored & (counts > 0)
+    values = {"best": reward, "others": mean, "margins": reward - mean, "accuracies": lower}
+    return {f"rewards/{name}": masked_mean(value, counted) for name, value in values.items()}
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@
 
 with w the ``pair_weights`` and n_k the number of pairs, or of NLL tokens for a loss of scope
 ``token``: the batch's own, or ``num_pairs`` / ``num_tokens``, with which the losses of micro-batches
-add up to the mean over all of them exactly.
+add up to the mean over all of them exactly. For losses of another kind, read row for pair: an answer, a
+group, a sequence or a step. A loss with an NLL term of its own (``LossSpec.nll_weight``) is two terms
+here, itself and ``sft``.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.losses.inputs import PairLogps, PerPair
-from fastdpo.losses.registry import PER_PAIR, Interval, LossSpec, find_loss
+from fastdpo.losses.batches import ListLogps, UnpairedLogps
+from fastdpo.losses.inputs import Batch, PairLogps, PerPair
+from fastdpo.losses.registry import NLL_WEIGHT, PER_PAIR, Interval, LossSpec, find_loss
 from fastdpo.losses.stable import masked_sum, token_mean
 
 DEFAULT_BETA = 0.1  # scales the reported rewards where no named loss has a beta
@@ -50,6 +53,11 @@ class Objective:
     num_tokens: float | Tensor | None
 
     @property
+    def inputs(self) -> type:
+        """The class of batch that the losses take: ``PairLogps``, or that of their kind."""
+        return self.terms[0].spec.inputs
+
+    @property
     def uses_reference(self) -> bool:
         """Whether any named loss needs reference log-probabilities."""
         return any(term.spec.uses_reference for term in self.terms)
@@ -57,22 +65,24 @@ class Objective:
     @property
     def compares_answers(self) -> bool:
         """Whether any named loss looks at both answers of a pair."""
-        return any(term.spec.scope != "token" for term in self.terms)
+        return any(not term.spec.is_nll for term in self.terms)
 
     @property
     def is_sum_over_pairs(self) -> bool:
         """Whether each pair's share of the loss depends on that pair alone, given the counts to divide by."""
-        return all(term.spec.scope in ("pair", "token") for term in self.terms)
+        return self.inputs is PairLogps and all(term.spec.scope in ("pair", "token") for term in self.terms)
 
     @property
     def is_plain_sigmoid(self) -> bool:
-        """Whether it is the DPO loss alone."""
-        return len(self.terms) == 1 and self.terms[0].spec.name == "sigmoid" and self.terms[0].weight == 1
+        """Whether it is the DPO loss alone, with no option but label smoothing."""
+        (first, *others) = self.terms
+        is_sigmoid = first.spec.name == "sigmoid" and first.weight == 1 and not others
+        return is_sigmoid and first.arguments.keys() <= {*PER_PAIR, "label_smoothing"}
 
     @property
     def uses_nll(self) -> bool:
-        """Whether any named loss is a mean over NLL tokens."""
-        return any(term.spec.scope == "token" for term in self.terms)
+        """Whether any named loss looks at NLL tokens."""
+        return any(term.spec.is_nll for term in self.terms)
 
     def check_batch(
         self,
@@ -84,17 +94,50 @@ class Objective:
         has_nll_tokens: bool = False,
     ) -> None:
         """Raise ValueError unless what comes with a batch is what the losses use, no less and no more."""
-        names = ", ".join(term.spec.name for term in self.terms)
-        if self.uses_reference and not has_reference:
-            wanted = f"ref_hidden or ref_logps for {names} (zeros for a uniform reference)"
-            raise ValueError(f"ref_logps: got no reference, wanted {wanted}")
+        names = self._names()
+        if self.inputs is not PairLogps:
+            wanted = f"losses of chosen and rejected answers: {names} takes {self.inputs.__name__}"
+            raise ValueError(f"loss_type: got {names}, wanted {wanted}")
+        self._check_reference(has_reference)
         for given, used, name, wanted in (
-            (has_reference, self.uses_reference, "ref_logps", "no reference"),
             (has_token_weights, self.compares_answers, "token_weights", "none"),
             (has_nll_tokens, self.uses_nll, "nll_labels or nll_mask", "none (no NLL term)"),
         ):
             if given and not used:
                 raise ValueError(f"{name}: got a value that {names} does not use, wanted {wanted}")
+        self._check_per_pair(num_pairs, device)
+
+    def check(self, batch: Batch) -> None:
+        """Raise ValueError unless a batch of any kind is what the losses use, and is sound in itself.
+
+        What has to be read to be checked, as a score that is NaN, is checked on the CPU only: elsewhere it
+        would synchronise.
+        """
+        if not isinstance(batch, self.inputs):
+            wanted = f"{self.inputs.__name__} for {self._names()}"
+            raise ValueError(f"batch: got {type(batch).__name__}, wanted {wanted}")
+        self._check_reference(batch.has_reference)
+        needed = {name for term in self.terms for name in term.spec.needs}
+        for name in batch.extras:
+            is_given = getattr(batch, name) is not None
+            if is_given != (name in needed):
+                got, wanted = ("a value", "None") if is_given else ("None", "a value")
+                raise ValueError(f"{name}: got {got}, wanted {wanted} for {self._names()}")
+        batch.check()
+        self._check_per_pair(batch.num_rows, batch.logps_like.device)
+
+    def _names(self) -> str:
+        return ", ".join(dict.fromkeys(term.spec.name for term in self.terms))
+
+    def _check_reference(self, has_reference: bool) -> None:
+        names = self._names()
+        if self.uses_reference and not has_reference:
+            wanted = f"ref_hidden or ref_logps for {names} (zeros for a uniform reference)"
+            raise ValueError(f"ref_logps: got no reference, wanted {wanted}")
+        if has_reference and not self.uses_reference:
+            raise ValueError(f"ref_logps: got a value that {names} does not use, wanted no reference")
+
+    def _check_per_pair(self, num_pairs: int, device: torch.device) -> None:
         for name, value in self.per_pair.items():
             if not isinstance(value, Tensor):
                 continue
@@ -103,20 +146,24 @@ class Objective:
             if value.device != device:
                 raise ValueError(f"{name}: got {value.device}, wanted {device}, the device of the batch")
 
-    def loss(self, pair: PairLogps) -> Tensor:
-        """The weighted sum of the named losses' means, ``()`` in the dtype of the log-probabilities."""
-        return self.total(pair).to(pair.chosen.dtype)
+    def loss(self, pair: Batch) -> Tensor:
+        """The weighted sum of the named losses' means, ``()`` in the dtype of the log-probabilities.
 
-    def total(self, pair: PairLogps) -> Tensor:
+        ``pair`` is a ``PairLogps``, or the ``inputs`` of the losses' kind.
+        """
+        return self.total(pair).to(pair.logps_like.dtype)
+
+    def total(self, pair: Batch) -> Tensor:
         """``loss`` before it is rounded, in fp64: shares of a batch add up to the whole of it."""
         first, *others = (term.weight * self._mean(term, pair) for term in self.terms)
         return sum(others, first)
 
-    def _mean(self, term: LossTerm, pair: PairLogps) -> Tensor:
+    def _mean(self, term: LossTerm, pair: Batch) -> Tensor:
         """One loss summed over the batch in fp64 and divided by what its scope asks for."""
         seen = pair if term.spec.uses_reference else pair.without_reference()
         losses = self.per_pair.get("pair_weights", 1.0) * term.spec.function(seen, **term.arguments)  # (P,)
         if term.spec.scope == "token":
+            assert isinstance(pair, PairLogps)  # build_objective mixes no kinds, and sft is the only one
             counts, divisor = pair.nll_count, self.num_tokens
         else:
             counts, divisor = pair.is_scored, self.num_pairs
@@ -129,15 +176,33 @@ class Objective:
         loss that is reference-free and length-normalised (SimPO), beta times the per-token mean. beta is
         the one given, else the default of the first named loss that has one.
         """
-        lead = next((term.spec for term in self.terms if term.spec.default_beta is not None), None)
-        default_beta = DEFAULT_BETA if lead is None or lead.default_beta is None else lead.default_beta
-        beta = self.per_pair.get("beta", default_beta)
+        lead, beta = self._lead()
         chosen, rejected = pair.chosen_logratios, pair.rejected_logratios
-        if lead is not None and lead.length_normalized and not lead.uses_reference:
+        if lead.length_normalized and not lead.uses_reference:
             chosen = token_mean(pair.chosen, pair.chosen_tokens)
             rejected = token_mean(pair.rejected, pair.rejected_tokens)
         dtype = pair.chosen.dtype
         return (beta * chosen).detach().to(dtype), (beta * rejected).detach().to(dtype)
+
+    def answer_rewards(self, batch: ListLogps | UnpairedLogps) -> Tensor:
+        """Implicit rewards of every answer of a list or of unpaired answers, detached, ``(M,)`` or ``(B,)``.
+
+        As ``rewards``: beta times the log-ratio, or the per-token mean for a first loss that is
+        reference-free and length-normalised.
+        """
+        lead, beta = self._lead()
+        logratios = batch.logps if batch.ref_logps is None else batch.logps - batch.ref_logps
+        if lead.length_normalized and not lead.uses_reference:
+            logratios = token_mean(logratios, batch.tokens)
+        if isinstance(batch, ListLogps) and isinstance(beta, Tensor) and beta.dim() == 1:
+            beta = beta[batch.group_ids]
+        return (beta * logratios).detach().to(batch.logps.dtype)
+
+    def _lead(self) -> tuple[LossSpec, PerPair]:
+        """The loss that the rewards are of, and their beta."""
+        lead = next((term.spec for term in self.terms if term.spec.default_beta is not None), None)
+        default = DEFAULT_BETA if lead is None or lead.default_beta is None else lead.default_beta
+        return lead or self.terms[0].spec, self.per_pair.get("beta", default)
 
 
 def build_objective(
@@ -177,33 +242,65 @@ def build_objective(
     given = {"beta": beta, "margin": margin, "soft_labels": soft_labels, "pair_weights": pair_weights}
     per_pair = {name: _check_per_pair(name, value) for name, value in given.items() if value is not None}
     for name in ("margin", "soft_labels"):
-        refusing = [spec.name for spec in specs if name not in spec.per_pair and spec.scope != "token"]
-        if name in per_pair and (refusing or all(spec.scope == "token" for spec in specs)):
+        refusing = [spec.name for spec in specs if name not in spec.per_pair and not spec.is_nll]
+        if name in per_pair and (refusing or all(spec.is_nll for spec in specs)):
             raise ValueError(f"{name}: got a value, wanted None: {', '.join(refusing or names)} takes none")
 
-    known = {option.name for spec in specs for option in spec.options}
-    for name in options:
-        if name not in known:
-            wanted = f"one of {', '.join(sorted(known))}" if known else "none"
-            raise ValueError(f"{name}: got an option that {', '.join(names)} does not have, wanted {wanted}")
+    _check_named(specs, options)
 
     objective = Objective(
         terms=tuple(
-            LossTerm(spec, weight, _arguments(spec, options, per_pair))
+            term
             for spec, weight in zip(specs, weights, strict=True)
+            for term in _terms(spec, weight, options, per_pair)
         ),
         per_pair=per_pair,
         num_pairs=_check_count("num_pairs", num_pairs),
         num_tokens=_check_count("num_tokens", num_tokens),
     )
-    if num_pairs is not None or num_tokens is not None:
-        for name, value, needed in (
-            ("num_pairs", num_pairs, objective.compares_answers),
-            ("num_tokens", num_tokens, objective.uses_nll),
-        ):
-            if needed and value is None:
-                raise ValueError(f"{name}: got None, wanted a count: {', '.join(names)} divides by it")
+    _check_counts(objective.terms, num_pairs, num_tokens)
     return objective
+
+
+def _check_counts(
+    terms: tuple[LossTerm, ...], num_pairs: float | Tensor | None, num_tokens: float | Tensor | None
+) -> None:
+    """Where one count is given, each that a loss divides by must be."""
+    if num_pairs is None and num_tokens is None:
+        return
+    scopes = {term.spec.scope for term in terms}
+    for name, value, is_needed in (
+        ("num_pairs", num_pairs, bool(scopes - {"token"})),
+        ("num_tokens", num_tokens, "token" in scopes),
+    ):
+        if is_needed and value is None:
+            names = ", ".join(dict.fromkeys(term.spec.name for term in terms))
+            raise ValueError(f"{name}: got None, wanted a count: {names} divides by it")
+
+
+def _check_named(specs: list[LossSpec], options: dict[str, Any]) -> None:
+    """Raise ValueError unless the losses take the same batch, and some of them each option."""
+    names = ", ".join(spec.name for spec in specs)
+    classes = {spec.inputs.__name__: spec for spec in specs}
+    if len(classes) > 1:
+        got = ", ".join(f"{spec.name} of {name}" for name, spec in classes.items())
+        raise ValueError(f"loss_type: got {got}, wanted losses of the same batch")
+
+    known = {option.name for spec in specs for option in spec.options}
+    for name in options:
+        if name not in known:
+            wanted = f"one of {', '.join(sorted(known))}" if known else "none"
+            raise ValueError(f"{name}: got an option that {names} does not have, wanted {wanted}")
+
+
+def _terms(
+    spec: LossSpec, weight: float, options: dict[str, Any], per_pair: dict[str, PerPair]
+) -> list[LossTerm]:
+    """A named loss, and its NLL term where it has one whose weight is not 0."""
+    arguments = _arguments(spec, options, per_pair)
+    nll_weight = arguments.pop(NLL_WEIGHT, spec.nll_weight) if spec.nll_weight is not None else 0.0
+    terms = [LossTerm(spec, weight, arguments)]
+    return [*terms, LossTerm(find_loss("sft"), weight * nll_weight, {})] if nll_weight else terms
 
 
 def _arguments(spec: LossSpec, options: dict[str, Any], per_pair: dict[str, PerPair]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pairwise losses: a function each, from the log-probabilities of P pairs to P numbers.
+"""Pairwise losses of the reward gap: a function each, from the log-probabilities of P pairs to P numbers.
 
 u is the log-ratio of an answer to the reference, D = u_w - u_l, h = beta D - psi with psi the
 ``margin``, and q the probability that the chosen answer is the better one (``soft_labels``).
@@ -7,12 +7,31 @@ u is the log-ratio of an answer to the reference, D = u_w - u_l, h = beta D - ps
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Annotated
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.losses.heads import hinge, logistic, margin_loss, preferred_probability, scaled_margin
+from fastdpo.losses.heads import (
+    discopop,
+    exo,
+    hinge,
+    logistic,
+    margin_loss,
+    preferred_probability,
+    scaled_margin,
+)
 from fastdpo.losses.inputs import PairLogps, PerPair
-from fastdpo.losses.registry import Example, FlipProbability, NonNegative, preference_loss
+from fastdpo.losses.links import DEFAULT_ALPHA, FDivergence, linked_gap
+from fastdpo.losses.registry import (
+    Example,
+    FlipProbability,
+    Interval,
+    NonNegative,
+    Positive,
+    preference_loss,
+)
+from fastdpo.losses.stable import MAX_EXPONENT
 
 # u_w = 1 and u_l = -1, over 2 and 4 tokens: D = 2 and h = 0.2 at beta 0.1; the means differ by 0.75.
 _PAIR = Example(
@@ -40,14 +59,29 @@ def sigmoid_loss(
     margin: PerPair | None = None,
     soft_labels: PerPair | None = None,
     label_smoothing: FlipProbability = 0.0,
+    length_penalty: float = 0.0,
+    ref_clip: bool = False,
+    f_divergence_type: FDivergence = "reverse_kl",
+    f_alpha_divergence_coef: float = DEFAULT_ALPHA,
 ) -> Tensor:
     """DPO; with ``label_smoothing`` conservative DPO (cDPO).
 
     -(1 - eps) log sigmoid(h) - eps log sigmoid(-h). cDPO: E. Mitchell, "A note on DPO with noisy
     preferences", eq. 3. Its minimum lies at sigmoid(h) = 1 - eps.
+
+    ``f_divergence_type`` (``links.py``) ties the policy to the reference by another divergence.
+    ``length_penalty``, alpha, adds alpha (|y_w| - |y_l|) to h: the labels are taken to reveal a reward of
+    which the policy is to maximise r - alpha |y|. ``ref_clip`` leaves the reference out of a pair that it
+    ranks the wrong way round: the gap of log-probabilities less max(0, D_ref) (psi = relu(-beta D_ref)).
     """
     preferred = preferred_probability(label_smoothing, soft_labels)
-    return margin_loss(scaled_margin(pair.delta, beta, margin), logistic, preferred)
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef)
+    h = scaled_margin(gap, beta, margin)
+    if ref_clip:
+        h = h - F.relu(-beta * pair.reference_gap)
+    if length_penalty:
+        h = h + length_penalty * (pair.chosen_tokens - pair.rejected_tokens)
+    return margin_loss(h, logistic, preferred)
 
 
 @preference_loss(
@@ -62,11 +96,12 @@ def hinge_loss(
     beta: PerPair = 0.1,
     margin: PerPair | None = None,
     soft_labels: PerPair | None = None,
+    f_divergence_type: FDivergence = "reverse_kl",
+    f_alpha_divergence_coef: float = DEFAULT_ALPHA,
 ) -> Tensor:
     """Hinge on the DPO margin, relu(1 - h) (RSO, normalised SLiC)."""
-    return margin_loss(
-        scaled_margin(pair.delta, beta, margin), hinge, 1.0 if soft_labels is None else soft_labels
-    )
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef)
+    return margin_loss(scaled_margin(gap, beta, margin), hinge, 1.0 if soft_labels is None else soft_labels)
 
 
 @preference_loss(
@@ -82,13 +117,21 @@ def ipo_loss(
     margin: PerPair | None = None,
     soft_labels: PerPair | None = None,
     length_normalize: bool = True,
+    f_divergence_type: FDivergence = "reverse_kl",
+    f_alpha_divergence_coef: float = DEFAULT_ALPHA,
 ) -> Tensor:
     """IPO, (D - 1 / (2 beta))^2; D of per-token means (sums with ``length_normalize=False``).
 
     beta is the paper's tau. Per-token means are what TRL computes; the original DPO code has sums.
     ``margin`` moves the target to (1/2 + psi) / beta.
     """
-    gap = pair.mean_delta if length_normalize else pair.delta
+    gap = linked_gap(
+        pair,
+        f_divergence_type,
+        f_alpha_divergence_coef,
+        length_normalize=length_normalize,
+        most=MAX_EXPONENT / 2,  # it is squared
+    )
 
     def squared_distance(m: Tensor) -> Tensor:
         return ((m - 0.5) / beta) ** 2
@@ -111,12 +154,14 @@ def robust_loss(
     beta: PerPair = 0.1,
     margin: PerPair | None = None,
     label_smoothing: FlipProbability = 0.0,
+    f_divergence_type: FDivergence = "reverse_kl",
+    f_alpha_divergence_coef: float = DEFAULT_ALPHA,
 ) -> Tensor:
     """Robust DPO (rDPO): unbiased when a share ``label_smoothing`` of the labels is flipped.
 
     [-(1 - eps) log sigmoid(h) + eps log sigmoid(-h)] / (1 - 2 eps). Unbounded below as h grows.
     """
-    h = scaled_margin(pair.delta, beta, margin)
+    h = scaled_margin(linked_gap(pair, f_divergence_type, f_alpha_divergence_coef), beta, margin)
     eps = label_smoothing
     return ((1 - eps) * logistic(h) - eps * logistic(-h)) / (1 - 2 * eps)
 
@@ -134,48 +179,83 @@ def sigmoid_norm_loss(
     margin: PerPair | None = None,
     soft_labels: PerPair | None = None,
     label_smoothing: FlipProbability = 0.0,
+    f_divergence_type: FDivergence = "reverse_kl",
+    f_alpha_divergence_coef: float = DEFAULT_ALPHA,
 ) -> Tensor:
     """Length-normalised DPO: log-ratios per token. Wants a larger beta, 2 to 10."""
     preferred = preferred_probability(label_smoothing, soft_labels)
-    return margin_loss(scaled_margin(pair.mean_delta, beta, margin), logistic, preferred)
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, length_normalize=True)
+    return margin_loss(scaled_margin(gap, beta, margin), logistic, preferred)
 
 
 @preference_loss(
-    "simpo",
-    paper="arXiv:2405.14734 eq. 6",
-    uses_reference=False,
-    length_normalized=True,
-    # beta (-1/2 + 4/4) - gamma = 0.5: log(1 + e^-0.5)
-    example=Example(0.4740769842, chosen=-1.0, rejected=-4.0, chosen_tokens=2, rejected_tokens=4),
+    "exo_pair",
+    paper="arXiv:2402.00856 eq. 16",
+    shift_invariant=True,
+    # Q = sigmoid(0.2): Q (log Q - log 0.999) + (1 - Q) (log(1 - Q) - log 0.001)
+    example=replace(_PAIR, loss=2.4220146207),
 )
-def simpo_loss(
+def exo_pair_loss(
     pair: PairLogps,
     *,
-    beta: PerPair = 2.0,
+    beta: PerPair = 0.1,
+    margin: PerPair | None = None,
+    label_smoothing: Annotated[float, Interval(0.0, 0.5, includes_low=False)] = 1e-3,
+    f_divergence_type: FDivergence = "reverse_kl",
+    f_alpha_divergence_coef: float = DEFAULT_ALPHA,
+) -> Tensor:
+    """EXO with two answers: reverse KL of the policy's choice to the label smoothed by eps.
+
+    KL(Bernoulli(sigmoid(h)) || Bernoulli(1 - eps)); eps must be positive. Its minimum, 0, lies at
+    sigmoid(h) = 1 - eps.
+    """
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef)
+    return exo(scaled_margin(gap, beta, margin), label_smoothing)
+
+
+@preference_loss(
+    "discopop",
+    paper="arXiv:2406.08414 eq. 5",
+    shift_invariant=True,
+    # h = 0.05 * 2 = 0.1, w = sigmoid(2): (1 - w) log(1 + e^-0.1) + w e^-0.1
+    example=replace(_PAIR, loss=0.8737921187),
+)
+def discopop_loss(
+    pair: PairLogps,
+    *,
+    beta: PerPair = 0.05,
+    margin: PerPair | None = None,
+    discopop_tau: Positive = 0.05,
+    f_divergence_type: FDivergence = "reverse_kl",
+    f_alpha_divergence_coef: float = DEFAULT_ALPHA,
+) -> Tensor:
+    """DiscoPOP, log-ratio modulated loss: from logistic to exponential as h grows.
+
+    (1 - w) (-log sigmoid(h)) + w e^-h, w = sigmoid(h / tau). Found by a language model; not convex.
+    """
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef)
+    return discopop(scaled_margin(gap, beta, margin), discopop_tau)
+
+
+@preference_loss(
+    "dpop",
+    paper="arXiv:2402.13228 eq. 3",
+    # u_w = -1 and u_l = -1, so D = 0 and relu(-u_w) = 1: h = 0.1 * (0 - 5) and log(1 + e^0.5)
+    example=replace(_PAIR, chosen=-14.0, loss=0.9740769842, options={"penalty": 5.0}),
+)
+def dpop_loss(
+    pair: PairLogps,
+    *,
+    beta: PerPair = 0.1,
     margin: PerPair | None = None,
     soft_labels: PerPair | None = None,
     label_smoothing: FlipProbability = 0.0,
-    gamma: NonNegative = 0.5,
+    penalty: NonNegative = 50.0,
 ) -> Tensor:
-    """SimPO: per-token means without a reference, and a target reward gap ``gamma``.
+    """DPO-positive (DPOP): DPO that pays for a chosen answer less likely than under the reference.
 
-    -log sigmoid(beta (mean_w - mean_l) - gamma). ``gamma`` is TRL's ``simpo_gamma``; the authors'
-    ``gamma_beta_ratio`` (0.25 by default) times beta. ``margin`` adds to it per pair.
+    -log sigmoid(beta (D - penalty * relu(-u_w))). The paper tunes the penalty between 5 and 50.
     """
     preferred = preferred_probability(label_smoothing, soft_labels)
-    return margin_loss(scaled_margin(pair.mean_delta, beta, margin) - gamma, logistic, preferred)
-
-
-@preference_loss(
-    "sft",
-    paper="arXiv:2405.16436 (the term of RPO)",
-    scope="token",
-    uses_reference=False,
-    example=Example(4.0, chosen=-12.0, rejected=-15.0, chosen_tokens=3),  # 12 / 3
-)
-def sft_loss(pair: PairLogps) -> Tensor:
-    """Mean negative log-likelihood of the chosen answers' tokens; a term beside others, or alone.
-
-    Returns the sums per pair: the mean is over all tokens of the batch, not over pairs.
-    """
-    return pair.nll
+    gap = pair.delta - penalty * F.relu(-pair.chosen_logratios)
+    return margin_loss(scaled_margin(gap, beta, margin), logistic, preferred)

@@ -1,8 +1,9 @@
 """``LOSSES``: the one list of losses, and ``preference_loss``, which adds to it.
 
-A loss is one decorated function from ``PairLogps`` to one number per pair. Everything else is read
+A loss is one decorated function from the log-probabilities of a batch (``PairLogps``, or what its
+``kind`` says) to one number per row: per pair, group, answer or sequence. Everything else is read
 from it: its options, their types and defaults from the keyword-only parameters, their legal ranges
-from the annotations, what it accepts per pair from the reserved names among them (``PER_PAIR``), its
+from the annotations, what it accepts per row from the reserved names among them (``PER_PAIR``), its
 row in the README from the docstring's first line. Tests and command-line flags iterate ``LOSSES``.
 """
 
@@ -13,9 +14,11 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeAlias, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
+
+from fastdpo.losses.inputs import PairLogps
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
@@ -23,12 +26,22 @@ Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 # loss that has no such parameter refuses them.
 PER_PAIR = ("beta", "margin", "soft_labels")
 
-# What a loss needs beside its own row, and what its sum over the batch is divided by:
+# What a loss needs beside its own row, and what its sum over the batch is divided by (a row is a pair,
+# or whatever the loss returns a number for):
 #   token   nothing;            the number of NLL tokens
-#   pair    nothing;            the number of pairs
-#   batch   the local batch;    the number of pairs
-#   global  every rank's batch; the number of pairs
+#   pair    nothing;            the number of rows
+#   batch   the local batch;    the number of rows
+#   global  every rank's batch; the number of rows
 SCOPES = ("token", "pair", "batch", "global")
+
+# What a loss is a function of, and what its rows are:
+#   paired    chosen and rejected answers;            pairs
+#   unpaired  answers, desirable or not;              answers
+#   listwise  scored candidates in groups;            groups
+#   token     per-token or per-step numbers;          pairs, sequences or steps
+KINDS = ("paired", "unpaired", "listwise", "token")
+
+NLL_WEIGHT = "nll_weight"  # the option of every loss that comes with an NLL term
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,7 @@ class Interval:
 FlipProbability: TypeAlias = Annotated[float, Interval(0.0, 0.5)]
 NonNegative: TypeAlias = Annotated[float, Interval(0.0)]
 Positive: TypeAlias = Annotated[float, Interval(0.0, includes_low=False)]
+Fraction: TypeAlias = Annotated[float, Interval(0.0, 1.0, includes_high=True)]
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,7 @@ class LossOption:
     type: type  # bool, int, float or str
     default: Any
     interval: Interval | None = None
+    choices: tuple[str, ...] = ()  # the legal values of a str; empty: any
 
     def convert(self, value: Any) -> Any:
         """``value`` in the option's type. Raises ValueError for another type or out of range."""
@@ -75,6 +90,8 @@ class LossOption:
             raise ValueError(f"{self.name}: got {value!r}, wanted {self.type.__name__}")
         if self.interval is not None and value not in self.interval:
             raise ValueError(f"{self.name}: got {value!r}, wanted {self.interval}")
+        if self.choices and value not in self.choices:
+            raise ValueError(f"{self.name}: got {value!r}, wanted one of {', '.join(self.choices)}")
         return value
 
 
@@ -93,6 +110,15 @@ class Example:
 
 
 @dataclass(frozen=True)
+class BatchExample:
+    """The same for a batch of any kind: the loss, how to make the batch, and the options."""
+
+    loss: float
+    batch: Callable[[], Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LossSpec:
     """All there is to know of a registered loss; see ``preference_loss`` for the fields."""
 
@@ -100,7 +126,7 @@ class LossSpec:
     function: Callable[..., Tensor]
     summary: str
     paper: str
-    example: Example
+    example: Example | BatchExample
     scope: str
     uses_reference: bool
     length_normalized: bool
@@ -109,6 +135,28 @@ class LossSpec:
     options: tuple[LossOption, ...]
     per_pair: frozenset[str]  # those of PER_PAIR that it takes
     default_beta: float | None  # None: the loss has no beta
+    kind: str = "paired"
+    inputs: type = PairLogps
+    nll_weight: float | None = None  # None: the loss has no NLL term of its own
+    needs: tuple[str, ...] = ()
+    reads_nll: bool = False
+
+    @property
+    def is_nll(self) -> bool:
+        """Whether it looks at NLL tokens alone, not at answers: it takes no margins and no token weights."""
+        return self.scope == "token" or self.reads_nll
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What a caller should know: scope, lengths, invariance, an NLL term, further data."""
+        named = {
+            f"needs {', '.join(self.needs)}": bool(self.needs),
+            f"scope {self.scope}": self.scope != "pair",
+            "per-token means": self.length_normalized,
+            "NLL term": self.nll_weight is not None,
+            "shift-invariant": self.shift_invariant,
+        }
+        return tuple(name for name, holds in named.items() if holds)
 
 
 LOSSES: dict[str, LossSpec] = {}
@@ -118,18 +166,24 @@ def preference_loss(
     name: str,
     *,
     paper: str,
-    example: Example,
+    example: Example | BatchExample,
     scope: str = "pair",
     uses_reference: bool = True,
     length_normalized: bool = False,
     shift_invariant: bool = False,
     aliases: tuple[str, ...] = (),
+    kind: str = "paired",
+    inputs: type = PairLogps,
+    nll_weight: float | None = None,
+    needs: tuple[str, ...] = (),
+    reads_nll: bool = False,
 ) -> Callable[[Loss], Loss]:
     """Register the decorated function as a loss; it stays an ordinary function.
 
-    The function takes a ``PairLogps`` and returns ``(P,)``, one number per pair. Its options are
-    keyword-only, each with a default of type bool, int, float or str, and an ``Interval`` in its
-    annotation where it has a range. ``beta``, ``margin`` and ``soft_labels`` may be ``(P,)`` tensors.
+    The function takes a ``PairLogps`` (or the ``inputs`` of its kind) and returns ``(P,)``, one number per
+    row. Its options are keyword-only, each with a default of type bool, int, float or str, an
+    ``Interval`` in its annotation where it has a range, a ``Literal`` where it has a list of values.
+    ``beta``, ``margin`` and ``soft_labels`` may be ``(P,)`` tensors.
 
     Args:
         name: what users write in ``loss_type``.
@@ -139,23 +193,27 @@ def preference_loss(
             number of NLL tokens of the batch; every other scope is a mean over pairs.
         uses_reference: whether reference log-probabilities are needed (else they are refused).
         length_normalized: whether it works on per-token means.
-        shift_invariant: claims that a constant added to both reference sums changes nothing.
+        shift_invariant: claims that a constant added to both reference sums (to all of a group) changes
+            nothing.
         aliases: other names for it.
+        kind: one of ``KINDS``; losses of different kinds do not mix.
+        inputs: the dataclass the function takes.
+        nll_weight: the default weight of an NLL term beside the function, which does not see it: the loss
+            gets an option of this name, and ``build_objective`` adds ``sft`` with that weight.
+        needs: those of the ``extras`` of its ``inputs`` without which it cannot be computed; the others are
+            refused.
+        reads_nll: whether it is a function of ``PairLogps.nll`` and ``nll_count`` alone (every loss of scope
+            ``token`` is taken to be).
 
     Raises:
-        ValueError: a name that is taken, an unknown scope, a parameter without a usable default.
+        ValueError: a name that is taken, an unknown scope or kind, a parameter without a usable default.
     """
 
     def register(function: Loss) -> Loss:
-        taken = {other for spec in LOSSES.values() for other in (spec.name, *spec.aliases)}
-        for new in (name, *aliases):
-            if new in taken:
-                raise ValueError(
-                    f"preference_loss: got {new!r}, which is registered already, wanted a new name"
-                )
-        if scope not in SCOPES:
-            raise ValueError(f"preference_loss {name!r}: got scope {scope!r}, wanted one of {SCOPES}")
+        _check_registration((name, *aliases), scope, kind)
         parameters = _keyword_only(name, function)
+        if nll_weight is not None:
+            parameters[NLL_WEIGHT] = LossOption(NLL_WEIGHT, float, nll_weight, Interval(0.0))
         beta = parameters.get("beta")
         LOSSES[name] = LossSpec(
             name=name,
@@ -171,10 +229,26 @@ def preference_loss(
             options=tuple(option for option in parameters.values() if option.name not in PER_PAIR),
             per_pair=frozenset(PER_PAIR) & set(parameters),
             default_beta=None if beta is None else beta.default,
+            kind=kind,
+            inputs=inputs,
+            nll_weight=nll_weight,
+            needs=needs,
+            reads_nll=reads_nll,
         )
         return function
 
     return register
+
+
+def _check_registration(names: tuple[str, ...], scope: str, kind: str) -> None:
+    taken = {other for spec in LOSSES.values() for other in (spec.name, *spec.aliases)}
+    for new in names:
+        if new in taken:
+            raise ValueError(f"preference_loss: got {new!r}, which is registered already, wanted a new name")
+    if scope not in SCOPES:
+        raise ValueError(f"preference_loss {names[0]!r}: got scope {scope!r}, wanted one of {SCOPES}")
+    if kind not in KINDS:
+        raise ValueError(f"preference_loss {names[0]!r}: got kind {kind!r}, wanted one of {KINDS}")
 
 
 def _keyword_only(name: str, function: Callable[..., Tensor]) -> dict[str, LossOption]:
@@ -191,11 +265,13 @@ def _keyword_only(name: str, function: Callable[..., Tensor]) -> dict[str, LossO
         if parameter.name not in PER_PAIR and type(default) not in (bool, int, float, str):
             wanted = "a default of type bool, int, float or str"
             raise ValueError(f"preference_loss {name!r}: got parameter {parameter}, wanted {wanted}")
-        metadata = getattr(annotations.get(parameter.name), "__metadata__", ())
+        annotation = annotations.get(parameter.name)
+        metadata = getattr(annotation, "__metadata__", ())
         interval = next((item for item in metadata if isinstance(item, Interval)), None)
         if interval is None and type(default) is float:
             interval = Interval()  # finite
-        options[parameter.name] = LossOption(parameter.name, type(default), default, interval)
+        choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+        options[parameter.name] = LossOption(parameter.name, type(default), default, interval, choices)
     return options
 
 
@@ -219,16 +295,21 @@ def loss_options() -> dict[str, dict[str, LossOption]]:
 
 
 def losses_table() -> str:
-    """The registry as a Markdown table, a row per loss."""
-    rows = ["| `loss_type` | what it is | reference | defaults | source |", "|---|---|---|---|---|"]
-    for spec in LOSSES.values():
+    """The registry as a Markdown table, a row per loss, kind by kind."""
+    rows = [
+        "| `loss_type` | what it is | kind | reference | defaults | flags | source |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for spec in sorted(LOSSES.values(), key=lambda spec: KINDS.index(spec.kind)):
         defaults = [] if spec.default_beta is None else [f"`beta={spec.default_beta:g}`"]
         defaults += [f"`{option.name}={option.default}`" for option in spec.options]
         cells = (
             f"`{spec.name}`" + "".join(f" (`{alias}`)" for alias in spec.aliases),
             spec.summary,
+            spec.kind,
             "yes" if spec.uses_reference else "no",
             ", ".join(defaults) or "none",
+            ", ".join(spec.flags) or "none",
             spec.paper,
         )
         rows.append(f"| {' | '.join(cells)} |")

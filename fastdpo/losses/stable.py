@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+MAX_EXPONENT = 80.0  # e^80 = 5.5e34 leaves room for a few factors in fp32 (and is TRL's bound)
 
 
 def token_mean(sums: Tensor, counts: Tensor) -> Tensor:
@@ -23,3 +28,30 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """The mean of ``values`` where ``mask``, in their dtype; 0 where nothing is left."""
     return (masked_sum(values, mask) / mask.sum().clamp(min=1)).to(values.dtype)
+
+
+def bounded_exp(exponent: Tensor, most: float = MAX_EXPONENT) -> Tensor:
+    """e^min(x, most): finite, with gradient 0 beyond the bound."""
+    return exponent.clamp(max=most).exp()
+
+
+def bounded_expm1(exponent: Tensor, most: float = MAX_EXPONENT) -> Tensor:
+    """e^min(x, most) - 1, exact near 0; gradient 0 beyond the bound."""
+    return torch.expm1(exponent.clamp(max=most))
+
+
+def sigmoid_times_exp(weight: Tensor, exponent: Tensor) -> Tensor:
+    """sigmoid(w) e^x in log space, where either factor alone would vanish or overflow."""
+    return bounded_exp(F.logsigmoid(weight) + exponent)
+
+
+def log1mexp(logp: Tensor) -> Tensor:
+    """log(1 - e^x), the log-probability of the complement; x at most -eps of the dtype, where it is cut off.
+
+    Two branches meet at -ln 2 (Maechler, 2012): ``log1p`` loses no digits below, ``expm1`` none above.
+    """
+    x = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+    is_small = x < -math.log(2)
+    # Each branch gets arguments of its own side, so that neither sends a NaN into the gradient.
+    small, large = x.where(is_small, -1.0), x.where(~is_small, -0.1)
+    return torch.where(is_small, torch.log1p(-small.exp()), torch.log(-torch.expm1(large)))

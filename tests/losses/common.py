@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.losses import LOSSES, Example, LossOption, LossSpec, PairLogps, build_objective
+from fastdpo.losses import LOSSES, BatchExample, LossOption, LossSpec, PairLogps, build_objective
 
 ALL_LOSSES = sorted(LOSSES)
+PAIRED = sorted(name for name, spec in LOSSES.items() if spec.inputs is PairLogps)
 
 
 def random_pair(
@@ -37,22 +38,40 @@ def random_pair(
     )
 
 
-def example_pair(spec: LossSpec, example: Example) -> PairLogps:
-    def one(value: float) -> Tensor:
-        return torch.tensor([value], dtype=torch.float64)
-
+def example_batch(spec: LossSpec) -> Any:
+    """The batch of the loss's hand-computed example."""
+    example = spec.example
+    if isinstance(example, BatchExample):
+        return example.batch()
     return PairLogps(
-        one(example.chosen),
-        one(example.rejected),
-        one(example.chosen_tokens),
-        one(example.rejected_tokens),
-        one(example.ref_chosen) if spec.uses_reference else None,
-        one(example.ref_rejected) if spec.uses_reference else None,
+        *(
+            None if value is None else torch.tensor([value], dtype=torch.float64)
+            for value in (
+                example.chosen,
+                example.rejected,
+                example.chosen_tokens,
+                example.rejected_tokens,
+                example.ref_chosen if spec.uses_reference else None,
+                example.ref_rejected if spec.uses_reference else None,
+            )
+        )
     )
 
 
 def mean_loss(name: str, pair: PairLogps, **arguments: Any) -> Tensor:
     return build_objective(name, **arguments).loss(pair)
+
+
+def row_losses(name: str, batch: Any, arguments: dict[str, Any]) -> Tensor:
+    """What the loss's function returns: a number per row, without the NLL term that it may come with."""
+    own = {key: value for key, value in arguments.items() if key != "nll_weight"}
+    return LOSSES[name].function(batch, **own)
+
+
+# Options that mean something only beside another.
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
+}
 
 
 def variants(spec: LossSpec, pairs: int = 5) -> list[dict[str, Any]]:
@@ -62,17 +81,23 @@ def variants(spec: LossSpec, pairs: int = 5) -> list[dict[str, Any]]:
         "margin": torch.linspace(-1.0, 2.0, pairs, dtype=torch.float64),
         "soft_labels": torch.linspace(0.0, 1.0, pairs, dtype=torch.float64),
     }
-    moved = [{option.name: _other_value(option)} for option in spec.options]
+    moved = [
+        {option.name: value} | COMPANIONS.get(option.name, {})
+        for option in spec.options
+        for value in _other_values(option)
+    ]
     return [{}, *moved, *({name: per_pair[name]} for name in sorted(spec.per_pair))]
 
 
-def _other_value(option: LossOption) -> Any:
+def _other_values(option: LossOption) -> list[Any]:
     if option.type is bool:
-        return not option.default
+        return [not option.default]
+    if option.choices:
+        return [choice for choice in option.choices if choice != option.default]
     assert option.type is float and option.interval is not None, f"say how to move {option}"
     for candidate in (0.3, 1.7, -0.3):
         if candidate in option.interval and candidate != option.default:
-            return candidate
+            return [candidate]
     raise AssertionError(f"no legal value to move {option} to")
 
 
@@ -82,4 +107,6 @@ def with_ids(losses: list[str]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def variant_id(value: Any) -> str:
-    return value if isinstance(value, str) else "+".join(value) or "defaults"
+    if isinstance(value, str):
+        return value
+    return "+".join(f"{k}={v}" if isinstance(v, str) else k for k, v in value.items()) or "defaults"

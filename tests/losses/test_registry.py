@@ -12,30 +12,41 @@ import torch
 from torch import Tensor
 
 from fastdpo.losses import LOSSES, Example, PairLogps, find_loss, loss_options, losses_table, preference_loss
-from tests.losses.common import ALL_LOSSES, example_pair, mean_loss, random_pair, variant_id, with_ids
+from tests.losses.common import (
+    ALL_LOSSES,
+    COMPANIONS,
+    PAIRED,
+    example_batch,
+    mean_loss,
+    random_pair,
+    row_losses,
+    variant_id,
+    variants,
+    with_ids,
+)
 
-ALL_VARIANTS = pytest.mark.parametrize(("name", "arguments"), with_ids(ALL_LOSSES), ids=variant_id)
+PAIRED_VARIANTS = pytest.mark.parametrize(("name", "arguments"), with_ids(PAIRED), ids=variant_id)
 
 
 @pytest.mark.parametrize("name", ALL_LOSSES)
 def test_example_worked_out_by_hand(name: str) -> None:
     spec = LOSSES[name]
-    got = mean_loss(name, example_pair(spec, spec.example), **spec.example.options)
+    got = mean_loss(name, example_batch(spec), **spec.example.options)
     assert got.item() == pytest.approx(spec.example.loss, abs=1e-6)
 
 
-@ALL_VARIANTS
+@PAIRED_VARIANTS
 def test_gradcheck(name: str, arguments: dict[str, Any]) -> None:
     pair = random_pair(LOSSES[name])
 
     def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return LOSSES[name].function(replace(pair, chosen=chosen, rejected=rejected), **arguments)
+        return row_losses(name, replace(pair, chosen=chosen, rejected=rejected), arguments)
 
     assert losses(pair.chosen, pair.rejected).shape == (5,)
     assert torch.autograd.gradcheck(losses, (pair.chosen, pair.rejected))
 
 
-@ALL_VARIANTS
+@PAIRED_VARIANTS
 def test_finite_at_extremes(name: str, arguments: dict[str, Any]) -> None:
     """|logp| up to 1e4 of either sign, in fp32, on every combination of the four sums."""
     values = (-1e4, -30.0, 0.0, 1e4)
@@ -55,7 +66,7 @@ def test_finite_at_extremes(name: str, arguments: dict[str, Any]) -> None:
         key: value.float()[torch.arange(pairs) % len(value)] if isinstance(value, Tensor) else value
         for key, value in arguments.items()
     }
-    losses = LOSSES[name].function(pair, **spread)
+    losses = row_losses(name, pair, spread)
     assert losses.dtype == torch.float32
     assert losses.isfinite().all()
     losses.sum().backward()
@@ -63,38 +74,46 @@ def test_finite_at_extremes(name: str, arguments: dict[str, Any]) -> None:
     assert rejected.grad is None or rejected.grad.isfinite().all()  # None: sft looks at chosen alone
 
 
-@ALL_VARIANTS
-def test_pairs_do_not_see_each_other(name: str, arguments: dict[str, Any]) -> None:
+def one_pair(pair: PairLogps, i: int) -> PairLogps:
+    return PairLogps(
+        **{key: None if value is None else value[i : i + 1] for key, value in vars(pair).items()}
+    )
+
+
+@PAIRED_VARIANTS
+def test_scope_says_whether_pairs_see_each_other(name: str, arguments: dict[str, Any]) -> None:
     """Scope token and pair: a pair alone gives what it gives in the batch, as micro-batches need it."""
     spec = LOSSES[name]
-    assert spec.scope in ("token", "pair")
     pair = random_pair(spec)
-    together = spec.function(pair, **arguments)
-    for i in range(5):
-        alone = PairLogps(
-            **{key: None if value is None else value[i : i + 1] for key, value in vars(pair).items()}
+    together = row_losses(name, pair, arguments)
+    alone = [
+        row_losses(
+            name,
+            one_pair(pair, i),
+            {key: v[i : i + 1] if isinstance(v, Tensor) else v for key, v in arguments.items()},
         )
-        own = {key: v[i : i + 1] if isinstance(v, Tensor) else v for key, v in arguments.items()}
-        assert torch.equal(spec.function(alone, **own), together[i : i + 1])
+        for i in range(5)
+    ]
+    assert torch.equal(torch.cat(alone), together) == (spec.scope in ("token", "pair"))
 
 
-@pytest.mark.parametrize("name", ALL_LOSSES)
+@pytest.mark.parametrize("name", PAIRED)
 def test_every_option_changes_something(name: str) -> None:
     """An option that is declared and then ignored would pass every other test."""
-    spec = LOSSES[name]
-    pair = random_pair(spec)
-    (_, defaults), *moved = with_ids([name])
-    for _, arguments in moved:
-        assert not torch.allclose(spec.function(pair, **arguments), spec.function(pair, **defaults))
+    pair = random_pair(LOSSES[name])
+    for arguments in variants(LOSSES[name])[1:]:
+        companions = next((COMPANIONS[key] for key in arguments if key in COMPANIONS), {})
+        changed, unchanged = mean_loss(name, pair, **arguments), mean_loss(name, pair, **companions)
+        assert not torch.allclose(changed, unchanged), arguments
 
 
-@pytest.mark.parametrize("name", ALL_LOSSES)
+@pytest.mark.parametrize("name", PAIRED)
 def test_declared_reference_and_lengths_are_used(name: str) -> None:
     spec = LOSSES[name]
     pair = random_pair()
     losses = spec.function(pair if spec.uses_reference else pair.without_reference())
     if spec.uses_reference:
-        moved = replace(pair, ref_chosen=pair.ref_chosen + 1)  # type: ignore[operator]
+        moved = replace(pair, ref_chosen=pair.ref_chosen + torch.arange(5))  # type: ignore[operator]
         assert not torch.allclose(losses, spec.function(moved))
     longer = replace(pair, chosen_tokens=2 * pair.chosen_tokens)
     changed = not torch.allclose(
@@ -103,7 +122,7 @@ def test_declared_reference_and_lengths_are_used(name: str) -> None:
     assert changed == spec.length_normalized
 
 
-@pytest.mark.parametrize("name", ALL_LOSSES)
+@pytest.mark.parametrize("name", PAIRED)
 def test_shift_invariance_as_claimed(name: str) -> None:
     """A constant per prompt added to both reference sums cancels, or the loss does not claim it."""
     spec = LOSSES[name]
@@ -116,11 +135,35 @@ def test_shift_invariance_as_claimed(name: str) -> None:
     assert torch.allclose(spec.function(pair), spec.function(moved), rtol=1e-12) == spec.shift_invariant
 
 
+@pytest.mark.parametrize("name", PAIRED)
+def test_nan_reaches_the_loss(name: str) -> None:
+    """A NaN log-probability must not turn into a plausible number."""
+    pair = random_pair(LOSSES[name])
+    broken = replace(pair, chosen=pair.chosen.detach().clone().index_fill(0, torch.tensor([2]), torch.nan))
+    assert mean_loss(name, broken).isnan()
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_padding_pairs_count_nowhere(name: str) -> None:
+    pair = random_pair(LOSSES[name])
+    zeros = torch.zeros(3, dtype=torch.float64)
+    padded = PairLogps(
+        **{key: None if value is None else torch.cat([value, zeros]) for key, value in vars(pair).items()}
+    )
+    torch.testing.assert_close(mean_loss(name, padded), mean_loss(name, pair), rtol=1e-15, atol=0)
+
+
+def test_options_of_one_name_have_one_type() -> None:
+    """They share one command-line flag."""
+    for name, takers in loss_options().items():
+        assert len({(option.type, option.choices) for option in takers.values()}) == 1, name
+
+
 def test_table_has_a_row_per_loss() -> None:
     header, _, *rows = losses_table().splitlines()
     assert len(rows) == len(LOSSES)
-    for name, row in zip(LOSSES, rows, strict=True):
-        assert row.startswith(f"| `{name}`")
+    assert {row.split("`")[1] for row in rows} == set(LOSSES)
+    for row in rows:
         assert row.count("|") == header.count("|")
         assert all(cell.strip() for cell in row.strip("|").split("|"))
     assert "`gamma=0.5`" in losses_table() and "`beta=2`" in losses_table()
@@ -128,7 +171,10 @@ def test_table_has_a_row_per_loss() -> None:
 
 def test_options_by_name() -> None:
     options = loss_options()
-    assert set(options["label_smoothing"]) == {"sigmoid", "robust", "sigmoid_norm", "simpo"}
+    assert {"sigmoid", "robust", "sigmoid_norm", "simpo", "exo_pair"} <= set(options["label_smoothing"])
+    assert "hinge" not in options["label_smoothing"]
+    assert options["nll_weight"]["slic"].default == 0.1 and "simpo" not in options["nll_weight"]
+    assert "forward_kl" in options["f_divergence_type"]["sigmoid"].choices
     assert options["gamma"]["simpo"].type is float and options["gamma"]["simpo"].default == 0.5
     assert options["length_normalize"]["ipo"].type is bool
     assert "beta" not in options and "margin" not in options
@@ -167,7 +213,8 @@ def test_a_users_loss_is_a_loss() -> None:
         (0.3 * (pair.chosen - pair.rejected) ** 2).mean().item()
     )
     assert (
-        "| `mine` (`my_own`) | The gap to a power. | no | `beta=0.3`, `power=1.0` | none |" in losses_table()
+        "| `mine` (`my_own`) | The gap to a power. | paired | no | `beta=0.3`, `power=1.0` | none | none |"
+        in losses_table()
     )
     with pytest.raises(ValueError, match="power: got nan, wanted a finite number"):
         mean_loss("mine", pair, power=float("nan"))

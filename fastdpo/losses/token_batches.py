@@ -1,0 +1,139 @@
+"""Batches of per-token numbers: of the losses that look into an answer, not only at its sum.
+
+Every class is an ``inputs.Batch``. B sequences, padded ``(B, T)`` or packed ``(N_all,)`` with
+``cu_seqlens`` ``(B + 1,)``; fp32 or fp64, in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from fastdpo.losses.aggregate import sequence_sums
+
+
+class _Tokens:
+    """What batches of tokens have in common: rows are sequences, and tokens are summed over them."""
+
+    mask: Tensor
+    cu_seqlens: Tensor | None
+
+    @property
+    def logps_like(self) -> Tensor:
+        """A tensor with the batch's dtype and device."""
+        raise NotImplementedError
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.mask) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    def sums(self, values: Tensor) -> Tensor:
+        """``(B,)`` sums over each sequence's tokens."""
+        return sequence_sums(values, self.mask, self.cu_seqlens)
+
+    @property
+    def counts(self) -> Tensor:
+        """``(B,)`` number of tokens of each sequence."""
+        return self.sums(self.mask.to(self.logps_like.dtype))
+
+    @property
+    def is_scored(self) -> Tensor:
+        """``(B,)`` bool: the sequence has at least one token."""
+        return self.counts > 0
+
+    def _check(self, per_token: tuple[str, ...], per_row: tuple[str, ...] = ()) -> None:
+        name = type(self).__name__
+        main = self.logps_like
+        rank = 2 if self.cu_seqlens is None else 1
+        if main.dim() != rank or not main.is_floating_point():
+            wanted = "floating-point (B, T), or (N_all,) with cu_seqlens"
+            raise ValueError(f"{name}: got {main.dtype} of shape {tuple(main.shape)}, wanted {wanted}")
+        shapes = [(field, tuple(main.shape)) for field in ("mask", *per_token)]
+        for field, shape in [*shapes, *((field, (self.num_rows,)) for field in per_row)]:
+            value = getattr(self, field)
+            if value is None:
+                continue
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name}.{field}: got shape {tuple(value.shape)}, wanted {shape}")
+            if value.device != main.device:
+                raise ValueError(f"{name}.{field}: got {value.device}, wanted {main.device}")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLogps(_Tokens):
+    """Log-probabilities per token.
+
+    Args:
+        logps: under the policy.
+        mask: bool: the answers' tokens.
+        cu_seqlens: ``(B + 1,)``, or None for padded.
+        ref_logps: per token, under the reference.
+        win_rates: ``(B,)`` in [0, 1]: the probability that the sequence is preferred to another sample.
+    """
+
+    extras: ClassVar[tuple[str, ...]] = ("win_rates",)
+
+    logps: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor | None = None
+    ref_logps: Tensor | None = None
+    win_rates: Tensor | None = None
+
+    @property
+    def logps_like(self) -> Tensor:
+        """A tensor with the batch's dtype and device."""
+        return self.logps
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether reference log-probabilities are there."""
+        return self.ref_logps is not None
+
+    def without_reference(self) -> TokenLogps:
+        """The same tokens for a loss that uses no reference."""
+        return replace(self, ref_logps=None)
+
+    def check(self) -> None:
+        """Raise ValueError unless the tensors fit together."""
+        self._check(("ref_logps",), ("win_rates",))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDivergences(_Tokens):
+    """Divergences from a teacher per token, over the whole vocabulary.
+
+    Args:
+        divergences: KL(pi || teacher_t) at each position, differentiable.
+        mask: bool: the answers' tokens.
+        cu_seqlens: ``(B + 1,)``, or None for padded.
+        scales: what each position's divergence is multiplied by; ``token_level.aligndistil_teacher``
+            makes them.
+    """
+
+    extras: ClassVar[tuple[str, ...]] = ("scales",)
+
+    divergences: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor | None = None
+    scales: Tensor | None = None
+
+    @property
+    def logps_like(self) -> Tensor:
+        """A tensor with the batch's dtype and device."""
+        return self.divergences
+
+    @property
+    def has_reference(self) -> bool:
+        """False: the teacher is in the divergences."""
+        return False
+
+    def without_reference(self) -> TokenDivergences:
+        """Itself."""
+        return self
+
+    def check(self) -> None:
+        """Raise ValueError unless the tensors fit together."""
+        self._check(("scales",))
