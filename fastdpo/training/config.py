@@ -22,7 +22,8 @@ from fastdpo.types import BACKENDS, MODES, Execution
 REFERENCES = ("auto", "copy", "adapter", "precomputed", "none")
 NONFINITE_POLICIES = ("stop", "skip")
 # "score" has no backward pass.
-TRAINING_MODES = tuple(mode for mode in MODES if mode not in (*UNSUPPORTED_MODES, "score"))
+# `pairs` needs the loss inside the head's call; the loop has it after the model's forward pass.
+TRAINING_MODES = tuple(mode for mode in MODES if mode not in (*UNSUPPORTED_MODES, "score", "pairs"))
 FULL_LEARNING_RATE = 1e-6
 ADAPTER_LEARNING_RATE = 1e-5
 # Per-pair numbers of the losses, and the field that names the column they are read from.
