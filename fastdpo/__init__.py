@@ -13,7 +13,16 @@ from fastdpo.integrations import lm_head as _lm_head  # noqa: F401  teaches LMHe
 from fastdpo.losses import LOSSES, preference_loss
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.plan import Plan, explain_plan
-from fastdpo.types import DPOLossOutput, Execution, LinearLogprobOutput, LMHead, PackedLayout, TokenLayout
+from fastdpo.preference_loss import fused_preference_loss
+from fastdpo.types import (
+    DPOLossOutput,
+    Execution,
+    LinearLogprobOutput,
+    LMHead,
+    PackedLayout,
+    PreferenceLossOutput,
+    TokenLayout,
+)
 
 if TYPE_CHECKING:
     from fastdpo.integrations.model import FusedLMOutput, patch_model, unpatch_model
@@ -31,12 +40,14 @@ __all__ = [
     "PackedLayout",
     "Plan",
     "PreferenceConfig",
+    "PreferenceLossOutput",
     "PreferenceTrainer",
     "TokenLayout",
     "doctor",
     "dpo_loss_from_logps",
     "explain_plan",
     "fused_dpo_loss",
+    "fused_preference_loss",
     "linear_logprob",
     "patch_model",
     "preference_loss",

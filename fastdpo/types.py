@@ -145,3 +145,16 @@ class DPOLossOutput(NamedTuple):
     chosen_rewards: Tensor
     rejected_rewards: Tensor
     metrics: dict[str, Tensor]
+
+
+class PreferenceLossOutput(NamedTuple):
+    """What ``fused_preference_loss`` returns; all but ``loss`` is detached.
+
+    A row is what the losses compare or judge: an answer, a candidate, an item or a step.
+    """
+
+    loss: Tensor  # ()
+    logps: Tensor  # (rows,) sums; of losses that look at tokens, (B,) sums
+    ref_logps: Tensor | None
+    rewards: Tensor | None  # (rows,) beta times the log-ratio, of lists and unpaired answers
+    metrics: dict[str, Tensor]

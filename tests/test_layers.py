@@ -21,7 +21,7 @@ LAYERS = (
     {"losses"},
     {"batch"},
     {"pair_loss", "functional_checks"},
-    {"functional"},
+    {"functional", "preference_loss"},
     {"integrations"},
     {"doctor"},
     {"fastdpo"},  # the public names and the version
@@ -50,6 +50,7 @@ LIBRARIES = {
     "pair_loss": set(),
     "functional_checks": set(),
     "functional": set(),
+    "preference_loss": set(),
     "testing": set(),
 }
 
