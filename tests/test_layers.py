@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fastdpo"
 # stand side by side and do not know each other.
 LAYERS = (
     {"types", "_C"},
+    {"plan_lean"},
     {"reference", "plan"},
     {"kernels"},
     {"ops"},
@@ -27,13 +28,19 @@ LAYERS = (
     {"cli"},
 )
 # What does not follow from the order: pure maths stays pure, and the checker must not rest on what it checks.
-ONLY = {"losses": set(), "plan": set(), "testing": {"types", "reference", "kernels"}}
+ONLY = {
+    "losses": set(),
+    "plan": {"plan_lean"},
+    "plan_lean": set(),
+    "testing": {"types", "reference", "kernels"},
+}
 
 # Libraries beside the standard one. Every layer may import torch; those missing here may import anything.
 LIBRARIES = {
     "types": set(),
     "reference": set(),
     "plan": set(),
+    "plan_lean": set(),
     "kernels": {"triton"},
     "ops": set(),
     "losses": set(),
