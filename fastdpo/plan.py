@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastdpo.plan_lean import make_lean_plan
+
 MIB = 1024 * 1024
 # Rows of the workspace start at multiples of this many elements: 128 bytes or more in every dtype, so
 # that an odd vocabulary still gets aligned, vectorised loads.
@@ -23,7 +25,7 @@ WANTED_CHUNK_ROWS = 512
 # 1.7e-3 for a single rounding; more than that and the sum is fp32 (DESIGN section 3).
 MAX_LOW_PRECISION_GROUPS = 4
 
-UNSUPPORTED_MODES = ("pairs", "lean")
+UNSUPPORTED_MODES = ("pairs",)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def resolve_mode(
     needs_bias: bool = False,
     entropy_requires_grad: bool = False,
     cache_mib: int = 1024,
+    holds_a_row: bool = True,
 ) -> str:
     """The mode that runs, from the one asked for and what needs a gradient.
 
@@ -92,6 +95,9 @@ def resolve_mode(
         raise ValueError(
             f"mode: {mode!r} is not supported by this version; use 'auto', 'cache' or 'recompute'"
         )
+    # Not `score` without gradients: a reference must get the bits of its policy, and as little memory.
+    if mode == "lean" or (mode == "auto" and not holds_a_row):
+        return "lean"
     trains_head = needs_weight or needs_bias
     if not (needs_hidden or trains_head):
         return "score"
@@ -149,8 +155,36 @@ def make_plan(
     needs_weight: bool = False,
     workspace_mib: int = 512,
     cache_mib: int = 1024,
+    needs_bias: bool = False,
+    lean_logit_bytes: int = 4,
 ) -> Plan:
     """The plan for a mode that ``resolve_mode`` has settled; sizes in elements, budgets in MiB."""
+    if mode == "lean":
+        lean = make_lean_plan(
+            num_tokens,
+            hidden_size,
+            vocab_size,
+            logit_bytes=lean_logit_bytes,
+            operand_bytes=operand_bytes,
+            needs_hidden=needs_hidden,
+            needs_weight=needs_weight,
+            needs_bias=needs_bias,
+            workspace_mib=workspace_mib,
+        )
+        return Plan(
+            mode=mode,
+            num_tokens=num_tokens,
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            chunk_rows=lean.row_block,
+            leading_dim=lean.slab,
+            cached_rows=0,
+            gemm_passes_forward=lean.gemm_passes_forward,
+            gemm_passes_backward=lean.gemm_passes_backward,
+            weight_grad_groups=1,
+            workspace_bytes=lean.workspace_bytes,
+            kept_bytes=0,
+        )
     rows = chunk_rows(num_tokens, vocab_size, logits_bytes, workspace_mib)
     ld = leading_dim(vocab_size)
     cached = _cached_rows(num_tokens, rows, vocab_size * operand_bytes, cache_mib) if mode == "cache" else 0

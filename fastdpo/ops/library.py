@@ -18,6 +18,7 @@ from fastdpo.kernels.matmul import operand_dtype
 from fastdpo.ops.backends import resolve_backend
 from fastdpo.ops.checks import accumulation_dtype, fail
 from fastdpo.ops.chunked import HeadCall, TokenGrads, backward_chunks, forward_chunks
+from fastdpo.ops.lean import backward_lean, forward_lean, logit_bytes
 from fastdpo.plan import make_plan
 
 
@@ -71,7 +72,14 @@ def forward_op(
     run = CallOptions(*options)
     call = _head_call(hidden, weight, bias, labels, index, token_index is not None, run)
     with torch.amp.autocast(hidden.device.type, enabled=False):
-        compact, kept = forward_chunks(call, tuple(filter(None, statistics.split(","))))
+        wanted = tuple(filter(None, statistics.split(",")))
+        if run.run_mode == "lean":
+            compact = forward_lean(call, wanted)
+            kept = hidden.new_empty(0, dtype=call.operand_dtype)
+            if entropy_requires_grad and compact.entropy is not None:
+                kept = compact.entropy.clone()
+        else:
+            compact, kept = forward_chunks(call, wanted)
 
     def full(name: str, value: Tensor | None) -> Tensor:
         if value is None:
@@ -118,7 +126,10 @@ def _(
         shape = (num_tokens, hidden.shape[1])
     elif run.run_mode == "cache":
         shape = (torch.library.get_ctx().new_dynamic_size(), weight.shape[0])
-    kept = hidden.new_empty(shape, dtype=operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device))
+    dtype = operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device)
+    if run.run_mode == "lean" and entropy_requires_grad:
+        shape, dtype = (num_tokens,), accumulation_dtype(run.compute_dtype)
+    kept = hidden.new_empty(shape, dtype=dtype)
     return (*results, index, kept)  # type: ignore[return-value]
 
 
@@ -170,17 +181,17 @@ def backward_op(
     if upstream is None:
         upstream = logps.new_zeros(call.plan.num_tokens)
     outputs = RowOutputs(compact(logps), compact(lse))  # type: ignore[arg-type]
+    token_grads = TokenGrads(upstream, compact(grad_lse), compact(grad_entropy))
+    needs = {"needs_hidden": needs_hidden, "needs_weight": needs_weight, "needs_bias": needs_bias}
     with torch.amp.autocast(hidden.device.type, enabled=False):
-        grads = backward_chunks(
-            call,
-            kept,
-            outputs,
-            TokenGrads(upstream, compact(grad_lse), compact(grad_entropy)),
-            needs_hidden=needs_hidden,
-            needs_weight=needs_weight,
-            needs_bias=needs_bias,
-            grad_weight_out=grad_weight_out,
-        )
+        if run.run_mode == "lean":
+            if grad_entropy is not None:
+                outputs = outputs._replace(entropy=kept)
+            grads = backward_lean(call, outputs, token_grads, **needs, grad_weight_out=grad_weight_out)
+        else:
+            grads = backward_chunks(
+                call, kept, outputs, token_grads, **needs, grad_weight_out=grad_weight_out
+            )
     dhidden, dweight, dbias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return dhidden, dweight, dbias
 
@@ -271,6 +282,7 @@ def _head_call(
     is_all = not is_given_index and num_tokens == hidden.shape[0]
     operands = operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device)
     acc = accumulation_dtype(run.compute_dtype)
+    backend = resolve_backend(run.backend, hidden.device, run.logits_dtype)
     plan = make_plan(
         run.run_mode,
         num_tokens,
@@ -282,6 +294,7 @@ def _head_call(
         needs_weight=needs_weight,
         workspace_mib=run.workspace_mib,
         cache_mib=run.cache_mib,
+        lean_logit_bytes=logit_bytes(backend, run.compute_dtype),
     )
     return HeadCall(
         hidden=hidden,
@@ -296,7 +309,7 @@ def _head_call(
             temperature=run.temperature,
         ),
         plan=plan,
-        backend=resolve_backend(run.backend, hidden.device, run.logits_dtype),
+        backend=backend,
         compute_dtype=run.compute_dtype,
         logits_dtype=run.logits_dtype,
         operand_dtype=operands,

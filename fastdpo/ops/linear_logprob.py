@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdpo.ops import checks
 from fastdpo.ops.library import CallOptions, forward_op
 from fastdpo.plan import resolve_mode
+from fastdpo.plan_lean import holds_a_chunk_row
 from fastdpo.types import Execution, LinearLogprobOutput, LMHead
 
 
@@ -78,7 +79,10 @@ def linear_logprob(
         needs_bias=has_grad and head.bias is not None and head.bias.requires_grad,
         entropy_requires_grad=entropy_requires_grad,
         cache_mib=run.cache_mib,
+        holds_a_row=holds_a_chunk_row(head.weight.shape[0], logits_dtype.itemsize, run.workspace_mib),
     )
+    if mode == "lean" and logits_dtype == torch.bfloat16:
+        raise checks.fail("execution.logits_dtype", "'bf16' with mode 'lean', which stores no logits", "None")
     options = CallOptions(
         logit_scale=head.logit_scale,
         softcap=head.softcap,
