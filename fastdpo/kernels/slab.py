@@ -60,7 +60,7 @@ class SlabGradient(Protocol):
         d_out: Tensor,
         *,
         coeffs: Tensor | None = None,  # (3, C) contiguous: a, b, c; see contract.py
-        entropy: Tensor | None = None,  # (C,) with coeffs: the rows' entropy
+        entropy: Tensor | None = None,  # (C,) with coeffs: the rows' entropy; None where c is 0
     ) -> None: ...
 
 
@@ -178,10 +178,12 @@ def slab_gradient(
             d = log_p.exp_().neg_()
             at_label = inside.to(value.dtype)
         else:
-            assert entropy is not None
             a, b, c = coeffs[:, :, None]  # each (C, 1)
-            log_p.clamp_(min=_LOWEST_LOG[value.dtype])
-            d = log_p.exp().mul_((log_p + entropy[:, None]).mul_(-c).add_(b - a))
+            if entropy is None:
+                d = log_p.exp_().mul_(b - a)
+            else:
+                log_p.clamp_(min=_LOWEST_LOG[value.dtype])
+                d = log_p.exp().mul_((log_p + entropy[:, None]).mul_(-c).add_(b - a))
             at_label = coeffs[0].where(inside, 0.0)
         column = at.where(inside, 0)[:, None]
         d.scatter_(1, column, d.gather(1, column) + at_label[:, None])

@@ -58,9 +58,13 @@ def _slab_kernel(
         else:
             a = tl.load(coeffs + row)
             b = tl.load(coeffs + num_rows + row)
-            c = tl.load(coeffs + 2 * num_rows + row)
-            of_p = b - a - c * (log_p + tl.load(entropy + row))
-            grad = tl.where(is_label, a, 0.0) + tl.where(p == 0.0, 0.0, p * of_p)
+            grad = tl.where(is_label, a, 0.0)
+            if entropy is None:
+                grad += p * (b - a)
+            else:
+                c = tl.load(coeffs + 2 * num_rows + row)
+                of_p = b - a - c * (log_p + tl.load(entropy + row))
+                grad += tl.where(p == 0.0, 0.0, p * of_p)
         if SOFTCAP:
             grad *= (1.0 - value) * (1.0 + value)
         if IN_PLACE:

@@ -2,8 +2,9 @@
 
 The other modes hold whole rows of logits, V wide. Here a block of rows meets one slab of the vocabulary at
 a time, so that the workspace is bounded whatever V is. Forward pass: each slab's maximum and sums are
-merged in order (``kernels/slab.py``), or, in Triton, the logits never leave the registers. Backward pass:
-with lse known, a slab's logits are recomputed, become the slab's part of D where they are, and
+merged in order (``kernels/slab.py``), or, in Triton from 16-bit operands, the logits never leave the
+registers. Backward pass: with lse known, a slab's logits are recomputed, become the slab's part of D where
+they are, and
 
     dhidden += D W_slab        dweight[slab] = D^T (g h)        dbias[slab] = sum of g D
 
@@ -31,7 +32,7 @@ from fastdpo.ops.checks import accumulation_dtype, fail
 from fastdpo.ops.chunked import HeadCall, TokenGrads, empty_outputs
 
 # Bytes of workspace for one logit of a slab: its own, and in plain torch half as much for temporaries.
-LOGIT_BYTES = {"triton": 4}
+KERNEL_LOGIT_BYTES = 4
 TORCH_LOGIT_BYTES = 6
 
 
@@ -39,7 +40,16 @@ def logit_bytes(backend: str, compute_dtype: torch.dtype) -> int:
     """``logit_bytes`` of `fastdpo.plan_lean.lean_blocks` for a resolved backend."""
     if compute_dtype == torch.float64:
         return 2 * TORCH_LOGIT_BYTES
-    return LOGIT_BYTES.get(backend, TORCH_LOGIT_BYTES)
+    return KERNEL_LOGIT_BYTES if _is_store_free(backend, compute_dtype) else TORCH_LOGIT_BYTES
+
+
+def _is_store_free(backend: str, compute_dtype: torch.dtype) -> bool:
+    """Whether the forward pass is the Triton kernel's.
+
+    fp32 goes through the platform's product, which is faster there than products without tensor cores in
+    Triton; and the backward pass, to be right to the last bits of fp32, needs the very logits that lse is of.
+    """
+    return backend == "triton" and compute_dtype in LOW_PRECISION
 
 
 def forward_lean(call: HeadCall, statistics: tuple[str, ...]) -> RowOutputs:
@@ -52,7 +62,7 @@ def forward_lean(call: HeadCall, statistics: tuple[str, ...]) -> RowOutputs:
     outputs = empty_outputs(call, statistics)
     if call.plan.num_tokens == 0:
         return outputs
-    if call.backend == "triton":
+    if _is_store_free(call.backend, call.compute_dtype):
         from fastdpo.kernels.lean_triton import lean_logprobs
 
         hidden, weight = (
