@@ -44,7 +44,7 @@ def logit_bytes(backend: str, compute_dtype: torch.dtype) -> int:
 
 
 def _is_store_free(backend: str, compute_dtype: torch.dtype) -> bool:
-    """Whether the forward pass is the Triton kernel's.
+    """Whether the passes are those of the Triton kernels.
 
     fp32 goes through the platform's product, which is faster there than products without tensor cores in
     Triton; and the backward pass, to be right to the last bits of fp32, needs the very logits that lse is of.
@@ -143,7 +143,7 @@ class _Backward:
         self.call, self.outputs = call, outputs
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.scale, self.coeffs = _row_scale(call, grads)
-        self.gradient = _load_slab_gradient(call.backend)
+        self.gradient = _load_slab_gradient(call)
         self.workspace = _Workspace(call)
 
     def run(self) -> None:
@@ -332,8 +332,9 @@ def _concatenated(sums: list[SlabSums]) -> SlabSums:
     return SlabSums(*whole)  # type: ignore[arg-type]
 
 
-def _load_slab_gradient(backend: str) -> SlabGradient:
-    if backend == "triton":
+def _load_slab_gradient(call: HeadCall) -> SlabGradient:
+    # Always the one that goes with the forward pass: another tanh would cost fp32 its last bits.
+    if _is_store_free(call.backend, call.compute_dtype):
         from fastdpo.kernels.slab_triton import slab_gradient
 
         return slab_gradient
