@@ -52,10 +52,9 @@ from fastdpo.ops.checks import (
     is_same_head,
     resolve_dtypes,
 )
-from fastdpo.ops.linear_logprob import indexed_logprob
+from fastdpo.ops.linear_logprob import indexed_logprob, settle_mode
 from fastdpo.ops.paired_loss import paired_loss
 from fastdpo.pair_loss import LOSS_KEY, METRIC_STATISTICS, loss_output, pack_objective, pair_logps
-from fastdpo.plan import resolve_mode
 from fastdpo.types import DPOLossOutput, Execution, LinearLogprobOutput, LMHead, PackedLayout, TokenLayout
 
 __all__ = ["dpo_loss_from_logps", "fused_dpo_loss", "shift_labels"]
@@ -181,7 +180,7 @@ def fused_dpo_loss(
     mode = _settle_mode(run, hidden, head, objective, loss_arguments)
     rows = (tokens.target_ids, tokens.token_index, tokens.index_kind)
     if ref_hidden is not None and not is_shared:
-        how = replace(run, mode="score")
+        how = replace(run, mode=mode if mode == "lean" else "score")
         with torch.no_grad():
             reference = indexed_logprob(ref_hidden, ref_head, *rows, execution=how)[0].logps
     shared: dict[str, Any] = {
@@ -287,14 +286,7 @@ def _settle_mode(
     tensors = [value for value in loss_arguments.values() if isinstance(value, Tensor)]
     # fp16 gradients are too small before a loss scaler has had its say, which comes with the backward pass.
     is_fp16 = resolve_dtypes(hidden, head.weight, run)[0] == torch.float16
-    has_grad = torch.is_grad_enabled()
-    return resolve_mode(
-        run.mode,
-        needs_hidden=has_grad and hidden.requires_grad,
-        needs_weight=has_grad and head.weight.requires_grad,
-        needs_bias=has_grad and head.bias is not None and head.bias.requires_grad,
-        cache_mib=run.cache_mib,
-        has_pair_loss=objective.is_sum_over_pairs
-        and not is_fp16
-        and not any(tensor.requires_grad for tensor in tensors),
+    has_pair_loss = (
+        objective.is_sum_over_pairs and not is_fp16 and not any(tensor.requires_grad for tensor in tensors)
     )
+    return settle_mode(hidden, head, run, has_pair_loss=has_pair_loss)

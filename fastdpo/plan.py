@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from fastdpo.plan_lean import make_lean_plan
 from fastdpo.schedule import GROUP_ROWS, MIB, PairGroup, chunk_rows, group_pairs, leading_dim
 
 # Up to this many products may be summed in a 16-bit gradient: measured error 2.4 to 2.9e-3, against
 # 1.7e-3 for a single rounding; more than that and the sum is fp32 (DESIGN section 3).
 MAX_LOW_PRECISION_GROUPS = 5
-
-UNSUPPORTED_MODES = ("lean",)
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,14 @@ class Plan:
             "stash": "D W for the backward pass",
             "cache": "D for the backward pass",
             "pairs": "D of one group of pairs, until its gradient is known",
+            "lean": "the fp32 sum of dhidden in the backward pass",
         }.get(self.mode, "nothing")
         lines = [
             f"mode          {self.mode}",
             f"tokens        {self.num_tokens} labelled",
             f"head          hidden {self.hidden_size}, vocabulary {self.vocab_size}",
-            f"chunks        {len(self.chunks())} of up to {self.chunk_rows} rows",
+            f"chunks        {len(self.chunks())} of up to {self.chunk_rows} rows"
+            + (f", {self.leading_dim} vocabulary entries at a time" if self.mode == "lean" else ""),
             f"GEMM passes   {self.gemm_passes:.2f} (forward {self.gemm_passes_forward:.2f}, "
             f"backward {self.gemm_passes_backward:.2f})",
             f"workspace     {self.workspace_bytes / MIB:.1f} MiB of logits",
@@ -84,6 +85,7 @@ def resolve_mode(
     entropy_requires_grad: bool = False,
     cache_mib: int = 1024,
     has_pair_loss: bool = False,
+    holds_a_row: bool = True,
 ) -> str:
     """The mode that runs, from the one asked for and what needs a gradient.
 
@@ -93,15 +95,14 @@ def resolve_mode(
     Raises:
         ValueError: the mode asked for cannot give the gradients needed, or is not supported.
     """
-    if mode in UNSUPPORTED_MODES:
-        raise ValueError(
-            f"mode: {mode!r} is not supported by this version; use 'auto', 'cache' or 'recompute'"
-        )
     if mode == "pairs" and not has_pair_loss:
         raise ValueError(
             "mode: 'pairs' needs fused_dpo_loss, losses of scope 'pair' or 'token' that pass no gradient to "
             "their own arguments, and operands other than float16; use 'auto' or 'cache'"
         )
+    # Not `score` without gradients: a reference must get the bits of its policy, and as little memory.
+    if mode == "lean" or (mode == "auto" and not holds_a_row):
+        return "lean"
     trains_head = needs_weight or needs_bias
     if not (needs_hidden or trains_head):
         return "score"
@@ -136,12 +137,42 @@ def make_plan(
     cache_mib: int = 1024,
     num_multiprocessors: int = 0,
     pair_rows: Sequence[int] = (0,),
+    needs_bias: bool = False,
+    lean_logit_bytes: int = 4,
 ) -> Plan:
     """The plan for a mode that ``resolve_mode`` has settled; sizes in elements, budgets in MiB.
 
     ``num_multiprocessors``: of the GPU, 0 for a CPU. ``pair_rows``: for ``pairs``, pair p fills labelled rows
-    ``[pair_rows[p], pair_rows[p + 1])``.
+    ``[pair_rows[p], pair_rows[p + 1])``. ``lean_logit_bytes``: see ``plan_lean.lean_blocks``.
     """
+    if mode == "lean":
+        lean = make_lean_plan(
+            num_tokens,
+            hidden_size,
+            vocab_size,
+            logit_bytes=lean_logit_bytes,
+            operand_bytes=operand_bytes,
+            needs_hidden=needs_hidden,
+            needs_weight=needs_weight,
+            needs_bias=needs_bias,
+            workspace_mib=workspace_mib,
+        )
+        return Plan(
+            mode=mode,
+            num_tokens=num_tokens,
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            chunk_rows=lean.row_block,
+            leading_dim=lean.slab,
+            cached_rows=0,
+            gemm_passes_forward=lean.gemm_passes_forward,
+            gemm_passes_backward=lean.gemm_passes_backward,
+            weight_grad_groups=1,
+            workspace_bytes=lean.workspace_bytes,
+            kept_bytes=lean.sum_bytes,
+            groups=(),
+            group_rows=0,
+        )
     rows = chunk_rows(
         num_tokens,
         vocab_size,

@@ -34,6 +34,11 @@ def leading_dim(vocab_size: int) -> int:
     return -(-vocab_size // LEADING_DIM_MULTIPLE) * LEADING_DIM_MULTIPLE
 
 
+def holds_a_chunk_row(vocab_size: int, logits_bytes: int, workspace_mib: int) -> bool:
+    """Whether the workspace holds one row of logits, which every mode but ``lean`` needs."""
+    return leading_dim(vocab_size) * logits_bytes <= workspace_mib * MIB
+
+
 @lru_cache(maxsize=1024)
 def chunk_rows(
     num_tokens: int,

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fastdpo"
 # stand side by side and do not know each other.
 LAYERS = (
     {"types", "_C", "schedule"},
+    {"plan_lean"},
     {"reference", "reference_sequence", "plan"},
     {"kernels"},
     {"ops"},
@@ -32,7 +33,8 @@ LAYERS = (
 ONLY = {
     "losses": set(),
     "schedule": set(),
-    "plan": {"schedule"},
+    "plan": {"plan_lean", "schedule"},
+    "plan_lean": {"schedule"},
     "testing": {"types", "reference", "kernels"},
 }
 
@@ -43,6 +45,7 @@ LIBRARIES = {
     "reference_sequence": set(),
     "plan": set(),
     "schedule": set(),
+    "plan_lean": set(),
     "kernels": {"triton"},
     "ops": set(),
     "losses": set(),

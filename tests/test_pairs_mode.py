@@ -216,7 +216,7 @@ def test_reference_in_the_same_call_costs_one_pass_more() -> None:
     assert count_passes(lambda: run(pairs, hidden, head, SMALL).loss.backward(), *sizes) == 4
 
 
-@pytest.mark.parametrize("name", ["score", "stash", "cache", "pairs", "recompute"])
+@pytest.mark.parametrize("name", ["score", "stash", "cache", "pairs", "recompute", "lean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_policy_equal_to_reference_in_every_mode(name: str, dtype: torch.dtype) -> None:
     """Rewards exactly 0 and a loss of exactly ln 2, whether the reference shares the head or has a copy."""
@@ -397,7 +397,7 @@ def shared_prompts(pairs: Pairs) -> tuple[Tensor, TokenLayout]:
 
 
 @pytest.mark.parametrize("has_lengths", [False, True])
-@pytest.mark.parametrize("name", ["cache", "pairs", "recompute"])
+@pytest.mark.parametrize("name", ["cache", "pairs", "recompute", "lean"])
 def test_token_layout_adds_up_the_gradients_of_shared_rows(name: str, has_lengths: bool) -> None:
     pairs = make_pairs(torch.float64)
     hidden, layout = shared_prompts(pairs)

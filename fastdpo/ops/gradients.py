@@ -130,7 +130,7 @@ class Gradients:
         if self.call.index is None:
             self.dhidden[start:stop] = dhidden
         elif self.call.has_repeats:
-            _add_rows_in_order(self.dhidden, self.call.index[start:stop], dhidden)
+            add_rows_in_order(self.dhidden, self.call.index[start:stop], dhidden)
         else:
             self.dhidden.index_copy_(0, self.call.index[start:stop], dhidden)
 
@@ -139,9 +139,9 @@ class Gradients:
         labels = self.call.safe_labels(start, stop)
         if self.dweight is not None:
             rows = self.call.rows(start, stop) * coeff[:, None]
-            _add_rows_in_order(self.dweight, labels, rows.to(self.dweight.dtype))
+            add_rows_in_order(self.dweight, labels, rows.to(self.dweight.dtype))
         if self.dbias is not None:
-            _add_rows_in_order(self.dbias, labels, coeff.to(self.dbias.dtype))
+            add_rows_in_order(self.dbias, labels, coeff.to(self.dbias.dtype))
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """``(dhidden, dweight, dbias)`` in their inputs' dtypes; None where there is none."""
@@ -173,7 +173,8 @@ def label_row_coeff(call: HeadCall, outputs: RowOutputs, grads: TokenGrads, star
     return coeff
 
 
-def _add_rows_in_order(total: Tensor, index: Tensor, rows: Tensor) -> None:
+def add_rows_in_order(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """``total[index[i]] += rows[i]`` for every i, one after the other."""
     # Atomics would make the sum depend on timing. On a GPU `index_put_` sorts when it accumulates; on a
     # CPU it does not, but `index_add_` goes row by row.
     if total.device.type == "cuda":

@@ -22,6 +22,7 @@ from fastdpo.ops.checks import accumulation_dtype, fail
 from fastdpo.ops.chunked import backward_chunks, forward_chunks
 from fastdpo.ops.gradients import TokenGrads
 from fastdpo.ops.head_call import HeadCall
+from fastdpo.ops.lean import backward_lean, forward_lean, logit_bytes
 from fastdpo.plan import make_plan
 
 # What the index of labelled rows is, and so which shape labels and outputs have:
@@ -86,7 +87,11 @@ def forward_op(
     if check_labels:
         _raise_on_bad_labels(call.labels, index, weight.shape[0])
     with torch.amp.autocast(hidden.device.type, enabled=False):
-        compact, kept, ref_logps = forward_chunks(call, tuple(filter(None, statistics.split(","))))
+        wanted = tuple(filter(None, statistics.split(",")))
+        if run.run_mode == "lean":
+            compact, kept, ref_logps = forward_lean(call, wanted, keeps_entropy=entropy_requires_grad)
+        else:
+            compact, kept, ref_logps = forward_chunks(call, wanted)
 
     def full(name: str, value: Tensor | None) -> Tensor:
         if value is None:
@@ -137,7 +142,10 @@ def _(
         shape = (num_tokens, hidden.shape[1])
     elif run.run_mode == "cache":
         shape = (torch.library.get_ctx().new_dynamic_size(), weight.shape[0])
-    kept = hidden.new_empty(shape, dtype=operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device))
+    dtype = operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device)
+    if run.run_mode == "lean" and entropy_requires_grad:
+        shape, dtype = (num_tokens,), accumulation_dtype(run.compute_dtype)
+    kept = hidden.new_empty(shape, dtype=dtype)
     return (*results, index, kept)
 
 
@@ -180,6 +188,7 @@ def backward_op(
         run,
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
+        needs_bias=needs_bias,
     )
 
     def compact(value: Tensor | None) -> Tensor | None:
@@ -191,17 +200,17 @@ def backward_op(
     if upstream is None:
         upstream = logps.new_zeros(call.plan.num_tokens)
     outputs = RowOutputs(compact(logps), compact(lse))  # type: ignore[arg-type]
+    token_grads = TokenGrads(upstream, compact(grad_lse), compact(grad_entropy))
+    needs = {"needs_hidden": needs_hidden, "needs_weight": needs_weight, "needs_bias": needs_bias}
     with torch.amp.autocast(hidden.device.type, enabled=False):
-        grads = backward_chunks(
-            call,
-            kept,
-            outputs,
-            TokenGrads(upstream, compact(grad_lse), compact(grad_entropy)),
-            needs_hidden=needs_hidden,
-            needs_weight=needs_weight,
-            needs_bias=needs_bias,
-            grad_weight_out=grad_weight_out,
-        )
+        if run.run_mode == "lean":
+            if grad_entropy is not None:
+                outputs = outputs._replace(entropy=kept)
+            grads = backward_lean(call, outputs, token_grads, **needs, grad_weight_out=grad_weight_out)
+        else:
+            grads = backward_chunks(
+                call, kept, outputs, token_grads, **needs, grad_weight_out=grad_weight_out
+            )
     dhidden, dweight, dbias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return dhidden, dweight, dbias
 
@@ -285,6 +294,7 @@ def head_call(
     *,
     needs_hidden: bool = True,
     needs_weight: bool = True,
+    needs_bias: bool = False,
     ref_hidden: Tensor | None = None,
     pair_rows: Sequence[int] = (0,),
 ) -> HeadCall:
@@ -295,6 +305,7 @@ def head_call(
     targets = labels if is_all or index_kind in PER_TOKEN else labels.index_select(0, index)
     operands = operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device)
     acc = accumulation_dtype(run.compute_dtype)
+    backend = resolve_backend(run.backend, hidden.device, run.logits_dtype)
     plan = make_plan(
         run.run_mode,
         num_tokens,
@@ -308,6 +319,8 @@ def head_call(
         cache_mib=run.cache_mib,
         num_multiprocessors=num_multiprocessors(hidden.device),
         pair_rows=pair_rows,
+        needs_bias=needs_bias,
+        lean_logit_bytes=logit_bytes(backend, run.compute_dtype),
     )
     return HeadCall(
         hidden=hidden,
@@ -324,7 +337,7 @@ def head_call(
             temperature=run.temperature,
         ),
         plan=plan,
-        backend=resolve_backend(run.backend, hidden.device, run.logits_dtype),
+        backend=backend,
         compute_dtype=run.compute_dtype,
         logits_dtype=run.logits_dtype,
         operand_dtype=operands,

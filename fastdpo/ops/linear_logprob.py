@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdpo.ops import checks
 from fastdpo.ops.library import CallOptions, forward_op
 from fastdpo.plan import resolve_mode
+from fastdpo.schedule import holds_a_chunk_row
 from fastdpo.types import Execution, LinearLogprobOutput, LMHead, TokenLayout
 
 
@@ -114,15 +115,7 @@ def indexed_logprob(
     checks.check_grad_weight_out(grad_weight_out, head.weight)
     run = checks.check_execution(execution)
 
-    has_grad = torch.is_grad_enabled()
-    mode = resolve_mode(
-        run.mode,
-        needs_hidden=has_grad and hidden.requires_grad,
-        needs_weight=has_grad and head.weight.requires_grad,
-        needs_bias=has_grad and head.bias is not None and head.bias.requires_grad,
-        entropy_requires_grad=entropy_requires_grad,
-        cache_mib=run.cache_mib,
-    )
+    mode = settle_mode(hidden, head, run, entropy_requires_grad=entropy_requires_grad)
     logps, lse, entropy, log_sum_sq, mean_logit, is_top1, ref_logps, _, _ = forward_op(
         flat_rows(hidden),
         head.weight,
@@ -151,6 +144,32 @@ def indexed_logprob(
         is_top1=shaped("is_top1", is_top1),
     )
     return output, None if ref_hidden is None else ref_logps.view(labels.shape)
+
+
+def settle_mode(
+    hidden: Tensor,
+    head: LMHead,
+    run: Execution,
+    *,
+    entropy_requires_grad: bool = False,
+    has_pair_loss: bool = False,
+) -> str:
+    """The mode that runs for these inputs: what of them needs a gradient, and what the workspace holds."""
+    has_grad = torch.is_grad_enabled()
+    _, logits_dtype = checks.resolve_dtypes(hidden, head.weight, run)
+    mode = resolve_mode(
+        run.mode,
+        needs_hidden=has_grad and hidden.requires_grad,
+        needs_weight=has_grad and head.weight.requires_grad,
+        needs_bias=has_grad and head.bias is not None and head.bias.requires_grad,
+        entropy_requires_grad=entropy_requires_grad,
+        cache_mib=run.cache_mib,
+        has_pair_loss=has_pair_loss,
+        holds_a_row=holds_a_chunk_row(head.weight.shape[0], logits_dtype.itemsize, run.workspace_mib),
+    )
+    if mode == "lean" and logits_dtype == torch.bfloat16:
+        raise checks.fail("execution.logits_dtype", "'bf16' with mode 'lean', which stores no logits", "None")
+    return mode
 
 
 def flat_rows(hidden: Tensor) -> Tensor:

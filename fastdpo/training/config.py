@@ -15,7 +15,6 @@ import torch
 from transformers import TrainingArguments
 
 from fastdpo.losses import LossSpec, build_objective, find_loss
-from fastdpo.plan import UNSUPPORTED_MODES
 from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
 from fastdpo.types import BACKENDS, MODES, Execution
 
@@ -23,7 +22,7 @@ REFERENCES = ("auto", "copy", "adapter", "precomputed", "none")
 NONFINITE_POLICIES = ("stop", "skip")
 # "score" has no backward pass.
 # `pairs` needs the loss inside the head's call; the loop has it after the model's forward pass.
-TRAINING_MODES = tuple(mode for mode in MODES if mode not in (*UNSUPPORTED_MODES, "score", "pairs"))
+TRAINING_MODES = tuple(mode for mode in MODES if mode not in ("score", "pairs"))
 FULL_LEARNING_RATE = 1e-6
 ADAPTER_LEARNING_RATE = 1e-5
 # Per-pair numbers of the losses, and the field that names the column they are read from.

@@ -63,7 +63,6 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "grad_weight_out for a frozen weight": ({"grad_weight_out": torch.zeros(V, H)}, "grad_weight_out"),
     "unknown mode": (execution(mode="fast"), "mode.*fast.*stash"),
     "mode that needs the loss": (execution(mode="pairs"), "mode.*pairs.*fused_dpo_loss"),
-    "mode of a later version": (execution(mode="lean"), "mode.*lean.*not supported"),
     "unknown backend": (execution(backend="tpu"), "backend.*tpu.*triton"),
     "backend for another device": (execution(backend="cuda"), "backend.*cuda.*cpu"),
     "unknown logits_dtype": (execution(logits_dtype="fp8"), "logits_dtype.*fp8"),
@@ -124,7 +123,8 @@ def test_grad_weight_out_is_checked() -> None:
 def test_a_workspace_below_one_row_is_refused_with_the_bytes() -> None:
     hidden, weight = torch.randn(3, 2), torch.randn(300_000, 2)
     with pytest.raises(ValueError, match=r"workspace_mib.*300000.*1200128 bytes.*1 MiB"):
-        linear_logprob(hidden, weight, torch.zeros(3, dtype=torch.long), execution=Execution(workspace_mib=1))
+        labels = torch.zeros(3, dtype=torch.long)
+        linear_logprob(hidden, weight, labels, execution=Execution(mode="score", workspace_mib=1))
 
 
 @pytest.mark.parametrize("label", [-1, V, V + 1000, -(2**40)])
