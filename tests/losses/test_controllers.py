@@ -85,6 +85,8 @@ def test_beta_dpo_by_hand() -> None:
     equal = BetaController(0.2).step(torch.full((10,), 7.0))
     assert equal.beta.item() == pytest.approx(0.2) and equal.num_pairs == 8
     assert equal.pair_weights.sum() == 8
+    assert BetaController(rho=0.5).step(torch.randn(5)).num_pairs == 2  # floor(2.5)
+    assert BetaController(rho=0.9).step(torch.randn(3)).num_pairs == 1  # never none
 
 
 def test_beta_dpo_keeps_what_is_near_the_mean_and_gives_the_rest_no_gradient() -> None:

@@ -299,6 +299,8 @@ def test_the_nll_term_is_sft(name: str) -> None:
     assert_same(mean_loss(name, pair), bare + LOSSES[name].nll_weight * sft)  # type: ignore[operator]
     gold = replace(pair, nll_sum=-2 * pair.chosen, nll_tokens=3 * pair.chosen_tokens)
     assert_same(mean_loss(name, gold, nll_weight=3.0), bare + 2 * sft)
+    halved = build_objective([name, "sft"], [0.5, 0.25], nll_weight=0.3).loss(pair)
+    assert_same(halved, 0.5 * bare + (0.5 * 0.3 + 0.25) * sft)  # a loss's weight is its NLL term's too
     assert not build_objective(name, nll_weight=0.0).uses_nll
     counted = build_objective(name, num_pairs=10, num_tokens=pair.chosen_tokens.sum())
     assert_same(counted.loss(pair), bare / 2 + LOSSES[name].nll_weight * sft)  # type: ignore[operator]

@@ -76,6 +76,12 @@ def test_mrpo_reference_shares_the_clipping_out() -> None:
     # |b| is 25 for both: eta 0.05 each, so -40 is cut to -10.5 and -20 to -28.5
     want = harmonic(torch.tensor([[-10.0, -30.0], [-10.5, -28.5]]), weights)
     torch.testing.assert_close(torch.cat([ref_chosen, ref_rejected]), want)
+    # |b| is 10 and 30: eta 0.025 and 0.075, so -12 is cut to -8.2 and -20 to -37
+    uneven = mrpo_reference(
+        torch.tensor([[-8.0], [-12.0]]), torch.tensor([[-40.0], [-20.0]]), weights=weights, eta=0.1
+    )
+    want = harmonic(torch.tensor([[-8.0, -40.0], [-8.2, -37.0]]), weights)
+    torch.testing.assert_close(torch.cat(uneven), want)
     free = mrpo_reference(chosen, rejected, eta=None)
     adaptive = discriminative_weights(chosen, rejected)
     torch.testing.assert_close(free, (harmonic(chosen, adaptive), harmonic(rejected, adaptive)))
