@@ -97,7 +97,7 @@ def fused_dpo_loss(
         ref_logps: instead of it, ``(2P,)`` sums, or (the only form with ``token_weights``) per token in the
             labels' shape as ``linear_logprob`` returned them: aligned with ``hidden``, whatever ``shift``.
         loss_type, loss_weights: names in ``LOSSES``; the loss is their weighted sum.
-        beta: positive, a number or ``(P,)``. None: each loss's own default, 0.1 for all but simpo (2.0).
+        beta: positive, a number or ``(P,)``. None: each loss's own default, as ``losses_table()`` has it.
         margin: psi, subtracted from the margin beta * (u_w - u_l); a number or ``(P,)``.
         pair_weights: at least 0, a number or ``(P,)``; multiplies the pair's share of every loss.
         soft_labels: probability in [0, 1] that chosen is the better answer, a number or ``(P,)``.
