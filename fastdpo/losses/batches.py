@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastdpo.losses.inputs import PairLogps, check_rows
 from fastdpo.losses.stable import token_mean
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +131,45 @@ class ListLogps:
             raise ValueError("ListLogps.scores: got a NaN or infinite score, wanted finite ones")
 
 
+class _Rows:
+    """What batches have in common in which every row is one sequence, or a piece of one."""
+
+    logps: Tensor
+    tokens: Tensor
+    ref_logps: Tensor | None
+
+    @property
+    def logratios(self) -> Tensor:
+        """u; without a reference the log-probability itself."""
+        return self.logps if self.ref_logps is None else self.logps - self.ref_logps
+
+    @property
+    def logps_like(self) -> Tensor:
+        """A tensor with the batch's dtype and device."""
+        return self.logps
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows."""
+        return len(self.logps)
+
+    @property
+    def is_scored(self) -> Tensor:
+        """``(rows,)`` bool: the row has at least one token."""
+        return self.tokens > 0
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether reference log-probabilities are there."""
+        return self.ref_logps is not None
+
+    def without_reference(self) -> Self:
+        """The same rows for a loss that uses no reference."""
+        return replace(self, ref_logps=None)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True, eq=False)
-class UnpairedLogps:
+class UnpairedLogps(_Rows):
     """B answers, each desirable or not; tensors ``(B,)``.
 
     Args:
@@ -161,35 +201,6 @@ class UnpairedLogps:
             torch.cat([pair.ref_chosen, pair.ref_rejected]) if has_reference else None,  # type: ignore[list-item]
         )
 
-    @property
-    def logratios(self) -> Tensor:
-        """u; without a reference the log-probability itself."""
-        return self.logps if self.ref_logps is None else self.logps - self.ref_logps
-
-    @property
-    def logps_like(self) -> Tensor:
-        """A tensor with the batch's dtype and device."""
-        return self.logps
-
-    @property
-    def num_rows(self) -> int:
-        """B."""
-        return len(self.logps)
-
-    @property
-    def is_scored(self) -> Tensor:
-        """``(B,)`` bool: the answer has at least one token."""
-        return self.tokens > 0
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether reference log-probabilities are there."""
-        return self.ref_logps is not None
-
-    def without_reference(self) -> UnpairedLogps:
-        """The same answers for a loss that uses no reference."""
-        return replace(self, ref_logps=None)
-
     def check(self) -> None:
         """Raise ValueError unless the tensors fit together."""
         check_rows(self, "logps", per_row=("is_desirable", "tokens", "ref_logps"))
@@ -217,7 +228,7 @@ class DivergencePairLogps(PairLogps):
 
 
 @dataclass(frozen=True, eq=False)
-class StepLogps:
+class StepLogps(_Rows):
     """S steps, a step being some consecutive tokens of an answer; tensors ``(S,)``.
 
     Args:
@@ -233,35 +244,6 @@ class StepLogps:
     advantages: Tensor
     tokens: Tensor
     ref_logps: Tensor | None = None
-
-    @property
-    def logratios(self) -> Tensor:
-        """u; without a reference the log-probability itself."""
-        return self.logps if self.ref_logps is None else self.logps - self.ref_logps
-
-    @property
-    def logps_like(self) -> Tensor:
-        """A tensor with the batch's dtype and device."""
-        return self.logps
-
-    @property
-    def num_rows(self) -> int:
-        """S."""
-        return len(self.logps)
-
-    @property
-    def is_scored(self) -> Tensor:
-        """``(S,)`` bool: the step has at least one token."""
-        return self.tokens > 0
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether reference log-probabilities are there."""
-        return self.ref_logps is not None
-
-    def without_reference(self) -> StepLogps:
-        """The same steps for a loss that uses no reference."""
-        return replace(self, ref_logps=None)
 
     def check(self) -> None:
         """Raise ValueError unless the tensors fit together."""

@@ -46,7 +46,7 @@ def _exact_fp32_products() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mode", ["cache", "cache_partly", "recompute"])
+@pytest.mark.parametrize("mode", ["cache", "cache_partly", "recompute", "lean"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "logit_scale": 2.5, "temperature": 0.6}])
 def test_numbers(backend: str, mode: str, dtype: torch.dtype, options: dict[str, float]) -> None:
     case = make_case(dtype=dtype, vocab=4001, hidden_size=80, device=CUDA, **options)  # type: ignore[arg-type]
@@ -58,9 +58,37 @@ def test_numbers(backend: str, mode: str, dtype: torch.dtype, options: dict[str,
 
 
 @pytest.mark.parametrize("vocab", [2, 1000, 32000, 50257, 128256, 262208])
-def test_vocabularies(backend: str, vocab: int) -> None:
+@pytest.mark.parametrize("mode", ["auto", "lean"])
+def test_vocabularies(backend: str, vocab: int, mode: str) -> None:
     case = make_case(batch=3, length=40, vocab=vocab, hidden_size=64, device=CUDA)
-    assert_results_close(op_results(case, Execution(backend=backend)), case)
+    assert_results_close(op_results(case, Execution(backend=backend, mode=mode)), case)
+
+
+def test_lean_stores_no_logits() -> None:
+    """Scoring in 16 bits takes a few MiB whatever N x V is, and a backward pass its workspace."""
+    if (reason := unavailable_reason("triton", CUDA)) is not None:
+        pytest.skip(reason)
+    num_tokens, vocab, hidden_size = 8192, 128256, 512
+    hidden = torch.randn(num_tokens, hidden_size, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocab, hidden_size, device=CUDA, dtype=torch.bfloat16)
+    labels = torch.randint(vocab, (num_tokens,), device=CUDA)
+    execution = Execution(backend="triton", mode="lean", workspace_mib=64)
+
+    def peak(requires_grad: bool) -> float:
+        h = hidden.detach().requires_grad_(requires_grad)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        logps = linear_logprob(h, weight, labels, execution=execution).logps
+        if requires_grad:
+            logps.sum().backward()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    for requires_grad in (False, True):
+        peak(requires_grad)
+    # Partial maxima and sums of every 2048 entries are N x 63 x 12 bytes.
+    assert peak(False) <= 16
+    dhidden = 6 * num_tokens * hidden_size / 2**20  # bf16, and its fp32 sum
+    assert peak(True) <= 64 + dhidden + 32
 
 
 def test_bf16_logits(backend: str) -> None:
