@@ -97,6 +97,26 @@ class PackedLayout:
     lengths: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """Labelled tokens by name: which row of the flattened hidden states predicts which token of which answer.
+
+    For shared prompts: a row may predict several tokens (a prompt's last token predicts the first token of
+    every answer), and rows that predict nothing are not named.
+
+    Args:
+        token_index: ``(N,)`` integers, rows of ``hidden.reshape(-1, H)``; one may stand there twice.
+        target_ids: ``(N,)`` integers, the token that each row predicts.
+        sequence_ids: ``(N,)`` integers, its sequence: 0..P-1 chosen, P..2P-1 rejected.
+        lengths: labelled tokens of each of the 2P sequences, where the caller has them on the host.
+    """
+
+    token_index: Tensor
+    target_ids: Tensor
+    sequence_ids: Tensor
+    lengths: tuple[int, ...] | None = None
+
+
 class LinearLogprobOutput(NamedTuple):
     """Per-token results of ``linear_logprob``, each of the labels' shape; 0 where ignored.
 
