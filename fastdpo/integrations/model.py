@@ -318,6 +318,17 @@ def _layout_forward(
     return FusedLMOutput(**values)
 
 
+def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """``(B, T, H)``: the hidden states that a patched model gives to its head.
+
+    Raises:
+        TypeError: its backbone does not take one of ``inputs`` as it comes.
+    """
+    inner: Any = unwrap(model)
+    states: Tensor = _run_backbone(inner, type(inner)._fastdpo_hook.tail, inputs)[1].last_hidden_state
+    return states
+
+
 def _run_backbone(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """The backbone's inputs and its output."""
     inputs = _backbone_inputs(model, tail, arguments)

@@ -12,7 +12,7 @@ as it is given neither a mask nor a cache; flash attention gets the bounds of th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +29,18 @@ class RowMasks:
 
     Args:
         model: a causal LM, wrapped or not; only its config is read.
-
-    Raises:
-        ValueError: its layers have a type that no mask is known for.
     """
 
     def __init__(self, model: nn.Module) -> None:
         inner: Any = unwrap(model)
-        config = inner.config.get_text_config()
-        self.attention: str = getattr(config, "_attn_implementation", None) or "eager"
+        self.config = inner.config.get_text_config()
+        self.attention: str = getattr(self.config, "_attn_implementation", None) or "eager"
         self.dtype: torch.dtype = inner.dtype
-        self.windows = layer_windows(config)
+
+    @property
+    def windows(self) -> dict[str, int | None]:
+        """The sliding window of each type of layer; raises ValueError as `layer_windows`."""
+        return layer_windows(self.config)
 
     @property
     def skips_masked(self) -> bool:
@@ -54,7 +55,7 @@ class RowMasks:
         return f"attn_implementation {self.attention!r} takes no mask of its own, wanted {wanted}"
 
     def inputs(self, call: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the backbone takes for a call of ``training.rows``: ids, positions, and how they are masked."""
+        """What the backbone takes for a call of ``training.rows``: ids, positions, and their mask."""
         inputs: dict[str, Any] = {name: call[name] for name in ("input_ids", "position_ids")}
         if "branches" in call:
             inputs["attention_mask"] = self.mask(call["documents"], call["branches"], call["position_ids"])
@@ -65,10 +66,11 @@ class RowMasks:
     def mask(self, documents: Tensor, branches: Tensor, positions: Tensor) -> Any:
         """The mask, or one per layer type. All arguments ``(R, T)``, the masks ``(R, 1, T, T)``."""
         make = self._block_mask if self.attention in BLOCK_MASKS else self._dense_mask
-        made = {window: make(documents, branches, positions, window) for window in {*self.windows.values()}}
+        windows = self.windows
+        made = {window: make(documents, branches, positions, window) for window in {*windows.values()}}
         if len(made) == 1:
             return next(iter(made.values()))
-        return {layer_type: made[window] for layer_type, window in self.windows.items()}
+        return {layer_type: made[window] for layer_type, window in windows.items()}
 
     def _dense_mask(
         self, documents: Tensor, branches: Tensor, positions: Tensor, window: int | None
@@ -87,9 +89,7 @@ class RowMasks:
         zero = torch.zeros((), dtype=self.dtype, device=positions.device)
         return zero.where(is_seen, torch.finfo(self.dtype).min)
 
-    def _block_mask(
-        self, documents: Tensor, branches: Tensor, positions: Tensor, window: int | None
-    ) -> Any:
+    def _block_mask(self, documents: Tensor, branches: Tensor, positions: Tensor, window: int | None) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
         def is_seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -103,6 +103,26 @@ class RowMasks:
         on_gpu = positions.device.type == "cuda"
         device = str(positions.device)
         return create_block_mask(is_seen, rows, None, length, length, device=device, _compile=on_gpu)
+
+
+class BackboneSize(NamedTuple):
+    """What the time of a backbone depends on: layers, entries of their matrices, width of the attention."""
+
+    layers: int
+    parameters: int
+    attention_width: int
+
+
+def backbone_size(model: nn.Module) -> BackboneSize:
+    """The size of a causal LM without its embeddings and its head."""
+    inner: Any = unwrap(model)
+    config = inner.config.get_text_config()
+    outer = [inner.get_input_embeddings(), inner.get_output_embeddings()]
+    left_out = {id(weight) for module in outer if module is not None for weight in module.parameters()}
+    matrices = sum(p.numel() for p in inner.parameters() if p.dim() > 1 and id(p) not in left_out)
+    heads = getattr(config, "num_attention_heads", 1)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return BackboneSize(config.num_hidden_layers, max(matrices, 1), heads * head_size)
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:

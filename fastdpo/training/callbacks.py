@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastdpo.training.collate import LikeLengthSampler
+from fastdpo.training.token_budget import TokenBudgetSampler
 
 if TYPE_CHECKING:
     from fastdpo.training.trainer import PreferenceTrainer
@@ -135,8 +136,8 @@ class TrainerHooks(TrainerCallback):
         sampler = train_dataloader.batch_sampler
         while hasattr(sampler, "batch_sampler"):
             sampler = sampler.batch_sampler
-        sampler = getattr(sampler, "sampler", None)
-        if isinstance(sampler, LikeLengthSampler):
+        sampler = sampler if isinstance(sampler, TokenBudgetSampler) else getattr(sampler, "sampler", None)
+        if isinstance(sampler, LikeLengthSampler | TokenBudgetSampler):
             sampler.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(

@@ -84,24 +84,24 @@ def plan_rows(
     costs: RowCosts,
     *,
     layout: str,
-    arrangement: str = "auto",
+    arrangements: Sequence[str] = ARRANGEMENTS,
     single_call: bool = False,
     multiple_of: int = 1,
 ) -> RowPlan:
-    """Arrange units of ``lengths`` tokens in rows.
+    """Arrange units of ``lengths`` tokens in rows, the cheapest way.
 
     Args:
         lengths: of the units, each at least 1.
         layout: ``packed`` or ``shared_prompt``; decides what a dense mask costs.
-        arrangement: one of ``ARRANGEMENTS``, or ``auto`` for the cheapest.
+        arrangements: those that may be taken.
         single_call: the backbone may run only once a step.
         multiple_of: rows are padded to a multiple of this.
 
     Raises:
-        ValueError: an arrangement that does not exist, or that needs several calls under ``single_call``.
+        ValueError: an arrangement that does not exist, or none that will do.
     """
-    if arrangement not in ("auto", *ARRANGEMENTS):
-        raise ValueError(f"arrangement: got {arrangement!r}, wanted 'auto' or one of {ARRANGEMENTS}")
+    if unknown := set(arrangements) - set(ARRANGEMENTS):
+        raise ValueError(f"arrangements: got {sorted(unknown)}, wanted some of {ARRANGEMENTS}")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     padded = [_round_up(lengths[i], multiple_of) for i in order]
     # A sequence of its own needs no mask, and causal kernels compute half of its square.
@@ -113,31 +113,31 @@ def plan_rows(
 
     total = _round_up(sum(lengths), multiple_of)
     products = sum(0.5 * n * n for n in lengths) if costs.skips_masked else float(total) * total
-    candidates: dict[str, tuple[list[tuple[int, int]], float]] = {
-        "one_row": ([(0, len(order))], costs.call(1, total, products))
+    whole, single = [(0, len(order))], [(i, i + 1) for i in range(len(order))]
+    buckets = whole if single_call else _cheapest_buckets(len(order), bucket_cost)
+    candidates = {
+        "separate": (single, sum(bucket_cost(*bounds) for bounds in single)),
+        "bucketed": (buckets, sum(bucket_cost(*bounds) for bounds in buckets)),
+        "one_row": (whole, costs.call(1, total, products)),
     }
-    reasons: dict[str, float | str] = {}
-    if not single_call or len(order) <= 1:
-        single = [(i, i + 1) for i in range(len(order))]
-        candidates["separate"] = (single, sum(bucket_cost(*bounds) for bounds in single))
-        buckets = _cheapest_buckets(len(order), bucket_cost)
-    else:
-        reasons["separate"] = "needs several calls"
-        buckets = [(0, len(order))]
-    candidates["bucketed"] = (buckets, sum(bucket_cost(*bounds) for bounds in buckets))
-
-    if arrangement != "auto" and arrangement not in candidates:
-        raise ValueError(f"arrangement: got {arrangement!r}, which {reasons[arrangement]}, wanted another")
-    taken = arrangement if arrangement != "auto" else min(candidates, key=lambda name: candidates[name][1])
+    rejected: dict[str, float | str] = {name: cost for name, (_, cost) in candidates.items()}
+    for name in ARRANGEMENTS:
+        if name not in arrangements:
+            rejected[name] = "not allowed"
+        elif name == "separate" and single_call and len(order) > 1:
+            rejected[name] = "needs several calls of the backbone, and only one is possible"
+    allowed = [name for name in arrangements if not isinstance(rejected[name], str)]
+    if not allowed:
+        reasons = "; ".join(f"{name}: {rejected[name]}" for name in arrangements)
+        raise ValueError(f"arrangements: got {tuple(arrangements)}, none of which will do: {reasons}")
+    taken = min(allowed, key=lambda name: candidates[name][1])
+    del rejected[taken]
     bounds, cost = candidates[taken]
-    tokens = total if taken == "one_row" else sum((end - i) * padded[i] for i, end in bounds)
-    for name, (_, other) in candidates.items():
-        if name != taken:
-            reasons[name] = other
+    tokens = total if taken == "one_row" else sum((end - start) * padded[start] for start, end in bounds)
     # In one row the order changes nothing: units stay as they came.
-    groups = [tuple(order[i:end]) for i, end in bounds]
-    calls = (tuple(range(len(lengths))),) if taken == "one_row" else tuple(groups)
-    return RowPlan(layout, taken, calls, tokens, tokens - sum(lengths), cost, reasons)
+    groups = [range(len(lengths))] if taken == "one_row" else [order[start:end] for start, end in bounds]
+    calls = tuple(tuple(group) for group in groups)
+    return RowPlan(layout, taken, calls, tokens, tokens - sum(lengths), cost, rejected)
 
 
 def padded_cost(lengths: Sequence[int], costs: RowCosts, *, multiple_of: int = 1) -> float:

@@ -77,7 +77,7 @@ def build_rows(
     inputs, offset = [], 0
     for call in calls:
         rows = [list(call)] if is_one_row else [[place] for place in call]
-        longest = max(sum(units[place].length for place in row) for row in rows)
+        longest = max((sum(units[place].length for place in row) for row in rows), default=1)
         length = -(-max(longest, 1) // multiple_of) * multiple_of
         table = _Table(len(rows), length, pad_token_id)
         for number, row in enumerate(rows):
