@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastdpo.training.collate import LikeLengthSampler
+from fastdpo.training.largest_batch import try_largest_batch
 from fastdpo.training.token_budget import TokenBudgetSampler
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ class TrainerHooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.restore_progress()
+        if self.trainer.args.longest_batch_first:
+            try_largest_batch(self.trainer)
 
     def on_epoch_begin(
         self,
