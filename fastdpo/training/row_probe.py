@@ -52,15 +52,14 @@ def refusals(
         windows = [window for window in masks.windows.values() if window is not None]
     except ValueError as error:
         return dict.fromkeys(candidates, str(error))
+    hopeless = {case: why_no_branches if case[0] == "shared_prompt" else None for case in candidates}
+    if all(hopeless.values()):
+        return hopeless
     was_training = model.training
     model.eval()
     try:
         probe = _Probe(model, masks, max([_SHORT, *(w + 8 for w in windows if w < longest)]))
-        found: dict[tuple[str, str], str | None] = {}
-        for layout, arrangement in candidates:
-            no_mask = why_no_branches if layout == "shared_prompt" else None
-            found[layout, arrangement] = no_mask or probe.why_not(layout, arrangement)
-        return found
+        return {case: reason or probe.why_not(*case) for case, reason in hopeless.items()}
     finally:
         model.train(was_training)
 
