@@ -8,10 +8,10 @@ A *unit* is what must stay in one row: a sequence (``packed``), or a prompt with
 * ``one_row``: all units one after the other in one row of one call.
 
 Costs are in *tokens*: the time of one token's matrix products in the backbone. A call of R rows of T
-tokens costs ``call_tokens + R T + pair_tokens * (query-key products)``. A kernel that skips what is
-masked (variable-length flash attention, flex attention) computes about half of each unit's square in any
-arrangement; one that takes a dense mask computes the whole square of the row, which is why one long row
-loses on a CPU.
+tokens costs ``call_tokens + R T + pair_tokens * (query-key products)``, R T times ``many_rows`` for R > 1.
+A kernel that skips what is masked (variable-length flash attention, flex attention) computes about half of
+each unit's square in any arrangement; one that takes a dense mask computes the whole square of the row,
+which is why one long row loses on a CPU.
 """
 
 from __future__ import annotations
@@ -33,15 +33,19 @@ class RowCosts:
         call_tokens: cost of a call that does not depend on its size, in tokens.
         pair_tokens: cost of one query-key product in all layers, in tokens.
         skips_masked: whether the attention kernel leaves masked blocks out.
+        many_rows: what a token costs in a call of several rows; above 1 where larger activations fall out
+            of the caches and nothing is won by doing them together.
     """
 
     call_tokens: float
     pair_tokens: float
     skips_masked: bool
+    many_rows: float = 1.0
 
     def call(self, rows: int, length: int, products: float) -> float:
         """Cost of one call of ``rows`` rows of ``length`` tokens."""
-        return self.call_tokens + rows * length + self.pair_tokens * products
+        token = self.many_rows if rows > 1 else 1.0
+        return self.call_tokens + rows * length * token + self.pair_tokens * products
 
 
 @dataclass(frozen=True)
