@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdpo.integrations.row_masks import RowMasks, backbone_size
+from fastdpo.integrations.row_masks import BLOCK_MASKS, RowMasks, backbone_size
 from fastdpo.training.collate import PreferenceCollator
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.data import PreferenceDataset
@@ -66,7 +66,9 @@ def choose_collator(
     for layout in layouts:
         allowed = tuple(name for name in asked if refused[layout, name] is None)
         if allowed:
-            multiple = args.pad_to_multiple_of
+            # Flex attention is compiled for each length it meets, and works in blocks of 128.
+            is_flex = any(RowMasks(model).attention in BLOCK_MASKS for model in models)
+            multiple = args.pad_to_multiple_of or (128 if is_flex else None)
             collators.append(RowCollator(pad_token_id, layout, costs, allowed, single_call, multiple))
     for (layout, name), reason in refused.items():
         if reason is not None and accelerator.is_main_process:

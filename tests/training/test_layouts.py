@@ -24,6 +24,7 @@ from tests.training.layout_cases import PAIRS, ROW_CASES, Step, make_batch, make
 
 MakeArgs = Callable[..., PreferenceConfig]
 LAYOUTS = ["packed", "shared_prompt"]
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 
 
 def true_step(model: Any) -> Step:
@@ -230,3 +231,20 @@ def test_a_layout_in_bfloat16(make_args: MakeArgs, tokenizer: Any, tmp_path: Any
         train(args, tokenizer, count=8)
         first, *_ = read_metrics(args.output_dir)
         assert first["rewards/chosen"] == first["rewards/margins"] == 0.0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpointing_in_the_loop_changes_nothing(
+    make_args: MakeArgs, tokenizer: Any, tmp_path: Any, layout: str
+):
+    logs = []
+    for changes in ({}, {"gradient_checkpointing": True}, REENTRANT):
+        folder = str(tmp_path / str(len(logs)))
+        args = make_args(
+            output_dir=folder, batch_layout=layout, max_steps=3, max_tokens_per_batch=300, **changes
+        )
+        train(args, tokenizer, count=12)
+        logs.append(read_metrics(folder))
+    for other in logs[1:]:
+        for entry, wanted in zip(other, logs[0], strict=True):
+            assert entry == pytest.approx(wanted, rel=1e-5, abs=1e-5)

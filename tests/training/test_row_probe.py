@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +14,13 @@ from torch import nn
 
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.layouts import layout_of, predicted_cost, row_costs
+from fastdpo.training.layouts import _is_single_call, choose_collator, layout_of, predicted_cost, row_costs
 from fastdpo.training.row_collate import RowCollator
 from fastdpo.training.row_probe import refusals
 from fastdpo.training.trainer import PreferenceTrainer
 from tests.integrations.tiny import HIDDEN, VOCAB, make_model
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
-from tests.training.layout_cases import ROW_CASES
+from tests.training.layout_cases import PAIRS, ROW_CASES
 
 MakeArgs = Callable[..., PreferenceConfig]
 ONE_ROW = ("packed", "one_row")
@@ -210,3 +211,42 @@ def test_a_collator_of_ones_own_is_padded(make_args: MakeArgs, tokenizer: Any):
 def test_wrong_settings(make_args: MakeArgs, changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         make_args(**changes)
+
+
+def test_reentrant_checkpointing_on_several_ranks_runs_the_backbone_once(make_args: MakeArgs):
+    """Each call has a backward pass of its own there, and DDP takes a second gradient for an error."""
+    options = {"gradient_checkpointing": True, "batch_layout": "packed"}
+    reentrant = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    several, alone = SimpleNamespace(num_processes=2), SimpleNamespace(num_processes=1)
+    assert _is_single_call(make_args(**options, **reentrant), several)
+    assert not _is_single_call(make_args(**options, **reentrant), alone)
+    assert not _is_single_call(make_args(**options), several)
+    assert not _is_single_call(make_args(batch_layout="packed", **reentrant), several)
+    several.is_main_process, several.device = True, torch.device("cpu")
+    several.reduce = lambda value, reduction: value
+    model, args = patch_model(tiny_llama()), make_args(**options, **reentrant)
+    collator = choose_collator([model], args, 0, None, several)
+    assert collator.single_call and collator.arrangements == ("bucketed", "one_row")
+    assert len(collator(PAIRS)["calls"]) == 1
+    args = make_args(**options, **reentrant, row_arrangement="separate")
+    with pytest.raises(ValueError, match="re-entrant checkpointing in DDP forbids"):
+        choose_collator([model], args, 0, None, several)
+
+
+def test_a_refusal_on_one_rank_holds_on_all(make_args: MakeArgs):
+    both = SimpleNamespace(num_processes=2, is_main_process=True, device=torch.device("cpu"))
+    both.reduce = lambda value, reduction: value + torch.tensor([0, 0, 1])  # the other rank refuses one_row
+    collator = choose_collator([patch_model(tiny_llama())], make_args(batch_layout="packed"), 0, None, both)
+    assert collator.arrangements == ("separate", "bucketed")
+
+
+def test_flex_attention_gets_whole_blocks(make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch):
+    """The models' verdicts are left out: flex attention is compiled, which takes long on a CPU."""
+    monkeypatch.setattr(
+        "fastdpo.training.layouts.refusals", lambda model, cases, longest: dict.fromkeys(cases)
+    )
+    model = patch_model(make_model("llama", attn_implementation="flex_attention"))
+    alone = SimpleNamespace(num_processes=1, is_main_process=True, device=torch.device("cpu"))
+    collator = choose_collator([model], make_args(batch_layout="shared_prompt"), 0, None, alone)
+    assert collator.costs.skips_masked
+    assert {call["input_ids"].shape[1] % 128 for call in collator(PAIRS)["calls"]} == {0}
