@@ -42,9 +42,9 @@ from fastdpo.training.reference import (
     reference_model,
 )
 from fastdpo.training.setup import (
-    check_columns,
     check_machine,
     check_output_dir,
+    check_pairs,
     clear_output_dir,
     find_checkpoint,
     is_unused,
@@ -185,7 +185,7 @@ class PreferenceTrainer(Trainer):
             return {name: self._prepare_data(item) for name, item in data.items()}
         dataset = prepare_pairs(data, self._tokenizer, self.args)
         if dataset is not None:
-            check_columns(dataset, self.args)
+            check_pairs(dataset, self.args)
         return dataset
 
     def _with_reference(self, data: Any) -> Any:

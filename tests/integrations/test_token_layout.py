@@ -148,3 +148,22 @@ def test_the_size_of_a_backbone():
     layer = sum(p.numel() for p in model.model.layers[0].parameters() if p.dim() > 1)
     assert backbone_size(model) == (2, 2 * layer, HIDDEN)
     assert backbone_size(make_model("llama-tied")) == (2, 2 * layer, HIDDEN)
+
+
+def test_flash_attention_gets_the_bounds_of_the_sequences():
+    """Once a call, on the host where they are lengths; the hook hands them to the backbone as they come."""
+    model = patch_model(make_model("llama"))
+    masks = RowMasks(model)
+    masks.attention = "flash_attention_2"
+    call = {"input_ids": torch.arange(6)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 0, 1]])}
+    inputs = masks.inputs(call)
+    bounds = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+    assert set(inputs) == {"input_ids", "position_ids", *bounds}
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert inputs[name].tolist() == [0, 3, 4, 6] and inputs[name].dtype == torch.int32
+    assert inputs["max_length_q"] == inputs["max_length_k"] == 3
+    assert bounds <= type(model)._fastdpo_hook.tail.arguments
+    # Rows of one sequence each need none: padding on the right is seen by nothing.
+    several = {name: value.repeat(2, 1) for name, value in call.items()}
+    assert set(masks.inputs(several)) == {"input_ids", "position_ids"}
+    assert masks.skips_masked and "takes no mask" in str(masks.why_no_branches())

@@ -88,7 +88,10 @@ BUDGETS = {
 
 
 def run_budget(folder: Path, name: str) -> None:
-    """One optimiser step over all pairs, in batches of so many tokens; a process alone takes one batch."""
+    """One optimiser step over all pairs, in batches of so many tokens; a process alone takes one batch.
+
+    Of the 7 pairs to evaluate, the ranks' last round repeats one.
+    """
     layout, count, tokens = BUDGETS[name]
     is_alone = "WORLD_SIZE" not in os.environ
     kept = KeepGradients()
@@ -102,6 +105,10 @@ def run_budget(folder: Path, name: str) -> None:
         max_tokens_per_batch=None if is_alone else tokens,
         per_device_train_batch_size=count,
         gradient_accumulation_steps=1 if is_alone else 3,
+        per_device_eval_batch_size=7 if is_alone else 2,
+        eval_strategy="steps",
+        eval_steps=1,
+        longest_batch_first=not is_alone,
         max_steps=1,
         learning_rate=1e-3,
         logging_steps=1,
@@ -109,7 +116,12 @@ def run_budget(folder: Path, name: str) -> None:
         disable_tqdm=True,
     )
     trainer = PreferenceTrainer(
-        tiny_llama(1), args, train_dataset=pairs(count, 0), ref_model=tiny_llama(2), callbacks=[kept]
+        tiny_llama(1),
+        args,
+        train_dataset=pairs(count, 0),
+        eval_dataset=pairs(7, 1),
+        ref_model=tiny_llama(2),
+        callbacks=[kept],
     )
     if not is_alone:
         sampler = trainer.get_train_dataloader().batch_sampler.batch_sampler

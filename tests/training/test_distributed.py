@@ -76,8 +76,12 @@ def test_two_ranks_with_a_token_budget_train_as_one(two_ranks: Path, tmp_path: P
         gradients = torch.load(two_ranks / f"{name}{rank}.pt")
         for parameter, gradient in wanted.items():
             torch.testing.assert_close(gradients[parameter], gradient, rtol=0, atol=1e-6)
-    (log,), (wanted_log,) = read_metrics(two_ranks / name), read_metrics(tmp_path / name)
-    assert log == pytest.approx(wanted_log, rel=1e-5, abs=2e-6)
+    logs, wanted_logs = read_metrics(two_ranks / name), read_metrics(tmp_path / name)
+    assert ["eval_loss" in entry for entry in logs] == [False, True]
+    for entry, wanted_entry in zip(logs, wanted_logs, strict=True):
+        # After a step of Adam, which makes of a rounding error in a gradient near 0 one in a weight.
+        size = 1e-4 if "eval_loss" in entry else 2e-6
+        assert entry == pytest.approx(wanted_entry, rel=1e-5, abs=size)
 
 
 @pytest.mark.distributed

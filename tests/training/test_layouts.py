@@ -15,6 +15,7 @@ from fastdpo.integrations.model import patch_model
 from fastdpo.testing import assert_close_to_fp64, assert_logps_close
 from fastdpo.training.batches import answer_tokens, first_pairs, num_pairs, sequence_tokens
 from fastdpo.training.config import PreferenceConfig
+from fastdpo.training.data import DataReport, PreferenceDataset
 from fastdpo.training.reference import Reference
 from fastdpo.training.step import BatchCounts, pair_loss
 from fastdpo.training.trainer import PreferenceTrainer
@@ -163,6 +164,18 @@ def test_empty_prompts_and_answers_are_as_in_padded_batches(case: tuple[str, str
     torch.testing.assert_close(ours.logps, padded.logps, rtol=0, atol=5e-5)
     for name, gradient in padded.grads.items():
         torch.testing.assert_close(ours.grads[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_empty_prompts_and_answers_are_named(make_args: MakeArgs, caplog: pytest.LogCaptureFixture):
+    tokens = torch.arange(3, 15, dtype=torch.int32)
+    bounds = torch.tensor([[0, 2, 4, 6], [6, 6, 7, 8], [8, 9, 9, 12]])
+    rows = torch.tensor([4, 7, 9])
+    data = PreferenceDataset(tokens, bounds, rows, {}, DataReport("made", 3, 3))
+    trainer = PreferenceTrainer(tiny_llama(), make_args(batch_layout="shared_prompt"), train_dataset=data)
+    assert "row 7: an empty prompt, so its first token is not scored" in caplog.text
+    assert "row 9: an empty answer, so it has log-probability 0" in caplog.text
+    trainer.train()
+    assert len(read_metrics(trainer.args.output_dir)) == 4
 
 
 def train(args: PreferenceConfig, tokenizer: Any, count: int = 24, **options: Any) -> Any:

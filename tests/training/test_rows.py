@@ -140,6 +140,14 @@ def test_what_is_chosen_where():
     assert plan_rows([100] * 8, dense, layout="packed").arrangement == "bucketed"
 
 
+def test_rows_together_are_no_gain_where_they_cost_more():
+    lengths = [300, 300, 300]
+    slow = RowCosts(call_tokens=5.0, pair_tokens=0.002, skips_masked=False, many_rows=1.1)
+    assert plan_rows(lengths, CPU, layout="packed").arrangement == "bucketed"
+    assert plan_rows(lengths, slow, layout="packed").arrangement == "separate"
+    assert plan_rows([3, 3, 3], slow, layout="packed").arrangement != "separate"
+
+
 def test_a_plan_explains_itself():
     text = str(plan_rows([30, 20], CPU, layout="shared_prompt", arrangements=["separate", "bucketed"]))
     assert text.startswith("shared_prompt, separate: 2 prompts with their answers in 2 calls of the backbone")
