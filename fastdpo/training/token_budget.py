@@ -170,11 +170,15 @@ class TokenBudgetSampler(Sampler[list[int]]):
         if self.strategy == "group_by_length":
             order = sorted(order, key=lambda i: -self.sizes[i])
         batches: list[list[int]] = []
+        total = largest = 0
         for i in order:
-            if batches and self.cost([*batches[-1], i]) <= self.budget:
+            total, largest = total + self.sizes[i], max(largest, self.sizes[i])
+            cost = 2 * (len(batches[-1]) + 1) * largest if self.is_padded and batches else total
+            if batches and cost <= self.budget:
                 batches[-1].append(i)
             else:
                 batches.append([i])
+                total = largest = self.sizes[i]
         return batches
 
     def _best_fit(self, order: Sequence[int]) -> list[list[int]]:

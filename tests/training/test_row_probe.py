@@ -240,6 +240,16 @@ def test_a_refusal_on_one_rank_holds_on_all(make_args: MakeArgs):
     assert collator.arrangements == ("separate", "bucketed")
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("family", "options"), [("llama", {}), ("gemma2", {"sliding_window": 6})])
+def test_block_masks_of_flex_attention(family: str, options: dict[str, Any]):
+    """Uncompiled, as a CPU has it: the mask is what is tested, with a window by layer type for gemma2."""
+    model = make_model(family, head_dim=16, **options)
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        assert probed(model) == dict.fromkeys(ROW_CASES)
+
+
 def test_flex_attention_gets_whole_blocks(make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch):
     """The models' verdicts are left out: flex attention is compiled, which takes long on a CPU."""
     monkeypatch.setattr(
