@@ -105,7 +105,8 @@ def score(argv: Sequence[str]) -> None:
 
     from fastdpo.integrations.model import patch_model
     from fastdpo.training.arguments import parse_score
-    from fastdpo.training.collate import PreferenceCollator, pad_token_id
+    from fastdpo.training.collate import pad_token_id
+    from fastdpo.training.layouts import choose_collator
     from fastdpo.training.precompute import PrecomputedReference
     from fastdpo.training.setup import load_model
 
@@ -118,7 +119,7 @@ def score(argv: Sequence[str]) -> None:
     model = load_model(arguments.model.ref_model or arguments.model.name, **loading)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.use_cpu)
     model = patch_model(model.to(accelerator.device), execution=config.execution())
-    collator = PreferenceCollator(pad_token_id(tokenizer), config.pad_to_multiple_of)
+    collator = choose_collator([model], config, pad_token_id(tokenizer), data_sets[0], accelerator)
     reference = PrecomputedReference(model, accelerator, collator, config, is_base=False)
     scored = [reference.add_to(pairs) for pairs in data_sets if pairs is not None]
     if not accelerator.is_main_process:

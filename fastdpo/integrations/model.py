@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from types import MethodType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
@@ -25,7 +26,7 @@ from fastdpo.integrations.lm_head import ModelTail, current_head, examine, logit
 from fastdpo.integrations.probe import HEAD_ARGUMENTS, load_balancing_loss
 from fastdpo.ops.checks import check_execution, check_outputs, fail
 from fastdpo.ops.linear_logprob import linear_logprob
-from fastdpo.types import Execution, LinearLogprobOutput
+from fastdpo.types import Execution, LinearLogprobOutput, LMHead, TokenLayout
 
 
 @dataclass
@@ -33,11 +34,12 @@ class FusedLMOutput(ModelOutput):
     """What a patched model returns for ``return_logps=True``: ``(B, T)`` tensors aligned with ``labels``.
 
     Entry [b, t] belongs to ``labels[b, t]`` given the tokens before t. At t = 0 and where the label is
-    ignored all are 0 (False). In nats; float32, or float64 for float64 operands.
+    ignored all are 0 (False). With a ``token_layout`` they are ``(N,)``, in its order. In nats; float32, or
+    float64 for float64 operands.
 
     Args:
         logps: log-probabilities of the labels, differentiable.
-        logps_mask: bool, True where a label was scored.
+        logps_mask: bool, True where a label was scored; None with a ``token_layout``.
         lse: logsumexp of the logits, differentiable. Like the next four, None unless in ``logps_outputs``.
         entropy: of the distribution over the vocabulary, in nats.
         log_sum_sq_probs: log of the sum of the squared probabilities.
@@ -81,6 +83,11 @@ def patch_model(
     rows the first token of every sequence must be ignored. The rest reaches the backbone unchanged, except
     that ``use_cache`` is False unless given: nothing will be generated from a scored sequence. Every call
     without ``return_logps`` is the unpatched model's, to the bit.
+
+    Instead of labels, ``token_layout`` (a `TokenLayout`) names the rows of the flattened hidden states and
+    the tokens they predict; the results are then ``(N,)``. With it, ``row_batches`` may stand in for the
+    inputs: a list of their dicts (``input_ids``, ``position_ids``, ``attention_mask`` ...), for each of which
+    the backbone runs once; the layout counts the positions of all of them, one after the other.
 
     Patch before ``accelerator.prepare``; before or after DDP, torch.compile and PEFT. Adapters of the
     backbone are part of it; of what PEFT does to a head only ``modules_to_save`` is supported.
@@ -191,16 +198,27 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
     names = tuple(signature.parameters)[1:]
 
     def forward(
-        self: Any, *args: Any, return_logps: bool = False, logps_outputs: Sequence[str] = (), **kwargs: Any
+        self: Any,
+        *args: Any,
+        return_logps: bool = False,
+        logps_outputs: Sequence[str] = (),
+        token_layout: TokenLayout | None = None,
+        row_batches: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
     ) -> Any:
         if not return_logps:
             if logps_outputs:
                 raise fail("logps_outputs", repr(logps_outputs), "return_logps=True with it")
+            if token_layout is not None or row_batches is not None:
+                raise fail("token_layout, row_batches", "a value", "return_logps=True with it")
             return original.forward(self, *args, **kwargs)
         if repeated := set(names[: len(args)]) & kwargs.keys():
             raise TypeError(f"forward() got multiple values for {sorted(repeated)}")
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        return _fused_forward(self, hook, arguments, check_outputs(logps_outputs, False))
+        outputs = check_outputs(logps_outputs, False)
+        if token_layout is None and row_batches is None:
+            return _fused_forward(self, hook, arguments, outputs)
+        return _layout_forward(self, hook, arguments, outputs, token_layout, row_batches)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         reduced = super(patched, self).__reduce_ex__(protocol)
@@ -235,16 +253,12 @@ def _fused_forward(
     labels = arguments.get("labels")
     if not isinstance(labels, Tensor):
         raise fail("labels", type(labels).__name__, "a (B, T) tensor with return_logps=True")
-    inputs = _backbone_inputs(model, hook.tail, arguments)
-    result = attrgetter(hook.tail.backbone)(model)(**inputs, return_dict=True)
+    inputs, result = _run_backbone(model, hook.tail, arguments)
     hidden = result.last_hidden_state
     if labels.shape != hidden.shape[:-1]:
         raise fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(hidden.shape[:-1])} to match the input")
 
-    head = current_head(model)
-    if head.weight.is_meta and not hidden.is_meta:
-        raise fail("model", "a head whose weight is offloaded", "its weight on a device")
-    device = head.weight.device  # with device_map the backbone may end on another
+    head, device = _head_for(model, hidden)
     # Position t predicts the label at t + 1; the last predicts none.
     targets = F.pad(labels.to(device)[:, 1:], (0, 1), value=hook.ignore_index)
     scored = linear_logprob(
@@ -258,15 +272,75 @@ def _fused_forward(
     return FusedLMOutput(
         **_aligned_with_labels(scored),
         logps_mask=(targets != hook.ignore_index).roll(1, dims=1),
-        aux_loss=_aux_loss(model, hook.tail, result, inputs),
-        past_key_values=getattr(result, "past_key_values", None),
-        hidden_states=getattr(result, "hidden_states", None),
-        attentions=getattr(result, "attentions", None),
-        router_logits=getattr(result, "router_logits", None),
+        **_passed_through(model, hook.tail, inputs, result),
     )
 
 
-def _aligned_with_labels(scored: LinearLogprobOutput) -> dict[str, Tensor]:
+def _layout_forward(
+    model: Any,
+    hook: _Hook,
+    arguments: dict[str, Any],
+    outputs: tuple[str, ...],
+    layout: TokenLayout | None,
+    row_batches: Sequence[Mapping[str, Any]] | None,
+) -> FusedLMOutput:
+    """``(N,)`` results for the tokens that ``layout`` names."""
+    if not isinstance(layout, TokenLayout):
+        raise fail("token_layout", type(layout).__name__, "a TokenLayout")
+    if arguments.get("labels") is not None:
+        raise fail("labels", "a value together with token_layout", "one of the two")
+    if row_batches is not None and not row_batches:
+        raise fail("row_batches", "an empty list", "at least one dict of inputs")
+    if row_batches is not None and (given := [n for n, v in arguments.items() if v is not None]):
+        raise fail("row_batches", f"a value together with {sorted(given)}", "the inputs in row_batches alone")
+    calls = [_run_backbone(model, hook.tail, dict(call)) for call in row_batches or [arguments]]
+    flat = [result.last_hidden_state.flatten(0, -2) for _, result in calls]  # (R * T, H) each
+    head, device = _head_for(model, flat[0])
+    hidden = (flat[0] if len(flat) == 1 else torch.cat(flat)).to(device)
+    tokens = (layout.token_index.long(), layout.target_ids, layout.sequence_ids.long())
+    on_device = TokenLayout(*(each.to(device) for each in tokens), layout.lengths)
+    scored = linear_logprob(hidden, head, on_device, outputs=outputs, execution=hook.execution)
+    values: dict[str, Any] = {name: value for name, value in scored._asdict().items() if value is not None}
+    if len(calls) == 1:
+        return FusedLMOutput(**values, **_passed_through(model, hook.tail, *calls[0]))
+    if any(inputs.get("output_router_logits") for inputs, _ in calls):
+        raise fail("output_router_logits", "True with several row_batches", "one, or False")
+    return FusedLMOutput(**values)
+
+
+def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """``(B, T, H)``: the hidden states that a patched model gives to its head.
+
+    Raises:
+        TypeError: its backbone does not take one of ``inputs`` as it comes.
+    """
+    inner: Any = unwrap(model)
+    states: Tensor = _run_backbone(inner, type(inner)._fastdpo_hook.tail, inputs)[1].last_hidden_state
+    return states
+
+
+def _run_backbone(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The backbone's inputs and its output."""
+    inputs = _backbone_inputs(model, tail, arguments)
+    return inputs, attrgetter(tail.backbone)(model)(**inputs, return_dict=True)
+
+
+def _head_for(model: Any, hidden: Tensor) -> tuple[LMHead, torch.device]:
+    """The head, and its device: with device_map the backbone may end on another."""
+    head = current_head(model)
+    if head.weight.is_meta and not hidden.is_meta:
+        raise fail("model", "a head whose weight is offloaded", "its weight on a device")
+    return head, head.weight.device
+
+
+def _passed_through(model: Any, tail: ModelTail, inputs: dict[str, Any], result: Any) -> dict[str, Any]:
+    """What else the backbone returned."""
+    names = ("past_key_values", "hidden_states", "attentions", "router_logits")
+    passed = {name: getattr(result, name, None) for name in names}
+    return {"aux_loss": _aux_loss(model, tail, result, inputs), **passed}
+
+
+def _aligned_with_labels(scored: LinearLogprobOutput) -> dict[str, Any]:
     """From where a token is predicted to where it stands; the last column, never scored, comes first."""
     values = {name: value for name, value in scored._asdict().items() if value is not None}
     return {name: value.roll(1, dims=1) for name, value in values.items()}

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastdpo.training.collate import LikeLengthSampler
+from fastdpo.training.largest_batch import try_largest_batch
+from fastdpo.training.token_budget import TokenBudgetSampler
 
 if TYPE_CHECKING:
     from fastdpo.training.trainer import PreferenceTrainer
@@ -122,6 +124,8 @@ class TrainerHooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.restore_progress()
+        if self.trainer.args.longest_batch_first:
+            try_largest_batch(self.trainer)
 
     def on_epoch_begin(
         self,
@@ -135,8 +139,8 @@ class TrainerHooks(TrainerCallback):
         sampler = train_dataloader.batch_sampler
         while hasattr(sampler, "batch_sampler"):
             sampler = sampler.batch_sampler
-        sampler = getattr(sampler, "sampler", None)
-        if isinstance(sampler, LikeLengthSampler):
+        sampler = sampler if isinstance(sampler, TokenBudgetSampler) else getattr(sampler, "sampler", None)
+        if isinstance(sampler, LikeLengthSampler | TokenBudgetSampler):
             sampler.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(

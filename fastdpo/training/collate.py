@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fastdpo.training.data import REF_COLUMNS
 
+Batch = dict[str, Any]
 IGNORE_INDEX = -100
 # What an item of a PreferenceDataset holds beside its per-pair numbers.
 TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "row")
@@ -33,7 +33,7 @@ class PreferenceCollator:
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> Batch:
         prompts = [torch.as_tensor(pair["prompt_ids"]) for pair in pairs] * 2
         answers = [torch.as_tensor(pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
         ends = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -47,13 +47,18 @@ class PreferenceCollator:
             attention_mask[i, : ends[i]] = 1
             labels[i, len(prompt) : ends[i]] = answer
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        batch["rows"] = torch.tensor([pair["row"] for pair in pairs])
-        for name in pairs[0]:
-            if name not in TOKEN_FIELDS:
-                batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
-        if all(name in batch for name in REF_COLUMNS):
-            batch["ref_logps"] = torch.cat([batch.pop(name) for name in REF_COLUMNS])
-        return batch
+        return {**batch, **pair_numbers(pairs)}
+
+
+def pair_numbers(pairs: Sequence[Mapping[str, Any]]) -> Batch:
+    """What a batch holds beside its tokens: ``rows``, per-pair numbers, ``ref_logps``."""
+    batch: Batch = {"rows": torch.tensor([pair["row"] for pair in pairs], dtype=torch.int64)}
+    for name in pairs[0] if pairs else ():
+        if name not in TOKEN_FIELDS:
+            batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
+    if all(name in batch for name in REF_COLUMNS):
+        batch["ref_logps"] = torch.cat([batch.pop(name) for name in REF_COLUMNS])
+    return batch
 
 
 class LikeLengthSampler(LengthGroupedSampler):

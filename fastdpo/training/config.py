@@ -16,8 +16,10 @@ from transformers import TrainingArguments
 
 from fastdpo.losses import LossSpec, build_objective, find_loss
 from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
+from fastdpo.training.row_plan import ARRANGEMENTS
 from fastdpo.types import BACKENDS, MODES, Execution
 
+BATCH_LAYOUTS = ("padded", "packed", "shared_prompt", "auto")
 REFERENCES = ("auto", "copy", "adapter", "precomputed", "none")
 NONFINITE_POLICIES = ("stop", "skip")
 # "score" has no backward pass.
@@ -117,6 +119,37 @@ class PreferenceConfig(TrainingArguments):
     )
     pad_to_multiple_of: int | None = field(default=None, metadata=_help("Pad batches to a multiple of this."))
 
+    batch_layout: str = field(
+        default="padded",
+        metadata=_help(
+            "How pairs become rows: padded (TRL's way), packed (sequences without padding), shared_prompt "
+            "(the prompt once, both answers behind it), or auto, the cheapest of those that the model "
+            "computes exactly, which a probe finds out before the first step."
+        ),
+    )
+    row_arrangement: str = field(
+        default="auto",
+        metadata=_help(
+            "Rows of packed and shared_prompt: separate (a call each), bucketed (like lengths together), "
+            "one_row (one after the other), or auto, by predicted cost."
+        ),
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata=_help(
+            "Tokens in a batch of one device, as the layout has them; pairs are packed into batches up to "
+            "it. Takes the place of per_device_train_batch_size and reference_batch_size."
+        ),
+    )
+    longest_batch_first: bool | None = field(
+        default=None,
+        metadata=_help(
+            "Try the largest batch before the first step, so that a run that does not fit fails at once. "
+            "Default: on a GPU yes, on a CPU no."
+        )
+        | {"nargs": "?", "const": True},
+    )
+
     reference: str = field(
         default="auto",
         metadata=_help(
@@ -167,6 +200,7 @@ class PreferenceConfig(TrainingArguments):
         self._choose_defaults()
         self._check()
         super().__post_init__()
+        self._check_loader()
 
     @property
     def losses(self) -> list[LossSpec]:
@@ -204,6 +238,8 @@ class PreferenceConfig(TrainingArguments):
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.longest_batch_first is None:
+            self.longest_batch_first = on_gpu
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
         # transformers 5.23 calls it activation_checkpointing and warns about the older name.
@@ -221,6 +257,8 @@ class PreferenceConfig(TrainingArguments):
         for name, choices in (
             ("truncation_mode", TRUNCATION_MODES),
             ("on_bad_row", BAD_ROW_POLICIES),
+            ("batch_layout", BATCH_LAYOUTS),
+            ("row_arrangement", ("auto", *ARRANGEMENTS)),
             ("reference", REFERENCES),
             ("mode", TRAINING_MODES),
             ("backend", BACKENDS),
@@ -232,6 +270,7 @@ class PreferenceConfig(TrainingArguments):
         for name, least in (
             ("max_length", 2),
             ("pad_to_multiple_of", 1),
+            ("max_tokens_per_batch", 1),
             ("reference_batch_size", 1),
             ("workspace_mib", 1),
             ("cache_mib", 0),
@@ -244,6 +283,29 @@ class PreferenceConfig(TrainingArguments):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {needed}: {reason}")
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError("train_sampling_strategy: 'batch_rebalance' is not supported by this version")
+
+        self._check_batches()
+
+    def _check_batches(self) -> None:
+        if self.batch_layout == "padded" and self.row_arrangement != "auto":
+            raise ValueError(
+                f"row_arrangement: got {self.row_arrangement!r} with batch_layout='padded', wanted 'auto' or "
+                "another layout"
+            )
+        if self.max_tokens_per_batch is not None and self.reference_batch_size is not None:
+            raise ValueError(
+                "reference_batch_size: got a value and max_tokens_per_batch, wanted one of the two"
+            )
+
+    def _check_loader(self) -> None:
+        """Ways to hand out batches that cut tensors by their first dimension, which is no pair's here."""
+        is_free = self.batch_layout == "padded" and self.max_tokens_per_batch is None
+        for name in ("split_batches", "dispatch_batches"):
+            if not is_free and getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"accelerator_config.{name}: got True, wanted False: batches of batch_layout="
+                    f"{self.batch_layout!r} or with max_tokens_per_batch cannot be cut up"
+                )
 
     def _check_losses(self) -> None:
         # The stand-ins say that there will be a value per pair; the values are checked with the data.

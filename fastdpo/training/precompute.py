@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fastdpo
-from fastdpo.training.collate import PreferenceCollator
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, row_list
+from fastdpo.training.layouts import layout_of, token_budget
 from fastdpo.training.reference import adapter_off
 from fastdpo.training.reference_cache import ReferenceCache, cache_key, fingerprint_model
 from fastdpo.training.scoring import score_dataset
@@ -34,7 +34,7 @@ class PrecomputedReference:
         self,
         model: nn.Module,
         accelerator: Any,
-        collator: PreferenceCollator,
+        collator: Any,
         args: PreferenceConfig,
         *,
         is_base: bool,
@@ -80,6 +80,8 @@ class PrecomputedReference:
                 "mixed_precision": self.accelerator.mixed_precision,
                 "device": self.accelerator.device.type,
                 "version": fastdpo.__version__,
+                # Rows round otherwise than padded batches do, which scores kept so far are from.
+                **({} if (layout := layout_of(self.collator)) == "padded" else {"layout": layout}),
             }
         )
 
@@ -97,6 +99,7 @@ class PrecomputedReference:
                 dataset,
                 self.collator,
                 batch_size=self.args.reference_batch_size or self.args.per_device_eval_batch_size,
+                budget=token_budget(self.args, self.collator),
                 device=accelerator.device,
                 rank=accelerator.process_index,
                 num_ranks=accelerator.num_processes,

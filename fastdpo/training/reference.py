@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdpo.training.batches import Batch
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.scoring import Batch, sequence_logps
+from fastdpo.training.scoring import sequence_logps
 
 
 def is_adapter_model(model: nn.Module) -> bool:
@@ -121,7 +122,8 @@ class Reference:
         if self.kind == "none":
             return None
         if self.kind == "precomputed":
-            return batch["ref_logps"]
+            given: Tensor = batch["ref_logps"]
+            return given
         if self.kind == "copy":
             assert self.model is not None
             return sequence_logps(self.model, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,50 +10,46 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fastdpo.integrations.model import require_fused_output
+from fastdpo.integrations.row_masks import RowMasks
 from fastdpo.losses.aggregate import sequence_sums
-from fastdpo.training.collate import IGNORE_INDEX, PreferenceCollator
+from fastdpo.training.batches import Batch, completion_mask, is_in_rows, to_device, token_layout
 from fastdpo.training.data import PreferenceDataset
+from fastdpo.training.token_budget import TokenBudget
 from fastdpo.types import LinearLogprobOutput
-
-Batch = Mapping[str, Tensor]
 
 
 def token_logps(model: nn.Module, batch: Batch, *, statistics: tuple[str, ...] = ()) -> LinearLogprobOutput:
-    """Per-token log-probabilities of a collated batch, ``(2P, T)`` aligned with its labels.
+    """Per-token log-probabilities of a collated batch, ``(2P, T)`` aligned with its labels, or ``(N,)``.
 
     Raises:
         TypeError: the model is not patched, so it answered with logits.
     """
-    output = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        labels=batch["labels"],
-        return_logps=True,
-        logps_outputs=statistics,
-    )
-    fused: Any = require_fused_output(output)
+    if is_in_rows(batch):
+        masks = RowMasks(model)
+        inputs = {
+            "row_batches": [masks.inputs(call) for call in batch["calls"]],
+            "token_layout": token_layout(batch),
+        }
+    else:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    fused: Any = require_fused_output(model(**inputs, return_logps=True, logps_outputs=statistics))
     return LinearLogprobOutput(fused.logps, **{name: getattr(fused, name) for name in statistics})
-
-
-def completion_mask(batch: Batch) -> Tensor:
-    """``(2P, T)`` bool: the tokens that are scored; the first position is predicted by nothing."""
-    mask = batch["labels"] != IGNORE_INDEX
-    mask[:, 0] = False
-    return mask
 
 
 @torch.no_grad()
 def sequence_logps(model: nn.Module, batch: Batch) -> Tensor:
     """``(2P,)`` fp32 log-probabilities of the answers, in nats, without a graph."""
-    return sequence_sums(token_logps(model, batch).logps, completion_mask(batch))
+    bounds = batch["cu_seqlens"] if is_in_rows(batch) else None
+    return sequence_sums(token_logps(model, batch).logps, completion_mask(batch), bounds)
 
 
 def score_dataset(
     model: nn.Module,
     dataset: PreferenceDataset,
-    collator: PreferenceCollator,
+    collator: Callable[[list[Any]], Batch],
     *,
     batch_size: int,
+    budget: TokenBudget | None = None,
     device: torch.device,
     rank: int = 0,
     num_ranks: int = 1,
@@ -62,7 +58,7 @@ def score_dataset(
     """Score this rank's share of the pairs.
 
     Pairs of like length go into one batch, which keeps padding small; the order of the result is the
-    data set's.
+    data set's. A ``budget`` takes the place of ``batch_size``.
 
     Returns:
         ``(P, 2)`` fp32 on the CPU: log-probabilities of chosen and rejected; 0 for other ranks' pairs.
@@ -71,9 +67,9 @@ def score_dataset(
     scores = torch.zeros(len(dataset), 2)
     was_training = model.training
     model.eval()
-    for places in tqdm(order.split(batch_size), desc="Scoring", disable=not show_progress, leave=False):
-        batch = collator([dataset[i] for i in places.tolist()])
-        batch = {name: value.to(device) for name, value in batch.items()}
+    batches = list(order.split(batch_size) if budget is None else budget.cut(dataset, order))
+    for places in tqdm(batches, desc="Scoring", disable=not show_progress, leave=False):
+        batch = to_device(collator([dataset[i] for i in places.tolist()]), device)
         scores[places] = sequence_logps(model, batch).view(2, -1).T.float().cpu()
     model.train(was_training)
     return scores

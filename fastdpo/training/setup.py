@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
-from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, RowSource, read_rows
+from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, RowSource, read_rows, row_list
 from fastdpo.training.encode import EncodingOptions, encode_rows
 from fastdpo.training.reference import disable_dropout, is_adapter_model
 
@@ -122,8 +122,18 @@ def tokenized_pairs(source: RowSource, tokenizer: Any, args: PreferenceConfig) -
     return dataset
 
 
-def check_columns(dataset: PreferenceDataset, args: PreferenceConfig) -> None:
-    """Raise ValueError unless the pairs carry every per-pair number that the settings name."""
+def check_pairs(dataset: PreferenceDataset, args: PreferenceConfig) -> None:
+    """Name pairs with nothing to learn from, which only tokenised data can hold.
+
+    Raises:
+        ValueError: the pairs do not carry every per-pair number that the settings name.
+    """
+    prompt, chosen, rejected = dataset.bounds.diff(dim=1).unbind(1)
+    for part, is_empty in (("prompt", prompt == 0), ("answer", (chosen == 0) | (rejected == 0))):
+        if is_empty.any():
+            effect = "its first token is not scored" if part == "prompt" else "it has log-probability 0"
+            rows = row_list(dataset.rows[is_empty].tolist())
+            logger.warning("%s: an empty %s, so %s", rows, part, effect)
     for name, column in COLUMN_FIELDS.items():
         if getattr(args, column) and name not in dataset.columns:
             raise ValueError(

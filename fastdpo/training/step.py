@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.functional import METRIC_STATISTICS, dpo_loss_from_logps
+from fastdpo.training.batches import (
+    Batch,
+    answer_tokens,
+    completion_mask,
+    is_filler,
+    num_pairs,
+    packed_layout,
+)
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
 from fastdpo.training.metrics import MetricSums
 from fastdpo.training.reference import Reference
-from fastdpo.training.scoring import Batch, completion_mask, token_logps
+from fastdpo.training.scoring import token_logps
 from fastdpo.types import DPOLossOutput
 
 # Shares of items: their sums are whole numbers, which the fp32 mean of a batch is a rounding of.
@@ -26,28 +34,15 @@ class BatchCounts(NamedTuple):
     chosen_tokens: Tensor | int
 
 
-def num_pairs(batch: Batch) -> int:
-    """P of a collated batch."""
-    return len(batch["input_ids"]) // 2
-
-
-def first_pairs(batch: Batch, count: int) -> dict[str, Tensor]:
-    """The first ``count`` pairs of a collated batch."""
-    size = num_pairs(batch)
-    rows = torch.cat([torch.arange(count), torch.arange(size, size + count)])
-    return {
-        name: value[rows.to(value.device)] if len(value) == 2 * size else value[:count]
-        for name, value in batch.items()
-    }
-
-
 def local_counts(batches: Sequence[Batch], device: torch.device) -> Tensor:
     """``(2,)`` int64: pairs and chosen tokens of this rank's micro-batches."""
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     for batch in batches:
-        size = num_pairs(batch)
-        counts[0] += size
-        counts[1] += completion_mask(batch)[:size].sum().to(device)
+        if is_filler(batch):
+            continue
+        counts[0] += num_pairs(batch)
+        chosen, _ = answer_tokens(batch)
+        counts[1] += chosen.to(device) if isinstance(chosen, Tensor) else chosen
     return counts
 
 
@@ -73,6 +68,7 @@ def pair_loss(
         token,
         completion_mask(batch),
         ref_logps=ref_logps,
+        layout=packed_layout(batch),
         loss_type=args.loss_type,
         loss_weights=args.loss_weights,
         beta=args.beta,
@@ -86,7 +82,7 @@ def pair_loss(
 def record(sums: MetricSums, batch: Batch, result: DPOLossOutput) -> None:
     """Add a batch's metrics: means over tokens count by token, all others by pair."""
     size = num_pairs(batch)
-    chosen, rejected = completion_mask(batch).sum(1).view(2, size).sum(1)
+    chosen, rejected = answer_tokens(batch)
     tokens = {
         "entropy": chosen + rejected,
         "logits/chosen": chosen,
@@ -95,7 +91,8 @@ def record(sums: MetricSums, batch: Batch, result: DPOLossOutput) -> None:
     }
     for name, mean in result.metrics.items():
         if name != "num_tokens":  # under this name TRL logs all input tokens since the start
-            sums.add_mean(name, mean, tokens.get(name, size), is_share=name in SHARES)
+            count = 0 if is_filler(batch) else tokens.get(name, size)
+            sums.add_mean(name, mean, count, is_share=name in SHARES)
 
 
 def bad_rows(batch: Batch, result: DPOLossOutput) -> list[int]:

@@ -12,7 +12,6 @@ What it changes in that loop:
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -26,12 +25,15 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from fastdpo.integrations.model import patch_model
+from fastdpo.training.batches import Batch, first_pairs, is_filler, num_pairs, sequence_tokens
 from fastdpo.training.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
-from fastdpo.training.collate import LikeLengthSampler, PreferenceCollator, pad_token_id
+from fastdpo.training.collate import LikeLengthSampler, pad_token_id
 from fastdpo.training.config import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, PreferenceConfig
 from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, row_list
+from fastdpo.training.layouts import choose_collator, token_budget
 from fastdpo.training.metrics import MetricSums
 from fastdpo.training.precompute import PrecomputedReference
+from fastdpo.training.progress import load_progress, save_progress
 from fastdpo.training.reference import (
     Reference,
     choose_reference,
@@ -39,11 +41,10 @@ from fastdpo.training.reference import (
     is_fresh_adapter,
     reference_model,
 )
-from fastdpo.training.scoring import Batch
 from fastdpo.training.setup import (
-    check_columns,
     check_machine,
     check_output_dir,
+    check_pairs,
     clear_output_dir,
     find_checkpoint,
     is_unused,
@@ -54,16 +55,14 @@ from fastdpo.training.setup import (
 from fastdpo.training.step import (
     BatchCounts,
     bad_rows,
-    first_pairs,
     local_counts,
-    num_pairs,
     pair_loss,
     record,
     stacked_rewards,
 )
+from fastdpo.training.token_budget import budget_dataloader
 from fastdpo.types import DPOLossOutput
 
-STATE_FILE = "preference_state_{rank}.json"
 logger = logging.getLogger(__name__)
 
 
@@ -84,7 +83,7 @@ class PreferenceTrainer(Trainer):
             data is tokenised already.
         ref_model: the reference, where it is not the policy as it is now; frozen and patched.
         peft_config: adds an adapter to ``model``.
-        data_collator: replaces ``PreferenceCollator``.
+        data_collator: makes padded batches in place of ``PreferenceCollator``.
         compute_metrics: gets ``predictions`` ``(P, 2)``, the rewards of chosen and rejected.
         callbacks, optimizers: as in ``Trainer``.
 
@@ -124,6 +123,10 @@ class PreferenceTrainer(Trainer):
             raise ValueError(
                 "ref_model: got the model that is trained, wanted another, or None for a copy of it"
             )
+        if data_collator is not None and args.batch_layout != "padded":
+            raise ValueError(
+                f"data_collator: got one with batch_layout={args.batch_layout!r}, wanted 'padded'"
+            )
         policy = prepare_policy(model, args, peft_config)
         if args.learning_rate is None:
             args.learning_rate = ADAPTER_LEARNING_RATE if is_adapter_model(policy) else FULL_LEARNING_RATE
@@ -141,8 +144,7 @@ class PreferenceTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=data_collator
-            or PreferenceCollator(pad_token_id(processing_class), args.pad_to_multiple_of),
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -152,18 +154,23 @@ class PreferenceTrainer(Trainer):
         )
         check_machine(args, is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self.model_accepts_loss_kwargs = True  # what transformers < 5.23 reads for loss_is_scaled_for_ga
-        self._set_reference(kind, ref_model)
+        self._set_reference(kind, ref_model, data_collator)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._input_tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         self._resume_from: str | None = None
         self._eval_counts: BatchCounts | None = None
         self._is_step_bad = False
 
-    def _set_reference(self, kind: str, ref_model: nn.Module | None) -> None:
+    def _set_reference(self, kind: str, ref_model: nn.Module | None, data_collator: Any) -> None:
         is_base = ref_model is None and is_adapter_model(self.model) and is_fresh_adapter(self.model)
         if ref_model is not None:
             ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self.reference = Reference(kind, ref_model)
+        models = [model for model in (self.model, ref_model) if model is not None]
+        pairs: Any = self.train_dataset
+        self.data_collator = data_collator or choose_collator(
+            models, self.args, pad_token_id(self._tokenizer), pairs, self.accelerator
+        )
         self._precomputed: PrecomputedReference | None = None
         if kind == "precomputed":
             scorer = self.model if ref_model is None else ref_model
@@ -178,7 +185,7 @@ class PreferenceTrainer(Trainer):
             return {name: self._prepare_data(item) for name, item in data.items()}
         dataset = prepare_pairs(data, self._tokenizer, self.args)
         if dataset is not None:
-            check_columns(dataset, self.args)
+            check_pairs(dataset, self.args)
         return dataset
 
     def _with_reference(self, data: Any) -> Any:
@@ -192,6 +199,14 @@ class PreferenceTrainer(Trainer):
                 f"eval_dataset: got no columns {REF_COLUMNS}, wanted them, as the training data has them"
             )
         return self._precomputed.add_to(data)
+
+    def get_train_dataloader(self) -> Any:
+        """As ``Trainer.get_train_dataloader``, with batches of so many tokens where the settings say so."""
+        budget = token_budget(self.args, self.data_collator)
+        if budget is None or self.train_dataset is None:
+            return super().get_train_dataloader()
+        pairs: Any = self.train_dataset
+        return self.accelerator.prepare(budget_dataloader(pairs, budget, self.data_collator, self.args))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -253,12 +268,18 @@ class PreferenceTrainer(Trainer):
         )
         if torch.isfinite(result.loss):
             record(self._sums["train"], inputs, result)
-            self._input_tokens += inputs["attention_mask"].sum()
+            self._input_tokens += 0 if is_filler(inputs) else sequence_tokens(inputs)
         else:
             self._report_nonfinite(inputs, result)
         # Gradients are averaged over the ranks, while the counts are sums over them.
-        loss = result.loss * self.accelerator.num_processes
+        loss = result.loss * (0 if is_filler(inputs) else self.accelerator.num_processes)
         return (loss, {"rewards": stacked_rewards(result)}) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Of a step, as ``Trainer`` estimates them: 6 for every weight and token, padding included."""
+        calls = inputs.get("calls", [inputs])
+        weights = self.model.num_parameters(exclude_embeddings=True)
+        return int(6 * weights * sum(call["input_ids"].numel() for call in calls))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward; a loss that is not finite is logged as 0."""
@@ -266,10 +287,9 @@ class PreferenceTrainer(Trainer):
         return torch.zeros_like(loss) if self._is_step_bad else loss
 
     def _report_nonfinite(self, inputs: Batch, result: DPOLossOutput) -> None:
-        message = (
-            f"the loss is {result.loss.item()} at step {self.state.global_step + 1}, from the "
-            f"log-probabilities of {row_list(bad_rows(inputs, result))} of the training data"
-        )
+        rows = row_list(bad_rows(inputs, result))
+        step = f"the loss is {result.loss.item()} at step {self.state.global_step + 1}"
+        message = f"{step}, from the log-probabilities of {rows} of the training data"
         if self.args.on_nonfinite_loss == "stop":
             raise NonFiniteLossError(f"{message} (on_nonfinite_loss='skip' leaves such steps out)")
         logger.warning("%s; this optimiser step is left out", message)
@@ -372,28 +392,9 @@ class PreferenceTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        state = {
-            "loss": self._tr_loss.item(),
-            "last_logged_step": self._globalstep_last_logged,
-            "sums": self._sums["train"].state(),
-            "input_tokens": self._input_tokens.item(),
-        }
-        (folder / STATE_FILE.format(rank=self.accelerator.process_index)).write_text(json.dumps(state))
+        save_progress(self, folder)
 
     def restore_progress(self) -> None:
         """At the start of a resumed run: the sums since the last log before the checkpoint."""
-        if self._resume_from is None:
-            return
-        path = Path(self._resume_from) / STATE_FILE.format(rank=self.accelerator.process_index)
-        if not path.exists():
-            logger.warning("%s is missing: the first log after resuming covers the new steps only", path)
-            return
-        state = json.loads(path.read_text())
-        self._sums["train"].load(state["sums"], self.accelerator.device)
-        self._input_tokens.fill_(state["input_tokens"])
-        self._tr_loss.fill_(state["loss"])
-        self._globalstep_last_logged = state["last_logged_step"]
-        # The summary at the end is about the steps of this call alone.
-        self._total_loss_scalar -= (
-            self._over_ranks(self._tr_loss.clone()).item() / self.accelerator.num_processes
-        )
+        if self._resume_from is not None:
+            load_progress(self, Path(self._resume_from))

@@ -33,6 +33,9 @@ SETTINGS = {
 
 
 SECOND_EPOCH = {"save_steps": 5}
+# Some ten batches an epoch, of unlike numbers of pairs.
+PACKED = {**SECOND_EPOCH, "batch_layout": "packed", "max_tokens_per_batch": 320}
+SHARED = {**SECOND_EPOCH, "batch_layout": "shared_prompt", "max_tokens_per_batch": 240}
 
 
 class Interrupt(TrainerCallback):
@@ -70,8 +73,22 @@ def make_trainer(args: PreferenceConfig, tokenizer: Any, use_lora: bool, *callba
         ("stopped", True, {}),
         ("stopped", False, SECOND_EPOCH),
         ("stopped", False, {**SECOND_EPOCH, "train_sampling_strategy": "group_by_length"}),
+        ("crashed", False, {**PACKED, "save_steps": 3}),
+        ("stopped", False, PACKED),
+        ("stopped", False, {**PACKED, "train_sampling_strategy": "group_by_length"}),
+        ("stopped", True, SHARED),
     ],
-    ids=["stopped", "crashed", "lora", "second epoch", "by length"],
+    ids=[
+        "stopped",
+        "crashed",
+        "lora",
+        "second epoch",
+        "by length",
+        "packed crashed",
+        "packed",
+        "packed by length",
+        "shared",
+    ],
 )
 def test_the_curve_is_that_of_the_uninterrupted_run(
     make_args: MakeArgs, tokenizer: Any, tmp_path: Path, how: str, use_lora: bool, changes: dict[str, Any]

@@ -1,0 +1,108 @@
+"""What the loop asks of a batch, padded ``(2P, T)`` (`PreferenceCollator`) or in rows (`RowCollator`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.training.collate import IGNORE_INDEX
+from fastdpo.types import PackedLayout, TokenLayout
+
+Batch = Mapping[str, Any]
+_PER_TOKEN = ("token_index", "target_ids", "sequence_ids")
+
+
+def is_in_rows(batch: Batch) -> bool:
+    """Whether `RowCollator` made the batch."""
+    return "calls" in batch
+
+
+def is_filler(batch: Batch) -> bool:
+    """Whether a batch only keeps a rank in step, and counts for nothing."""
+    return "is_filler" in batch
+
+
+def num_pairs(batch: Batch) -> int:
+    """P of a collated batch."""
+    return len(batch["lengths"] if is_in_rows(batch) else batch["input_ids"]) // 2
+
+
+def completion_mask(batch: Batch) -> Tensor:
+    """``(2P, T)`` bool, or ``(N,)`` in rows: the tokens that are scored; the first position never is."""
+    if is_in_rows(batch):
+        return torch.ones_like(batch["target_ids"], dtype=torch.bool)
+    mask: Tensor = batch["labels"] != IGNORE_INDEX
+    mask[:, 0] = False
+    return mask
+
+
+def packed_layout(batch: Batch) -> PackedLayout | None:
+    """The bounds of the answers among the ``(N,)`` labelled tokens; None for a padded batch."""
+    return PackedLayout(batch["cu_seqlens"], batch["lengths"]) if is_in_rows(batch) else None
+
+
+def token_layout(batch: Batch) -> TokenLayout:
+    """The labelled tokens of a batch in rows."""
+    return TokenLayout(batch["token_index"], batch["target_ids"], batch["sequence_ids"], batch["lengths"])
+
+
+def answer_tokens(batch: Batch) -> tuple[Tensor | int, Tensor | int]:
+    """Scored tokens of all chosen answers, and of all rejected ones."""
+    size = num_pairs(batch)
+    if is_in_rows(batch):
+        return sum(batch["lengths"][:size]), sum(batch["lengths"][size:])
+    chosen, rejected = completion_mask(batch).sum(1).view(2, size).sum(1)
+    return chosen, rejected
+
+
+def sequence_tokens(batch: Batch) -> Tensor:
+    """Tokens of the 2P sequences, prompts counted for each, padding not: the same in every layout."""
+    tokens: Tensor = batch["num_tokens"] if is_in_rows(batch) else batch["attention_mask"].sum()
+    return tokens
+
+
+def first_pairs(batch: Batch, count: int) -> dict[str, Any]:
+    """The first ``count`` pairs of a batch; in rows, the backbone computes the others all the same."""
+    size = num_pairs(batch)
+    if count == size:
+        return dict(batch)
+    if is_in_rows(batch):
+        return _first_pairs_in_rows(batch, size, count)
+    rows = torch.cat([torch.arange(count), torch.arange(size, size + count)])
+    return {
+        name: value[rows.to(value.device)] if len(value) == 2 * size else value[:count]
+        for name, value in batch.items()
+    }
+
+
+def _first_pairs_in_rows(batch: Batch, size: int, count: int) -> dict[str, Any]:
+    kept = [*range(count), *range(size, size + count)]
+    lengths = tuple(batch["lengths"][i] for i in kept)
+    # Tokens stand sequence after sequence: those kept are a run of chosen and one of rejected answers.
+    start, chosen = sum(batch["lengths"][:size]), sum(lengths[:count])
+    end = start + sum(lengths[count:])
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(batch["cu_seqlens"].device)
+    first: dict[str, Any] = {**batch, "lengths": lengths, "cu_seqlens": bounds}
+    for name in _PER_TOKEN:
+        first[name] = torch.cat([batch[name][:chosen], batch[name][start:end]])
+    first["sequence_ids"] = torch.repeat_interleave(
+        torch.arange(2 * count, device=bounds.device), bounds.diff(), output_size=len(first["target_ids"])
+    )
+    for name, value in batch.items():
+        if name == "ref_logps":
+            first[name] = torch.cat([value[:count], value[size : size + count]])
+        elif isinstance(value, Tensor) and name not in (*_PER_TOKEN, "cu_seqlens") and value.dim() == 1:
+            first[name] = value[:count]
+    return first
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A batch, or a part of one, on ``device``."""
+    if isinstance(value, Mapping):
+        return {name: to_device(item, device) for name, item in value.items()}
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,169 @@
+"""The hook with a token layout: rows of hidden states by number, a row for several tokens, several inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdpo.integrations.model import backbone_states, patch_model
+from fastdpo.integrations.row_masks import RowMasks, backbone_size, layer_windows
+from fastdpo.types import TokenLayout
+from tests.integrations.tiny import BATCH, HIDDEN, fused, make_config, make_model
+
+STATISTICS = ("lse", "entropy", "mean_logit", "is_top1")
+LABELLED = (BATCH.labels[:, 1:] != -100).flatten().nonzero().squeeze(1)
+
+
+def layout_of_labels() -> TokenLayout:
+    """The labels of `BATCH` by name: position t of a row predicts its label t + 1."""
+    rows, length = BATCH.labels.shape
+    flat = torch.arange(rows * length).view(rows, length)[:, :-1].flatten()[LABELLED]
+    return TokenLayout(flat, BATCH.labels[:, 1:].flatten()[LABELLED], flat // length)
+
+
+def with_layout(model: Any, **arguments: Any) -> Any:
+    call = {**BATCH.inputs, "token_layout": layout_of_labels(), "return_logps": True, **arguments}
+    return model(**{name: value for name, value in call.items() if value is not None})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "qwen3-moe"])
+def test_it_is_what_labels_give(family: str):
+    model = patch_model(make_model(family))
+    padded = fused(model, logps_outputs=STATISTICS)
+    named = with_layout(model, logps_outputs=STATISTICS)
+    mask = BATCH.labels[:, 1:] != -100
+    assert named.logps_mask is None
+    for name in ("logps", *STATISTICS):
+        torch.testing.assert_close(
+            getattr(named, name), getattr(padded, name)[:, 1:][mask], rtol=1e-6, atol=1e-6
+        )
+
+
+def gradients(model: Any, logps: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    (logps * upstream).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_gradients_of_a_row_that_predicts_twice_add_up():
+    model = patch_model(make_model())
+    row = torch.tensor([4])
+    once = [
+        gradients(model, with_layout(model, token_layout=TokenLayout(row, torch.tensor([t]), row)).logps, g)
+        for t, g in ((17, torch.tensor([0.5])), (90, torch.tensor([-2.0])))
+    ]
+    both = TokenLayout(row.repeat(2), torch.tensor([17, 90]), torch.arange(2))
+    twice = gradients(model, with_layout(model, token_layout=both).logps, torch.tensor([0.5, -2.0]))
+    for name, gradient in twice.items():
+        # Entries are sums of terms as large as the largest entry: some ten roundings of it.
+        size = gradient.abs().max().item()
+        torch.testing.assert_close(gradient, once[0][name] + once[1][name], rtol=0, atol=1e-6 * size)
+
+
+def test_several_inputs_count_as_one_after_the_other():
+    model = patch_model(make_model())
+    whole = with_layout(model)
+    rows = [{name: value[i : i + 1] for name, value in BATCH.inputs.items()} for i in range(3)]
+    parts = with_layout(model, row_batches=rows, input_ids=None, attention_mask=None)
+    torch.testing.assert_close(parts.logps, whole.logps, rtol=1e-5, atol=1e-6)
+
+
+def test_no_tokens_give_no_logps_and_gradients_of_zero():
+    model = patch_model(make_model())
+    nothing = TokenLayout(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
+    logps = with_layout(model, token_layout=nothing).logps
+    assert logps.shape == (0,)
+    assert not any(g.any() for g in gradients(model, logps, logps.detach()).values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": BATCH.labels}, "labels: got a value together with token_layout"),
+        ({"token_layout": (1, 2)}, "token_layout: got tuple, wanted a TokenLayout"),
+        ({"token_layout": None, "row_batches": [BATCH.inputs]}, "token_layout: got NoneType"),
+        ({"row_batches": []}, "row_batches: got an empty list"),
+        (
+            {"row_batches": [BATCH.inputs]},
+            r"row_batches: got a value together with \['attention_mask', 'input_ids'\]",
+        ),
+        ({"return_logps": False}, "wanted return_logps=True with it"),
+    ],
+)
+def test_what_does_not_go_together(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        with_layout(patch_model(make_model()), **arguments)
+
+
+def test_the_states_that_the_head_gets():
+    model = patch_model(make_model())
+    states = backbone_states(model, **BATCH.inputs)
+    torch.testing.assert_close(states, model.model(**BATCH.inputs).last_hidden_state, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="'nonsense'"):
+        backbone_states(model, **BATCH.inputs, nonsense=1)
+
+
+def test_windows_of_layers():
+    assert layer_windows(make_config("llama")) == {"full_attention": None}
+    assert layer_windows(make_config("mistral", sliding_window=6)) == {"full_attention": 6}
+    assert layer_windows(make_config("gemma3", sliding_window=6, num_hidden_layers=6)) == {
+        "full_attention": None,
+        "sliding_attention": 6,
+    }
+
+
+def test_masks_have_the_form_that_the_attention_takes():
+    documents, branches = torch.tensor([[0, 0, 0, 0, 1]]), torch.tensor([[0, 0, 1, 2, 0]])
+    positions = torch.tensor([[0, 1, 2, 2, 0]])
+    seen = torch.tensor(
+        [
+            [1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 1, 0, 1, 0],
+            [0, 0, 0, 0, 1],
+        ]
+    ).bool()[None, None]
+    sdpa = RowMasks(make_model("llama")).mask(documents, branches, positions)
+    assert torch.equal(sdpa, seen)
+    eager = RowMasks(make_model("llama", attn_implementation="eager")).mask(documents, branches, positions)
+    assert torch.equal(eager == 0, seen) and eager.min() == torch.finfo(torch.float32).min
+    by_type = RowMasks(make_model("gemma2", sliding_window=2)).mask(documents, branches, positions)
+    assert torch.equal(by_type["full_attention"] == 0, seen)
+    near = seen & ((positions[0, :, None] - positions[0]) < 2)
+    assert torch.equal(by_type["sliding_attention"] == 0, near)
+    block = RowMasks(make_model("llama", attn_implementation="flex_attention"))
+    made = block.mask(documents, branches, positions)
+    assert made.shape == (1, 1, 5, 5)
+    at = torch.arange(5)
+    zero = torch.zeros((), dtype=torch.int64)
+    assert torch.equal(made.mask_mod(zero, zero, at[:, None], at[None]), seen[0, 0])
+
+
+def test_the_size_of_a_backbone():
+    model = make_model("llama")
+    layer = sum(p.numel() for p in model.model.layers[0].parameters() if p.dim() > 1)
+    assert backbone_size(model) == (2, 2 * layer, HIDDEN)
+    assert backbone_size(make_model("llama-tied")) == (2, 2 * layer, HIDDEN)
+
+
+def test_flash_attention_gets_the_bounds_of_the_sequences():
+    """Once a call, on the host where they are lengths; the hook hands them to the backbone as they come."""
+    model = patch_model(make_model("llama"))
+    masks = RowMasks(model)
+    masks.attention = "flash_attention_2"
+    call = {"input_ids": torch.arange(6)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 0, 1]])}
+    inputs = masks.inputs(call)
+    bounds = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+    assert set(inputs) == {"input_ids", "position_ids", *bounds}
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert inputs[name].tolist() == [0, 3, 4, 6] and inputs[name].dtype == torch.int32
+    assert inputs["max_length_q"] == inputs["max_length_k"] == 3
+    assert bounds <= type(model)._fastdpo_hook.tail.arguments
+    # Rows of one sequence each need none: padding on the right is seen by nothing.
+    several = {name: value.repeat(2, 1) for name, value in call.items()}
+    assert set(masks.inputs(several)) == {"input_ids", "position_ids"}
+    assert masks.skips_masked and "takes no mask" in str(masks.why_no_branches())

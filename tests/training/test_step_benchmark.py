@@ -1,0 +1,57 @@
+"""The benchmark of whole steps: every contender computes the same losses, and a wrong one is not timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import step
+from benchmarks.harness import read_results
+from fastdpo.training.trainer import PreferenceTrainer
+from tests.training.conftest import make_rows, write_jsonl
+
+OPTIONS = ["--size", "tiny", "--steps", "1", "--rounds", "1", "--check_steps", "2"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    return str(write_jsonl(tmp_path / "pairs.jsonl", make_rows(6)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_all_contenders_agree(data: str, tmp_path: Path):
+    pytest.importorskip("trl", minversion="1.15")
+    pytest.importorskip("datasets")
+    assert step.main(["--data", data, *OPTIONS, "--results", str(tmp_path / "results")]) == 0
+    (payload,) = read_results(tmp_path / "results")
+    (result,) = payload["results"]
+    assert set(result["contenders"]) == set(step.CONTENDERS) and not result["failed"]
+    cells = result["contenders"]
+    for cell in cells.values():
+        assert cell["losses"] == pytest.approx(cells["trl"]["losses"], abs=1e-5)
+        assert len(cell["samples_ms"]) == 1 and cell["useful_tokens_per_s"] > 0
+    assert abs(cells["trl"]["losses"][0] - 0.6931) > 1e-3  # there is something to agree on
+    positions = [cells[name]["backbone_positions_per_pair"] for name in step.OURS]
+    assert positions == sorted(positions, reverse=True)
+
+
+def test_a_wrong_contender_is_not_timed(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    right = PreferenceTrainer.compute_loss
+
+    def wrong(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = right(self, model, inputs, *args, **kwargs)
+        return loss * 1.1 if "calls" in inputs and "branches" in inputs["calls"][0] else loss
+
+    monkeypatch.setattr(PreferenceTrainer, "compute_loss", wrong)
+    names = ["--contenders", "padded", "packed", "shared_prompt"]
+    assert step.main(["--data", data, *OPTIONS, *names, "--results", str(tmp_path / "results")]) == 1
+    (result,) = read_results(tmp_path / "results")[0]["results"]
+    assert set(result["contenders"]) == {"padded", "packed"}
+    assert "not timed" in result["failed"]["shared_prompt"]
+    assert "shared_prompt  FAILED" in capsys.readouterr().out
