@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 # products a second in fp32 or 16 bits. Only their ratio to a token's time matters, and only roughly.
 _LAYER_SECONDS = {"cpu": 3e-4, "cuda": 3e-4}
 _FLOPS = {"cpu": 4e10, "cuda": 2e14}
-# Products of attention run at a fraction of the speed of the large matrix products.
-_ATTENTION_SLOWDOWN = 3.0
+# Products of attention run at a fraction of the speed of the large matrix products: on one core with a dense
+# mask, 40 GFLOPS with heads of 64 and 20 to 27 with heads of 16, where matrix products reach 44 and more.
+_ATTENTION_SLOWDOWN = 1.5
 # On a CPU, 8 sequences of about 740 tokens took 24 s in a call each and 34 s in 4 buckets (12 layers of 512).
 _MANY_ROWS = {"cpu": 1.1}
 _SAMPLED_BATCHES = 32
