@@ -297,8 +297,12 @@ def _layout_forward(
     flat = [result.last_hidden_state.flatten(0, -2) for _, result in calls]  # (R * T, H) each
     head, device = _head_for(model, flat[0])
     hidden = (flat[0] if len(flat) == 1 else torch.cat(flat)).to(device)
-    tokens = (layout.token_index.long(), layout.target_ids, layout.sequence_ids.long())
-    on_device = TokenLayout(*(each.to(device) for each in tokens), layout.lengths)
+    on_device = TokenLayout(
+        layout.token_index.to(device, torch.int64),
+        layout.target_ids.to(device),
+        layout.sequence_ids.to(device, torch.int64),
+        layout.lengths,
+    )
     scored = linear_logprob(hidden, head, on_device, outputs=outputs, execution=hook.execution)
     values: dict[str, Any] = {name: value for name, value in scored._asdict().items() if value is not None}
     if len(calls) == 1:
