@@ -1,4 +1,4 @@
-"""``fastdpo train | score | doctor``: the command line.
+"""``fastdpo train | score | bench | doctor``: the command line.
 
 A user's mistake is one line on standard error and exit code 2; ``--debug`` shows the traceback.
 """
@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "train a model on preference pairs",
     "score": "compute reference log-probabilities once, for the cache and as JSONL",
+    "bench": "time the head, or whole steps beside TRL's, from a checkout of the source",
     "doctor": "say what is installed, what will run here, and why the rest will not",
 }
+
+
+BENCHMARKS = {"head": "benchmarks.gpu", "step": "benchmarks.step"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [word for word in argv if word != "--debug"]
     try:
         command, rest = _command(argv)
-        {"train": train, "score": score, "doctor": diagnose}[command](rest)
+        code = {"train": train, "score": score, "bench": bench, "doctor": diagnose}[command](rest)
     except (ValueError, TypeError, ImportError, OSError) as error:
         if debug:
             raise
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"fastdpo: failed: {' '.join(str(error).split())} (--debug shows where)", file=sys.stderr)
         return 1
-    return 0
+    return code or 0
 
 
 def _command(argv: list[str]) -> tuple[str, list[str]]:
@@ -128,6 +133,26 @@ def score(argv: Sequence[str]) -> None:
     if output is not None:
         count = _write_scored(output, source, scored if arguments.data.eval_dataset is None else scored[:1])
         print(f"{count} scored rows written to {output}")
+
+
+def bench(argv: Sequence[str]) -> int:
+    """``fastdpo bench``: a suite of the source tree's ``benchmarks/``; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="fastdpo bench", epilog="`fastdpo bench SUITE --help` lists its settings."
+    )
+    parser.add_argument(
+        "suite", choices=BENCHMARKS, help="head: every mode beside its GEMMs; step: whole steps"
+    )
+    options = parser.parse_args(list(argv[:1]))
+    root = Path.cwd()
+    if not (root / "benchmarks" / "step.py").is_file():
+        raise ValueError(
+            f"bench: got {root}, wanted the root of a checkout: the package has no benchmarks in it"
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    code: int = import_module(BENCHMARKS[options.suite]).main(list(argv[1:]))
+    return code
 
 
 def diagnose(argv: Sequence[str]) -> None:

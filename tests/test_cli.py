@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fastdpo
 from fastdpo.cli import main
 from fastdpo.doctor import doctor
-from fastdpo.losses import LOSSES
+from fastdpo.losses import LOSSES, PairLogps
 from fastdpo.training.arguments import ArgumentError, parse_score, parse_train
 from tests.conftest import SHARED_DATA
 from tests.training.conftest import (  # noqa: F401  (fixtures)
@@ -122,8 +122,8 @@ def test_score_fills_the_cache_that_train_reads(
     assert logs[0][0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_every_option_of_every_loss_is_a_flag():
-    for spec in LOSSES.values():
+def test_every_option_of_every_loss_of_pairs_is_a_flag():
+    for spec in (spec for spec in LOSSES.values() if spec.inputs is PairLogps):
         words = ["--model", "m", "--dataset", "d", "--use_cpu", "--loss_type", spec.name]
         for option in spec.options:
             words += [f"--{option.name}", str(option.default)]
@@ -253,6 +253,18 @@ def test_a_chat_template_from_a_file(model_dir: Path, tmp_path: Path):
 def test_score_says_where_to_write():
     run, output = parse_score([*BASE, "--output", "x.jsonl"])
     assert (run.model.model, output) == ("m", Path("x.jsonl"))
+
+
+def test_bench_runs_a_suite_of_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    options = ["--device", "cpu", "--quick", "--repeats", "1", "--results", str(tmp_path)]
+    assert main(["bench", "head", *options]) == 0
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "head"]) == 2
+    assert "wanted the root of a checkout" in capsys.readouterr().err
 
 
 def test_doctor(model_dir: Path, capsys: pytest.CaptureFixture[str]):

@@ -285,10 +285,10 @@ def find_loss(name: str) -> LossSpec:
     raise ValueError(f"loss_type: got {name!r}, wanted one of {', '.join(sorted(LOSSES))}{hint}")
 
 
-def loss_options() -> dict[str, dict[str, LossOption]]:
-    """Every option of every loss: option name -> loss name -> option. For command-line flags."""
+def loss_options(inputs: type = PairLogps) -> dict[str, dict[str, LossOption]]:
+    """Every option of the losses of one class of batch: option -> loss -> option. For command-line flags."""
     options: dict[str, dict[str, LossOption]] = {}
-    for spec in LOSSES.values():
+    for spec in (spec for spec in LOSSES.values() if spec.inputs is inputs):
         for option in spec.options:
             options.setdefault(option.name, {})[spec.name] = option
     return options

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.losses import LossSpec, build_objective, find_loss
+from fastdpo.losses import LossSpec, PairLogps, build_objective, find_loss
 from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
 from fastdpo.training.row_plan import ARRANGEMENTS
 from fastdpo.types import BACKENDS, MODES, Execution
@@ -308,6 +308,10 @@ class PreferenceConfig(TrainingArguments):
                 )
 
     def _check_losses(self) -> None:
+        for spec in self.losses:
+            if spec.inputs is not PairLogps:
+                wanted = "losses of pairs; those of other data are in fastdpo.fused_preference_loss"
+                raise ValueError(f"loss_type: got {spec.name!r}, wanted {wanted}")
         # The stand-ins say that there will be a value per pair; the values are checked with the data.
         build_objective(
             self.loss_type,
