@@ -52,7 +52,8 @@ gpu:  ## on a machine with a GPU: build the CUDA kernels, run tests/gpu, time th
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	@$(PYTHON) -c 'import sys; from fastdpo.kernels import cuda; sys.exit(cuda.unavailable_reason())'
 	@status=0; \
-	$(PYTHON) -m pytest -m gpu tests/gpu tests/kernels/test_rows.py tests/kernels/test_sequence.py || status=$$?; \
+	$(PYTHON) -m pytest -m gpu tests/gpu tests/kernels/test_rows.py tests/kernels/test_sequence.py \
+	  tests/kernels/test_lean_kernel.py || status=$$?; \
 	$(PYTHON) -m benchmarks.gpu || status=$$?; \
 	exit $$status
 
