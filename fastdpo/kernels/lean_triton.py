@@ -5,10 +5,10 @@ the products on the tensor cores and folds them, still in registers, into a runn
 every row: a `SlabSums` for each row and split is all that reaches memory. ``slab.combined`` adds the splits
 up in order.
 
-Splits have a fixed width, so that the order of a row's sums hangs on V, the dtype and the GPU, and on
-nothing beside the row; there are no atomics. Rows are gathered and operands converted inside the kernel: it
-makes no copy of hidden or of the weight. Programs go through 16 blocks of rows for one split before the
-next split: those rows stay in L2, and each tile of the weight is read from there by all 16.
+Splits have a fixed width, so that the order of a row's sums hangs on V, the dtype, the transform and the
+GPU, and on nothing beside the row; there are no atomics. Rows are gathered and operands converted inside
+the kernel: it makes no copy of hidden or of the weight. Programs go through 16 blocks of rows for one split
+before the next split: those rows stay in L2, and each tile of the weight is read from there by all 16.
 
 Runs on CUDA from sm_80 on, and for tests on the CPU (``TRITON_INTERPRET=1`` at import; the interpreter's
 ``tl.dot`` is wrong for bf16).
@@ -62,10 +62,12 @@ def tile_for(
     capability: tuple[int, int],
     vocab_size: int,
     hidden_size: int,
+    is_plain: bool,
 ) -> Tile:
-    """The tile by dtypes, GPU, V and H; a table and no tuning, because the order of sums hangs on it.
+    """The tile by dtypes, GPU, V, H and transform; no tuning, because the order of sums hangs on it.
 
     ``is_rounded``: both operands come in fp32 and are rounded to 16 bits, at twice the shared memory.
+    ``is_plain``: logits have neither a bias nor a cap.
     """
     if compute_dtype == torch.float32:
         return FP32_TILE
@@ -73,9 +75,9 @@ def tile_for(
         return UNALIGNED_TILE
     if is_rounded:
         return NARROW_TILE._replace(num_stages=2)
-    # What an uneven V or H takes in masks has no room in registers beside a wide tile.
+    # What an uneven V or H takes in masks, a bias or a cap, has no room in registers beside a wide tile.
     is_even = vocab_size % WIDE_TILE.columns == 0 and hidden_size % WIDE_TILE.depth == 0
-    return WIDE_TILE if is_even and capability[0] == 9 else NARROW_TILE
+    return WIDE_TILE if is_even and is_plain and capability[0] == 9 else NARROW_TILE
 
 
 @_jit()
@@ -259,7 +261,8 @@ def plan_launch(
     if weight.stride(1) != 1 or weight.stride(0) > MAX_WEIGHT_STRIDE:
         weight = weight.contiguous()
     is_rounded = compute_dtype != torch.float32 and hidden.dtype == weight.dtype == torch.float32
-    tile = tile_for(compute_dtype, is_rounded, capability, vocab_size, hidden_size)
+    is_plain = transform.bias is None and transform.softcap is None
+    tile = tile_for(compute_dtype, is_rounded, capability, vocab_size, hidden_size, is_plain)
     assert SPLIT % tile.columns == 0, "a tile belongs to one split"
     num_splits = triton.cdiv(vocab_size, SPLIT)
 

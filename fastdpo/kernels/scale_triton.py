@@ -12,7 +12,7 @@ from .triton import _jit, tl, unavailable_reason
 __all__ = ["scale_", "unavailable_reason"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK = 4096
+BLOCK = 2048
 BLOCKS_PER_MULTIPROCESSOR = 8
 
 

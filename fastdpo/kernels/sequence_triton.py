@@ -23,8 +23,10 @@ if triton is not None:
 
 __all__ = ["sequence_sums", "sigmoid_pairs", "unavailable_reason"]
 
-TILE = 1024  # tokens; the order of sums hangs on it
+TILE = 512  # tokens; the order of sums hangs on it
 NUM_WARPS = 8
+# Four programs a multiprocessor. Without it ptxas aims, as its version likes, at more, and spills.
+MAX_REGISTERS = 64
 
 
 @_jit()
@@ -64,9 +66,10 @@ def _add_up(values, weights, mask, begin, end, TILE: tl.constexpr):
 
 
 @_jit()
-def _write_g(g, weights, mask, begin, end, coeff, TILE: tl.constexpr):
+def _write_g(g, weights, mask, offsets, sequence, num_tokens, coeff, TILE: tl.constexpr):
+    # Read again: kept since the sums, the span would hold registers through all the maths of the loss.
+    start, end = _span(offsets, sequence, num_tokens)
     lanes = tl.arange(0, TILE)
-    start = begin
     while start < end:
         tokens = start + lanes
         inside = tokens < end
@@ -132,10 +135,10 @@ def _pairs_kernel(
     TILE: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
-    begin, middle = _span(offsets, 2 * pair, num_tokens)
-    begin_rejected, end = _span(offsets, 2 * pair + 1, num_tokens)
-    chosen_total, has_chosen = _add_up(values, weights, mask, begin, middle, TILE)
-    rejected_total, has_rejected = _add_up(values, weights, mask, begin_rejected, end, TILE)
+    begin, end = _span(offsets, 2 * pair, num_tokens)
+    chosen_total, has_chosen = _add_up(values, weights, mask, begin, end, TILE)
+    begin, end = _span(offsets, 2 * pair + 1, num_tokens)
+    rejected_total, has_rejected = _add_up(values, weights, mask, begin, end, TILE)
     # The rounded sums: those that the caller sees, and equal to a reference's bit for bit.
     chosen = chosen_total.to(sums.dtype.element_ty)
     rejected = rejected_total.to(sums.dtype.element_ty)
@@ -156,8 +159,8 @@ def _pairs_kernel(
     coeff = w * ((1.0 - q) * _sigmoid(h) - q * _sigmoid(-h)) * b / all_pairs
     coeff = tl.where(is_scored, coeff, 0.0)
     tl.store(pair_losses + pair, tl.where(is_scored, pair_loss, 0.0))
-    _write_g(g, weights, mask, begin, middle, coeff, TILE)
-    _write_g(g, weights, mask, begin_rejected, end, -coeff, TILE)
+    _write_g(g, weights, mask, offsets, 2 * pair, num_tokens, coeff, TILE)
+    _write_g(g, weights, mask, offsets, 2 * pair + 1, num_tokens, -coeff, TILE)
 
     tl.debug_barrier()  # the pair's loss is written before its ticket is taken, whichever threads do it
     ticket = tl.atomic_add(counter, 1, sem="acq_rel")
@@ -248,7 +251,7 @@ def plan_pairs(
 
 
 def _options() -> dict[str, Any]:
-    return {"TILE": TILE, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    return {"TILE": TILE, "num_warps": NUM_WARPS, "maxnreg": MAX_REGISTERS, "enable_fp_fusion": False}
 
 
 def _run(launch: Launch, values: Tensor) -> None:

@@ -16,7 +16,7 @@ from fastdpo.ops.scaling import scaled
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SIZES = (0, 1, 4095, 4096, 4097, 10001)
+SIZES = (0, 1, 2047, 2048, 2049, 10001)  # about the kernel's block
 
 INTERPRETED = """
 import torch
