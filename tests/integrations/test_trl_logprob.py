@@ -135,7 +135,7 @@ def test_results_and_gradients(
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_entropy_gradients(of_logps: bool, softcap: float | None, has_bias: bool) -> None:
-    """GRPO's bonus: alone in the first call that asks for the gradient, together with the other from then on."""
+    """GRPO's bonus: alone in the first call that asks for its gradient, then together with the other."""
     inputs = Inputs(has_bias=has_bias)
     options: dict[str, Any] = {"temperature": 0.8, "softcap": softcap, "outputs": ("log_probs", "entropy")}
     options |= {"of_logps": of_logps, "of_entropy": True}
@@ -229,7 +229,7 @@ def test_no_tokens_keep_the_graph() -> None:
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_are_trls(weight_dtype: torch.dtype) -> None:
-    """Autocast's dtype, else that of the hidden states whatever the weight's is (``cast_lm_head_to_fp32``)."""
+    """Autocast's dtype, else that of hidden whatever the weight's is (``cast_lm_head_to_fp32``)."""
     inputs = Inputs(has_bias=False)
     inputs.weight = inputs.weight.to(weight_dtype)
     expected, _ = truth(inputs, 1.0, None, 1.0, True, False)

@@ -1,4 +1,4 @@
-"""`patch_trl`: what it replaces, that it puts the very objects back, and which TRL it refuses, with the reason."""
+"""`patch_trl`: what it replaces, that it puts the very objects back, and which TRL it refuses, and why."""
 
 from __future__ import annotations
 
