@@ -229,7 +229,10 @@ def refusal(*, experimental: bool = True) -> str | None:
             f"trl {version} has no log-prob function that its trainers share, so there is nothing to "
             f"replace; wanted trl >= {FIRST_VERSION}"
         )
-    owner, name, function = _find(SEAM)
+    try:
+        owner, _, function = _find(SEAM)
+    except (ModuleNotFoundError, AttributeError) as error:
+        return f"trl {version} has no {SEAM} ({error}); this TRL is newer than this fastdpo"
     if function is None:
         return f"trl {version} found no Triton, without which it has no log-prob function; wanted trl >= 1.16"
     forward = getattr(function, "forward", None)

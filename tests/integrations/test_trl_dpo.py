@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from fastdpo import Execution, patch_trl
@@ -38,6 +39,8 @@ LOSSES = {
 
 def make_trainer(folder: Path, *, family: str = "llama", model: Any = None, **changes: Any) -> DPOTrainer:
     keywords = {name: changes.pop(name) for name in ("eval_dataset", "peft_config") if name in changes}
+    data = {"train_dataset": changes.pop("train_dataset", None) or runs.pairs()}
+    data["processing_class"] = changes.pop("processing_class", None) or runs.make_tokenizer()
     is_peft = "peft_config" in keywords
     model = model or runs.policy(family)
     if changes.get("use_weighting"):
@@ -47,8 +50,7 @@ def make_trainer(folder: Path, *, family: str = "llama", model: Any = None, **ch
         model,
         ref_model=None if is_peft else runs.reference(family),
         args=DPOConfig(**runs.settings(folder, **changes)),
-        train_dataset=runs.pairs(),
-        processing_class=runs.make_tokenizer(),
+        **data,
         **keywords,
     )
 
@@ -129,6 +131,25 @@ def test_adapters(tmp_path: Path) -> None:
 def test_curves_of_thirty_steps(tmp_path: Path) -> None:
     ours, _ = compare(tmp_path, max_steps=30)
     assert len(ours.losses) == 30 and ours.losses[0] > ours.losses[-1] + 0.01
+
+
+def test_curves_on_real_pairs(preference_rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    rows = [
+        {"prompt": row["prompt"][-1]["content"]}
+        | {name: " " + row[name][-1]["content"] for name in ("chosen", "rejected")}
+        for row in preference_rows[:64]
+    ]
+    tokenizer = runs.word_tokenizer([text for row in rows for text in row.values()])
+    ours, _ = compare(
+        tmp_path,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        max_length=64,  # the longest position that the tiny models have
+        max_steps=30,
+        learning_rate=1e-3,
+        loss_type=["sigmoid_norm", "sft"],
+    )
+    assert ours.losses[0] > ours.losses[-1]
 
 
 def test_bf16_autocast(tmp_path: Path) -> None:

@@ -144,6 +144,20 @@ def test_another_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         patch_trl()
 
 
+def test_a_function_that_is_gone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_version(monkeypatch, "3.0.0")
+    monkeypatch.delattr("trl.trainer.utils._ChunkedLogProbFunction")
+    with pytest.raises(RuntimeError, match=r"trl 3\.0\.0 has no trl\.trainer\.utils:_ChunkedLogProbFunction"):
+        patch_trl()
+
+
+def test_trl_1_15_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_version(monkeypatch, "1.15.0")
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", None)
+    with pytest.raises(RuntimeError, match=r"trl 1\.15\.0 found no Triton"):
+        patch_trl()
+
+
 def test_another_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same signature is not enough."""
 
