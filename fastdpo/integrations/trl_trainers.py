@@ -259,7 +259,7 @@ def _store_tpo_metrics(
     for name, value, where in zip(("chosen", "rejected"), mean_logits, masks, strict=True):
         metrics[f"logits/{name}"].append(share(value[where].sum(), where.sum()))
     is_top1 = out.is_top1[:, 1:].chunk(num_branches)[0]
-    metrics["mean_token_accuracy"].append(share((is_top1 & masks[0]).sum(), masks[0].sum()))
+    metrics["mean_token_accuracy"].append(share(is_top1.sum(), masks[0].sum()))
 
     chosen_rewards, rejected_rewards = trainer.beta * chosen, trainer.beta * rejected
     metrics["rewards/chosen"].append(mean(chosen_rewards))

@@ -20,6 +20,7 @@ from trl.experimental.tpo import TPOConfig, TPOTrainer
 from fastdpo import Execution, patch_model, patch_trl
 from fastdpo.integrations.model import is_patched
 from tests.integrations import trl_runs as runs
+from tests.integrations.test_wrappers import _process_group as process_group
 from tests.ops.test_memory import largest_allocation
 
 TRAINERS = {
@@ -138,6 +139,39 @@ def test_mixed_precision_runs_and_is_put_back(kind: str, tmp_path: Path) -> None
     # bf16 through two layers moves a loss by about 1%, and by more than fp32's rounding.
     assert 1e-5 < abs(ours.losses[0] - exact.losses[0]) < 0.05 * max(1.0, abs(exact.losses[0]))
     assert trainer.model(input_ids=torch.tensor([[5, 6]])).logits.dtype == torch.float32
+
+
+def step(trainer: Any, wrapped: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    loss = trainer.compute_loss(wrapped, next(iter(trainer.get_train_dataloader())))
+    loss.backward()
+    named = trainer.model.named_parameters()
+    return loss.item(), {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", list(TRAINERS))
+def test_inside_a_wrapper(kind: str, tmp_path: Path) -> None:
+    """The model that calls go through is DDP's or torch.compile's; what is inside is patched for the call."""
+    torch.manual_seed(0)
+    expected_loss, expected = step(trainer := make_trainer(kind, tmp_path), trainer.model)
+
+    def check(wrap: Callable[[Any], Any]) -> None:
+        torch.manual_seed(0)
+        trainer = make_trainer(kind, tmp_path)
+        wrapped = wrap(trainer.model)
+        with patch_trl():
+            loss, grads = step(trainer, wrapped)
+        assert not is_patched(trainer.model)
+        runs.assert_number(loss, expected_loss, "loss")
+        assert grads.keys() == expected.keys()
+        for name, grad in expected.items():
+            runs.assert_gradient(grads[name], grad, name)
+
+    try:
+        check(lambda model: torch.compile(model, backend="aot_eager"))
+    finally:
+        torch.compiler.reset()
+    with process_group(str(tmp_path / "store")):
+        check(torch.nn.parallel.DistributedDataParallel)
 
 
 def test_the_differing_metric_is_that_of_the_answers_tokens(tmp_path: Path) -> None:
