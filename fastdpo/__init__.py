@@ -26,6 +26,7 @@ from fastdpo.types import (
 
 if TYPE_CHECKING:
     from fastdpo.integrations.model import FusedLMOutput, patch_model, unpatch_model
+    from fastdpo.integrations.trl import patch_trl, unpatch_trl
     from fastdpo.training.config import PreferenceConfig
     from fastdpo.training.trainer import PreferenceTrainer
 
@@ -50,15 +51,19 @@ __all__ = [
     "fused_preference_loss",
     "linear_logprob",
     "patch_model",
+    "patch_trl",
     "preference_loss",
     "shift_labels",
     "unpatch_model",
+    "unpatch_trl",
 ]
 
 _LOADED_ON_USE = {
     "FusedLMOutput": "fastdpo.integrations.model",
     "patch_model": "fastdpo.integrations.model",
     "unpatch_model": "fastdpo.integrations.model",
+    "patch_trl": "fastdpo.integrations.trl",
+    "unpatch_trl": "fastdpo.integrations.trl",
     "PreferenceConfig": "fastdpo.training.config",
     "PreferenceTrainer": "fastdpo.training.trainer",
 }

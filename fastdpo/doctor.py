@@ -49,6 +49,7 @@ def doctor(model: str | None = None) -> Diagnosis:
             (name, "runs" if reason is None else reason) for name, reason in backend_report().items()
         ],
         "Extension": [("fastdpo._C", _extension())],
+        "TRL": _trl(),
     }
     if model is not None:
         sections[f"Model {model}"] = _model(model)
@@ -91,6 +92,12 @@ def _extension() -> str:
     except ImportError as error:
         return f"not built ({error}); install fastdpo with a C++17 compiler on PATH"
     return "built with CUDA" if _C.built_with_cuda else "built without CUDA (no nvcc when it was installed)"
+
+
+def _trl() -> list[tuple[str, str]]:
+    from fastdpo.integrations.trl import trl_status
+
+    return trl_status()
 
 
 def _model(name: str) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import fastdpo
-from fastdpo import cli
+from fastdpo import cli, unpatch_trl
 from tests.training.conftest import make_rows, tiny_llama, write_jsonl
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
@@ -34,17 +34,21 @@ def folder(
 
 def test_there_is_one_example_of_each_use() -> None:
     sources = blocks("python")
-    assert len(sources) == 3
-    for source, use in zip(sources, ("fused_dpo_loss", "patch_model", "PreferenceTrainer"), strict=True):
+    uses = ("fused_dpo_loss", "patch_model", "PreferenceTrainer", "patch_trl")
+    for source, use in zip(sources, uses, strict=True):
         assert use in source and len(source.splitlines()) <= 20
 
 
-@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("index", range(4))
 def test_python_examples_run(index: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = blocks("python")[index]
-    if "peft" in source:
-        pytest.importorskip("peft")
-    exec(compile(source, f"README.md, example {index + 1}", "exec"), {})
+    for name in ("peft", "trl"):
+        if f"from {name} " in source:
+            pytest.importorskip(name)
+    try:
+        exec(compile(source, f"README.md, example {index + 1}", "exec"), {})
+    finally:
+        unpatch_trl()
     if index == 0:
         assert capsys.readouterr().out.split()[0].startswith("0.69314")
 

@@ -1,0 +1,315 @@
+"""``patch_trl``: TRL's own trainers on fastdpo's log-probabilities.
+
+TRL >= 1.15 has one function behind its DPO, KTO, GRPO, RLOO and SFT trainers that turns hidden states and
+a head into log-probabilities. It is private, and so are the methods of the CPO, ORPO and TPO trainers that
+build logits: what is replaced is known by a hash of its source, and anything else is refused. TRL looks all
+of it up when it is called, so a patch also reaches trainers that were made before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import textwrap
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import TracebackType
+from typing import Any
+
+from fastdpo.integrations.trl_logprob import APPLY_SIGNATURE, FusedLogProb, drop_unlabelled
+from fastdpo.ops.checks import check_execution
+from fastdpo.types import Execution
+
+SEAM = "trl.trainer.utils:_ChunkedLogProbFunction"
+COMPACTION = "trl.trainer.utils:_use_triton"  # since 1.16; 1.15 drops unlabelled tokens everywhere
+CPO = "trl.experimental.cpo.cpo_trainer:CPOTrainer.concatenated_forward"
+ORPO = "trl.experimental.orpo.orpo_trainer:ORPOTrainer.concatenated_forward"
+TPO = "trl.experimental.tpo.tpo_trainer:TPOTrainer._compute_loss"
+FIRST_VERSION = "1.15"
+
+# sha256 of the source, by the releases that have it: of what is replaced, and of what calls it or takes its
+# results. `source_hash` makes them.
+SEAM_SOURCES: dict[str, dict[str, str]] = {
+    "trl.trainer.utils:_ChunkedLogProbFunction": {"6a4578b8e7f201fa": "1.15", "17b8716d26881cf9": "1.16"},
+    "trl.trainer.utils:_use_triton": {"8bdca0eb73925ed1": "1.16"},
+    "trl.trainer.utils:add_fused_lm_head": {"65d22e63e4870d0f": "1.15", "c309684c7d7599a8": "1.16"},
+}
+EXPERIMENTAL_SOURCES: dict[str, dict[str, str]] = {
+    "trl.experimental.cpo.cpo_trainer:CPOTrainer.concatenated_forward": {"82174637bb3a754c": "1.15, 1.16"},
+    "trl.experimental.cpo.cpo_trainer:CPOTrainer.concatenated_inputs": {"250554a6316a0578": "1.15, 1.16"},
+    "trl.experimental.cpo.cpo_trainer:CPOTrainer.get_batch_logps": {"8e2f11045d9b27ac": "1.15, 1.16"},
+    "trl.experimental.cpo.cpo_trainer:CPOTrainer.get_batch_loss_metrics": {"9ebac25cac59bd55": "1.15, 1.16"},
+    "trl.experimental.orpo.orpo_trainer:ORPOTrainer.concatenated_forward": {"fa124d24498b5de6": "1.15, 1.16"},
+    "trl.experimental.orpo.orpo_trainer:ORPOTrainer.concatenated_inputs": {"250554a6316a0578": "1.15, 1.16"},
+    "trl.experimental.orpo.orpo_trainer:ORPOTrainer.get_batch_logps": {"a2a2d0dce79ae143": "1.15, 1.16"},
+    "trl.experimental.orpo.orpo_trainer:ORPOTrainer.get_batch_loss_metrics": {
+        "76eec8e950bfc1b0": "1.15, 1.16"
+    },
+    "trl.experimental.tpo.tpo_trainer:TPOTrainer._compute_loss": {"bdd4b26fb93e6835": "1.15, 1.16"},
+    "trl.experimental.tpo.tpo_trainer:TPOTrainer.prediction_step": {"fd7735f8e9461ead": "1.15, 1.16"},
+}
+
+
+@dataclass(frozen=True)
+class _Options:
+    execution: Execution
+    experimental: bool
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    """One attribute and what it was; ``owner`` is a module or a class."""
+
+    path: str
+    owner: Any
+    name: str
+    original: Any
+    replacement: Any
+
+
+@dataclass(frozen=True)
+class _Active:
+    options: _Options
+    replaced: tuple[_Replaced, ...]
+
+
+_active: _Active | None = None
+
+
+class TRLPatch:
+    """What `patch_trl` did. As a context manager it undoes that at the end of the block.
+
+    Args:
+        version: of TRL.
+        replaced: what is replaced now, as ``module:attribute``.
+        is_new: whether this call replaced it; a call that found TRL patched undoes nothing.
+    """
+
+    def __init__(self, version: str, replaced: tuple[str, ...], is_new: bool) -> None:
+        self.version = version
+        self.replaced = replaced
+        self.is_new = is_new
+
+    def __enter__(self) -> TRLPatch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.is_new:
+            unpatch_trl()
+
+    def __repr__(self) -> str:
+        return f"TRLPatch(trl {self.version}, replaced: {', '.join(self.replaced)})"
+
+
+def patch_trl(*, execution: Execution | None = None, experimental: bool = True) -> TRLPatch:
+    """Run TRL's trainers on `linear_logprob`: DPO, KTO, GRPO, RLOO and SFT, and CPO/SimPO, ORPO and TPO.
+
+    The first five call one log-prob function, which is replaced; all loss code, options and metrics stay
+    TRL's. On a CPU unlabelled tokens are dropped as well, which TRL does on GPUs only. Of CPO, ORPO and TPO,
+    which build the logits of the batch, the methods that do so are replaced; then the metrics
+    ``logits/chosen`` and ``logits/rejected`` of CPO and ORPO are means over the answers' tokens, not over all
+    positions. Losses, gradients and every other metric are TRL's up to rounding.
+
+    A head that TRL's trainers refuse (LoRA on ``lm_head``) they still refuse; one that fastdpo cannot run
+    (ZeRO-3, quantised; for the experimental trainers what `patch_model` refuses) raises at the first step.
+
+    Args:
+        execution: how to run the head; see `Execution`.
+        experimental: also the trainers of ``trl.experimental``: CPO, ORPO and TPO. Imports them.
+
+    Returns:
+        `TRLPatch`, also a context manager: ``with patch_trl(): trainer.train()``. Patching again with the
+        same options changes nothing.
+
+    Raises:
+        ModuleNotFoundError: TRL is not installed.
+        RuntimeError: this TRL is not one whose sources are known; the message says what was found.
+        ValueError: TRL is patched with other options.
+
+    Example:
+        >>> fastdpo.patch_trl()
+        >>> DPOTrainer(model, args=DPOConfig(...), train_dataset=dataset).train()
+    """
+    global _active
+    if not isinstance(experimental, bool):
+        raise TypeError(f"experimental: got {experimental!r}, wanted a bool")
+    options = _Options(check_execution(execution), experimental)
+    if _active is not None:
+        if _active.options != options:
+            raise ValueError(
+                f"patch_trl: got {options}, wanted unpatch_trl() first: TRL is patched with {_active.options}"
+            )
+        return _describe(_active, is_new=False)
+    if reason := refusal(experimental=experimental):
+        raise RuntimeError(f"patch_trl: {reason}")
+    made = []
+    for path, replacement in _replacements(options).items():
+        owner, name, original = _find(path)
+        if isinstance(replacement, _Around):
+            replacement = replacement.around(original)
+        made.append(_Replaced(path, owner, name, original, replacement))
+    for entry in made:  # nothing is set before everything was found
+        setattr(entry.owner, entry.name, entry.replacement)
+    _active = _Active(options, tuple(made))
+    return _describe(_active, is_new=True)
+
+
+def unpatch_trl() -> None:
+    """Put the very objects back that `patch_trl` replaced; nothing to do where it replaced none.
+
+    Raises:
+        RuntimeError: something else has been put in the place of a replacement since; nothing is changed.
+    """
+    global _active
+    if _active is None:
+        return
+    for entry in _active.replaced:
+        if (found := vars(entry.owner).get(entry.name)) is not entry.replacement:
+            raise RuntimeError(
+                f"unpatch_trl: {entry.path} is {found!r}, wanted what patch_trl put there; undo the later "
+                "patch first"
+            )
+    for entry in _active.replaced:
+        setattr(entry.owner, entry.name, entry.original)
+    _active = None
+
+
+def trl_status() -> list[tuple[str, str]]:
+    """``(name, finding)`` lines for `fastdpo.doctor`: whether TRL is patched, can be, or would be refused."""
+    version = _installed_version()
+    if version is None:
+        return [("patch_trl", "TRL is not installed")]
+    if _active is not None:
+        return [("patch_trl", f"TRL {version} is patched")] + [
+            ("replaced", entry.path) for entry in _active.replaced
+        ]
+    for experimental in (True, False):
+        try:
+            reason = refusal(experimental=experimental)
+        except Exception as error:  # a TRL that fails to import is a finding
+            reason = f"trl {version} cannot be imported ({type(error).__name__}: {error})"
+        if reason is None:
+            break
+        refused = reason
+    else:
+        return [("patch_trl", f"refused: {refused}")]
+    if experimental:
+        return [("patch_trl", f"TRL {version} is not patched; fastdpo.patch_trl() would")]
+    return [("patch_trl", f"refused: {refused}"), ("remedy", "patch_trl(experimental=False) runs")]
+
+
+def refusal(*, experimental: bool = True) -> str | None:
+    """Why `patch_trl` would refuse, or None.
+
+    Raises:
+        ModuleNotFoundError: TRL is not installed.
+    """
+    from packaging.version import InvalidVersion, Version
+
+    version = _installed_version()
+    if version is None:
+        raise ModuleNotFoundError(
+            f"patch_trl: got no installed TRL, wanted trl >= {FIRST_VERSION}", name="trl"
+        )
+    try:
+        is_old = Version(version) < Version(FIRST_VERSION)
+    except InvalidVersion:
+        return f"trl has the version {version!r}, which cannot be compared with {FIRST_VERSION}"
+    if is_old:
+        return (
+            f"trl {version} has no log-prob function that its trainers share, so there is nothing to "
+            f"replace; wanted trl >= {FIRST_VERSION}"
+        )
+    try:
+        owner, _, function = _find(SEAM)
+    except (ModuleNotFoundError, AttributeError) as error:
+        return f"trl {version} has no {SEAM} ({error}); this TRL is newer than this fastdpo"
+    if function is None:
+        return f"trl {version} found no Triton, without which it has no log-prob function; wanted trl >= 1.16"
+    forward = getattr(function, "forward", None)
+    found = tuple(inspect.signature(forward).parameters) if callable(forward) else ()
+    if found != APPLY_SIGNATURE:
+        return (
+            f"trl {version}: {SEAM} takes {found}, wanted {APPLY_SIGNATURE}; it was replaced, or this TRL is "
+            "newer than this fastdpo"
+        )
+    known = {**SEAM_SOURCES, **(EXPERIMENTAL_SOURCES if experimental else {})}
+    for path, releases in known.items():
+        if path == COMPACTION and not hasattr(owner, "_use_triton"):
+            continue
+        try:
+            digest = source_hash(_find(path)[2])
+        except (ImportError, AttributeError, OSError, TypeError) as error:
+            return f"trl {version}: the source of {path} cannot be read ({type(error).__name__}: {error})"
+        if digest not in releases:
+            remedy = (
+                "; patch_trl(experimental=False) leaves it as it is" if path in EXPERIMENTAL_SOURCES else ""
+            )
+            return (
+                f"trl {version}: the source of {path} has the sha256 {digest}, wanted {_wanted(releases)}; "
+                f"it was changed, or this TRL is newer than this fastdpo{remedy}"
+            )
+    return None
+
+
+def source_hash(found: Any) -> str:
+    """sha256 of the source of a class or function, first 16 hex digits."""
+    lines = textwrap.dedent(inspect.getsource(found)).splitlines()
+    return hashlib.sha256("\n".join(line.rstrip() for line in lines).encode()).hexdigest()[:16]
+
+
+def _wanted(releases: dict[str, str]) -> str:
+    return " or ".join(f"{digest} (trl {names})" for digest, names in releases.items())
+
+
+def _installed_version() -> str | None:
+    try:
+        return importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _find(path: str) -> tuple[Any, str, Any]:
+    """``(owner, name, value)`` of ``module:attribute.attribute``; the value as the owner itself holds it."""
+    module, _, attributes = path.partition(":")
+    with warnings.catch_warnings():
+        # Of importing trl.experimental; who uses it has been told, who does not need not be.
+        warnings.filterwarnings("ignore", message=".*trl.experimental.*")
+        owner: Any = import_module(module)
+    *parents, name = attributes.split(".")
+    owner = functools.reduce(getattr, parents, owner)
+    if name not in vars(owner):
+        raise AttributeError(f"{owner.__name__} has no {name} of its own")
+    return owner, name, vars(owner)[name]
+
+
+@dataclass(frozen=True)
+class _Around:
+    """A replacement that needs what it replaces."""
+
+    around: Callable[[Any], Any]
+
+
+def _replacements(options: _Options) -> dict[str, Any]:
+    made: dict[str, Any] = {SEAM: FusedLogProb(options.execution)}
+    if hasattr(_find(SEAM)[0], "_use_triton"):
+        made[COMPACTION] = _Around(drop_unlabelled)
+    if options.experimental:
+        from fastdpo.integrations.trl_trainers import make_methods
+
+        methods = make_methods(options.execution)
+        made |= {CPO: methods["cpo"], ORPO: methods["orpo"], TPO: methods["tpo"]}
+    return made
+
+
+def _describe(active: _Active, *, is_new: bool) -> TRLPatch:
+    return TRLPatch(_installed_version() or "?", tuple(entry.path for entry in active.replaced), is_new)

@@ -1,0 +1,205 @@
+"""What `patch_trl` puts in the place of TRL's log-prob function, and of its test for Triton.
+
+TRL calls ``_ChunkedLogProbFunction.apply`` with the labelled rows of one forward pass and gives the results
+to every loss, so that all of TRL's loss code stays TRL's. Nothing here keeps a tensor between calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastdpo.ops.checks import check_execution, fail
+from fastdpo.ops.linear_logprob import linear_logprob
+from fastdpo.types import Execution, LinearLogprobOutput, LMHead
+
+# TRL's names of the statistics, and ours; log_probs always comes.
+STATISTICS = {
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+    "mean_logits": "mean_logit",
+    "is_top1": "is_top1",
+}
+APPLY_SIGNATURE = (
+    "ctx",
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
+
+Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class FusedLogProb:
+    """``ChunkedLogProbFunction`` by `linear_logprob`: the same arguments, results and gradients.
+
+    TRL's entropy is always differentiable, and only GRPO's entropy bonus ever differentiates it. A
+    differentiable entropy costs the logits again in the backward pass, so it is made so on demand: the
+    gradient of an entropy that nobody asked for costs nothing, the first one asked for is computed by itself,
+    and from then on calls that want the same outputs compute both gradients together.
+    """
+
+    def __init__(self, execution: Execution | None = None) -> None:
+        self.execution = check_execution(execution)
+        self._differentiated: set[tuple[str, ...]] = set()
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = tuple(STATISTICS),
+    ) -> Results:
+        """Log-probabilities of ``targets (N,)`` for ``hidden (N, H)`` under a head ``(V, H)``; fp32, nats.
+
+        Args:
+            chunk_size: the width of TRL's tiles of the vocabulary. Ours follow from
+                ``execution.workspace_mib``; no result depends on either.
+
+        Returns:
+            ``(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1)``, ``(N,)`` each, None if not asked
+            for. As TRL's but for what rounding does: logits are not rounded to 16 bits on the way, and a
+            label that ties for the largest logit is top-1 even if it is not the first.
+
+        Raises:
+            ValueError: unknown outputs, a head that is sharded or quantised, or a value out of range.
+        """
+        outputs = tuple(outputs)
+        if unknown := set(outputs) - STATISTICS.keys() - {"log_probs"}:
+            raise fail("outputs", sorted(unknown), f"names from {('log_probs', *STATISTICS)}")
+        _check_weight(weight)
+        head = LMHead(
+            weight,
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=final_logit_softcapping,
+            temperature=temperature,
+        )
+        run = dataclasses.replace(self.execution, compute_dtype=self._compute_dtype(hidden))
+        wanted = tuple(STATISTICS[name] for name in outputs if name != "log_probs")
+
+        has_grad = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
+        )
+        wants_entropy = has_grad and "entropy" in wanted
+        together = wants_entropy and run.mode in ("auto", "recompute") and outputs in self._differentiated
+
+        scored = linear_logprob(
+            hidden, head, targets, outputs=wanted, entropy_requires_grad=together, execution=run
+        )
+        if wants_entropy and not together:
+            assert scored.entropy is not None
+            alone = dataclasses.replace(run, mode="recompute")
+
+            def entropy_again(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+                self._differentiated.add(outputs)
+                again = linear_logprob(
+                    hidden,
+                    dataclasses.replace(head, weight=weight, bias=bias),
+                    targets,
+                    outputs=("entropy",),
+                    entropy_requires_grad=True,
+                    execution=alone,
+                )
+                return again.entropy
+
+            entropy = _EntropyOnDemand.apply(scored.entropy, hidden, weight, bias, entropy_again)
+            scored = scored._replace(entropy=entropy)
+        return _as_trl(scored)
+
+    def _compute_dtype(self, hidden: Tensor) -> torch.dtype:
+        """TRL's rule: autocast's dtype where it is on, else that of hidden, whatever the weight's is."""
+        if self.execution.compute_dtype is not None:
+            return self.execution.compute_dtype
+        kind = hidden.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+class _EntropyOnDemand(torch.autograd.Function):
+    """The entropy as it is, with a backward pass that makes the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        entropy: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        entropy_again: Callable[..., Tensor],
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.entropy_again = entropy_again
+        return entropy.view_as(entropy)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        needs = ctx.needs_input_grad[1:4]
+        if grad is None:
+            return None, None, None, None, None
+        operands = [
+            None if tensor is None else tensor.detach().requires_grad_(needed)
+            for tensor, needed in zip(ctx.saved_tensors, needs, strict=True)
+        ]
+        with torch.enable_grad():
+            entropy = ctx.entropy_again(*operands)
+        found = iter(
+            torch.autograd.grad(entropy, [t for t in operands if t is not None and t.requires_grad], grad)
+        )
+        return None, *(next(found) if needed else None for needed in needs), None
+
+
+def _as_trl(scored: LinearLogprobOutput) -> Results:
+    """TRL's order and dtype: fp32, also where the operands are fp64."""
+
+    def fp32(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.float()
+
+    return (
+        scored.logps.float(),
+        fp32(scored.entropy),
+        fp32(scored.log_sum_sq_probs),
+        fp32(scored.mean_logit),
+        scored.is_top1,
+    )
+
+
+def _check_weight(weight: Any) -> None:
+    """What TRL hands over and `linear_logprob` cannot see is not a whole matrix of numbers."""
+    if hasattr(weight, "ds_id"):
+        raise ValueError(
+            "lm_head.weight: got a parameter partitioned by DeepSpeed ZeRO-3, which is gone before the "
+            "backward pass, wanted a whole one; use ZeRO-2, or fastdpo.unpatch_trl()"
+        )
+    if is_traceable_wrapper_subclass(weight) or not weight.dtype.is_floating_point:
+        raise ValueError(
+            f"lm_head.weight: got a {type(weight).__name__} of {weight.dtype}, quantised or sharded; wanted "
+            "a plain floating-point tensor; leave lm_head out of the quantisation"
+        )
+
+
+def drop_unlabelled(original: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
+    """TRL's `_use_triton` as its fused head asks it: whether only labelled positions are scored."""
+
+    def drops_unlabelled(device: torch.device) -> bool:
+        return device.type == "cpu" or original(device)
+
+    return drops_unlabelled
