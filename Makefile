@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-gpu gpu demo bench tables clean
+.PHONY: help setup check test test-gpu test-llama-factory gpu demo bench tables clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,16 @@ test: check  ## everything that needs no GPU
 test-gpu: setup  ## the tests that need a GPU, in .venv
 	$(BIN)/python -m pytest -m gpu
 
+# LLaMA-Factory wants older libraries than everything else here, so it has an environment of its own.
+LLAMA_FACTORY := .venv-llama-factory
+$(LLAMA_FACTORY)/.ready: tests/integrations/llama_factory.txt pyproject.toml
+	@$(PYTHON) -m venv $(LLAMA_FACTORY)
+	$(LLAMA_FACTORY)/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps --requirement $<
+	@touch $@
+
+test-llama-factory: $(LLAMA_FACTORY)/.ready  ## patch_llama_factory, in an environment of its own
+	OMP_NUM_THREADS=1 $(LLAMA_FACTORY)/bin/python -m pytest tests/integrations/test_llama_factory.py
+
 # Uses the active Python with what it has, no .venv and no network: GPU images bring their own torch. A failed test does
 # not keep the measurements from being made (each is checked before it is timed); it does fail the verb.
 gpu:  ## on a machine with a GPU: build the CUDA kernels, run tests/gpu, time the modes against cuBLAS
@@ -68,4 +78,4 @@ tables: setup  ## write README's tables from benchmarks/results and the registry
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info fastdpo/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(BIN)/.built
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -25,6 +25,7 @@ from fastdpo.types import (
 )
 
 if TYPE_CHECKING:
+    from fastdpo.integrations.llama_factory import patch_llama_factory, unpatch_llama_factory
     from fastdpo.integrations.model import FusedLMOutput, patch_model, unpatch_model
     from fastdpo.integrations.trl import patch_trl, unpatch_trl
     from fastdpo.training.config import PreferenceConfig
@@ -50,16 +51,20 @@ __all__ = [
     "fused_dpo_loss",
     "fused_preference_loss",
     "linear_logprob",
+    "patch_llama_factory",
     "patch_model",
     "patch_trl",
     "preference_loss",
     "shift_labels",
+    "unpatch_llama_factory",
     "unpatch_model",
     "unpatch_trl",
 ]
 
 _LOADED_ON_USE = {
     "FusedLMOutput": "fastdpo.integrations.model",
+    "patch_llama_factory": "fastdpo.integrations.llama_factory",
+    "unpatch_llama_factory": "fastdpo.integrations.llama_factory",
     "patch_model": "fastdpo.integrations.model",
     "unpatch_model": "fastdpo.integrations.model",
     "patch_trl": "fastdpo.integrations.trl",

@@ -50,6 +50,7 @@ def doctor(model: str | None = None) -> Diagnosis:
         ],
         "Extension": [("fastdpo._C", _extension())],
         "TRL": _trl(),
+        "LLaMA-Factory": _llama_factory(),
     }
     if model is not None:
         sections[f"Model {model}"] = _model(model)
@@ -98,6 +99,12 @@ def _trl() -> list[tuple[str, str]]:
     from fastdpo.integrations.trl import trl_status
 
     return trl_status()
+
+
+def _llama_factory() -> list[tuple[str, str]]:
+    from fastdpo.integrations.llama_factory import llama_factory_status
+
+    return llama_factory_status()
 
 
 def _model(name: str) -> list[tuple[str, str]]:

@@ -8,18 +8,20 @@ of it up when it is called, so a patch also reaches trainers that were made befo
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.metadata
 import inspect
-import textwrap
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from types import TracebackType
 from typing import Any
 
+from fastdpo.integrations.source_patch import (
+    AppliedPatch,
+    Around,
+    Replaced,
+    find,
+    installed_version,
+    put_back,
+    replace,
+    unknown_source,
+)
 from fastdpo.integrations.trl_logprob import APPLY_SIGNATURE, FusedLogProb, drop_unlabelled
 from fastdpo.ops.checks import check_execution
 from fastdpo.types import Execution
@@ -32,7 +34,7 @@ TPO = "trl.experimental.tpo.tpo_trainer:TPOTrainer._compute_loss"
 FIRST_VERSION = "1.15"
 
 # sha256 of the source, by the releases that have it: of what is replaced, and of what calls it or takes its
-# results. `source_hash` makes them.
+# results. `source_patch.source_hash` makes them.
 SEAM_SOURCES: dict[str, dict[str, str]] = {
     "trl.trainer.utils:_ChunkedLogProbFunction": {"6a4578b8e7f201fa": "1.15", "17b8716d26881cf9": "1.16"},
     "trl.trainer.utils:_use_triton": {"8bdca0eb73925ed1": "1.16"},
@@ -61,56 +63,15 @@ class _Options:
 
 
 @dataclass(frozen=True)
-class _Replaced:
-    """One attribute and what it was; ``owner`` is a module or a class."""
-
-    path: str
-    owner: Any
-    name: str
-    original: Any
-    replacement: Any
-
-
-@dataclass(frozen=True)
 class _Active:
     options: _Options
-    replaced: tuple[_Replaced, ...]
+    replaced: tuple[Replaced, ...]
 
 
 _active: _Active | None = None
 
 
-class TRLPatch:
-    """What `patch_trl` did. As a context manager it undoes that at the end of the block.
-
-    Args:
-        version: of TRL.
-        replaced: what is replaced now, as ``module:attribute``.
-        is_new: whether this call replaced it; a call that found TRL patched undoes nothing.
-    """
-
-    def __init__(self, version: str, replaced: tuple[str, ...], is_new: bool) -> None:
-        self.version = version
-        self.replaced = replaced
-        self.is_new = is_new
-
-    def __enter__(self) -> TRLPatch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self.is_new:
-            unpatch_trl()
-
-    def __repr__(self) -> str:
-        return f"TRLPatch(trl {self.version}, replaced: {', '.join(self.replaced)})"
-
-
-def patch_trl(*, execution: Execution | None = None, experimental: bool = True) -> TRLPatch:
+def patch_trl(*, execution: Execution | None = None, experimental: bool = True) -> AppliedPatch:
     """Run TRL's trainers on `linear_logprob`: DPO, KTO, GRPO, RLOO and SFT, and CPO/SimPO, ORPO and TPO.
 
     The first five call one log-prob function, which is replaced; all loss code, options and metrics stay
@@ -127,7 +88,7 @@ def patch_trl(*, execution: Execution | None = None, experimental: bool = True) 
         experimental: also the trainers of ``trl.experimental``: CPO, ORPO and TPO. Imports them.
 
     Returns:
-        `TRLPatch`, also a context manager: ``with patch_trl(): trainer.train()``. Patching again with the
+        `AppliedPatch`, also a context manager: ``with patch_trl(): trainer.train()``. Patching again with the
         same options changes nothing.
 
     Raises:
@@ -151,15 +112,7 @@ def patch_trl(*, execution: Execution | None = None, experimental: bool = True) 
         return _describe(_active, is_new=False)
     if reason := refusal(experimental=experimental):
         raise RuntimeError(f"patch_trl: {reason}")
-    made = []
-    for path, replacement in _replacements(options).items():
-        owner, name, original = _find(path)
-        if isinstance(replacement, _Around):
-            replacement = replacement.around(original)
-        made.append(_Replaced(path, owner, name, original, replacement))
-    for entry in made:  # nothing is set before everything was found
-        setattr(entry.owner, entry.name, entry.replacement)
-    _active = _Active(options, tuple(made))
+    _active = _Active(options, replace(_replacements(options)))
     return _describe(_active, is_new=True)
 
 
@@ -172,14 +125,7 @@ def unpatch_trl() -> None:
     global _active
     if _active is None:
         return
-    for entry in _active.replaced:
-        if (found := vars(entry.owner).get(entry.name)) is not entry.replacement:
-            raise RuntimeError(
-                f"unpatch_trl: {entry.path} is {found!r}, wanted what patch_trl put there; undo the later "
-                "patch first"
-            )
-    for entry in _active.replaced:
-        setattr(entry.owner, entry.name, entry.original)
+    put_back(_active.replaced, "patch_trl")
     _active = None
 
 
@@ -230,7 +176,7 @@ def refusal(*, experimental: bool = True) -> str | None:
             f"replace; wanted trl >= {FIRST_VERSION}"
         )
     try:
-        owner, _, function = _find(SEAM)
+        owner, _, function = find(SEAM)
     except (ModuleNotFoundError, AttributeError) as error:
         return f"trl {version} has no {SEAM} ({error}); this TRL is newer than this fastdpo"
     if function is None:
@@ -243,66 +189,24 @@ def refusal(*, experimental: bool = True) -> str | None:
             "newer than this fastdpo"
         )
     known = {**SEAM_SOURCES, **(EXPERIMENTAL_SOURCES if experimental else {})}
-    for path, releases in known.items():
-        if path == COMPACTION and not hasattr(owner, "_use_triton"):
-            continue
-        try:
-            digest = source_hash(_find(path)[2])
-        except (ImportError, AttributeError, OSError, TypeError) as error:
-            return f"trl {version}: the source of {path} cannot be read ({type(error).__name__}: {error})"
-        if digest not in releases:
-            remedy = (
-                "; patch_trl(experimental=False) leaves it as it is" if path in EXPERIMENTAL_SOURCES else ""
-            )
-            return (
-                f"trl {version}: the source of {path} has the sha256 {digest}, wanted {_wanted(releases)}; "
-                f"it was changed, or this TRL is newer than this fastdpo{remedy}"
-            )
-    return None
-
-
-def source_hash(found: Any) -> str:
-    """sha256 of the source of a class or function, first 16 hex digits."""
-    lines = textwrap.dedent(inspect.getsource(found)).splitlines()
-    return hashlib.sha256("\n".join(line.rstrip() for line in lines).encode()).hexdigest()[:16]
-
-
-def _wanted(releases: dict[str, str]) -> str:
-    return " or ".join(f"{digest} (trl {names})" for digest, names in releases.items())
+    if not hasattr(owner, "_use_triton"):
+        del known[COMPACTION]
+    if (unknown := unknown_source(f"trl {version}", known)) is None:
+        return None
+    path, reason = unknown
+    if path in EXPERIMENTAL_SOURCES:
+        reason += "; patch_trl(experimental=False) leaves it as it is"
+    return reason
 
 
 def _installed_version() -> str | None:
-    try:
-        return importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _find(path: str) -> tuple[Any, str, Any]:
-    """``(owner, name, value)`` of ``module:attribute.attribute``; the value as the owner itself holds it."""
-    module, _, attributes = path.partition(":")
-    with warnings.catch_warnings():
-        # Of importing trl.experimental; who uses it has been told, who does not need not be.
-        warnings.filterwarnings("ignore", message=".*trl.experimental.*")
-        owner: Any = import_module(module)
-    *parents, name = attributes.split(".")
-    owner = functools.reduce(getattr, parents, owner)
-    if name not in vars(owner):
-        raise AttributeError(f"{owner.__name__} has no {name} of its own")
-    return owner, name, vars(owner)[name]
-
-
-@dataclass(frozen=True)
-class _Around:
-    """A replacement that needs what it replaces."""
-
-    around: Callable[[Any], Any]
+    return installed_version("trl")
 
 
 def _replacements(options: _Options) -> dict[str, Any]:
     made: dict[str, Any] = {SEAM: FusedLogProb(options.execution)}
-    if hasattr(_find(SEAM)[0], "_use_triton"):
-        made[COMPACTION] = _Around(drop_unlabelled)
+    if hasattr(find(SEAM)[0], "_use_triton"):
+        made[COMPACTION] = Around(drop_unlabelled)
     if options.experimental:
         from fastdpo.integrations.trl_trainers import make_methods
 
@@ -311,5 +215,6 @@ def _replacements(options: _Options) -> dict[str, Any]:
     return made
 
 
-def _describe(active: _Active, *, is_new: bool) -> TRLPatch:
-    return TRLPatch(_installed_version() or "?", tuple(entry.path for entry in active.replaced), is_new)
+def _describe(active: _Active, *, is_new: bool) -> AppliedPatch:
+    paths = tuple(entry.path for entry in active.replaced)
+    return AppliedPatch("trl", _installed_version() or "?", paths, is_new, unpatch_trl)

@@ -11,22 +11,15 @@ those positions are what is not computed here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.integrations.lm_head import unwrap
-from fastdpo.integrations.model import (
-    FusedLMOutput,
-    is_patched,
-    patch_model,
-    require_fused_output,
-    unpatch_model,
-)
+from fastdpo.integrations.model import FusedLMOutput, require_fused_output
+from fastdpo.integrations.patched_call import without_logits
 from fastdpo.types import Execution
 
 IGNORED = -100
@@ -72,7 +65,7 @@ def make_methods(execution: Execution | None) -> dict[str, Callable[..., Any]]:
         arguments["use_cache"] = False
         is_answer = inputs["completion_mask"].bool()
         labels = inputs["input_ids"].masked_fill(~is_answer, IGNORED)
-        with _without_logits(self, model, execution):
+        with without_logits(self, model, execution):
             out = require_fused_output(
                 model(
                     **arguments,
@@ -121,7 +114,7 @@ def _score(
     trainer: Any, model: Any, inputs: dict[str, Tensor], labels: Tensor, execution: Execution | None
 ) -> FusedLMOutput:
     router = {"output_router_logits": True} if trainer.aux_loss_enabled else {}
-    with _without_logits(trainer, model, execution):
+    with without_logits(trainer, model, execution):
         return require_fused_output(
             model(
                 inputs["input_ids"],
@@ -168,44 +161,6 @@ def _mean_nll(logps: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of the labelled tokens, of which the first position is none; NaN where there are none."""
     mask = labels[:, 1:] != IGNORED
     return -(logps[:, 1:] * mask).sum() / mask.sum()
-
-
-@contextmanager
-def _without_logits(trainer: Any, model: Any, execution: Execution | None) -> Iterator[None]:
-    """`patch_model` for one call, under the trainer's autocast.
-
-    accelerate's mixed precision puts an autocast wrapper in ``model.forward``, which would hide the patched
-    class; it steps aside for the call, and `accelerator.autocast` stands in for it.
-    """
-    inner = unwrap(model)
-    if is_patched(inner):
-        with trainer.accelerator.autocast():
-            yield
-        return
-    wrapper = vars(inner).pop("forward") if _is_mixed_precision(inner) else None
-    try:
-        patch_model(inner, execution=execution)
-        try:
-            with trainer.accelerator.autocast():
-                yield
-        finally:
-            unpatch_model(inner)
-    finally:
-        if wrapper is not None:
-            inner.forward = wrapper
-
-
-def _is_mixed_precision(model: Any) -> bool:
-    """Whether ``model.forward`` is accelerate's wrapper, once or more, around the class's own forward."""
-    own = vars(model)
-    if "forward" not in own or "_original_forward" not in own:
-        return False
-    inside = own["forward"]
-    inside = getattr(inside, "__func__", inside)
-    while inside is not type(model).forward and hasattr(inside, "__wrapped__"):
-        inside = inside.__wrapped__
-        inside = getattr(inside, "__func__", inside)
-    return inside is type(model).forward
 
 
 def _tpo_losses(trainer: Any, gap: Tensor) -> Tensor:
