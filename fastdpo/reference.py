@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdpo.types import TOKEN_STATISTICS, LinearLogprobOutput
+from fastdpo.types import DEFAULT_TOPK, TOKEN_STATISTICS, TOPK_STATISTICS, LinearLogprobOutput
 
 if TYPE_CHECKING:  # kernels lie above this module: only the shapes of their arguments are known here
     from fastdpo.kernels.contract import LogitTransform, RowOutputs
@@ -35,6 +35,7 @@ def linear_logprob_reference(
     temperature: float = 1.0,
     ignore_index: int = -100,
     outputs: Sequence[str] = (),
+    topk: int = DEFAULT_TOPK,
 ) -> LinearLogprobOutput:
     """Per-token log-probabilities of ``labels`` under a language-model head, by definition.
 
@@ -49,7 +50,9 @@ def linear_logprob_reference(
         bias: ``(V,)``, or None.
         logit_scale, softcap, temperature: s, cap and tau of the module's docstring.
         ignore_index: the label of positions that give 0 and take no part in any gradient.
-        outputs: statistics wanted beside ``logps``, names of ``fastdpo.types.TOKEN_STATISTICS``.
+        outputs: statistics wanted beside ``logps``, names of ``fastdpo.types.TOKEN_STATISTICS`` and of
+            ``TOPK_STATISTICS``.
+        topk: how many of the largest probabilities the latter look at.
 
     Returns:
         ``LinearLogprobOutput`` with fields of the labels' shape, 0 (False) where ignored. A label
@@ -58,9 +61,10 @@ def linear_logprob_reference(
     Raises:
         ValueError: an unknown name in ``outputs``.
     """
-    unknown = set(outputs) - set(TOKEN_STATISTICS)
+    known = (*TOKEN_STATISTICS, *TOPK_STATISTICS)
+    unknown = set(outputs) - set(known)
     if unknown:
-        raise ValueError(f"outputs: got {sorted(unknown)}, want names out of {TOKEN_STATISTICS}")
+        raise ValueError(f"outputs: got {sorted(unknown)}, want names out of {known}")
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     labelled = labels != ignore_index
     kept = labels[labelled].long()  # (N,)
@@ -73,7 +77,7 @@ def linear_logprob_reference(
         z = softcap * torch.tanh(z / softcap)
     z = z / temperature
 
-    results = token_statistics(z, kept, ("logps", *outputs))
+    results = token_statistics(z, kept, ("logps", *outputs), topk)
     spread = {
         name: torch.zeros_like(labels, dtype=value.dtype).masked_scatter(labelled, value)
         for name, value in results.items()
@@ -81,8 +85,10 @@ def linear_logprob_reference(
     return LinearLogprobOutput(**spread)
 
 
-def token_statistics(z: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """The statistics ``names`` (``logps`` or one of ``TOKEN_STATISTICS``) of final logits.
+def token_statistics(
+    z: Tensor, labels: Tensor, names: Sequence[str], topk: int = DEFAULT_TOPK
+) -> dict[str, Tensor]:
+    """The statistics ``names`` of final logits: ``logps``, of ``TOKEN_STATISTICS`` or ``TOPK_STATISTICS``.
 
     Args:
         z: ``(N, V)`` logits, fp32 or fp64; -inf is legal and counts as probability 0.
@@ -101,6 +107,10 @@ def token_statistics(z: Tensor, labels: Tensor, names: Sequence[str]) -> dict[st
             results[name] = _by_row(torch.logsumexp, 2 * log_p)
         elif name == "mean_logit":
             results[name] = _by_row(torch.mean, z)
+        elif name == "topk_mass":
+            results[name] = _top_log_p(log_p, topk).exp().sum(-1)
+        elif name == "topk_entropy":
+            results[name] = -_p_log_p(_top_log_p(log_p, topk)).sum(-1)
         else:
             assert name == "is_top1", name
             results[name] = _pick(z, labels) == z.amax(-1)
@@ -175,6 +185,11 @@ def _pick(values: Tensor, labels: Tensor) -> Tensor:
     in_range = (labels >= 0) & (labels < values.shape[1])
     picked = values.gather(1, labels.where(in_range, 0)[:, None])[:, 0]
     return picked.where(in_range, float("nan"))
+
+
+def _top_log_p(log_p: Tensor, k: int) -> Tensor:
+    """``(N, k)`` the largest log p of each row, without a gradient."""
+    return log_p.detach().sort(-1, descending=True).values[:, :k]
 
 
 def _p_log_p(log_p: Tensor) -> Tensor:

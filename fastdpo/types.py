@@ -16,9 +16,12 @@ from torch import Tensor
 MODES = ("auto", "score", "stash", "cache", "pairs", "recompute", "lean")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
-# Every per-token statistic the op can return beside the log-probability; `lse` is the only one with
-# a gradient by default, `entropy` has one on request.
+# Every per-token statistic that the row kernels make beside the log-probability; `lse` is the only one
+# with a gradient by default, `entropy` has one on request.
 TOKEN_STATISTICS = ("lse", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
+# Those of the k most likely tokens, which no row kernel makes; never differentiable.
+TOPK_STATISTICS = ("topk_mass", "topk_entropy")
+DEFAULT_TOPK = 10  # arXiv:2410.11677 sec. 4
 
 
 @dataclass(frozen=True, eq=False)
