@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdpo.types import DEFAULT_TOPK, TOKEN_STATISTICS, TOPK_STATISTICS, LinearLogprobOutput
+from fastdpo.types import (
+    DEFAULT_TOPK,
+    TOKEN_STATISTICS,
+    TOPK_STATISTICS,
+    LinearLogprobOutput,
+    LMHead,
+    TeacherCombination,
+    TokenDivergenceOutput,
+)
 
 if TYPE_CHECKING:  # kernels lie above this module: only the shapes of their arguments are known here
     from fastdpo.kernels.contract import LogitTransform, RowOutputs
@@ -69,20 +77,52 @@ def linear_logprob_reference(
     labelled = labels != ignore_index
     kept = labels[labelled].long()  # (N,)
 
-    z = hidden[labelled].to(dtype) @ weight.to(dtype).T  # (N, V)
-    if bias is not None:
-        z = z + bias.to(dtype)
-    z = logit_scale * z
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
-
+    head = LMHead(weight, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+    z = head_logits(hidden[labelled].to(dtype), head)  # (N, V)
     results = token_statistics(z, kept, ("logps", *outputs), topk)
     spread = {
         name: torch.zeros_like(labels, dtype=value.dtype).masked_scatter(labelled, value)
         for name, value in results.items()
     }
     return LinearLogprobOutput(**spread)
+
+
+def head_logits(hidden: Tensor, head: LMHead) -> Tensor:
+    """Final logits ``(..., V)`` of hidden states ``(..., H)``, in their dtype."""
+    z = hidden @ head.weight.to(hidden.dtype).T
+    if head.bias is not None:
+        z = z + head.bias.to(hidden.dtype)
+    z = head.logit_scale * z
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z / head.temperature
+
+
+def divergences_reference(z: Tensor, teacher: Tensor, *, jsd_beta: float = 0.5) -> TokenDivergenceOutput:
+    """Forward KL, reverse KL and JSD of final logits z ``(..., V)`` and a teacher's, by definition.
+
+    Dense and differentiable in both; the definitions are those of ``token_divergence``.
+    """
+    log_p, log_q = z.log_softmax(-1), teacher.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = (jsd_beta * q + (1 - jsd_beta) * p).log()
+
+    def kl(weight: Tensor, log_weight: Tensor, log_other: Tensor) -> Tensor:
+        return torch.where(weight > 0, weight * (log_weight - log_other), 0.0).sum(-1)
+
+    return TokenDivergenceOutput(
+        forward_kl=kl(q, log_q, log_p),
+        reverse_kl=kl(p, log_p, log_q),
+        jsd=jsd_beta * kl(q, log_q, log_m) + (1 - jsd_beta) * kl(p, log_p, log_m),
+    )
+
+
+def combined_logits(first: Tensor, second: Tensor, combination: TeacherCombination) -> tuple[Tensor, Tensor]:
+    """A teacher's logits ``(..., V)`` made of two, and the L1 distance ``(...)`` of the two distributions."""
+    distance = (first.softmax(-1) - second.softmax(-1)).abs().sum(-1)
+    a = combination.first + combination.first_slope * distance
+    b = combination.second + combination.second_slope * distance
+    return a[..., None] * first + b[..., None] * second, distance
 
 
 def token_statistics(

@@ -137,6 +137,32 @@ class LinearLogprobOutput(NamedTuple):
     topk_entropy: Tensor | None = None
 
 
+class TokenDivergenceOutput(NamedTuple):
+    """Per-token results of ``token_divergence``, each of the labels' shape; 0 where ignored.
+
+    fp32 (fp64 for fp64 inputs), in nats. What was not asked for is None.
+    """
+
+    forward_kl: Tensor | None = None  # KL(teacher || policy)
+    reverse_kl: Tensor | None = None  # KL(policy || teacher)
+    jsd: Tensor | None = None  # b KL(teacher || m) + (1 - b) KL(policy || m), m = b teacher + (1 - b) policy
+    l1_distance: Tensor | None = None  # of two teachers, sum |p_first - p_second|; not differentiable
+
+
+class TeacherCombination(NamedTuple):
+    """A teacher made of two, per token: softmax(a z_first + b z_second).
+
+    a = first + first_slope * d and b = second + second_slope * d, d being the L1 distance of the two
+    teachers' distributions at that token. Numbers, or for ``first`` and ``second`` tensors of the labels'
+    shape.
+    """
+
+    first: float | Tensor
+    second: float | Tensor
+    first_slope: float = 0.0
+    second_slope: float = 0.0
+
+
 class DPOLossOutput(NamedTuple):
     """What ``fused_dpo_loss`` returns; all but ``loss`` is detached. Shapes ``()`` and ``(P,)``."""
 

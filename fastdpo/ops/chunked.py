@@ -100,14 +100,14 @@ def backward_chunks(
         adds_label_rows=grads.lse is not None,
     )
     if call.plan.mode == "stash":
-        _backward_stash(call, kept, outputs, grads, total)
+        backward_stash(call, kept, outputs, grads, total)
     else:
         for group in _d_groups(call, weight, kept, grads):
             total.add_group(group, outputs, grads)
     return total.results()
 
 
-def _backward_stash(
+def backward_stash(
     call: HeadCall, kept: Tensor, outputs: RowOutputs, grads: TokenGrads, total: Gradients
 ) -> None:
     """dhidden = g (D W), with D W from the forward pass: no product at all."""

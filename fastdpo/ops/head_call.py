@@ -147,9 +147,14 @@ class LogitChunks:
 
     def d_in_place(self, num_rows: int) -> Tensor:
         """D's place in the workspace: the front of each logits row, in the operands' dtype."""
-        flat = self._logits.view(-1).view(self.call.operand_dtype)
-        stride = flat.numel() // max(self._logits.shape[0], 1)
-        return flat.as_strided((num_rows, self.call.plan.vocab_size), (stride, 1))
+        return front_of_rows(self._logits, num_rows, self.call)
+
+
+def front_of_rows(logits: Tensor, num_rows: int, call: HeadCall) -> Tensor:
+    """``(num_rows, V)`` in the operands' dtype, over the front of each row of a workspace."""
+    flat = logits.view(-1).view(call.operand_dtype)
+    stride = flat.numel() // max(logits.shape[0], 1)
+    return flat.as_strided((num_rows, call.plan.vocab_size), (stride, 1))
 
 
 def empty_outputs(call: HeadCall, statistics: tuple[str, ...]) -> RowOutputs:

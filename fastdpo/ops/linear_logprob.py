@@ -78,19 +78,11 @@ def linear_logprob(
         >>> out.logps.shape
         torch.Size([2, 5])
     """
-    if isinstance(labels, TokenLayout):
-        if token_index is not None:
-            raise checks.fail("token_index", "a value together with a TokenLayout", "None: the layout has it")
-        checks.check_token_layout(labels, hidden)
-        token_index, index_kind, labels = labels.token_index, "repeated", labels.target_ids
-    else:
-        checks.check_labels(labels, hidden)
-        checks.check_token_index(token_index, hidden)
-        index_kind = "found" if token_index is None else "given"
+    targets, token_index, index_kind = labelled_rows(hidden, labels, token_index)
     output, _ = indexed_logprob(
         hidden,
         checks.as_head(lm_head),
-        labels,
+        targets,
         token_index,
         index_kind,
         ignore_index=ignore_index,
@@ -102,6 +94,20 @@ def linear_logprob(
         execution=execution,
     )
     return output
+
+
+def labelled_rows(
+    hidden: Tensor, labels: Tensor | TokenLayout, token_index: Tensor | None
+) -> tuple[Tensor, Tensor | None, str]:
+    """Checked labels, the index of their rows and its kind (``library.INDEX_KINDS``)."""
+    if isinstance(labels, TokenLayout):
+        if token_index is not None:
+            raise checks.fail("token_index", "a value together with a TokenLayout", "None: the layout has it")
+        checks.check_token_layout(labels, hidden)
+        return labels.target_ids, labels.token_index, "repeated"
+    checks.check_labels(labels, hidden)
+    checks.check_token_index(token_index, hidden)
+    return labels, token_index, "found" if token_index is None else "given"
 
 
 def indexed_logprob(
