@@ -185,5 +185,5 @@ class PreferenceLossOutput(NamedTuple):
     loss: Tensor  # ()
     logps: Tensor  # (rows,) sums; of losses that look at tokens, (B,) sums
     ref_logps: Tensor | None
-    rewards: Tensor | None  # (rows,) beta times the log-ratio, of lists and unpaired answers
+    rewards: Tensor | None  # (rows,) beta times the log-ratio, of lists, unpaired answers and pairs
     metrics: dict[str, Tensor]

@@ -155,5 +155,6 @@ def _log_softmax_(logits: Tensor) -> Tensor:
 
 def _log_mean(delta: Tensor, b: float) -> Tensor:
     """s of the module's docstring."""
-    s = delta.abs().neg_().expm1_()
-    return s.mul_(torch.where(delta > 0, 1 - b, b)).log1p_()
+    # Tensors of delta's dtype: of two numbers torch.where makes fp32.
+    weight = torch.where(delta > 0, delta.new_full((), 1 - b), delta.new_full((), b))
+    return delta.abs().neg_().expm1_().mul_(weight).log1p_()

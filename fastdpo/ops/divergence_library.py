@@ -191,16 +191,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *results, index, kept = output
     # Unused outputs would otherwise get zero gradients of their size: one of D's, with `cache`.
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*results[len(DIVERGENCES) :], index, kept)
+    options = DivergenceOptions(*inputs[7 + NUM_TEACHER_TENSORS :])
+    ctx.is_made = [name in options.outputs.split(",") for name in DIVERGENCES]
+    others = [out for out, is_made in zip(results, ctx.is_made, strict=False) if not is_made]
+    ctx.mark_non_differentiable(*others, *results[len(DIVERGENCES) :], index, kept)
     ctx.index_kind = index_kind
     saved_index = index if token_index is None else token_index
     ctx.save_for_backward(hidden, weight, bias, saved_index, kept, *teachers)
-    ctx.options = inputs[7 + NUM_TEACHER_TENSORS :]
+    ctx.options = options
     ctx.num_inputs = len(inputs)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    upstream = grads[: len(DIVERGENCES)]
+    # Ahead-of-time autograd materialises the others' gradients whatever is said, and these are (0,).
+    upstream = [grad if is_made else None for grad, is_made in zip(grads, ctx.is_made, strict=False)]
     needs = ctx.needs_input_grad[:3]
     no_more = (None,) * (ctx.num_inputs - 3)
     if all(grad is None for grad in upstream):

@@ -43,8 +43,9 @@ def token_divergence(
 
     With p the policy's distribution and q the teacher's, each of its own hidden states and head:
     ``forward_kl`` is KL(q || p), ``reverse_kl`` is KL(p || q), and ``jsd``, with m = b q + (1 - b) p, is
-    b KL(q || m) + (1 - b) KL(p || m). The teacher may be made of two, q = softmax(a z_first + b z_second) with
-    coefficients per token. Only labelled tokens enter a matrix product; logits exist for one chunk at a time.
+    b KL(q || m) + (1 - b) KL(p || m). The teacher may be made of two, q = softmax(a z_first + b z_second)
+    with coefficients per token. Only labelled tokens enter a matrix product; logits exist for one chunk at a
+    time.
 
     Products of 2 N H V FLOP, with one teacher: 2 without a gradient; 3 with the head frozen (``stash``, all
     in the forward pass); with the head trained 4 in ``cache`` while all of D is kept (2 and 2) and 6 in
@@ -110,11 +111,11 @@ def token_divergence(
     if len(teachers) == 1:
         tensors += [None, None, None]
         scalars += [1.0, None, 1.0, dtypes[0]]
+    coefficients, slopes = _coefficients(combination, targets, checks.accumulation_dtype(dtypes[0]))
     options = DivergenceOptions(
         ",".join(wanted),
         beta,
-        0.0 if combination is None else float(combination.first_slope),
-        0.0 if combination is None else float(combination.second_slope),
+        *slopes,
         _settle_mode(hidden, head, run, wanted),
         run.workspace_mib,
         run.cache_mib,
@@ -129,7 +130,7 @@ def token_divergence(
         index_kind,
         ignore_index,
         *tensors,
-        _coefficients(combination, targets, checks.accumulation_dtype(dtypes[0])),
+        coefficients,
         *options,
     )
     named = zip(OUTPUTS, results, strict=False)  # the index and what is kept come behind
@@ -219,10 +220,10 @@ def _check_teachers(
 
 def _coefficients(
     combination: TeacherCombination | None, targets: Tensor, dtype: torch.dtype
-) -> Tensor | None:
-    """``(2, M)``: a and b of every position, less what their slopes add."""
+) -> tuple[Tensor | None, tuple[float, float]]:
+    """``(2, M)``, a and b of every position less what their slopes add, and the slopes."""
     if combination is None:
-        return None
+        return None, (0.0, 0.0)
     rows = []
     for name in ("first", "second", "first_slope", "second_slope"):
         value = getattr(combination, name)
@@ -238,7 +239,7 @@ def _coefficients(
             raise checks.fail(f"combination.{name}", repr(value), "a finite number")
         if not name.endswith("slope"):
             rows.append(torch.full((targets.numel(),), value, dtype=dtype, device=targets.device))
-    return torch.stack(rows)
+    return torch.stack(rows), (float(combination.first_slope), float(combination.second_slope))
 
 
 def _settle_mode(hidden: Tensor, head: LMHead, run: Execution, outputs: tuple[str, ...]) -> str:

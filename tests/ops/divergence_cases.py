@@ -44,7 +44,7 @@ def make_divergence_case(
     *,
     num_teachers: int = 1,
     batch: int = 3,
-    length: int = 40,
+    length: int = 64,
 ) -> DivergenceCase:
     """Teachers differ from the policy in hidden size, transform and data, and from each other in data."""
     of_policy, of_teacher = HEADS[head]
@@ -157,4 +157,7 @@ def assert_divergence_right(
         if name == "dhidden":
             assert got[~case.scored].count_nonzero() == 0
             got, want, plain = (x.flatten(0, 1) for x in (got, want, plain))
+        if dtype == torch.float64:  # the definition's own fp64 is the truth: some 1e3 roundings of 1e-16
+            assert (got - want).abs().max() <= 1e-12 * (1 + want.abs().max()), name
+            continue
         assert_close_to_fp64(got, want, plain, name=f"{name} of {outputs}")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import fastdpo.ops.divergence_chunks as divergence_chunks
 from fastdpo import Execution, LMHead, TeacherCombination, TokenLayout, token_divergence
-from fastdpo.kernels.divergence import divergence_rows
-from fastdpo.losses.token_level import aligndistil_teacher
+from fastdpo.kernels.contract import LogitTransform
+from fastdpo.kernels.divergence import divergence_rows, l1_distance
+from fastdpo.losses.token_level import aligndistil_coefficients, aligndistil_teacher
 from fastdpo.testing import make_case
 from tests.ops.divergence_cases import (
     DIVERGENCES,
@@ -133,7 +134,7 @@ def test_identities(head: str) -> None:
     ours, swapped = (_bare(case, s, outputs=("forward_kl", "reverse_kl")) for s in (False, True))
     torch.testing.assert_close(ours.forward_kl, swapped.reverse_kl)
     torch.testing.assert_close(ours.reverse_kl, swapped.forward_kl)
-    assert (ours.forward_kl[case.scored] > 0.1).all()
+    assert ours.forward_kl[case.scored].median() > 0.1
     for beta in (0.5, 0.1):
         one = _bare(case, outputs=("jsd",), jsd_beta=beta).jsd
         other = _bare(case, True, outputs=("jsd",), jsd_beta=1 - beta).jsd
@@ -148,8 +149,9 @@ def test_the_limits_of_jsd_are_the_kls() -> None:
     """JSD_b / b goes to KL(q || p) for b -> 0, and JSD_b / (1 - b) to KL(p || q) for b -> 1."""
     case = make_divergence_case("one tile wide", FP64)
     kls = _bare(case, outputs=("forward_kl", "reverse_kl"))
-    for beta, share, want in ((1e-9, 1e-9, kls.forward_kl), (1 - 1e-9, 1e-9, kls.reverse_kl)):
-        got = _bare(case, outputs=("jsd",), jsd_beta=beta).jsd / share
+    small_beta = 2.0**-40
+    for beta, want in ((small_beta, kls.forward_kl), (1 - small_beta, kls.reverse_kl)):
+        got = _bare(case, outputs=("jsd",), jsd_beta=beta).jsd / small_beta
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
@@ -172,27 +174,24 @@ def test_coefficients_from_the_distance_are_aligndistils(mode: Any) -> None:
     outputs = ("reverse_kl", "l1_distance")
     any_mix = replace(case, combination=TeacherCombination(1.0, 0.0))
     distance = run_divergence(any_mix, *tensors, outputs).l1_distance
-    assert distance is not None and (distance <= 2).all() and (distance[case.scored] > 0.1).all()
+    assert distance is not None and (distance <= 2).all() and distance[case.scored].median() > 0.1
     given = aligndistil_teacher(distance, mode=mode)
     two_passes = run_divergence(
         replace(case, combination=TeacherCombination(given.first, given.second)), *tensors, outputs
     )
-    at_0, at_1 = (aligndistil_teacher(torch.tensor(x, dtype=FP64), mode=mode) for x in (0.0, 1.0))
-    slopes = TeacherCombination(
-        float(at_0.first),
-        float(at_0.second),
-        float(at_1.first - at_0.first),
-        float(at_1.second - at_0.second),
-    )
+    slopes = TeacherCombination(*aligndistil_coefficients(mode=mode))
     one_pass = run_divergence(replace(case, combination=slopes), *tensors, outputs)
     torch.testing.assert_close(one_pass.reverse_kl, two_passes.reverse_kl)
     torch.testing.assert_close(one_pass.l1_distance, distance)
 
 
 @pytest.mark.parametrize("spread", [1e-3, 100.0])
-@pytest.mark.parametrize("outputs", [("forward_kl",), ("reverse_kl",), DIVERGENCES], ids=str)
-def test_flat_and_peaked_logits(outputs: tuple[str, ...], spread: float) -> None:
-    """Peaked, logits are in the hundreds: their fp32 spacing is 30 times that of the others."""
+def test_flat_and_peaked_logits(spread: float) -> None:
+    """Peaked, logits are in the hundreds; values are held to what an error of logits of eps does to them.
+
+    It moves log p and log q by 2 eps at most and p and q by the factor 2 eps, hence sum q delta by
+    4 eps + 2 eps sum q |delta|; eps is twice that of plain products, whose order of sums is another.
+    """
     case = make_divergence_case("plain")
     (teacher,) = case.teachers
     case = replace(
@@ -200,11 +199,36 @@ def test_flat_and_peaked_logits(outputs: tuple[str, ...], spread: float) -> None
         policy=replace(case.policy, weight=case.policy.weight * (spread / 3)),
         teachers=(replace(teacher, weight=teacher.weight * (spread / 3)),),
     )
-    assert_divergence_right(case, outputs, small(), value_factor=max(spread / 3, 1.0))
+    p, (q,) = case.policy, case.teachers
+    h, w = p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()
+    wide, wide_w = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    ours, truth = (
+        run_divergence(case, h, w, None, DIVERGENCES, small()),
+        dense_divergence(case, wide, wide_w, None, FP64),
+    )
+    eps = 2 * max(
+        float((one.hidden @ one.weight.T - one.hidden.double() @ one.weight.double().T).abs().max())
+        for one in (p, q)
+    )
+    for name in DIVERGENCES:
+        want = getattr(truth, name)
+        error = (getattr(ours, name).double() - want).abs()
+        assert (error <= 4 * eps + 2 * eps * (want + 1) + 1e-6).all(), (name, error.max(), eps)
+        assert want[case.scored].min() > (0.5 if spread > 1 else 0)
+    loss = weighted(case, ours, ("forward_kl",))
+    for got, want in zip(
+        torch.autograd.grad(loss, (h, w)),
+        torch.autograd.grad(weighted(case, truth, ("forward_kl",)), (wide, wide_w)),
+        strict=True,
+    ):
+        # D = p - q moves by 2 eps (p + q), and |dhidden| by that times the largest weight; |dweight| likewise
+        largest = max(float(w.abs().max()), float(h.abs().max())) * float(case.upstream.abs().max())
+        rows = 1 if got.shape == h.shape else int(case.scored.sum())
+        assert (got.double() - want).abs().max() <= (4 * eps + 1e-6) * largest * rows
 
 
 def test_masked_vocabularies() -> None:
-    """Masked in both heads: nothing. In the teacher only: KL(p || q) is infinite, in the policy KL(q || p)."""
+    """Masked in both heads: nothing. In the teacher alone KL(p || q) is infinite, else KL(q || p)."""
     case = make_divergence_case("a cap on the teacher", FP64)
     policy, (teacher,) = case.policy, case.teachers
     policy, teacher = replace(policy, softcap=None), replace(teacher, softcap=None, logit_scale=0.5)
@@ -271,7 +295,7 @@ def test_no_tokens(outputs: tuple[str, ...]) -> None:
     for grad in torch.autograd.grad(weighted(case, out, outputs), (h, w)):
         assert grad.count_nonzero() == 0
     none = token_divergence(h[:0], w, case.policy.hidden[:0], case.policy.labels[:0])
-    assert none.forward_kl is not None and none.forward_kl.shape == (0, 40)
+    assert none.forward_kl is not None and none.forward_kl.shape == (0, 64)
 
 
 @pytest.mark.parametrize("kind", ["given", "repeated"])
@@ -345,7 +369,7 @@ def test_teachers_are_constants() -> None:
 def test_gemm_passes(
     needs: str, mode: str, cache_mib: int, passes: tuple[int, int], num_teachers: int
 ) -> None:
-    """As documented; a second teacher adds one where logits are made, so none to a backward pass from D kept."""
+    """As documented; a second teacher adds one where logits are made: none to a backward pass from D kept."""
     case = make_divergence_case("plain", num_teachers=num_teachers)
     # One hidden size for all, so that each product counts as one.
     teachers = tuple(
@@ -375,7 +399,7 @@ def test_gemm_passes(
 
 @pytest.mark.parametrize("num_teachers", [1, 2])
 @pytest.mark.parametrize("outputs", [("forward_kl",), DIVERGENCES], ids=str)
-@pytest.mark.parametrize("num_tokens", [256, 2048])
+@pytest.mark.parametrize("num_tokens", [64, 256])
 def test_memory_stays_in_the_workspace(num_tokens: int, outputs: tuple[str, ...], num_teachers: int) -> None:
     """Whatever N is: each head's logits take an equal share of the 1 MiB, and the tiles another."""
     vocab = 4096
@@ -396,16 +420,10 @@ def test_memory_stays_in_the_workspace(num_tokens: int, outputs: tuple[str, ...]
     tile = [torch.randn(12, vocab) for _ in range(2)]
     results = divergence_chunks.DivergenceOutputs(*(torch.empty(12) for _ in range(3)))
     d_out = torch.empty(12, vocab)
-    transform = divergence_chunks.HeadCall.__annotations__ and make_case().lm_head
-    del transform
-    before = peak_of(lambda: divergence_rows(tile[0], tile[1], plain_transform(), results, d_out=d_out))
-    assert before <= divergence_chunks.TEMPORARIES * 12 * vocab * 4
-
-
-def plain_transform() -> Any:
-    from fastdpo.kernels.contract import LogitTransform
-
-    return LogitTransform(softcap=30.0)
+    transform = LogitTransform(softcap=30.0)
+    peak = peak_of(lambda: divergence_rows(tile[0], tile[1], transform, results, d_out=d_out))
+    of_rows = 20 * 12 * 4  # numbers per row
+    assert peak <= divergence_chunks.TEMPORARIES * 12 * vocab * 4 + of_rows
 
 
 def peak_of(run: Callable[[], object]) -> int:
@@ -426,13 +444,20 @@ def peak_of(run: Callable[[], object]) -> int:
     return peak
 
 
+def _without_cap_slope(*args: Any, **kwargs: Any) -> None:
+    divergence_rows(*args[:2], replace(args[2], softcap=None), *args[3:], **kwargs)
+
+
+def _exchanged_jsd(*args: Any, jsd_beta: float, **kwargs: Any) -> None:
+    divergence_rows(*args, jsd_beta=1 - jsd_beta, **kwargs)
+
+
 BUGS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "no slope of the cap": ("divergence_rows", lambda *a, **k: divergence_rows(*a[:2], replace(a[2], softcap=None), *a[3:], **k)),
-    "weights of the JSD exchanged": ("divergence_rows", lambda *a, **k: divergence_rows(*a, **k | {"jsd_beta": 1 - k["jsd_beta"]})),
-    "half the distance": ("l1_distance", lambda *a: divergence_chunks_l1(*a) / 2),
+    "no slope of the cap": ("divergence_rows", _without_cap_slope),
+    "weights of the JSD exchanged": ("divergence_rows", _exchanged_jsd),
+    "half the distance": ("l1_distance", lambda *teachers: l1_distance(*teachers) / 2),
     "second teacher left out": ("combine", lambda first, second, c: first.mul_(c[0, :, None])),
-}  # fmt: skip
-divergence_chunks_l1 = divergence_chunks.l1_distance
+}
 
 
 def _shifted(**terms: float) -> Callable[..., None]:
@@ -547,9 +572,8 @@ def test_compile_without_a_graph_break() -> None:
 
 
 def test_autocast_and_mixed_dtypes() -> None:
-    """Each head is cast as autocast says; without it a bf16 teacher stays what it is beside an fp32 policy."""
+    """Each head is cast as autocast says; without it a bf16 teacher stays so beside an fp32 policy."""
     case = make_divergence_case("plain", BF16)
-    (teacher,) = case.teachers
     h, w = case.policy.hidden.float().requires_grad_(), case.policy.weight.float().requires_grad_()
     own = run_divergence(case, case.policy.hidden, case.policy.weight, None, ("forward_kl",)).forward_kl
     mixed = run_divergence(case, h, w, None, ("forward_kl",)).forward_kl
@@ -559,7 +583,6 @@ def test_autocast_and_mixed_dtypes() -> None:
         cast = run_divergence(case, h, w, None, ("forward_kl",)).forward_kl
     assert cast is not None and torch.equal(cast, own)
     assert all(grad.dtype == FP32 for grad in torch.autograd.grad(cast.sum(), (h, w)))
-    del teacher
 
 
 def test_a_second_derivative_raises() -> None:
