@@ -102,42 +102,41 @@ def divergence_rows(
     # Two masked logits are equal, and -inf - -inf would be NaN.
     is_equal = teacher_logits == logits
     delta = teacher_logits.sub_(logits).masked_fill_(is_equal, 0.0)
-    p_is_0, q_is_0, scratch = p == 0, q == 0, logits
+    scratch = logits
 
-    def total(weight: Tensor, is_0: Tensor) -> Tensor:
+    def total(weight: Tensor) -> Tensor:
         """The sum of weight times what is in ``scratch``."""
-        return scratch.mul_(weight).masked_fill_(is_0, 0.0).sum(1)
+        return scratch.mul_(weight).masked_fill_(weight == 0, 0.0).sum(1)
 
     reverse_kl = kl_to_mean = log_1p = None
     if outputs.forward_kl is not None:
         scratch.copy_(delta)
-        outputs.forward_kl.copy_(total(q, q_is_0))
+        outputs.forward_kl.copy_(total(q))
     if outputs.reverse_kl is not None:
         torch.neg(delta, out=scratch)
-        reverse_kl = total(p, p_is_0)
+        reverse_kl = total(p)
         outputs.reverse_kl.copy_(reverse_kl)
     if outputs.jsd is not None:
         log_1p = _log_mean(delta, jsd_beta)
         torch.clamp(delta, max=0.0, out=scratch).sub_(log_1p)  # log q - log m
-        teacher_part = total(q, q_is_0)
+        teacher_part = total(q)
         log_1p.add_(delta.clamp(min=0.0)).neg_()  # log p - log m
         scratch.copy_(log_1p)
-        kl_to_mean = total(p, p_is_0)
+        kl_to_mean = total(p)
         outputs.jsd.copy_(jsd_beta * teacher_part + (1 - jsd_beta) * kl_to_mean)
     if d_out is None:
         return
 
     weights = (1.0, 1.0, 1.0) if grad_coeffs is None else grad_coeffs[:, :, None]
-    d = scratch.zero_()  # of what p is multiplied by
-    if outputs.forward_kl is not None:
-        d.add_(weights[0])
+    d = scratch.zero_()
     if reverse_kl is not None:
         d.sub_(delta.add_(reverse_kl[:, None]).mul_(weights[1]))
     if kl_to_mean is not None and log_1p is not None:
         d.add_(log_1p.sub_(kl_to_mean[:, None]).mul_((1 - jsd_beta) * weights[2]))
-    d.mul_(p).masked_fill_(p_is_0, 0.0)
+    if reverse_kl is not None or kl_to_mean is not None:
+        d.mul_(p).masked_fill_(p == 0, 0.0)
     if outputs.forward_kl is not None:
-        d.sub_(q.mul_(weights[0]))
+        d.add_(p.sub_(q).mul_(weights[0]))
     if cap_slope is not None:
         d.mul_(cap_slope)
     # D of 16 bits may lie over d: first in memory of its own.

@@ -45,12 +45,15 @@ def make_divergence_case(
     num_teachers: int = 1,
     batch: int = 3,
     length: int = 64,
+    device: str = "cpu",
 ) -> DivergenceCase:
     """Teachers differ from the policy in hidden size, transform and data, and from each other in data."""
     of_policy, of_teacher = HEADS[head]
-    policy = make_case(batch=batch, length=length, dtype=dtype, **of_policy)
+    policy = make_case(batch=batch, length=length, dtype=dtype, device=device, **of_policy)
     teachers = tuple(
-        make_case(batch=batch, length=length, hidden_size=48, dtype=dtype, seed=1 + i, **of_teacher)
+        make_case(
+            batch=batch, length=length, hidden_size=48, dtype=dtype, seed=1 + i, device=device, **of_teacher
+        )
         for i in range(num_teachers)
     )
     upstream = torch.stack((policy.upstream, policy.upstream.flip(0), policy.upstream.flip(1)))
@@ -114,7 +117,7 @@ def dense_divergence(
 
 def weighted(case: DivergenceCase, out: TokenDivergenceOutput, outputs: tuple[str, ...]) -> Tensor:
     """A loss: every divergence of every token has its own gradient."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=case.upstream.device)
     for i, name in enumerate(DIVERGENCES):
         if name in outputs:
             value = getattr(out, name)
