@@ -12,6 +12,7 @@ from fastdpo.functional import dpo_loss_from_logps, fused_dpo_loss, shift_labels
 from fastdpo.integrations import lm_head as _lm_head  # noqa: F401  teaches LMHead.from_model its trade
 from fastdpo.losses import LOSSES, preference_loss
 from fastdpo.ops.linear_logprob import linear_logprob
+from fastdpo.ops.token_divergence import token_divergence
 from fastdpo.plan import Plan, explain_plan
 from fastdpo.preference_loss import fused_preference_loss
 from fastdpo.types import (
@@ -21,6 +22,8 @@ from fastdpo.types import (
     LMHead,
     PackedLayout,
     PreferenceLossOutput,
+    TeacherCombination,
+    TokenDivergenceOutput,
     TokenLayout,
 )
 
@@ -44,6 +47,8 @@ __all__ = [
     "PreferenceConfig",
     "PreferenceLossOutput",
     "PreferenceTrainer",
+    "TeacherCombination",
+    "TokenDivergenceOutput",
     "TokenLayout",
     "doctor",
     "dpo_loss_from_logps",
@@ -56,6 +61,7 @@ __all__ = [
     "patch_trl",
     "preference_loss",
     "shift_labels",
+    "token_divergence",
     "unpatch_llama_factory",
     "unpatch_model",
     "unpatch_trl",

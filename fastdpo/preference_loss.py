@@ -1,13 +1,14 @@
-"""The losses of other data than pairs: single answers, lists of candidates, steps and tokens of answers.
+"""The losses of other data than pairs' sums: single answers, lists of candidates, steps, tokens of answers.
 
-The same way as ``functional.py``: log-probabilities per token by the op, sums per row, the objective. What
+The same way as ``functional.py``: log-probabilities per token by the op, sums per row, the objective; for
+pairs with divergences (TDPO) those of the whole vocabulary too, by their own op. What
 a row is depends on the losses named, which are of one kind; ``LOSSES[name].kind`` and ``.inputs`` say which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor
 from fastdpo.batch import next_token, shift_labels
 from fastdpo.functional_checks import FLOAT_DTYPES, INT_DTYPES, check_like, check_tensor
 from fastdpo.losses.aggregate import check_cu_seqlens, segment_sums, sequence_sums
-from fastdpo.losses.batches import ListLogps, StepLogps, UnpairedLogps
+from fastdpo.losses.batches import DivergencePairLogps, ListLogps, StepLogps, UnpairedLogps
 from fastdpo.losses.inputs import Batch, PairLogps, PerPair
-from fastdpo.losses.metrics import list_metrics, unpaired_metrics
+from fastdpo.losses.metrics import list_metrics, pair_metrics, unpaired_metrics
 from fastdpo.losses.objective import Objective, build_objective
 from fastdpo.losses.token_batches import TokenLogps
-from fastdpo.ops.checks import as_head, fail
+from fastdpo.ops.checks import as_head, check_execution, fail
 from fastdpo.ops.linear_logprob import linear_logprob
+from fastdpo.ops.token_divergence import token_divergence
 from fastdpo.types import Execution, LMHead, PackedLayout, PreferenceLossOutput
 
 # What each kind of batch may be told beside its tokens.
@@ -31,6 +33,7 @@ EXTRAS: dict[type, tuple[str, ...]] = {
     ListLogps: ("group_ids", "scores", "num_groups", "max_candidates", "segment_ids", "num_segments"),
     StepLogps: ("segment_ids", "num_segments", "advantages"),
     TokenLogps: ("win_rates",),
+    DivergencePairLogps: (),
 }
 REQUIRED = {
     UnpairedLogps: ("is_desirable",),
@@ -70,12 +73,15 @@ def fused_preference_loss(
     execution: Execution | None = None,
     **loss_options: Any,
 ) -> PreferenceLossOutput:
-    """A loss of B answers that do not come in pairs, without the logits of the batch.
+    """A loss of B answers that do not come in pairs, or whose tokens count (TDPO), without their logits.
 
     Args:
         hidden, lm_head, labels, layout, shift, ignore_index, execution: as in ``fused_dpo_loss``, for B
-            sequences: ``(B, T, H)`` and ``(B, T)``, or packed.
-        loss_type, loss_weights: names in ``LOSSES`` of one kind other than pairs; their weighted sum.
+            sequences: ``(B, T, H)`` and ``(B, T)``, or packed. Divergences take of ``execution`` the mode,
+            the budgets and ``compute_dtype``; see ``token_divergence``.
+        loss_type, loss_weights: names in ``LOSSES`` of one kind other than plain pairs; their weighted sum.
+            For pairs with divergences (``tdpo1``, ``tdpo2``) B = 2P, chosen answers first; the forward KL
+            from the reference to the policy is made here, of ``ref_hidden``.
         is_desirable: ``(B,)`` bool, for unpaired losses (KTO, BCO).
         kl: ``()``, KTO's reference point, in nats; ``reward_shift``: ``()``, BCO's running mean.
         group_ids: ``(B,)`` int64, which list a candidate belongs to, for listwise losses.
@@ -89,9 +95,9 @@ def fused_preference_loss(
         win_rates: ``(B,)`` in [0, 1], for token-level losses that use them.
         ref_hidden, ref_lm_head: as in ``fused_dpo_loss``.
         ref_logps: instead of them, ``(B,)`` sums, or per token as ``linear_logprob`` returned them (the only
-            form with ``segment_ids``, ``token_weights`` or a token-level loss).
+            form with ``segment_ids``, ``token_weights`` or a token-level loss). TDPO needs ``ref_hidden``.
         beta: positive, a number or one per row. None: each loss's own default.
-        row_weights: at least 0, a number or one per row (a list is one row).
+        row_weights: at least 0, a number or one per row (a list is one row, and so is a pair).
         token_weights: the labels' shape, aligned with them; weigh the log-probabilities of both models.
         num_rows: what to divide by instead of the batch's own number of rows.
         loss_options: options of the named losses; see ``LOSSES``.
@@ -129,6 +135,8 @@ def fused_preference_loss(
     cu_seqlens = _check_batch(hidden, labels, layout)
     needs_tokens = token_weights is not None or segment_ids is not None or objective.inputs is TokenLogps
     _check_reference(labels, cu_seqlens, hidden, ref_hidden, ref_lm_head, ref_logps, needs_tokens)
+    if objective.inputs is DivergencePairLogps:
+        _check_divergence_pairs(objective, labels, cu_seqlens, ref_hidden, token_weights)
     check_like("token_weights", token_weights, labels, FLOAT_DTYPES)
     check_like("segment_ids", segment_ids, labels, INT_DTYPES)
 
@@ -143,6 +151,18 @@ def fused_preference_loss(
         with torch.no_grad():
             head = lm_head if ref_lm_head is None else as_head(ref_lm_head, "ref_lm_head")
             ref_logps = linear_logprob(ref_hidden, head, targets, **scored).logps
+    if objective.inputs is DivergencePairLogps and ref_hidden is not None:
+        # It has no kernels to choose from, and logits of fp32 only.
+        how = replace(check_execution(execution), backend="auto", logits_dtype=None)
+        extras["token_kl"] = token_divergence(
+            hidden,
+            lm_head,
+            ref_hidden,
+            targets,
+            ref_lm_head=ref_lm_head,
+            ignore_index=ignore_index,
+            execution=how,
+        ).forward_kl
     sums = _Sums(targets != ignore_index, cu_seqlens, token_weights, extras)
     batch = _make_batch(objective.inputs, sums, token, ref_logps, extras)
     objective.check(batch)
@@ -166,6 +186,10 @@ class _Sums:
 
     def weighted(self, values: Tensor) -> Tensor:
         return values if self.token_weights is None else values * self.token_weights.to(values.dtype)
+
+    def plain(self, values: Tensor) -> Tensor:
+        """``(rows,)`` sums, whatever the weights of the log-probabilities."""
+        return self._of(values)
 
     def lengths(self, dtype: torch.dtype) -> Tensor:
         """``(rows,)`` numbers of tokens."""
@@ -202,6 +226,21 @@ def _make_batch(
         )
     logps, lengths = sums.logps(token), sums.lengths(token.dtype)
     reference = None if ref_logps is None else sums.logps(ref_logps)
+    if kind is DivergencePairLogps:
+        assert reference is not None
+        (chosen, rejected), (chosen_tokens, rejected_tokens), (ref_chosen, ref_rejected), kls = (
+            values.chunk(2) for values in (logps, lengths, reference, sums.plain(extras["token_kl"]))
+        )
+        return DivergencePairLogps(
+            chosen,
+            rejected,
+            chosen_tokens,
+            rejected_tokens,
+            ref_chosen,
+            ref_rejected,
+            chosen_kl=kls[0],
+            rejected_kl=kls[1],
+        )
     given = {name: value for name, value in extras.items() if name not in ("segment_ids", "num_segments")}
     if kind is UnpairedLogps:
         return UnpairedLogps(logps, tokens=lengths, ref_logps=reference, **given)
@@ -220,6 +259,10 @@ def _output(
     elif isinstance(batch, ListLogps):
         rewards = objective.answer_rewards(batch)
         metrics = list_metrics(batch, rewards)
+    elif isinstance(batch, DivergencePairLogps):
+        both = objective.rewards(batch)
+        rewards = torch.cat(both)
+        metrics = pair_metrics(batch, *both)
     lengths = sums.lengths(token.dtype)
     return PreferenceLossOutput(
         loss=objective.loss(batch),
@@ -245,6 +288,25 @@ def _check_kind(objective: Objective, extras: dict[str, Any]) -> None:
             raise ValueError(f"{name}: got None, wanted a value for {names}")
     if "num_segments" in extras and "segment_ids" not in extras:
         raise fail("num_segments", "a value without segment_ids", "segment_ids as well")
+
+
+def _check_divergence_pairs(
+    objective: Objective,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_hidden: Tensor | None,
+    token_weights: Tensor | None,
+) -> None:
+    names = ", ".join(term.spec.name for term in objective.terms)
+    if ref_hidden is None:
+        raise fail(
+            "ref_hidden", "None", f"the reference's hidden states for {names}: it needs whole distributions"
+        )
+    if token_weights is not None:
+        raise fail("token_weights", f"a value that {names} does not use", "None")
+    sequences = len(labels) if cu_seqlens is None else len(cu_seqlens) - 1
+    if sequences % 2:
+        raise fail("labels", f"{sequences} sequences", "chosen and rejected ones, an even number")
 
 
 def _check_batch(hidden: object, labels: object, layout: object) -> Tensor | None:

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdpo.types import TOKEN_STATISTICS, LinearLogprobOutput
+from fastdpo.types import (
+    DEFAULT_TOPK,
+    TOKEN_STATISTICS,
+    TOPK_STATISTICS,
+    LinearLogprobOutput,
+    LMHead,
+    TeacherCombination,
+    TokenDivergenceOutput,
+)
 
 if TYPE_CHECKING:  # kernels lie above this module: only the shapes of their arguments are known here
     from fastdpo.kernels.contract import LogitTransform, RowOutputs
@@ -35,6 +43,7 @@ def linear_logprob_reference(
     temperature: float = 1.0,
     ignore_index: int = -100,
     outputs: Sequence[str] = (),
+    topk: int = DEFAULT_TOPK,
 ) -> LinearLogprobOutput:
     """Per-token log-probabilities of ``labels`` under a language-model head, by definition.
 
@@ -49,7 +58,9 @@ def linear_logprob_reference(
         bias: ``(V,)``, or None.
         logit_scale, softcap, temperature: s, cap and tau of the module's docstring.
         ignore_index: the label of positions that give 0 and take no part in any gradient.
-        outputs: statistics wanted beside ``logps``, names of ``fastdpo.types.TOKEN_STATISTICS``.
+        outputs: statistics wanted beside ``logps``, names of ``fastdpo.types.TOKEN_STATISTICS`` and of
+            ``TOPK_STATISTICS``.
+        topk: how many of the largest probabilities the latter look at.
 
     Returns:
         ``LinearLogprobOutput`` with fields of the labels' shape, 0 (False) where ignored. A label
@@ -58,22 +69,17 @@ def linear_logprob_reference(
     Raises:
         ValueError: an unknown name in ``outputs``.
     """
-    unknown = set(outputs) - set(TOKEN_STATISTICS)
+    known = (*TOKEN_STATISTICS, *TOPK_STATISTICS)
+    unknown = set(outputs) - set(known)
     if unknown:
-        raise ValueError(f"outputs: got {sorted(unknown)}, want names out of {TOKEN_STATISTICS}")
+        raise ValueError(f"outputs: got {sorted(unknown)}, want names out of {known}")
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     labelled = labels != ignore_index
     kept = labels[labelled].long()  # (N,)
 
-    z = hidden[labelled].to(dtype) @ weight.to(dtype).T  # (N, V)
-    if bias is not None:
-        z = z + bias.to(dtype)
-    z = logit_scale * z
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
-
-    results = token_statistics(z, kept, ("logps", *outputs))
+    head = LMHead(weight, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+    z = head_logits(hidden[labelled].to(dtype), head)  # (N, V)
+    results = token_statistics(z, kept, ("logps", *outputs), topk)
     spread = {
         name: torch.zeros_like(labels, dtype=value.dtype).masked_scatter(labelled, value)
         for name, value in results.items()
@@ -81,8 +87,48 @@ def linear_logprob_reference(
     return LinearLogprobOutput(**spread)
 
 
-def token_statistics(z: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """The statistics ``names`` (``logps`` or one of ``TOKEN_STATISTICS``) of final logits.
+def head_logits(hidden: Tensor, head: LMHead) -> Tensor:
+    """Final logits ``(..., V)`` of hidden states ``(..., H)``, in their dtype."""
+    z = hidden @ head.weight.to(hidden.dtype).T
+    if head.bias is not None:
+        z = z + head.bias.to(hidden.dtype)
+    z = head.logit_scale * z
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z / head.temperature
+
+
+def divergences_reference(z: Tensor, teacher: Tensor, *, jsd_beta: float = 0.5) -> TokenDivergenceOutput:
+    """Forward KL, reverse KL and JSD of final logits z ``(..., V)`` and a teacher's, by definition.
+
+    Dense and differentiable in both; the definitions are those of ``token_divergence``.
+    """
+    log_p, log_q = z.log_softmax(-1), teacher.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = (jsd_beta * q + (1 - jsd_beta) * p).log()
+
+    def kl(weight: Tensor, log_weight: Tensor, log_other: Tensor) -> Tensor:
+        return torch.where(weight > 0, weight * (log_weight - log_other), 0.0).sum(-1)
+
+    return TokenDivergenceOutput(
+        forward_kl=kl(q, log_q, log_p),
+        reverse_kl=kl(p, log_p, log_q),
+        jsd=jsd_beta * kl(q, log_q, log_m) + (1 - jsd_beta) * kl(p, log_p, log_m),
+    )
+
+
+def combined_logits(first: Tensor, second: Tensor, combination: TeacherCombination) -> tuple[Tensor, Tensor]:
+    """A teacher's logits ``(..., V)`` made of two, and the L1 distance ``(...)`` of the two distributions."""
+    distance = (first.softmax(-1) - second.softmax(-1)).abs().sum(-1)
+    a = combination.first + combination.first_slope * distance
+    b = combination.second + combination.second_slope * distance
+    return a[..., None] * first + b[..., None] * second, distance
+
+
+def token_statistics(
+    z: Tensor, labels: Tensor, names: Sequence[str], topk: int = DEFAULT_TOPK
+) -> dict[str, Tensor]:
+    """The statistics ``names`` of final logits: ``logps``, of ``TOKEN_STATISTICS`` or ``TOPK_STATISTICS``.
 
     Args:
         z: ``(N, V)`` logits, fp32 or fp64; -inf is legal and counts as probability 0.
@@ -101,6 +147,10 @@ def token_statistics(z: Tensor, labels: Tensor, names: Sequence[str]) -> dict[st
             results[name] = _by_row(torch.logsumexp, 2 * log_p)
         elif name == "mean_logit":
             results[name] = _by_row(torch.mean, z)
+        elif name == "topk_mass":
+            results[name] = _top_log_p(log_p, topk).exp().sum(-1)
+        elif name == "topk_entropy":
+            results[name] = -_p_log_p(_top_log_p(log_p, topk)).sum(-1)
         else:
             assert name == "is_top1", name
             results[name] = _pick(z, labels) == z.amax(-1)
@@ -175,6 +225,11 @@ def _pick(values: Tensor, labels: Tensor) -> Tensor:
     in_range = (labels >= 0) & (labels < values.shape[1])
     picked = values.gather(1, labels.where(in_range, 0)[:, None])[:, 0]
     return picked.where(in_range, float("nan"))
+
+
+def _top_log_p(log_p: Tensor, k: int) -> Tensor:
+    """``(N, k)`` the largest log p of each row, without a gradient."""
+    return log_p.detach().sort(-1, descending=True).values[:, :k]
 
 
 def _p_log_p(log_p: Tensor) -> Tensor:

@@ -16,9 +16,12 @@ from torch import Tensor
 MODES = ("auto", "score", "stash", "cache", "pairs", "recompute", "lean")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
-# Every per-token statistic the op can return beside the log-probability; `lse` is the only one with
-# a gradient by default, `entropy` has one on request.
+# Every per-token statistic that the row kernels make beside the log-probability; `lse` is the only one
+# with a gradient by default, `entropy` has one on request.
 TOKEN_STATISTICS = ("lse", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
+# Those of the k most likely tokens, which no row kernel makes; never differentiable.
+TOPK_STATISTICS = ("topk_mass", "topk_entropy")
+DEFAULT_TOPK = 10  # arXiv:2410.11677 sec. 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +137,32 @@ class LinearLogprobOutput(NamedTuple):
     topk_entropy: Tensor | None = None
 
 
+class TokenDivergenceOutput(NamedTuple):
+    """Per-token results of ``token_divergence``, each of the labels' shape; 0 where ignored.
+
+    fp32 (fp64 for fp64 inputs), in nats. What was not asked for is None.
+    """
+
+    forward_kl: Tensor | None = None  # KL(teacher || policy)
+    reverse_kl: Tensor | None = None  # KL(policy || teacher)
+    jsd: Tensor | None = None  # b KL(teacher || m) + (1 - b) KL(policy || m), m = b teacher + (1 - b) policy
+    l1_distance: Tensor | None = None  # of two teachers, sum |p_first - p_second|; not differentiable
+
+
+class TeacherCombination(NamedTuple):
+    """A teacher made of two, per token: softmax(a z_first + b z_second).
+
+    a = first + first_slope * d and b = second + second_slope * d, d being the L1 distance of the two
+    teachers' distributions at that token. Numbers, or for ``first`` and ``second`` tensors of the labels'
+    shape.
+    """
+
+    first: float | Tensor
+    second: float | Tensor
+    first_slope: float = 0.0
+    second_slope: float = 0.0
+
+
 class DPOLossOutput(NamedTuple):
     """What ``fused_dpo_loss`` returns; all but ``loss`` is detached. Shapes ``()`` and ``(P,)``."""
 
@@ -156,5 +185,5 @@ class PreferenceLossOutput(NamedTuple):
     loss: Tensor  # ()
     logps: Tensor  # (rows,) sums; of losses that look at tokens, (B,) sums
     ref_logps: Tensor | None
-    rewards: Tensor | None  # (rows,) beta times the log-ratio, of lists and unpaired answers
+    rewards: Tensor | None  # (rows,) beta times the log-ratio, of lists, unpaired answers and pairs
     metrics: dict[str, Tensor]

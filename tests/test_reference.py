@@ -12,7 +12,7 @@ from torch.distributions import Categorical
 
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
 from fastdpo.reference import linear_logprob_reference, row_kernel, unavailable_reason
-from fastdpo.types import TOKEN_STATISTICS
+from fastdpo.types import TOKEN_STATISTICS, TOPK_STATISTICS
 
 HEADS = [
     {},
@@ -64,7 +64,8 @@ def test_softcap_by_hand():
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_statistics_against_torch_distributions(head: dict):
     hidden, weight, bias, labels = _inputs()
-    out = linear_logprob_reference(hidden, weight, labels, bias=bias, outputs=TOKEN_STATISTICS, **head)
+    names = (*TOKEN_STATISTICS, *TOPK_STATISTICS)
+    out = linear_logprob_reference(hidden, weight, labels, bias=bias, outputs=names, topk=3, **head)
     logits = _logits(hidden, weight, bias, head)
     law, safe = Categorical(logits=logits), labels.clamp(min=0)
     want = {
@@ -74,12 +75,14 @@ def test_statistics_against_torch_distributions(head: dict):
         "log_sum_sq_probs": law.probs.square().sum(-1).log(),
         "mean_logit": logits.mean(-1),
         "is_top1": law.mode == safe,
+        "topk_mass": law.probs.sort(-1).values[..., -3:].sum(-1),
+        "topk_entropy": -(law.probs * law.logits).gather(-1, law.probs.argsort(-1)[..., -3:]).sum(-1),
     }
     for name, value in want.items():
         got = getattr(out, name)
         assert got.dtype == value.dtype and got.shape == labels.shape
         torch.testing.assert_close(got, value.masked_fill(labels == -100, 0))
-    assert out.topk_mass is None and out.topk_entropy is None
+    assert not out.topk_mass.requires_grad
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)

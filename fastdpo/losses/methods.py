@@ -150,7 +150,7 @@ D1 | DAPO (direct advantage) | 2412.18279 | loss
     `direct_advantage`
     -> Steps
 D2 | TDPO | 2404.11999 | loss
-    `tdpo1`, `tdpo2`, given the divergences
+    `tdpo1`, `tdpo2`, through `fused_preference_loss`
     -> Divergences over the vocabulary
 D3 | MCTS-DPO, Step-DPO | 2405.00451 | recipe
     `suffix_weights` and `search_soft_labels`
@@ -174,7 +174,7 @@ D9 | step rejection fine-tuning (SRFT) | abstract only | recipe
     `sft` with the wrong steps masked out of `nll_labels`
     -> Steps
 E1 | AlignDistil | 2503.02832 | loss
-    `aligndistil`, given the divergences
+    `aligndistil` on `token_divergence`
     -> Divergences over the vocabulary
 E2 | HyPO (online KL) | 2406.01462 | term
     `terms.score_function_kl`
@@ -182,7 +182,7 @@ E2 | HyPO (online KL) | 2406.01462 | term
 E3 | implicit reward as the bridge | 2507.00018 | nothing
     its objectives could not be read; its main advice, a smaller SFT learning rate, needs no loss
 E4 | self-distillation (ATESD, SERL, Fast-Slow) | citing lists | nothing
-    the weightings could not be read; the divergence per token is an op of its own
+    the weightings could not be read; the divergence per token is `token_divergence`
 F1 | online and iterative DPO, self-rewarding models | 2402.04792, 2401.10020, 2405.07863 | recipe
     `sigmoid` or `ipo` on sampled pairs
     -> Rounds of self-play
@@ -218,8 +218,9 @@ G2 | Bradley-Terry reward model | 1909.08593 | head
 G3 | COALA | 2605.23244 | nothing
     a convex solver on frozen features, without a language-model head; `heads.bradley_terry` takes
     its scores and margin
-H1 | over-optimisation indicators | 2410.11677 | nothing
-    no loss: entropy and mass of the top k are statistics of `linear_logprob`, planned there
+H1 | over-optimisation indicators | 2410.11677 | recipe
+    entropy and mass of the top k: statistics of `linear_logprob`
+    -> Signs of over-optimisation
 I1 | PPO | 1707.06347 | nothing
     reinforcement learning on rollouts: the op gives its log-probabilities, the advantages are data
 I2 | GRPO | 2402.03300 | nothing

@@ -117,17 +117,37 @@ def aligndistil_teacher(
 
     Source: arXiv:2503.02832, the authors' code.
     """
+    offset, slope = _teacher_weight(mode, beta, beta2)
+    weight = offset + slope * total_variation
+    scale = beta / weight if slope else torch.full_like(total_variation, beta2)
+    if mode in ("aligndistil", "theorem1_contrast"):
+        return Teacher(1 + weight, -weight, scale)
+    return Teacher(weight, 1 - weight, scale)
+
+
+def aligndistil_coefficients(
+    *, mode: TeacherMode = "aligndistil", beta: float = 0.1, beta2: float = 10.0
+) -> tuple[float, float, float, float]:
+    """``aligndistil_teacher``'s ``first`` and ``second`` as functions of TV_t, for an op that makes TV_t.
+
+    Returns:
+        What each is at TV_t = 0, then the slope of each: ``fastdpo.TeacherCombination(*these)``. The scale
+        is ``aligndistil_teacher``'s, from the distance that the op returns.
+    """
+    offset, slope = _teacher_weight(mode, beta, beta2)
+    if mode in ("aligndistil", "theorem1_contrast"):
+        return 1 + offset, -offset, slope, -slope
+    return offset, 1 - offset, slope, -slope
+
+
+def _teacher_weight(mode: str, beta: float, beta2: float) -> tuple[float, float]:
+    """w_t at TV_t = 0, and its slope."""
     if mode not in get_args(TeacherMode):
         raise ValueError(f"mode: got {mode!r}, wanted one of {', '.join(get_args(TeacherMode))}")
     for name, value in (("beta", beta), ("beta2", beta2)):
         if not value > 0:
             raise ValueError(f"{name}: got {value!r}, wanted a number in (0, inf)")
-    varies = mode in ("aligndistil", "theorem1_adaptive")
-    weight = beta2 * total_variation + 1e-3 if varies else torch.full_like(total_variation, beta / beta2)
-    scale = beta / weight if varies else torch.full_like(total_variation, beta2)
-    if mode in ("aligndistil", "theorem1_contrast"):
-        return Teacher(1 + weight, -weight, scale)
-    return Teacher(weight, 1 - weight, scale)
+    return (1e-3, beta2) if mode in ("aligndistil", "theorem1_adaptive") else (beta / beta2, 0.0)
 
 
 def _two_tokens() -> TokenDivergences:

@@ -10,11 +10,19 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastdpo.types import BACKENDS, MODES, TOKEN_STATISTICS, Execution, LMHead, TokenLayout
+from fastdpo.types import (
+    BACKENDS,
+    DEFAULT_TOPK,
+    MODES,
+    TOKEN_STATISTICS,
+    TOPK_STATISTICS,
+    Execution,
+    LMHead,
+    TokenLayout,
+)
 
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOGITS_DTYPES = (None, "fp32", "bf16")
-UNSUPPORTED_STATISTICS = ("topk_mass", "topk_entropy")
 
 
 def fail(name: str, got: object, wanted: str) -> ValueError:
@@ -140,18 +148,36 @@ def check_token_layout(layout: TokenLayout, hidden: Tensor) -> None:
         raise fail("layout.lengths", f"{layout.lengths}", f"the tokens of each sequence, {counts[1:]}")
 
 
-def check_outputs(outputs: object, entropy_requires_grad: bool) -> tuple[str, ...]:
-    """The asked-for statistics as a tuple without repeats, in the caller's order."""
+def check_outputs(outputs: object, entropy_requires_grad: bool, *, has_topk: bool = False) -> tuple[str, ...]:
+    """The asked-for statistics as a tuple without repeats, in the caller's order.
+
+    ``has_topk``: whether the caller gives those of the k most likely tokens as well.
+    """
+    known = (*TOKEN_STATISTICS, *(TOPK_STATISTICS if has_topk else ()))
     if isinstance(outputs, str) or not isinstance(outputs, (tuple, list)):
-        raise fail("outputs", repr(outputs), f"a tuple of names from {TOKEN_STATISTICS}")
+        raise fail("outputs", repr(outputs), f"a tuple of names from {known}")
     for name in outputs:
-        if name in UNSUPPORTED_STATISTICS:
-            raise ValueError(f"outputs: {name!r} is not supported by this version")
-        if name not in TOKEN_STATISTICS:
-            raise fail("outputs", repr(name), f"names from {TOKEN_STATISTICS}")
+        if name in TOPK_STATISTICS and not has_topk:
+            raise ValueError(f"outputs: {name!r} is not supported by this version but in linear_logprob")
+        if name not in known:
+            raise fail("outputs", repr(name), f"names from {known}")
     if entropy_requires_grad and "entropy" not in outputs:
         raise fail("entropy_requires_grad", "True without 'entropy' in outputs", "outputs to name 'entropy'")
     return tuple(dict.fromkeys(outputs))
+
+
+def check_topk(topk: object, outputs: tuple[str, ...], vocab_size: int) -> int:
+    """k of the top-k statistics, 0 where none is wanted."""
+    is_wanted = any(name in TOPK_STATISTICS for name in outputs)
+    if topk is None:
+        topk = DEFAULT_TOPK
+    elif not is_wanted:
+        raise fail("topk", repr(topk), f"None, or outputs to name one of {TOPK_STATISTICS}")
+    if not is_wanted:
+        return 0
+    if isinstance(topk, bool) or not isinstance(topk, int) or not 1 <= topk <= vocab_size:
+        raise fail("topk", repr(topk), f"an integer in 1..{vocab_size}, the size of the vocabulary")
+    return topk
 
 
 def check_token_index(token_index: Tensor | None, hidden: Tensor) -> None:

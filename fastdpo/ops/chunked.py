@@ -15,20 +15,35 @@ from torch import Tensor
 from fastdpo.kernels.contract import RowOutputs
 from fastdpo.kernels.matmul import SlabbedWeight, hidden_grad_into
 from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads, label_row_coeff, row_coeff
-from fastdpo.ops.head_call import HeadCall, LogitChunks, empty_outputs, slice_outputs
+from fastdpo.ops.head_call import (
+    HeadCall,
+    LogitChunks,
+    TopkOutputs,
+    empty_outputs,
+    empty_topk,
+    slice_outputs,
+)
 from fastdpo.plan import Plan
 
 
-def forward_chunks(call: HeadCall, statistics: tuple[str, ...]) -> tuple[RowOutputs, Tensor, Tensor | None]:
+def forward_chunks(
+    call: HeadCall, statistics: tuple[str, ...], k: int = 0
+) -> tuple[RowOutputs, TopkOutputs | None, Tensor, Tensor | None]:
     """All chunks of the forward pass.
 
+    Args:
+        call: what to compute, and how.
+        statistics: names of what the row kernel makes beside log-probabilities and lse.
+        k: of the top-k statistics; 0 for none.
+
     Returns:
-        The compact outputs, what the mode keeps for the backward pass (``stash`` D W ``(N, H)``, ``cache``
-        the D of the first rows ``(cached, V)``, else an empty tensor), and the log-probabilities ``(N,)`` of
-        the reference where the call has one.
+        The compact outputs, those of the k most likely tokens, what the mode keeps for the backward pass
+        (``stash`` D W ``(N, H)``, ``cache`` the D of the first rows ``(cached, V)``, else an empty tensor),
+        and the log-probabilities ``(N,)`` of the reference where the call has one.
     """
     plan = call.plan
     outputs = empty_outputs(call, statistics)
+    topk = empty_topk(call, k)
     ref_outputs = None if call.ref_hidden is None else empty_outputs(call, ())
     chunks = LogitChunks(call)
     kept = call.hidden.new_empty(kept_shape(plan), dtype=call.operand_dtype)
@@ -38,12 +53,18 @@ def forward_chunks(call: HeadCall, statistics: tuple[str, ...]) -> tuple[RowOutp
             d_out = chunks.d_in_place(stop - start)
         elif stop <= plan.cached_rows:
             d_out = kept[start:stop]
-        chunks.process(start, stop, slice_outputs(outputs, start, stop), d_out=d_out)
+        chunks.process(
+            start,
+            stop,
+            slice_outputs(outputs, start, stop),
+            d_out=d_out,
+            topk=None if topk is None else topk.slice(start, stop),
+        )
         if plan.mode == "stash" and d_out is not None:
             hidden_grad_into(kept[start:stop], d_out, chunks.weight)
         if ref_outputs is not None:
             chunks.score_reference(start, stop, slice_outputs(ref_outputs, start, stop))
-    return outputs, kept, None if ref_outputs is None else ref_outputs.logps
+    return outputs, topk, kept, None if ref_outputs is None else ref_outputs.logps
 
 
 def kept_shape(plan: Plan) -> tuple[int, ...]:
@@ -79,14 +100,14 @@ def backward_chunks(
         adds_label_rows=grads.lse is not None,
     )
     if call.plan.mode == "stash":
-        _backward_stash(call, kept, outputs, grads, total)
+        backward_stash(call, kept, outputs, grads, total)
     else:
         for group in _d_groups(call, weight, kept, grads):
             total.add_group(group, outputs, grads)
     return total.results()
 
 
-def _backward_stash(
+def backward_stash(
     call: HeadCall, kept: Tensor, outputs: RowOutputs, grads: TokenGrads, total: Gradients
 ) -> None:
     """dhidden = g (D W), with D W from the forward pass: no product at all."""

@@ -9,9 +9,23 @@ from torch import Tensor
 
 from fastdpo.kernels.contract import LogitTransform, RowKernel, RowOutputs
 from fastdpo.kernels.matmul import SlabbedWeight, logits_into
+from fastdpo.kernels.topk import chunk_top_sums, write_top
 from fastdpo.ops.backends import load_row_kernel
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class TopkOutputs:
+    """``topk_mass`` and ``topk_entropy`` of N labelled tokens, ``(N,)`` each, of k tokens."""
+
+    k: int
+    mass: Tensor
+    entropy: Tensor
+
+    def slice(self, start: int, stop: int) -> TopkOutputs:
+        """Those of labelled rows ``[start, stop)``."""
+        return TopkOutputs(self.k, self.mass[start:stop], self.entropy[start:stop])
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +90,12 @@ class LogitChunks:
         *,
         d_out: Tensor | None = None,
         grad_coeffs: Tensor | None = None,
+        topk: TopkOutputs | None = None,
     ) -> Tensor:
         """Rows ``[start, stop)`` through the product and the kernel; returns the rows of hidden."""
         rows = self.call.rows(start, stop)
         self.fill(start, rows)
-        self.run_kernel(start, stop, outputs, d_out=d_out, grad_coeffs=grad_coeffs)
+        self.run_kernel(start, stop, outputs, d_out=d_out, grad_coeffs=grad_coeffs, topk=topk)
         return rows
 
     def score_reference(self, start: int, stop: int, outputs: RowOutputs) -> None:
@@ -105,6 +120,7 @@ class LogitChunks:
         *,
         d_out: Tensor | None = None,
         grad_coeffs: Tensor | None = None,
+        topk: TopkOutputs | None = None,
     ) -> None:
         """The row kernel on labelled rows ``[start, stop)`` of those that ``fill`` brought; once for each."""
         call = self.call
@@ -113,21 +129,32 @@ class LogitChunks:
         if call.logits_dtype == torch.bfloat16:
             target_rows = self.weight.rows(call.safe_labels(start, stop))
             target = (self._rows[local].float() * target_rows.float()).sum(-1)
+        logits, labels = self._logits[local, : call.plan.vocab_size], call.labels[start:stop]
+        top_sums = None
+        if topk is not None:  # first: the kernel may overwrite the logits
+            top_sums = chunk_top_sums(logits, labels, call.transform, topk.k, target_logits=target)
         self._kernel(
-            self._logits[local, : call.plan.vocab_size],
-            call.labels[start:stop],
+            logits,
+            labels,
             call.transform,
             outputs,
             target_logits=target,
             d_out=d_out,
             grad_coeffs=grad_coeffs,
         )
+        if topk is not None and top_sums is not None:
+            write_top(top_sums, outputs.lse, topk.mass, topk.entropy)
 
     def d_in_place(self, num_rows: int) -> Tensor:
         """D's place in the workspace: the front of each logits row, in the operands' dtype."""
-        flat = self._logits.view(-1).view(self.call.operand_dtype)
-        stride = flat.numel() // max(self._logits.shape[0], 1)
-        return flat.as_strided((num_rows, self.call.plan.vocab_size), (stride, 1))
+        return front_of_rows(self._logits, num_rows, self.call)
+
+
+def front_of_rows(logits: Tensor, num_rows: int, call: HeadCall) -> Tensor:
+    """``(num_rows, V)`` in the operands' dtype, over the front of each row of a workspace."""
+    flat = logits.view(-1).view(call.operand_dtype)
+    stride = flat.numel() // max(logits.shape[0], 1)
+    return flat.as_strided((num_rows, call.plan.vocab_size), (stride, 1))
 
 
 def empty_outputs(call: HeadCall, statistics: tuple[str, ...]) -> RowOutputs:
@@ -141,6 +168,14 @@ def empty_outputs(call: HeadCall, statistics: tuple[str, ...]) -> RowOutputs:
         return call.hidden.new_empty(num_tokens, dtype=kind) if wanted else None
 
     return RowOutputs(*(buffer(name) for name in RowOutputs._fields))  # type: ignore[arg-type]
+
+
+def empty_topk(call: HeadCall, k: int) -> TopkOutputs | None:
+    """Compact ``(N,)`` buffers for the statistics of the k most likely tokens; None where k is 0."""
+    if k == 0:
+        return None
+    size, dtype = call.plan.num_tokens, accumulation_dtype(call.compute_dtype)
+    return TopkOutputs(k, *(call.hidden.new_empty(size, dtype=dtype) for _ in range(2)))
 
 
 def slice_outputs(outputs: RowOutputs, start: int, stop: int) -> RowOutputs:

@@ -29,9 +29,11 @@ from fastdpo.kernels import slab as torch_slab
 from fastdpo.kernels.contract import RowOutputs
 from fastdpo.kernels.matmul import LOW_PRECISION, add_bias_grad
 from fastdpo.kernels.slab import SlabGradient, SlabSums
+from fastdpo.kernels.topk import merge_top, no_top, top_sums, write_top
 from fastdpo.ops.checks import accumulation_dtype, fail
 from fastdpo.ops.gradients import TokenGrads, add_rows_in_order
-from fastdpo.ops.head_call import HeadCall, empty_outputs
+from fastdpo.ops.head_call import HeadCall, TopkOutputs, empty_outputs, empty_topk
+from fastdpo.schedule import MIB
 
 # Bytes of workspace for one logit of a slab: its own, and in plain torch half as much for temporaries.
 KERNEL_LOGIT_BYTES = 4
@@ -55,28 +57,34 @@ def _is_store_free(backend: str, compute_dtype: torch.dtype) -> bool:
 
 
 def forward_lean(
-    call: HeadCall, statistics: tuple[str, ...], *, keeps_entropy: bool = False
-) -> tuple[RowOutputs, Tensor, Tensor | None]:
+    call: HeadCall,
+    statistics: tuple[str, ...],
+    k: int = 0,
+    *,
+    keeps_entropy: bool = False,
+    workspace_mib: int = 512,
+) -> tuple[RowOutputs, TopkOutputs | None, Tensor, Tensor | None]:
     """As ``forward_chunks``; what is kept is the entropy ``(N,)`` where it needs a gradient, else nothing.
 
+    The k largest logits of every token are held, within ``workspace_mib`` beside the workspace itself.
+
     Raises:
-        ValueError: logits of another dtype than the sums': there are none to be stored in it.
+        ValueError: logits of another dtype than the sums': there are none to be stored in it; or top-k
+            statistics of logits that never leave the registers, or of too many tokens.
     """
-    outputs = _score(call, statistics)
+    _check_topk(call, k, workspace_mib)
+    topk = empty_topk(call, k)
+    outputs = _score(call, statistics, topk)
     kept = call.hidden.new_empty(0, dtype=call.operand_dtype)
     if keeps_entropy and outputs.entropy is not None:
         kept = outputs.entropy.clone()  # an op may not return one tensor twice
     if call.ref_hidden is None:
-        return outputs, kept, None
-    return outputs, kept, _score(replace(call, hidden=call.ref_hidden), ()).logps
+        return outputs, topk, kept, None
+    return outputs, topk, kept, _score(replace(call, hidden=call.ref_hidden), ()).logps
 
 
-def _score(call: HeadCall, statistics: tuple[str, ...]) -> RowOutputs:
-    """Log-probabilities, lse and the statistics asked for, compact ``(N,)``; no logits in memory, or few.
-
-    Raises:
-        ValueError: logits of another dtype than the sums': there are none to be stored in it.
-    """
+def _score(call: HeadCall, statistics: tuple[str, ...], topk: TopkOutputs | None = None) -> RowOutputs:
+    """Log-probabilities, lse and the statistics asked for, compact ``(N,)``; no logits in memory, or few."""
     _check_logits_dtype(call)
     outputs = empty_outputs(call, statistics)
     if call.plan.num_tokens == 0:
@@ -94,16 +102,23 @@ def _score(call: HeadCall, statistics: tuple[str, ...]) -> RowOutputs:
     _, slope = torch_slab.value_and_slope(call.transform)
     blocks = call.plan.chunks()
     sums = [torch_slab.no_sums(outputs.lse, stop - start, statistics) for start, stop in blocks]
+    top = None if topk is None else no_top(outputs.lse, call.plan.num_tokens, topk.k, call.transform)
     workspace = _Workspace(call)
     for first, last in _slabs(call):
         weight = _slab_weight(call, first, last)
         for i, (start, stop) in enumerate(blocks):
             logits = workspace.logits(call.rows(start, stop), weight)
+            if top is not None:
+                merge_top(top[start:stop], logits, call.transform, first)
             labels = call.labels[start:stop]
             part = torch_slab.slab_sums(logits, labels, call.transform, first, statistics)
             sums[i] = torch_slab.merged(sums[i], part, slope)
     whole = _concatenated(sums)
     torch_slab.write_outputs(whole, call.labels, call.plan.vocab_size, slope, outputs)
+    if topk is not None and top is not None:
+        for start, stop in blocks:  # one at a time, for what is made of the k values
+            rows, best = topk.slice(start, stop), top_sums(top[start:stop], call.transform)
+            write_top(best, outputs.lse[start:stop], rows.mass, rows.entropy)
     return outputs
 
 
@@ -362,6 +377,18 @@ def _load_slab_gradient(call: HeadCall) -> SlabGradient:
 
         return slab_gradient
     return torch_slab.slab_gradient
+
+
+def _check_topk(call: HeadCall, k: int, workspace_mib: int) -> None:
+    if k == 0:
+        return
+    if _is_store_free(call.backend, call.compute_dtype):
+        wanted = "another mode, or backend 'reference': the kernel of mode 'lean' stores no logits to look at"
+        raise fail("outputs", "a top-k statistic", wanted)
+    num_bytes = call.plan.num_tokens * k * accumulation_dtype(call.compute_dtype).itemsize
+    if num_bytes > workspace_mib * MIB:
+        got = f"{k}, the logits of which are {num_bytes} bytes for all tokens in mode 'lean'"
+        raise fail("topk", got, f"no more than workspace_mib holds, {workspace_mib} MiB")
 
 
 def _check_logits_dtype(call: HeadCall) -> None:

@@ -21,9 +21,10 @@ from fastdpo.ops.backends import num_multiprocessors, resolve_backend
 from fastdpo.ops.checks import accumulation_dtype, fail
 from fastdpo.ops.chunked import backward_chunks, forward_chunks
 from fastdpo.ops.gradients import TokenGrads
-from fastdpo.ops.head_call import HeadCall
+from fastdpo.ops.head_call import HeadCall, TopkOutputs
 from fastdpo.ops.lean import backward_lean, forward_lean, logit_bytes
 from fastdpo.plan import make_plan
+from fastdpo.types import TOPK_STATISTICS
 
 # What the index of labelled rows is, and so which shape labels and outputs have:
 #   found      the op looks for labels other than ignore_index;         labels and outputs (M,)
@@ -58,9 +59,9 @@ OPTIONS_SCHEMA = (
     "fastdpo::linear_logprob",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? token_index, str index_kind, "
-    "Tensor? ref_hidden, Tensor? grad_weight_out, SymInt ignore_index, str statistics, "
+    "Tensor? ref_hidden, Tensor? grad_weight_out, SymInt ignore_index, str statistics, int topk, "
     f"bool entropy_requires_grad, bool check_labels, {OPTIONS_SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def forward_op(
     hidden: Tensor,  # (M, H)
@@ -73,11 +74,12 @@ def forward_op(
     grad_weight_out: Tensor | None,  # written by the backward op only
     ignore_index: int,
     statistics: str,  # names joined by commas
+    topk: int,  # k of the top-k statistics; 0 for none, else both are made
     entropy_requires_grad: bool,
     check_labels: bool,
     *options: Any,  # CallOptions
 ) -> tuple[Tensor, ...]:
-    """Six results of the labels' shape (those not asked for ``(0,)``), the reference's log-probabilities
+    """Eight results of the labels' shape (those not asked for ``(0,)``), the reference's log-probabilities
     (likewise), the index of labelled rows, and what is kept for the backward pass."""
     index = token_index
     if index is None:
@@ -89,9 +91,15 @@ def forward_op(
     with torch.amp.autocast(hidden.device.type, enabled=False):
         wanted = tuple(filter(None, statistics.split(",")))
         if run.run_mode == "lean":
-            compact, kept, ref_logps = forward_lean(call, wanted, keeps_entropy=entropy_requires_grad)
+            compact, top, kept, ref_logps = forward_lean(
+                call,
+                wanted,
+                topk,
+                keeps_entropy=entropy_requires_grad,
+                workspace_mib=run.workspace_mib,
+            )
         else:
-            compact, kept, ref_logps = forward_chunks(call, wanted)
+            compact, top, kept, ref_logps = forward_chunks(call, wanted, topk)
 
     def full(name: str, value: Tensor | None) -> Tensor:
         if value is None:
@@ -101,6 +109,7 @@ def forward_op(
         return value.new_zeros(labels.shape[0]).index_copy_(0, call.index, value)
 
     results = [full(name, value) for name, value in zip(RowOutputs._fields, compact, strict=True)]
+    results += [full(name, value) for name, value in _topk_results(top).items()]
     # An op may not return its input: the caller's index is not repeated.
     made_index = index if token_index is None else index.new_empty(0)
     return (*results, full("logps", ref_logps), made_index, kept)
@@ -118,15 +127,16 @@ def _(
     grad_weight_out: Tensor | None,
     ignore_index: int,
     statistics: str,
+    topk: int,
     entropy_requires_grad: bool,
     check_labels: bool,
     *options: Any,
 ) -> tuple[Tensor, ...]:
     run = CallOptions(*options)
-    wanted = ("logps", "lse", *statistics.split(","))
+    wanted = ("logps", "lse", *statistics.split(","), *(TOPK_STATISTICS if topk else ()))
     results = [
         empty_output(hidden, name, run.compute_dtype, labels.shape[0] if name in wanted else 0)
-        for name in RowOutputs._fields
+        for name in (*RowOutputs._fields, *TOPK_STATISTICS)
     ]
     num_scored = 0 if ref_hidden is None else labels.shape[0]
     results.append(empty_output(hidden, "logps", run.compute_dtype, num_scored))
@@ -234,7 +244,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, token_index, index_kind, _, grad_weight_out = inputs[:8]
-    entropy_requires_grad = inputs[10]
+    entropy_requires_grad = inputs[11]
     logps, lse, entropy, *rest, index, kept = output
     # Unused outputs would otherwise get zero gradients of their size: one of D's, with `cache`.
     ctx.set_materialize_grads(False)
@@ -244,7 +254,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(hidden, weight, bias, labels, saved_index, logps, lse, kept)
     # Not saved as a tensor: autograd would refuse a second backward pass because the first wrote to it.
     ctx.grad_weight_out = grad_weight_out
-    ctx.options = CallOptions(*inputs[12:])
+    ctx.options = CallOptions(*inputs[13:])
     ctx.num_inputs = len(inputs)
 
 
@@ -342,6 +352,11 @@ def head_call(
         logits_dtype=run.logits_dtype,
         operand_dtype=operands,
     )
+
+
+def _topk_results(topk: TopkOutputs | None) -> dict[str, Tensor | None]:
+    values = (None, None) if topk is None else (topk.mass, topk.entropy)
+    return dict(zip(TOPK_STATISTICS, values, strict=True))
 
 
 def _raise_on_bad_labels(labels: Tensor, index: Tensor, vocab_size: int) -> None:

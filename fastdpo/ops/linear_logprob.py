@@ -12,7 +12,14 @@ from fastdpo.ops import checks
 from fastdpo.ops.library import CallOptions, forward_op
 from fastdpo.plan import resolve_mode
 from fastdpo.schedule import holds_a_chunk_row
-from fastdpo.types import Execution, LinearLogprobOutput, LMHead, TokenLayout
+from fastdpo.types import (
+    TOKEN_STATISTICS,
+    TOPK_STATISTICS,
+    Execution,
+    LinearLogprobOutput,
+    LMHead,
+    TokenLayout,
+)
 
 
 def linear_logprob(
@@ -22,6 +29,7 @@ def linear_logprob(
     *,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = (),
+    topk: int | None = None,
     entropy_requires_grad: bool = False,
     token_index: Tensor | None = None,
     check_labels: bool = False,
@@ -42,7 +50,13 @@ def linear_logprob(
             of N tokens, whose rows may predict several; results then have shape ``(N,)``.
         ignore_index: the label of tokens that are not scored; they cost nothing and get 0.
         outputs: further statistics, from ``lse`` (differentiable), ``entropy``, ``log_sum_sq_probs``,
-            ``mean_logit``, ``is_top1``; in nats, of the distribution after cap and temperature.
+            ``mean_logit``, ``is_top1``, ``topk_mass``, ``topk_entropy``; in nats, of the distribution after
+            cap and temperature.
+        topk: k of the last two, 1 to V; None: 10. With p_1..p_k the largest probabilities, ``topk_mass`` is
+            M = sum p_i and ``topk_entropy`` H = -sum p_i log p_i, neither of them differentiable. Divided
+            by ln 2 H is in bits; of the renormalised p_i / M it is H / M + log M. For k = V, 1 and the
+            entropy. Both falling on held-out answers is a sign of over-optimisation (arXiv:2410.11677 sec.
+            4, with k = 10 and bits). Mode ``lean`` has them where its backend stores logits.
         entropy_requires_grad: make ``entropy`` differentiable (mode ``recompute``).
         token_index: ``(N,)`` int64, the flat positions of the labelled tokens, none twice. With it there
             is no host synchronisation; without it there is one. Other positions count as ignored.
@@ -64,29 +78,36 @@ def linear_logprob(
         >>> out.logps.shape
         torch.Size([2, 5])
     """
-    if isinstance(labels, TokenLayout):
-        if token_index is not None:
-            raise checks.fail("token_index", "a value together with a TokenLayout", "None: the layout has it")
-        checks.check_token_layout(labels, hidden)
-        token_index, index_kind, labels = labels.token_index, "repeated", labels.target_ids
-    else:
-        checks.check_labels(labels, hidden)
-        checks.check_token_index(token_index, hidden)
-        index_kind = "found" if token_index is None else "given"
+    targets, token_index, index_kind = labelled_rows(hidden, labels, token_index)
     output, _ = indexed_logprob(
         hidden,
         checks.as_head(lm_head),
-        labels,
+        targets,
         token_index,
         index_kind,
         ignore_index=ignore_index,
         outputs=outputs,
+        topk=topk,
         entropy_requires_grad=entropy_requires_grad,
         check_labels=check_labels,
         grad_weight_out=grad_weight_out,
         execution=execution,
     )
     return output
+
+
+def labelled_rows(
+    hidden: Tensor, labels: Tensor | TokenLayout, token_index: Tensor | None
+) -> tuple[Tensor, Tensor | None, str]:
+    """Checked labels, the index of their rows and its kind (``library.INDEX_KINDS``)."""
+    if isinstance(labels, TokenLayout):
+        if token_index is not None:
+            raise checks.fail("token_index", "a value together with a TokenLayout", "None: the layout has it")
+        checks.check_token_layout(labels, hidden)
+        return labels.target_ids, labels.token_index, "repeated"
+    checks.check_labels(labels, hidden)
+    checks.check_token_index(token_index, hidden)
+    return labels, token_index, "found" if token_index is None else "given"
 
 
 def indexed_logprob(
@@ -99,6 +120,7 @@ def indexed_logprob(
     ref_hidden: Tensor | None = None,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = (),
+    topk: int | None = None,
     entropy_requires_grad: bool = False,
     check_labels: bool = False,
     grad_weight_out: Tensor | None = None,
@@ -111,12 +133,13 @@ def indexed_logprob(
         None: chunk after chunk right behind the policy's, without a gradient.
     """
     checks.check_inputs(hidden, head)
-    wanted = checks.check_outputs(outputs, entropy_requires_grad)
+    wanted = checks.check_outputs(outputs, entropy_requires_grad, has_topk=True)
+    k = checks.check_topk(topk, wanted, head.weight.shape[0])
     checks.check_grad_weight_out(grad_weight_out, head.weight)
     run = checks.check_execution(execution)
 
     mode = settle_mode(hidden, head, run, entropy_requires_grad=entropy_requires_grad)
-    logps, lse, entropy, log_sum_sq, mean_logit, is_top1, ref_logps, _, _ = forward_op(
+    logps, *statistics, ref_logps, _, _ = forward_op(
         flat_rows(hidden),
         head.weight,
         head.bias,
@@ -126,22 +149,17 @@ def indexed_logprob(
         None if ref_hidden is None else flat_rows(ref_hidden.detach()),
         grad_weight_out,
         ignore_index,
-        ",".join(wanted),
+        ",".join(name for name in wanted if name in TOKEN_STATISTICS),
+        k,
         entropy_requires_grad,
         check_labels,
         *call_options(hidden, head, run, mode),
     )
 
-    def shaped(name: str, value: Tensor) -> Tensor | None:
-        return value.view(labels.shape) if name in wanted else None
-
+    named = zip((*TOKEN_STATISTICS, *TOPK_STATISTICS), statistics, strict=True)
     output = LinearLogprobOutput(
         logps.view(labels.shape),
-        lse=shaped("lse", lse),
-        entropy=shaped("entropy", entropy),
-        log_sum_sq_probs=shaped("log_sum_sq_probs", log_sum_sq),
-        mean_logit=shaped("mean_logit", mean_logit),
-        is_top1=shaped("is_top1", is_top1),
+        **{name: value.view(labels.shape) for name, value in named if name in wanted},
     )
     return output, None if ref_hidden is None else ref_logps.view(labels.shape)
 

@@ -23,6 +23,7 @@ def op_args(
     weight: bool,
     kind: str = "found",
     has_reference: bool = False,
+    topk: int = 0,
 ) -> tuple[Any, ...]:
     case = make_case(batch=2, length=12, hidden_size=8, vocab=20, dtype=dtype)
     h, w, b = leaves(case, hidden=hidden, weight=weight)
@@ -34,7 +35,7 @@ def op_args(
     logits = torch.float64 if dtype == torch.float64 else torch.float32
     return (
         h.detach().flatten(0, 1).requires_grad_(hidden), w, b, labels, index, kind, reference, None,
-        -100, ",".join(TOKEN_STATISTICS), False, False,
+        -100, ",".join(TOKEN_STATISTICS), topk, False, False,
         0.7, 5.0, 1.3, mode, "auto", dtype, logits, 1, 64,
     )  # fmt: skip
 
@@ -47,7 +48,10 @@ def op_args(
 @pytest.mark.parametrize("kind", INDEX_KINDS)
 def test_opcheck(dtype: torch.dtype, hidden: bool, weight: bool, mode: str, kind: str) -> None:
     has_reference = kind in PER_TOKEN
-    args = op_args(dtype, mode, hidden=hidden, weight=weight, kind=kind, has_reference=has_reference)
+    topk = 3 if kind in ("found", "repeated") else 0
+    args = op_args(
+        dtype, mode, hidden=hidden, weight=weight, kind=kind, has_reference=has_reference, topk=topk
+    )
     torch.library.opcheck(torch.ops.fastdpo.linear_logprob.default, args)
 
 

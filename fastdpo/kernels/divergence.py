@@ -1,0 +1,159 @@
+"""Divergences of two distributions over the vocabulary, row by row, with their gradients; plain torch.
+
+For logits z of the policy and c of a teacher, p = softmax(z), q = softmax(c), delta = log q - log p:
+
+    forward_kl = KL(q || p) = sum q delta                  dz = p - q
+    reverse_kl = KL(p || q) = -sum p delta                 dz = p (-delta - reverse_kl)
+    jsd = b KL(q || m) + (1 - b) KL(p || m)                dz = (1 - b) p (log p - log m - KL(p || m))
+          with m = b q + (1 - b) p
+
+    log m - log p = max(delta, 0) + s,   s = log(1 + w (exp(-|delta|) - 1)),   w = 1 - b if delta > 0 else b
+
+so that nothing overflows and equal logits give exactly 0. The teacher is a constant. A probability of 0
+contributes nothing where it is the weight of a sum, masked tokens (logits of -inf) included; a token that q
+has and p masks makes KL(q || p) infinite, as it is.
+
+The inputs are scratch: what is made beside them is ``TEMPORARIES`` times as large, so callers hand in tiles
+of rows. Any floating dtype of at least 32 bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .contract import LogitTransform
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+# Tensors of the tiles' size that are made at a time: p, q, what is left of a cap's slope, s and its parts,
+# the masks of a quarter of the size each.
+TEMPORARIES = 6
+
+
+class DivergenceOutputs(NamedTuple):
+    """Per-row results ``(C,)`` in nats, written; None where not wanted."""
+
+    forward_kl: Tensor | None = None  # KL(teacher || policy)
+    reverse_kl: Tensor | None = None  # KL(policy || teacher)
+    jsd: Tensor | None = None
+    l1_distance: Tensor | None = None  # sum |p_first - p_second| of two teachers
+
+
+def to_logits(products: Tensor, transform: LogitTransform) -> Tensor:
+    """Raw products ``(C, V)`` as logits z = softcap(s (x + b)) / tau, in place."""
+    if transform.bias is not None:
+        products.add_(transform.bias)
+    products.mul_(transform.scale)
+    if transform.softcap is not None:
+        products.div_(transform.softcap).tanh_().mul_(transform.softcap)
+    return products.div_(transform.temperature)
+
+
+def l1_distance(first: Tensor, second: Tensor) -> Tensor:
+    """``(C,)`` sum over the vocabulary of the difference of two softmaxes, without the customary half."""
+    difference = first.sub(first.amax(1, keepdim=True)).exp_()
+    difference.div_(difference.sum(1, keepdim=True))
+    other = second.sub(second.amax(1, keepdim=True)).exp_()
+    return difference.sub_(other.div_(other.sum(1, keepdim=True))).abs_().sum(1)
+
+
+def combine(first: Tensor, second: Tensor, coefficients: Tensor) -> Tensor:
+    """Logits ``a first + b second`` in the place of ``first``; ``coefficients`` ``(2, C)``.
+
+    A token that either teacher masks is masked: -inf - -inf says nothing.
+    """
+    is_masked = (first == -torch.inf) | (second == -torch.inf)
+    # The maximum goes first, so that what a and b multiply is small; a constant per row changes no softmax.
+    first.sub_(first.amax(1, keepdim=True)).mul_(coefficients[0, :, None])
+    second.sub_(second.amax(1, keepdim=True)).mul_(coefficients[1, :, None])
+    return first.add_(second).masked_fill_(is_masked, -torch.inf)
+
+
+def divergence_rows(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    transform: LogitTransform,
+    outputs: DivergenceOutputs,
+    *,
+    jsd_beta: float = 0.5,
+    d_out: Tensor | None = None,
+    grad_coeffs: Tensor | None = None,
+) -> None:
+    """The divergences of a tile, and D, the gradient with respect to the raw products over s / tau.
+
+    Args:
+        logits: ``(C, V)`` of the policy, from ``to_logits`` with ``transform``; scratch.
+        teacher_logits: ``(C, V)``; scratch.
+        transform: the policy's.
+        outputs: which divergences to make; ``l1_distance`` is not looked at.
+        jsd_beta: b, between 0 and 1.
+        d_out: ``(C, V)`` receives D; it may begin at the address of ``logits``, with the byte stride of its
+            rows, or not overlap.
+        grad_coeffs: ``(3, C)``, what D is the gradient of: their combination of the three divergences, of
+            which ``outputs`` has those with coefficients other than 0. None: the one in ``outputs``.
+    """
+    cap_slope = None
+    if d_out is not None and transform.softcap is not None:
+        cap_slope = logits.mul(transform.temperature / transform.softcap).square_().neg_().add_(1.0)
+    p = _log_softmax_(logits)
+    q = _log_softmax_(teacher_logits)
+    # Two masked logits are equal, and -inf - -inf would be NaN.
+    is_equal = teacher_logits == logits
+    delta = teacher_logits.sub_(logits).masked_fill_(is_equal, 0.0)
+    scratch = logits
+
+    def total(weight: Tensor) -> Tensor:
+        """The sum of weight times what is in ``scratch``."""
+        return scratch.mul_(weight).masked_fill_(weight == 0, 0.0).sum(1)
+
+    reverse_kl = kl_to_mean = log_1p = None
+    if outputs.forward_kl is not None:
+        scratch.copy_(delta)
+        outputs.forward_kl.copy_(total(q))
+    if outputs.reverse_kl is not None:
+        torch.neg(delta, out=scratch)
+        reverse_kl = total(p)
+        outputs.reverse_kl.copy_(reverse_kl)
+    if outputs.jsd is not None:
+        log_1p = _log_mean(delta, jsd_beta)
+        torch.clamp(delta, max=0.0, out=scratch).sub_(log_1p)  # log q - log m
+        teacher_part = total(q)
+        log_1p.add_(delta.clamp(min=0.0)).neg_()  # log p - log m
+        scratch.copy_(log_1p)
+        kl_to_mean = total(p)
+        outputs.jsd.copy_(jsd_beta * teacher_part + (1 - jsd_beta) * kl_to_mean)
+    if d_out is None:
+        return
+
+    weights = (1.0, 1.0, 1.0) if grad_coeffs is None else grad_coeffs[:, :, None]
+    d = scratch.zero_()
+    if reverse_kl is not None:
+        d.sub_(delta.add_(reverse_kl[:, None]).mul_(weights[1]))
+    if kl_to_mean is not None and log_1p is not None:
+        d.add_(log_1p.sub_(kl_to_mean[:, None]).mul_((1 - jsd_beta) * weights[2]))
+    if reverse_kl is not None or kl_to_mean is not None:
+        d.mul_(p).masked_fill_(p == 0, 0.0)
+    if outputs.forward_kl is not None:
+        d.add_(p.sub_(q).mul_(weights[0]))
+    if cap_slope is not None:
+        d.mul_(cap_slope)
+    # D of 16 bits may lie over d: first in memory of its own.
+    d_out.copy_(d if d_out.dtype == d.dtype else d.to(d_out.dtype))
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    """The softmax; ``logits`` become its logarithm. torch's own adds up in a chain; see ``reference.py``."""
+    logits.sub_(logits.amax(1, keepdim=True))
+    p = logits.exp()
+    total = p.sum(1, keepdim=True)
+    logits.sub_(total.log())
+    return p.div_(total)
+
+
+def _log_mean(delta: Tensor, b: float) -> Tensor:
+    """s of the module's docstring."""
+    # Tensors of delta's dtype: of two numbers torch.where makes fp32.
+    weight = torch.where(delta > 0, delta.new_full((), 1 - b), delta.new_full((), b))
+    return delta.abs().neg_().expm1_().mul_(weight).log1p_()

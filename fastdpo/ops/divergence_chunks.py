@@ -1,0 +1,218 @@
+"""The chunk loops of ``token_divergence``: labelled rows in, divergences and gradients out, no autograd.
+
+    h, h_teacher (C, H) --GEMMs--> x, x_teacher (C, V) --tiles of rows--> divergences, D --> D W (C, H)
+
+As in ``chunked.py``, with a workspace for each head's logits and D in the place of the policy's. With one
+divergence D needs no upstream gradient: modes ``stash`` and ``cache`` make it in the forward pass. With
+several it is that of their combination, which only the backward pass knows: mode ``recompute``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdpo.kernels.contract import RowOutputs
+from fastdpo.kernels.divergence import (
+    DIVERGENCES,
+    TEMPORARIES,
+    DivergenceOutputs,
+    combine,
+    divergence_rows,
+    l1_distance,
+    to_logits,
+)
+from fastdpo.kernels.matmul import SlabbedWeight, hidden_grad_into, logits_into
+from fastdpo.ops.checks import accumulation_dtype
+from fastdpo.ops.chunked import backward_stash, kept_shape
+from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads
+from fastdpo.ops.head_call import HeadCall, front_of_rows
+from fastdpo.schedule import MIB
+
+# A tile's tensor is no larger than this: on a CPU what caches and the allocator take well, on a GPU what
+# fills it.
+TILE_MIB = {"cpu": 4, "cuda": 32}
+
+
+@dataclass(frozen=True, eq=False)
+class DivergenceCall:
+    """Everything that is the same for every chunk of one call."""
+
+    policy: HeadCall
+    teachers: tuple[HeadCall, ...]  # one or two; of the policy's plan
+    coefficients: Tensor | None  # (2, N) in the accumulation dtype, with two teachers
+    slopes: tuple[float, float]  # what of the teachers' distance is added to them
+    names: tuple[str, ...]  # of DivergenceOutputs
+    jsd_beta: float
+
+    @property
+    def divergences(self) -> tuple[str, ...]:
+        """The differentiable ones of the names."""
+        return tuple(name for name in DIVERGENCES if name in self.names)
+
+
+def workspace_units(num_teachers: int) -> int:
+    """Buffers of a chunk's logits that a call takes: one for each head, one for the tiles' temporaries."""
+    return num_teachers + 2
+
+
+def forward_divergences(call: DivergenceCall) -> tuple[DivergenceOutputs, Tensor]:
+    """The compact outputs ``(N,)``, and what the mode keeps for the backward pass, as ``forward_chunks``."""
+    policy, plan = call.policy, call.policy.plan
+    outputs = _empty_outputs(call, call.names)
+    kept = policy.hidden.new_empty(kept_shape(plan), dtype=policy.operand_dtype)
+    chunks = _DivergenceChunks(call)
+    for start, stop in plan.chunks():
+        d_out = None
+        if plan.mode == "stash":
+            d_out = chunks.d_in_place(stop - start)
+        elif stop <= plan.cached_rows:
+            d_out = kept[start:stop]
+        chunks.process(start, stop, _rows_of(outputs, start, stop), d_out=d_out)
+        if plan.mode == "stash" and d_out is not None:
+            hidden_grad_into(kept[start:stop], d_out, chunks.weight)
+    return outputs, kept
+
+
+def backward_divergences(
+    call: DivergenceCall,
+    kept: Tensor,
+    upstream: tuple[Tensor | None, ...],
+    *,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``(dhidden (M, H), dweight (V, H), dbias (V,))`` in their inputs' dtypes; None where not needed.
+
+    Args:
+        call: the call of the forward pass.
+        kept: what that kept; read, never written.
+        upstream: gradients ``(N,)`` of ``DIVERGENCES``, in their order; None for none.
+    """
+    policy = call.policy
+    weight = policy.slabbed_weight()
+    total = Gradients(policy, weight, hidden=needs_hidden, bias=needs_bias, dweight=needs_weight)
+    grads, coeffs = _token_grads(call, upstream)
+    no_outputs = RowOutputs(grads.logps, grads.logps)  # looked at with gradients of lse only
+    if policy.plan.mode == "stash":
+        backward_stash(policy, kept, no_outputs, grads, total)
+    else:
+        for group in _d_groups(call, weight, kept, coeffs):
+            total.add_group(group, no_outputs, grads)
+    return total.results()
+
+
+def _token_grads(
+    call: DivergenceCall, upstream: tuple[Tensor | None, ...]
+) -> tuple[TokenGrads, Tensor | None]:
+    """What multiplies each row of D ``(N,)``, and the coefficients ``(3, N)`` that D is made with, if any.
+
+    The largest coefficient of a row stays out of D, which is then of order 1 in 16 bits whatever the loss
+    is scaled by.
+    """
+    like = next(grad for grad in upstream if grad is not None)
+    stacked = torch.stack([torch.zeros_like(like) if grad is None else grad for grad in upstream])
+    if len(call.divergences) == 1:
+        return TokenGrads(stacked[DIVERGENCES.index(call.divergences[0])]), None
+    largest = stacked.abs().amax(0)
+    return TokenGrads(largest), stacked / largest.where(largest != 0, 1.0)
+
+
+def _d_groups(
+    call: DivergenceCall, weight: SlabbedWeight, kept: Tensor, coeffs: Tensor | None
+) -> Iterator[DGroup]:
+    """The rows in groups with their D: the cached ones first, then chunk by chunk what is recomputed."""
+    plan = call.policy.plan
+    if plan.cached_rows:
+        yield DGroup(0, plan.cached_rows, kept)
+    if plan.cached_rows == plan.num_tokens:
+        return
+    chunks = _DivergenceChunks(call, weight)
+    scratch = _empty_outputs(call, call.divergences)
+    for start, stop in plan.chunks():
+        if start < plan.cached_rows:
+            continue
+        d = chunks.d_in_place(stop - start)
+        part = None if coeffs is None else coeffs[:, start:stop]
+        rows = chunks.process(start, stop, _rows_of(scratch, start, stop), d_out=d, grad_coeffs=part)
+        yield DGroup(start, stop, d, rows)
+
+
+class _DivergenceChunks:
+    """The workspaces that every chunk goes through, one for each head."""
+
+    def __init__(self, call: DivergenceCall, weight: SlabbedWeight | None = None) -> None:
+        self.call = call
+        self.weight = call.policy.slabbed_weight() if weight is None else weight
+        plan = call.policy.plan
+        heads = (call.policy, *call.teachers)
+        shape = (plan.chunk_rows, plan.leading_dim)
+        self._logits = [head.hidden.new_empty(shape, dtype=head.logits_dtype) for head in heads]
+        self._teacher_weights = [teacher.slabbed_weight() for teacher in call.teachers]
+        row_bytes = plan.vocab_size * call.policy.logits_dtype.itemsize
+        tile_rows = TILE_MIB.get(call.policy.hidden.device.type, 32) * MIB // row_bytes
+        self._tile_rows = max(min(plan.chunk_rows // TEMPORARIES, tile_rows), 1)
+
+    def d_in_place(self, num_rows: int) -> Tensor:
+        """D's place: the front of each row of the policy's logits, in the operands' dtype."""
+        return front_of_rows(self._logits[0], num_rows, self.call.policy)
+
+    def process(
+        self,
+        start: int,
+        stop: int,
+        outputs: DivergenceOutputs,
+        *,
+        d_out: Tensor | None = None,
+        grad_coeffs: Tensor | None = None,
+    ) -> Tensor:
+        """Labelled rows ``[start, stop)`` through products and row maths; returns the rows of hidden."""
+        call = self.call
+        rows = call.policy.rows(start, stop)
+        logits, *teachers = (whole[: stop - start, : call.policy.plan.vocab_size] for whole in self._logits)
+        logits_into(logits, rows, self.weight)
+        for head, weight, out in zip(call.teachers, self._teacher_weights, teachers, strict=True):
+            logits_into(out, head.rows(start, stop), weight)
+        for first in range(0, stop - start, self._tile_rows):
+            last = min(first + self._tile_rows, stop - start)
+            part = _rows_of(outputs, first, last)
+            divergence_rows(
+                to_logits(logits[first:last], call.policy.transform),
+                self._teacher_logits([out[first:last] for out in teachers], start + first, part.l1_distance),
+                call.policy.transform,
+                part,
+                jsd_beta=call.jsd_beta,
+                d_out=None if d_out is None else d_out[first:last],
+                grad_coeffs=None if grad_coeffs is None else grad_coeffs[:, first:last],
+            )
+        return rows
+
+    def _teacher_logits(self, tiles: list[Tensor], start: int, distance_out: Tensor | None) -> Tensor:
+        """The teacher's logits of a tile from labelled row ``start`` on, in the place of the first one's."""
+        call = self.call
+        for tile, head in zip(tiles, call.teachers, strict=True):
+            to_logits(tile, head.transform)
+        if call.coefficients is None:
+            return tiles[0]
+        coefficients = call.coefficients[:, start : start + len(tiles[0])]
+        if distance_out is not None or any(call.slopes):
+            distance = l1_distance(*tiles)
+            if distance_out is not None:
+                distance_out.copy_(distance)
+            if any(call.slopes):
+                coefficients = coefficients + torch.stack([slope * distance for slope in call.slopes])
+        return combine(tiles[0], tiles[1], coefficients)
+
+
+def _empty_outputs(call: DivergenceCall, names: tuple[str, ...]) -> DivergenceOutputs:
+    policy = call.policy
+    dtype, size = accumulation_dtype(policy.compute_dtype), policy.plan.num_tokens
+    return DivergenceOutputs(**{name: policy.hidden.new_empty(size, dtype=dtype) for name in names})
+
+
+def _rows_of(outputs: DivergenceOutputs, start: int, stop: int) -> DivergenceOutputs:
+    return DivergenceOutputs(*(None if out is None else out[start:stop] for out in outputs))

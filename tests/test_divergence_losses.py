@@ -1,0 +1,211 @@
+"""TDPO and AlignDistil from hidden states to the loss: values and gradients against dense fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdpo import (
+    Execution,
+    PackedLayout,
+    TeacherCombination,
+    fused_preference_loss,
+    linear_logprob,
+    shift_labels,
+    token_divergence,
+)
+from fastdpo.losses import build_objective
+from fastdpo.losses.token_batches import TokenDivergences
+from fastdpo.losses.token_level import TeacherMode, aligndistil_coefficients, aligndistil_teacher
+from fastdpo.testing import assert_close_to_fp64
+
+LENGTHS, H, V, IGNORED = (9, 5, 7, 8, 4, 9), 16, 53, -100
+PAIRS = len(LENGTHS) // 2
+
+
+class Pairs:
+    """Three pairs of uneven answers, chosen first, a reference and another teacher."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        shape = (2 * PAIRS, max(LENGTHS))
+        self.is_real = torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]
+        self.labels = torch.randint(V, shape).masked_fill(~self.is_real, IGNORED)
+        self.labels[:, :2] = IGNORED
+        self.hidden, noise, self.other = torch.randn(3, *shape, H).to(dtype)
+        self.reference = self.hidden + 0.3 * noise
+        self.weight, self.ref_weight = (torch.randn(2, V, H) * 2 / H**0.5).to(dtype)
+
+    def leaves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        hidden, weight = (t.to(dtype, copy=True).requires_grad_() for t in (self.hidden, self.weight))
+        return hidden, weight
+
+    def log_probs(self, states: Tensor, weight: Tensor) -> Tensor:
+        return (states @ weight.T).to(torch.promote_types(states.dtype, torch.float32)).log_softmax(-1)
+
+    @property
+    def targets(self) -> Tensor:
+        return shift_labels(self.labels)
+
+    @property
+    def layout(self) -> PackedLayout:
+        return PackedLayout(torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()]))
+
+
+def dense_tdpo(pairs: Pairs, name: str, dtype: torch.dtype, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The paper's formulas, written out."""
+    hidden, weight = pairs.leaves(dtype)
+    mask = pairs.targets != IGNORED
+    log_p = pairs.log_probs(hidden, weight)
+    log_q = pairs.log_probs(pairs.reference.to(dtype), pairs.ref_weight.to(dtype))
+    label = pairs.targets.clamp(min=0)[..., None]
+    u = ((log_p - log_q).gather(-1, label)[..., 0] * mask).sum(1)
+    kl = ((log_q.exp() * (log_q - log_p)).sum(-1) * mask).sum(1)
+    (u_w, u_l), (k_w, k_l) = u.chunk(2), kl.chunk(2)
+    gap = k_l - k_w if name == "tdpo1" else 0.5 * (k_l - k_w.detach())
+    losses = -torch.nn.functional.logsigmoid(0.4 * (u_w - u_l - gap))
+    loss = (losses * weights.to(losses.dtype)).mean()
+    return loss.detach(), list(torch.autograd.grad(loss, (hidden, weight)))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["tdpo1", "tdpo2"])
+def test_tdpo(name: str, dtype: torch.dtype, is_packed: bool) -> None:
+    pairs, weights = Pairs(dtype), torch.tensor([1.0, 0.5, 2.0])
+    hidden, weight = pairs.leaves(dtype)
+    states: dict[str, Any] = {"ref_lm_head": pairs.ref_weight, "beta": 0.4, "row_weights": weights}
+    run = Execution(workspace_mib=1)
+    if is_packed:
+        real = pairs.is_real
+        out = fused_preference_loss(
+            hidden[real], weight, pairs.labels[real], ref_hidden=pairs.reference[real], layout=pairs.layout,
+            loss_type=name, execution=run, **states,
+        )  # fmt: skip
+    else:
+        out = fused_preference_loss(
+            hidden, weight, pairs.labels, ref_hidden=pairs.reference, loss_type=name, execution=run, **states
+        )
+    grads = torch.autograd.grad(out.loss, (hidden, weight))
+    truth, true_grads = dense_tdpo(pairs, name, torch.float64, weights)
+    _, eager_grads = dense_tdpo(pairs, name, dtype, weights)
+    # At most 8 tokens an answer, four sums of them: 32 errors of a log-probability at the most.
+    unit = {torch.bfloat16: 1e-4, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    assert abs(out.loss.double().item() - truth.item()) < 32 * 0.4 * unit
+    assert out.rewards is not None and out.rewards.shape == (2 * PAIRS,) and not out.rewards.requires_grad
+    torch.testing.assert_close(out.rewards, 0.4 * (out.logps - out.ref_logps))
+    assert (
+        out.metrics["rewards/margins"].isfinite() and out.metrics["num_tokens"] == (pairs.targets >= 0).sum()
+    )
+    for ours, want, plain in zip(grads, true_grads, eager_grads, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(ours, want, rtol=1e-10, atol=1e-12)
+        else:
+            assert_close_to_fp64(ours, want, plain)
+
+
+def test_policy_equals_reference() -> None:
+    """No divergence and no margin: exactly ln 2, and the gradient of DPO there."""
+    pairs = Pairs(torch.float32)
+    for name in ("tdpo1", "tdpo2"):
+        out = fused_preference_loss(
+            pairs.hidden, pairs.weight, pairs.labels, ref_hidden=pairs.hidden, loss_type=name
+        )
+        assert out.loss.item() == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-7)
+        assert out.rewards is not None and out.rewards.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", ["aligndistil", "theorem1", "theorem1_contrast", "theorem1_adaptive"])
+def test_aligndistil(mode: TeacherMode, dtype: torch.dtype) -> None:
+    """The recipe of docs/methods.md: coefficients from the teachers' distance, in one pass."""
+    pairs = Pairs(dtype)
+    targets = pairs.targets
+    mask = targets != IGNORED
+    settings: dict[str, Any] = {"mode": mode, "beta": 0.1, "beta2": 0.5}
+    hidden, weight = pairs.leaves(dtype)
+    out = token_divergence(
+        hidden, weight, pairs.reference, targets, ref_lm_head=pairs.ref_weight, second_hidden=pairs.other,
+        combination=TeacherCombination(*aligndistil_coefficients(**settings)),
+        outputs=("reverse_kl", "l1_distance"), execution=Execution(workspace_mib=1),
+    )  # fmt: skip
+    assert out.reverse_kl is not None and out.l1_distance is not None
+    scales = aligndistil_teacher(out.l1_distance, **settings).scale
+    loss = build_objective("aligndistil").loss(TokenDivergences(out.reverse_kl, mask, scales=scales))
+    grads = torch.autograd.grad(loss, (hidden, weight))
+
+    def dense(dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        hidden, weight = pairs.leaves(dtype)
+        ref_weight = pairs.ref_weight.to(dtype)
+        log_p = pairs.log_probs(hidden, weight)
+        first, second = (pairs.log_probs(x.to(dtype), ref_weight) for x in (pairs.reference, pairs.other))
+        distance = (first.exp() - second.exp()).abs().sum(-1)
+        w = (
+            0.5 * distance + 1e-3
+            if mode in ("aligndistil", "theorem1_adaptive")
+            else torch.full_like(distance, 0.2)
+        )
+        scale = 0.1 / w if mode in ("aligndistil", "theorem1_adaptive") else 0.5
+        first_share, second_share = (
+            (1 + w, -w) if mode in ("aligndistil", "theorem1_contrast") else (w, 1 - w)
+        )
+        teacher = (first_share[..., None] * first + second_share[..., None] * second).log_softmax(-1)
+        kl = (log_p.exp() * (log_p - teacher)).sum(-1)
+        loss = ((scale * kl) * mask).sum(1).mean()
+        return loss, list(torch.autograd.grad(loss, (hidden, weight)))
+
+    truth, true_grads = dense(torch.float64)
+    _, eager_grads = dense(dtype)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=0)
+    for ours, want, plain in zip(grads, true_grads, eager_grads, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(ours, want, rtol=1e-10, atol=1e-12)
+        else:
+            assert_close_to_fp64(ours, want, plain)
+
+
+def test_both_ops_agree_on_the_reference() -> None:
+    """``token_divergence`` and ``linear_logprob`` see the same labelled tokens."""
+    pairs = Pairs(torch.float64)
+    scored = linear_logprob(pairs.hidden, pairs.weight, pairs.targets).logps
+    kl = token_divergence(pairs.hidden, pairs.weight, pairs.other, pairs.targets).forward_kl
+    assert kl is not None
+    assert torch.equal(kl == 0, scored == 0)
+
+
+BAD_CALLS: list[tuple[dict[str, Any], str]] = [
+    ({"ref_hidden": None}, "ref_hidden: got None, wanted the reference's hidden states for tdpo1"),
+    ({"ref_hidden": None, "ref_logps": torch.zeros(6)}, "ref_hidden: got None"),
+    ({"token_weights": torch.ones(6, 9)}, "token_weights: got a value that tdpo1 does not use"),
+    ({"win_rates": torch.ones(6)}, "win_rates: got a value that tdpo1 does not use"),
+    ({"loss_type": ["tdpo1", "sigmoid"]}, "loss_type"),
+    ({"execution": Execution(mode="lean")}, "execution.mode: got 'lean'"),
+    ({"ref_lm_head": torch.randn(V + 1, H)}, "ref_lm_head: got a vocabulary of 54"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), BAD_CALLS, ids=[message[:40] for _, message in BAD_CALLS])
+def test_bad_calls(changed: dict[str, Any], message: str) -> None:
+    pairs = Pairs(torch.float32)
+    good: dict[str, Any] = {
+        "hidden": pairs.hidden, "lm_head": pairs.weight, "labels": pairs.labels,
+        "ref_hidden": pairs.reference, "loss_type": "tdpo1",
+    }  # fmt: skip
+    assert fused_preference_loss(**good).loss.isfinite()
+    with pytest.raises(ValueError) as caught:
+        fused_preference_loss(**good | changed)
+    assert message in str(caught.value)
+
+
+def test_an_odd_number_of_sequences_is_no_pairs() -> None:
+    pairs = Pairs(torch.float32)
+    with pytest.raises(ValueError, match="labels: got 5 sequences"):
+        fused_preference_loss(
+            pairs.hidden[:5],
+            pairs.weight,
+            pairs.labels[:5],
+            ref_hidden=pairs.reference[:5],
+            loss_type="tdpo1",
+        )
