@@ -85,7 +85,7 @@ def forward_op(
     run = CallOptions(*options)
     call = head_call(hidden, weight, bias, labels, index, index_kind, run, ref_hidden=ref_hidden)
     if check_labels:
-        _raise_on_bad_labels(call.labels, index, weight.shape[0])
+        raise_on_bad_labels(call.labels, index, weight.shape[0])
     with torch.amp.autocast(hidden.device.type, enabled=False):
         wanted = tuple(filter(None, statistics.split(",")))
         if run.run_mode == "lean":
@@ -344,7 +344,7 @@ def head_call(
     )
 
 
-def _raise_on_bad_labels(labels: Tensor, index: Tensor, vocab_size: int) -> None:
+def raise_on_bad_labels(labels: Tensor, index: Tensor, vocab_size: int) -> None:
     bad = ((labels < 0) | (labels >= vocab_size)).nonzero()
     if bad.numel():
         first = bad[0, 0]
