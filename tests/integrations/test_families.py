@@ -113,6 +113,9 @@ def test_images_reach_the_backbone(family: str) -> None:
     assert not torch.allclose(*wanted, rtol=0, atol=1e-3)
     expected = expected_step_of_images(model, batch, pixels[0], inputs)
     ours = run_step(patch_model(model), batch, fused_logps, pixel_values=pixels[0], **inputs)
+    for step in (ours, *expected):
+        for name in [name for name in step.grads if name.endswith("self_attn.k_proj.bias")]:
+            del step.grads[name]  # shifts all scores of a query alike: its gradient is rounding alone
     assert_step_close(ours, expected)
 
 
