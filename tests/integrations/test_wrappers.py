@@ -137,6 +137,31 @@ def test_dispatched_models_keep_their_hooks() -> None:
     assert type(model(**BATCH.inputs, labels=BATCH.labels, return_logps=True)) is not FusedLMOutput
 
 
+def test_a_device_map_with_layers_on_disk_and_in_memory(tmp_path: Path) -> None:
+    """The stand-in for two devices: weights that lie elsewhere until a layer's hook fetches them."""
+    accelerate = pytest.importorskip("accelerate")
+    model = make_model()
+    exact = plain_logps(model, BATCH)
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "disk",
+        "model.layers.1": "cpu",
+        "model.norm": "disk",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    patch_model(model)
+    with torch.no_grad():
+        assert_logps_close(fused_logps(model, BATCH), exact.double(), torch.float32)
+        assert torch.equal(plain_logps(model, BATCH), exact)
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    unpatch_model(model)
+    with torch.no_grad():
+        assert torch.equal(plain_logps(model, BATCH), exact)
+
+
 def test_an_offloaded_head_is_refused_at_the_call() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = patch_model(make_model())
