@@ -90,7 +90,7 @@ def patch_model(
     the backbone runs once; the layout counts the positions of all of them, one after the other.
 
     Patch before ``accelerator.prepare``; before or after DDP, torch.compile and PEFT. Adapters of the
-    backbone are part of it; of what PEFT does to a head only ``modules_to_save`` is supported.
+    backbone are part of it; of what PEFT does to a head, ``modules_to_save`` and LoRA are supported.
 
     Args:
         model: a causal language model of transformers, or a PEFT, DDP or compiled wrapper around one.

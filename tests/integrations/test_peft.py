@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdpo import Execution, LMHead
+from fastdpo import Execution, LMHead, PreferenceTrainer
 from fastdpo.integrations.model import is_patched, patch_model, unpatch_model
 from fastdpo.testing import assert_logps_close
 from tests.integrations.peft_cases import CASES, HEAD, fill_adapters, with_lora
@@ -27,6 +29,15 @@ from tests.integrations.tiny import (
     make_model,
     plain_logps,
     run_step,
+)
+from tests.training.conftest import (  # noqa: F401  (fixtures)
+    make_args,
+    make_rows,
+    make_tokenizer,
+    no_curves,
+    tiny_llama,
+    tokenizer,
+    trained_bpe,
 )
 
 pytest.importorskip("peft")
@@ -192,3 +203,26 @@ def test_bf16_models_with_an_fp32_adapter_lose_nothing_in_the_head() -> None:
     ignored = BATCH.labels == -100
     ignored[:, 0] = True
     assert_logps_close(ours, truth.masked_fill(ignored, 0.0), torch.bfloat16)
+
+
+@pytest.mark.parametrize("reference", ["adapter", "precomputed"])
+def test_the_loop_trains_an_adapter_on_the_head(
+    reference: str,
+    make_args: Callable[..., Any],  # noqa: F811
+    tokenizer: Any,  # noqa: F811
+) -> None:
+    peft = pytest.importorskip("peft")
+    trainer = PreferenceTrainer(
+        tiny_llama(),
+        make_args(reference=reference, learning_rate=1e-2),
+        train_dataset=make_rows(12),
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=4, target_modules=HEAD, task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    ln2 = torch.tensor(math.log(2)).item()  # in fp32
+    assert losses[0] == ln2 if reference == "adapter" else losses[0] == pytest.approx(ln2, abs=1e-4)
+    assert losses[-1] < losses[0]
+    trained = trainer.model.named_parameters()
+    assert any("lm_head.lora_B" in name and parameter.any() for name, parameter in trained)

@@ -16,6 +16,7 @@ from fastdpo.testing import Case, assert_close_to_fp64, assert_logps_close, make
 from fastdpo.types import TOKEN_STATISTICS, HeadAdapter
 from tests.ops.common import backend_or_skip
 from tests.ops.test_gemm_passes import count_passes
+from tests.ops.test_memory import largest_allocation
 
 RANK, SCALE = 5, 0.7
 
@@ -221,6 +222,24 @@ def test_passes(trained: str, cache_mib: int, passes: int) -> None:
     products_of_u = (1 if trained == "nothing" else 3) * RANK * case.labels.numel() / (num_tokens * vocab)
     counted = count_passes(step, num_tokens, hidden_size, vocab)
     assert counted == pytest.approx(passes + narrow + products_of_u, rel=1e-12)
+
+
+def test_nothing_of_the_weights_size_is_allocated() -> None:
+    case = make_case(batch=2, length=16, hidden_size=64, vocab=5000, dtype=torch.float32, has_bias=False)
+    tensors = operands(case)
+    tensors.weight.requires_grad_(False)
+    trained = [t for t in tensors.tensors if t.requires_grad]
+    execution = Execution(workspace_mib=1, cache_mib=0)
+
+    def fused() -> None:
+        out = linear_logprob(tensors.hidden, head_of(case, tensors), case.labels, execution=execution)
+        torch.autograd.grad(out.logps, trained, case.upstream)
+
+    def merged() -> None:
+        torch.autograd.grad(dense(case, tensors).logps, trained, case.upstream)
+
+    weight_bytes = case.weight.numel() * 4
+    assert largest_allocation(merged) >= weight_bytes > 2**20 >= largest_allocation(fused)
 
 
 def test_autocast_rounds_the_adapter_as_it_rounds_the_weight() -> None:
