@@ -23,6 +23,7 @@ from tests.integrations.tiny import (
     BATCH,
     HIDDEN,
     VOCAB,
+    Expected,
     assert_step_close,
     expected_step,
     fused_logps,
@@ -139,6 +140,29 @@ def test_dropout_of_a_head_adapter_is_honoured() -> None:
     with torch.no_grad():  # as transformers scores a training model: PEFT's layer drops out then, too
         torch.manual_seed(3)
         assert torch.equal(fused_logps(patched.train(), BATCH), ours.logps)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapters_tied_like_the_weights(target: str) -> None:
+    """PEFT's ``ensure_weight_tying``: the head's A and B are the embedding's, transposed."""
+    options = {"target_modules": ["q_proj", target], "ensure_weight_tying": True}
+    model = with_lora(make_model("llama-tied"), **options)
+    wide = with_lora(make_model("llama-tied").double(), **options)  # not a copy: PEFT ties views
+    wide.load_state_dict(model.state_dict())
+    expected = Expected(run_step(wide, BATCH, plain_logps), run_step(model, BATCH, plain_logps))
+    assert LMHead.from_model(model).adapter is not None
+    assert_step_close(run_step(patch_model(model), BATCH, fused_logps), expected)
+
+
+def test_a_compiled_model_with_an_adapter_on_its_head() -> None:
+    model = with_lora(make_model(num_hidden_layers=1), target_modules=HEAD)
+    expected = expected_step(model, BATCH)
+    compiled = torch.compile(patch_model(model), backend="aot_eager")
+    try:
+        ours = run_step(compiled, BATCH, fused_logps)
+    finally:
+        torch.compiler.reset()
+    assert_step_close(ours, expected, renamed=lambda name: f"_orig_mod.{name}")
 
 
 def test_a_trained_weight_beside_its_adapter() -> None:
