@@ -144,7 +144,7 @@ def fused_dpo_loss(
         "num_tokens": num_tokens, **loss_options,
     }  # fmt: skip
     objective = build_objective(**loss_arguments)
-    run, head = check_execution(execution), as_head(lm_head)
+    run, head = check_execution(execution), as_head(lm_head, takes_adapter=True)
     if isinstance(layout, TokenLayout):
         check_layout_call(layout, hidden, labels, nll_labels)
         per_token, num_pairs_here = layout.target_ids, layout_pairs(layout)

@@ -141,7 +141,7 @@ def fused_preference_loss(
     token = linear_logprob(hidden, lm_head, targets, **scored).logps
     if ref_hidden is not None:
         with torch.no_grad():
-            head = reference_head(as_head(lm_head), ref_hidden, ref_lm_head)
+            head = reference_head(as_head(lm_head, takes_adapter=True), ref_hidden, ref_lm_head)
             ref_logps = linear_logprob(ref_hidden, head, targets, **scored).logps
     sums = _Sums(targets != ignore_index, cu_seqlens, token_weights, extras)
     batch = _make_batch(objective.inputs, sums, token, ref_logps, extras)

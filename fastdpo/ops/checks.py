@@ -31,8 +31,11 @@ def fail(name: str, got: object, wanted: str) -> ValueError:
     return ValueError(f"{name}: got {got}, wanted {wanted}")
 
 
-def as_head(lm_head: object, name: str = "lm_head") -> LMHead:
-    """An `LMHead` from one, from a ``(V, H)`` tensor, or from an ``nn.Linear``; validated."""
+def as_head(lm_head: object, name: str = "lm_head", *, takes_adapter: bool = False) -> LMHead:
+    """An `LMHead` from one, from a ``(V, H)`` tensor, or from an ``nn.Linear``; validated.
+
+    ``takes_adapter``: whether what the head is for computes an adapter; refused where it would be ignored.
+    """
     if isinstance(lm_head, LMHead):
         head = lm_head
     elif isinstance(lm_head, nn.Linear):
@@ -44,6 +47,8 @@ def as_head(lm_head: object, name: str = "lm_head") -> LMHead:
             f"{name}: got {type(lm_head).__name__}, wanted an LMHead, a (V, H) tensor or an nn.Linear"
         )
     if head.adapter is not None:
+        if not takes_adapter:
+            raise ValueError(f"{name}.adapter: LoRA on the head is not supported here; merge it first")
         head = replace(head, adapter=_as_adapter(head.adapter, f"{name}.adapter"))
     _check_head(head, name)
     return head

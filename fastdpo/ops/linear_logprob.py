@@ -76,7 +76,7 @@ def linear_logprob(
         index_kind = "found" if token_index is None else "given"
     output, _ = indexed_logprob(
         hidden,
-        checks.as_head(lm_head),
+        checks.as_head(lm_head, takes_adapter=True),
         labels,
         token_index,
         index_kind,

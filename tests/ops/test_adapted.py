@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdpo import Execution, LMHead, TokenLayout, fused_dpo_loss, fused_preference_loss, linear_logprob
+from fastdpo.ops.checks import as_head
 from fastdpo.ops.library import INDEX_KINDS, PER_TOKEN
 from fastdpo.reference import linear_logprob_reference
 from fastdpo.testing import Case, assert_close_to_fp64, assert_logps_close, make_case
@@ -394,6 +395,12 @@ def test_what_is_not_supported_says_so(execution: Execution, message: str) -> No
     case = make_case(dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=message):
         run(case, operands(case), execution)
+
+
+def test_who_does_not_compute_an_adapter_refuses_it() -> None:
+    case = make_case(dtype=torch.float32)
+    with pytest.raises(ValueError, match="lm_head.adapter: LoRA on the head is not supported here"):
+        as_head(head_of(case, operands(case)))
 
 
 def test_a_gradient_buffer_and_a_workspace_without_a_row_are_refused() -> None:
