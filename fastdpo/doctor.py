@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,9 +23,9 @@ OPTIONAL = {
 REQUIRED = ("torch", "transformers", "accelerate")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """What ``doctor`` found: titled sections of (name, finding) lines. Printing it gives the report."""
+    """What ``doctor`` found: titled sections of (name, finding) lines. Printed or shown, it is the report."""
 
     sections: dict[str, list[tuple[str, str]]]
 
@@ -35,12 +36,20 @@ class Diagnosis:
             text += [title, *(f"  {name:<{width}}  {finding}" for name, finding in lines), ""]
         return "\n".join(text).rstrip()
 
+    __repr__ = __str__
 
-def doctor(model: str | None = None) -> Diagnosis:
-    """Look at this machine, and at a model if one is named.
+
+def doctor(model: Any = None) -> Diagnosis:
+    """Look at this machine, and at a model or a trainer if one is given. Nothing runs, nothing is changed.
 
     Args:
-        model: path or hub id of a causal language model; only its configuration is read, no weights.
+        model: path or hub id of a causal language model, of which only the configuration is read; or a model;
+            or a `PreferenceTrainer` or another ``Trainer`` (TRL's). Of a model: its head, whether it is
+            patched, and mode, backend, plan and memory of 4096 labelled tokens. Of a trainer: these for the
+            largest batch of its ``train_dataset``, and its longest pair. What would be refused says why.
+
+    Raises:
+        TypeError: ``model`` is something else.
     """
     sections = {
         "Versions": _versions(),
@@ -52,9 +61,21 @@ def doctor(model: str | None = None) -> Diagnosis:
         "TRL": _trl(),
         "LLaMA-Factory": _llama_factory(),
     }
-    if model is not None:
+    if isinstance(model, str):
         sections[f"Model {model}"] = _model(model)
+    elif model is not None:
+        sections |= _loaded(model)
     return Diagnosis(sections)
+
+
+def _loaded(target: Any) -> dict[str, list[tuple[str, str]]]:
+    from fastdpo.doctor_model import is_trainer, model_sections, trainer_sections
+
+    if is_trainer(target):
+        return trainer_sections(target)
+    if isinstance(target, torch.nn.Module):
+        return model_sections(target)
+    raise TypeError(f"model: got {type(target).__name__}, wanted a path or id, a model, or a trainer")
 
 
 def _versions() -> list[tuple[str, str]]:

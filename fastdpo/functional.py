@@ -41,6 +41,7 @@ from fastdpo.functional_checks import (
     check_like,
     check_reference,
     check_tensor,
+    reference_head,
 )
 from fastdpo.losses.inputs import PerPair
 from fastdpo.losses.objective import Objective, build_objective
@@ -143,7 +144,7 @@ def fused_dpo_loss(
         "num_tokens": num_tokens, **loss_options,
     }  # fmt: skip
     objective = build_objective(**loss_arguments)
-    run, head = check_execution(execution), as_head(lm_head)
+    run, head = check_execution(execution), as_head(lm_head, takes_adapter=True)
     if isinstance(layout, TokenLayout):
         check_layout_call(layout, hidden, labels, nll_labels)
         per_token, num_pairs_here = layout.target_ids, layout_pairs(layout)
@@ -172,7 +173,7 @@ def fused_dpo_loss(
             token_weights = next_token(token_weights, 0, layout)
     weights = None if token_weights is None else tokens.pick(token_weights)
     reference = _given_reference(ref_logps, tokens, weights)
-    ref_head = head if ref_lm_head is None else as_head(ref_lm_head, "ref_lm_head")
+    ref_head = reference_head(head, ref_hidden, ref_lm_head)
     is_shared = ref_hidden is not None and ref_hidden.dtype == hidden.dtype and is_same_head(head, ref_head)
 
     # The reference's rows go through the same chunks as the policy's, right behind them where both have the

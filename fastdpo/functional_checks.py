@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdpo.losses.aggregate import check_cu_seqlens
-from fastdpo.ops.checks import check_token_layout, fail
-from fastdpo.types import PackedLayout, TokenLayout
+from fastdpo.ops.checks import as_head, check_token_layout, fail
+from fastdpo.types import LMHead, PackedLayout, TokenLayout
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INT_DTYPES = (torch.int64, torch.int32)
@@ -30,6 +30,16 @@ def check_batch(name: str, value: object, layout: object, dtypes: tuple[torch.dt
     if len(layout.cu_seqlens) % 2 == 0:
         raise fail("layout.cu_seqlens", f"{len(layout.cu_seqlens)} bounds", "2P + 1 of them")
     return tokens
+
+
+def reference_head(head: LMHead, ref_hidden: Tensor | None, ref_lm_head: object) -> LMHead:
+    """The reference's head: the one given, else the policy's. Of one with an adapter the caller has to say
+    which is meant: the reference of such a policy is nearly always the plain head."""
+    if ref_lm_head is not None:
+        return as_head(ref_lm_head, "ref_lm_head", takes_adapter=True)
+    if ref_hidden is not None and head.adapter is not None:
+        raise fail("ref_lm_head", "None with an adapter on lm_head", "the reference's head (without it, say)")
+    return head
 
 
 def check_layout_call(layout: TokenLayout, hidden: Tensor, labels: object, nll_labels: object) -> None:

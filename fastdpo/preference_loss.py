@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.batch import next_token, shift_labels
-from fastdpo.functional_checks import FLOAT_DTYPES, INT_DTYPES, check_like, check_tensor
+from fastdpo.functional_checks import FLOAT_DTYPES, INT_DTYPES, check_like, check_tensor, reference_head
 from fastdpo.losses.aggregate import check_cu_seqlens, segment_sums, sequence_sums
 from fastdpo.losses.batches import DivergencePairLogps, ListLogps, StepLogps, UnpairedLogps
 from fastdpo.losses.inputs import Batch, PairLogps, PerPair
@@ -149,7 +149,7 @@ def fused_preference_loss(
     token = linear_logprob(hidden, lm_head, targets, **scored).logps
     if ref_hidden is not None:
         with torch.no_grad():
-            head = lm_head if ref_lm_head is None else as_head(ref_lm_head, "ref_lm_head")
+            head = reference_head(as_head(lm_head, takes_adapter=True), ref_hidden, ref_lm_head)
             ref_logps = linear_logprob(ref_hidden, head, targets, **scored).logps
     if objective.inputs is DivergencePairLogps and ref_hidden is not None:
         # It has no kernels to choose from, and logits of fp32 only.

@@ -24,6 +24,22 @@ TOPK_STATISTICS = ("topk_mass", "topk_entropy")
 DEFAULT_TOPK = 10  # arXiv:2410.11677 sec. 4
 
 
+class HeadAdapter(NamedTuple):
+    """LoRA on a head: ``scale * B (A dropout(h))`` is added to its product (arXiv:2106.09685, section 4.1).
+
+    Args:
+        lora_a: ``(r, H)``, the weight's dtype or float32.
+        lora_b: ``(V, r)``, the dtype of ``lora_a``.
+        scale: PEFT's ``scaling``: alpha / r, or alpha / sqrt(r) of rsLoRA; finite.
+        dropout: probability in [0, 1) with which an entry of h is dropped on its way into A, in every call.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+    dropout: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class LMHead:
     """All there is to know of a language-model head.
@@ -38,8 +54,8 @@ class LMHead:
         logit_scale: multiplies the product (Cohere, Granite, Falcon-H1, ...); finite and not zero.
         softcap: positive and finite (Gemma 2), or None for no cap.
         temperature: positive and finite.
-        adapter: LoRA on the head, ``(A (r, H), B (V, r), scale)``; not supported by this version,
-            the ops refuse it.
+        adapter: LoRA on the head, a `HeadAdapter` or ``(A (r, H), B (V, r), scale)``; added to
+            ``weight @ h + bias`` before scale and cap. The sum ``weight + scale * B @ A`` is never made.
         vocab_parallel: a process group over which V is split; not supported by this version, the
             ops refuse it.
     """
@@ -49,7 +65,7 @@ class LMHead:
     logit_scale: float = field(default=1.0, kw_only=True)
     softcap: float | None = field(default=None, kw_only=True)
     temperature: float = field(default=1.0, kw_only=True)
-    adapter: tuple[Tensor, Tensor, float] | None = field(default=None, kw_only=True)
+    adapter: HeadAdapter | tuple[Tensor, Tensor, float] | None = field(default=None, kw_only=True)
     vocab_parallel: Any = field(default=None, kw_only=True)
 
     # Filled in by `fastdpo.integrations.lm_head`, the only place that knows model classes.

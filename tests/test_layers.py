@@ -24,6 +24,7 @@ LAYERS = (
     {"pair_loss", "functional_checks"},
     {"functional", "preference_loss"},
     {"integrations"},
+    {"doctor_model"},
     {"doctor"},
     {"fastdpo"},  # the public names and the version
     {"training"},

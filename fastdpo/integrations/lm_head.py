@@ -1,10 +1,10 @@
 """Find the backbone and the head of a Hugging Face causal LM, and prove what its forward does with them.
 
-Nothing is guessed. The head must be a plain ``nn.Linear``; scale and cap of the logits are read from the
-config (`_RULES`); and the model's own forward, followed by `Probe`, must confirm the rest: it hands its
-arguments to the backbone unchanged, gives all that comes back to the head, makes
-``softcap(scale * logits)`` of the head's output and shifts labels by one. What differs is refused, with
-the reason.
+Nothing is guessed. The head must be a plain ``nn.Linear``, with PEFT's LoRA (`head_adapter`) or without;
+scale and cap of the logits are read from the config (`_RULES`); and the model's own forward, followed by
+`Probe`, must confirm the rest: it hands its arguments to the backbone unchanged, gives all that comes back to
+the head, makes ``softcap(scale * logits)`` of the head's output and shifts labels by one. What differs is
+refused, with the reason.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastdpo.integrations.head_adapter import (
+    check_adapter_layer,
+    has_adapter,
+    is_trained_copy,
+    read_adapter,
+    trained_copy,
+)
 from fastdpo.integrations.probe import Probe, refuse
 from fastdpo.types import LMHead
 
@@ -69,7 +76,8 @@ def read_head(model: nn.Module) -> LMHead:
         model: the model; its weights are shared with the result, not copied.
 
     Returns:
-        `LMHead` with the weight ``(V, H)``, the bias ``(V,)`` or None, and scale and cap of the logits.
+        `LMHead` with the weight ``(V, H)``, the bias ``(V,)`` or None, scale and cap of the logits, and
+        PEFT's LoRA on the head, if there is one and it is switched on.
 
     Raises:
         ValueError: not a causal LM, or one whose head or forward is not understood; the message says why.
@@ -121,7 +129,9 @@ def current_head(model: Any) -> LMHead:
     """The head as it is now: no tensor is kept from one call to the next."""
     linear = find_linear(model)
     scale, softcap = logit_transform(model)
-    return LMHead(linear.weight, bias=linear.bias, logit_scale=scale, softcap=softcap)
+    layer = head_module(model)
+    adapter = read_adapter(model, layer) if has_adapter(layer) else None
+    return LMHead(linear.weight, bias=linear.bias, logit_scale=scale, softcap=softcap, adapter=adapter)
 
 
 def logit_transform(model: Any) -> tuple[float, float | None]:
@@ -143,23 +153,25 @@ def logit_transform(model: Any) -> tuple[float, float | None]:
     return scale, softcap
 
 
+def head_module(model: Any) -> Any:
+    """The module that makes the logits: an ``nn.Linear``, or PEFT's layer around one."""
+    head = model.get_output_embeddings()
+    if head is None:
+        refuse(model, "it has no output embeddings, so no logits over a vocabulary")
+    return trained_copy(head) if is_trained_copy(head) else head
+
+
 def find_linear(model: Any) -> nn.Linear:
-    """The ``nn.Linear`` whose product the logits are.
+    """The ``nn.Linear`` whose product the logits are, or that LoRA adds to.
 
     Raises:
         ValueError: no head, or one that does more than ``weight @ h + bias`` or whose weight is not whole.
     """
-    head = model.get_output_embeddings()
-    if head is None:
-        refuse(model, "it has no output embeddings, so no logits over a vocabulary")
-    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        head = _trained_copy(head)
+    head = head_module(model)
+    if has_adapter(head):
+        check_adapter_layer(model, head)
+        head = head.base_layer
     name = f"its head ({type(head).__name__})"
-    if hasattr(head, "base_layer"):
-        refuse(
-            model,
-            f"{name} carries an adapter; not supported by this version. Leave lm_head out of target_modules",
-        )
     if isinstance(weight := getattr(head, "weight", None), Tensor):
         _check_weight(model, weight)
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
@@ -171,14 +183,6 @@ def find_linear(model: Any) -> nn.Linear:
     if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
         refuse(model, f"{name} has a forward of its own instead of its class's")
     return head
-
-
-def _trained_copy(wrapper: Any) -> Any:
-    """The copy in use of a head that PEFT trains whole (``modules_to_save``): its own forward's choice."""
-    names = wrapper.active_adapters
-    if wrapper.disable_adapters or not names or names[0] not in wrapper.modules_to_save:
-        return wrapper.original_module
-    return wrapper.modules_to_save[names[0]]
 
 
 def _check_weight(model: nn.Module, weight: Any) -> None:
@@ -207,11 +211,13 @@ def examine(model: Any) -> ModelTail:
             refuse(model, f"it has no `{name}`; wanted a causal language model of transformers")
     if model.config.is_encoder_decoder:
         refuse(model, "it is an encoder-decoder, not a causal language model")
-    linear = find_linear(model)
+    linear, layer = find_linear(model), head_module(model)
+    if has_adapter(layer):
+        read_adapter(model, layer)
     if not model.can_generate():
         refuse(model, "it does not generate text, so it is no causal language model")
     scale, softcap = logit_transform(model)
-    probe = Probe(model, linear)
+    probe = Probe(model, linear, layer)
     backbone = probe.find_backbone(scale, softcap)
     probe.check_labels()
     arguments = probe.arguments_passed_on()

@@ -90,7 +90,7 @@ def patch_model(
     the backbone runs once; the layout counts the positions of all of them, one after the other.
 
     Patch before ``accelerator.prepare``; before or after DDP, torch.compile and PEFT. Adapters of the
-    backbone are part of it; of what PEFT does to a head only ``modules_to_save`` is supported.
+    backbone are part of it; of what PEFT does to a head, ``modules_to_save`` and LoRA are supported.
 
     Args:
         model: a causal language model of transformers, or a PEFT, DDP or compiled wrapper around one.
@@ -119,7 +119,7 @@ def patch_model(
         if (hook.execution, hook.ignore_index) != (run, ignore_index):
             raise ValueError("model: got one patched with other options, wanted unpatch_model(model) first")
         return model
-    own = _own_forward(inner)
+    own = own_forward(inner)
     original: Any = type(inner)
     inner.__class__ = _patched_class(original, _Hook(examine(inner), run, ignore_index))
     if own is not None:
@@ -141,7 +141,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"model: got a {patched.__name__} made from a patched class, wanted the patched model"
         )
-    own = _own_forward(inner)
+    own = own_forward(inner)
     inner.__class__ = patched.__mro__[1]
     if own == "forward":
         del inner.forward
@@ -172,7 +172,7 @@ def require_fused_output(output: Any) -> FusedLMOutput:
     )
 
 
-def _own_forward(model: Any) -> str | None:
+def own_forward(model: Any) -> str | None:
     """The instance attribute through which calls reach the class's forward, if there is one.
 
     accelerate's hooks (``device_map``) keep the forward they call in ``_old_forward``; unwrapping after

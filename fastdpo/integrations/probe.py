@@ -62,16 +62,18 @@ class Probe:
     Args:
         model: the causal LM itself (an ``nn.Module``), not a wrapper. Every check leaves it as it was.
         linear: its head, an ``nn.Linear``.
+        head: the module that its forward calls for the logits: ``linear``, or an adapter's layer around it.
 
     Every check raises a ValueError with the reason where the forward does something else.
     """
 
-    def __init__(self, model: Any, linear: Any) -> None:
+    def __init__(self, model: Any, linear: Any, head: Any) -> None:
         self.model = model
         self.linear = linear
+        self.head = head
         # Stand-ins for all that may be the backbone: the outermost is called and never gets to another.
         found = [model.base_model, model.get_decoder(), *model.children()]
-        modules = [m for m in found if m is not model and m is not linear and hasattr(m, "config")]
+        modules = [m for m in found if m is not model and m is not head and hasattr(m, "config")]
         self.backbones = {module: inspect.signature(module.forward) for module in modules}
 
         parameters = inspect.signature(type(model).forward).parameters
@@ -105,7 +107,7 @@ class Probe:
             return self.raw.clone()
 
         stand_ins = {module: backbone_forward(module) for module in self.backbones}
-        with _forwards_replaced({**stand_ins, self.linear: head_forward}), torch.no_grad():
+        with _forwards_replaced({**stand_ins, self.head: head_forward}), torch.no_grad():
             output = type(self.model).forward(self.model, **{**self.defaults, **arguments})
         if len(calls) != 1 or len(head_inputs) > 1:
             seen = f"{len(calls)} calls of what may be its backbone and {len(head_inputs)} of its head"

@@ -71,6 +71,12 @@ def logits_into(out: Tensor, rows: Tensor, weight: SlabbedWeight) -> None:
         _mm_into(out[:, start:stop], rows, slab.t())
 
 
+def add_logits(out: Tensor, rows: Tensor, weight: SlabbedWeight) -> None:
+    """``out (C, V) += rows (C, r) @ weight^T``, all in the dtype of ``out``; it may have any row stride."""
+    for start, stop, slab in weight:
+        out[:, start:stop].addmm_(rows, slab.t())
+
+
 def hidden_grad_into(out: Tensor, d: Tensor, weight: SlabbedWeight) -> None:
     """``out (C, H) = d (C, V) @ weight``, all in the operands' dtype."""
     for start, stop, slab in weight:

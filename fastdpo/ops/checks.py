@@ -6,6 +6,7 @@ Shapes, dtypes and devices only: nothing here reads a tensor's values, so nothin
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from fastdpo.types import (
     TOKEN_STATISTICS,
     TOPK_STATISTICS,
     Execution,
+    HeadAdapter,
     LMHead,
     TokenLayout,
 )
@@ -30,8 +32,11 @@ def fail(name: str, got: object, wanted: str) -> ValueError:
     return ValueError(f"{name}: got {got}, wanted {wanted}")
 
 
-def as_head(lm_head: object, name: str = "lm_head") -> LMHead:
-    """An `LMHead` from one, from a ``(V, H)`` tensor, or from an ``nn.Linear``; validated."""
+def as_head(lm_head: object, name: str = "lm_head", *, takes_adapter: bool = False) -> LMHead:
+    """An `LMHead` from one, from a ``(V, H)`` tensor, or from an ``nn.Linear``; validated.
+
+    ``takes_adapter``: whether what the head is for computes an adapter; refused where it would be ignored.
+    """
     if isinstance(lm_head, LMHead):
         head = lm_head
     elif isinstance(lm_head, nn.Linear):
@@ -42,14 +47,26 @@ def as_head(lm_head: object, name: str = "lm_head") -> LMHead:
         raise TypeError(
             f"{name}: got {type(lm_head).__name__}, wanted an LMHead, a (V, H) tensor or an nn.Linear"
         )
+    if head.adapter is not None:
+        if not takes_adapter:
+            raise ValueError(f"{name}.adapter: LoRA on the head is not supported here; merge it first")
+        head = replace(head, adapter=_as_adapter(head.adapter, f"{name}.adapter"))
     _check_head(head, name)
     return head
 
 
+def _as_adapter(adapter: object, name: str) -> HeadAdapter:
+    if not isinstance(adapter, tuple) or len(adapter) not in (3, 4):
+        raise TypeError(f"{name}: got {type(adapter).__name__}, wanted a HeadAdapter or (A, B, scale)")
+    return HeadAdapter(*adapter)
+
+
 def is_same_head(head: LMHead, other: LMHead) -> bool:
-    """Whether two heads are one: the same tensors, the same scalars."""
+    """Whether two heads are one: the same tensors, the same scalars, and no adapter, which may drop out."""
     return (
-        head.weight is other.weight
+        head.adapter is None
+        and other.adapter is None
+        and head.weight is other.weight
         and head.bias is other.bias
         and (head.logit_scale, head.softcap, head.temperature)
         == (other.logit_scale, other.softcap, other.temperature)
@@ -58,8 +75,6 @@ def is_same_head(head: LMHead, other: LMHead) -> bool:
 
 def _check_head(head: LMHead, name: str) -> None:
     weight = head.weight
-    if head.adapter is not None:
-        raise ValueError(f"{name}.adapter: LoRA on the head is not supported by this version; merge it first")
     if head.vocab_parallel is not None:
         raise ValueError(f"{name}.vocab_parallel: a sharded vocabulary is not supported by this version")
     if hasattr(weight, "device_mesh"):
@@ -76,6 +91,25 @@ def _check_head(head: LMHead, name: str) -> None:
         raise fail(f"{name}.softcap", head.softcap, "a positive finite number or None")
     if not (math.isfinite(head.temperature) and head.temperature > 0):
         raise fail(f"{name}.temperature", head.temperature, "a positive finite number")
+    if isinstance(head.adapter, HeadAdapter):
+        _check_adapter(head.adapter, weight, f"{name}.adapter")
+
+
+def _check_adapter(adapter: HeadAdapter, weight: Tensor, name: str) -> None:
+    for part, value in (("lora_a", adapter.lora_a), ("lora_b", adapter.lora_b)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}.{part}: got {type(value).__name__}, wanted a Tensor")
+    rank = adapter.lora_a.shape[0] if adapter.lora_a.dim() == 2 else 0
+    if rank == 0:
+        raise fail(f"{name}.lora_a", f"shape {tuple(adapter.lora_a.shape)}", "(r, H) with r at least 1")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = dtype if adapter.lora_a.dtype == dtype else weight.dtype
+    _check_like(f"{name}.lora_a", adapter.lora_a, (rank, weight.shape[1]), dtype, weight.device)
+    _check_like(f"{name}.lora_b", adapter.lora_b, (weight.shape[0], rank), dtype, weight.device)
+    if not math.isfinite(adapter.scale):
+        raise fail(f"{name}.scale", adapter.scale, "a finite number")
+    if not 0 <= adapter.dropout < 1:
+        raise fail(f"{name}.dropout", adapter.dropout, "a probability in [0, 1)")
 
 
 def _check_like(

@@ -102,7 +102,7 @@ def backward_chunks(
     if call.plan.mode == "stash":
         backward_stash(call, kept, outputs, grads, total)
     else:
-        for group in _d_groups(call, weight, kept, grads):
+        for group in d_groups(call, weight, kept, grads):
             total.add_group(group, outputs, grads)
     return total.results()
 
@@ -119,7 +119,7 @@ def backward_stash(
         total.put_hidden(start, stop, dhidden)
 
 
-def _d_groups(call: HeadCall, weight: SlabbedWeight, kept: Tensor, grads: TokenGrads) -> Iterator[DGroup]:
+def d_groups(call: HeadCall, weight: SlabbedWeight, kept: Tensor, grads: TokenGrads) -> Iterator[DGroup]:
     """The rows in groups with their D: the cached ones first, then chunk by chunk what is recomputed."""
     plan = call.plan
     if plan.cached_rows:

@@ -8,11 +8,25 @@ import torch
 from torch import Tensor
 
 from fastdpo.kernels.contract import LogitTransform, RowKernel, RowOutputs
-from fastdpo.kernels.matmul import SlabbedWeight, logits_into
+from fastdpo.kernels.matmul import SlabbedWeight, add_logits, logits_into
 from fastdpo.kernels.topk import chunk_top_sums, write_top
 from fastdpo.ops.backends import load_row_kernel
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A narrow product that is added to the logits: LoRA's, whose states are scale * dropout(h) A^T."""
+
+    states: Tensor  # (M, r) in the logits' dtype
+    weight: SlabbedWeight  # (V, r), likewise
+
+    def rows(self, index: Tensor | None, start: int, stop: int) -> Tensor:
+        """States of labelled rows ``[start, stop)``."""
+        if index is None:
+            return self.states[start:stop]
+        return self.states.index_select(0, index[start:stop])
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +59,7 @@ class HeadCall:
     compute_dtype: torch.dtype
     logits_dtype: torch.dtype
     operand_dtype: torch.dtype
+    low_rank: LowRank | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Labelled rows ``[start, stop)`` of hidden in the operands' dtype; a view where it can be."""
@@ -110,7 +125,12 @@ class LogitChunks:
     def fill(self, start: int, rows: Tensor) -> None:
         """The logits of ``rows``, of which the first is labelled row ``start``."""
         self._start, self._rows = start, rows
-        logits_into(self._logits[: len(rows), : self.call.plan.vocab_size], rows, self.weight)
+        logits = self._logits[: len(rows), : self.call.plan.vocab_size]
+        logits_into(logits, rows, self.weight)
+        if (low_rank := self.call.low_rank) is not None:
+            # Second, so that an adapter whose B is still 0 adds exact zeros to the bits of the plain head.
+            states = low_rank.rows(self.call.index, start, start + len(rows))
+            add_logits(logits, states, low_rank.weight)
 
     def run_kernel(
         self,

@@ -87,7 +87,7 @@ def forward_op(
     run = CallOptions(*options)
     call = head_call(hidden, weight, bias, labels, index, index_kind, run, ref_hidden=ref_hidden)
     if check_labels:
-        _raise_on_bad_labels(call.labels, index, weight.shape[0])
+        raise_on_bad_labels(call.labels, index, weight.shape[0])
     with torch.amp.autocast(hidden.device.type, enabled=False):
         wanted = tuple(filter(None, statistics.split(",")))
         if run.run_mode == "lean":
@@ -109,7 +109,7 @@ def forward_op(
         return value.new_zeros(labels.shape[0]).index_copy_(0, call.index, value)
 
     results = [full(name, value) for name, value in zip(RowOutputs._fields, compact, strict=True)]
-    results += [full(name, value) for name, value in _topk_results(top).items()]
+    results += [full(name, value) for name, value in topk_results(top).items()]
     # An op may not return its input: the caller's index is not repeated.
     made_index = index if token_index is None else index.new_empty(0)
     return (*results, full("logps", ref_logps), made_index, kept)
@@ -354,12 +354,12 @@ def head_call(
     )
 
 
-def _topk_results(topk: TopkOutputs | None) -> dict[str, Tensor | None]:
+def topk_results(topk: TopkOutputs | None) -> dict[str, Tensor | None]:
     values = (None, None) if topk is None else (topk.mass, topk.entropy)
     return dict(zip(TOPK_STATISTICS, values, strict=True))
 
 
-def _raise_on_bad_labels(labels: Tensor, index: Tensor, vocab_size: int) -> None:
+def raise_on_bad_labels(labels: Tensor, index: Tensor, vocab_size: int) -> None:
     bad = ((labels < 0) | (labels >= vocab_size)).nonzero()
     if bad.numel():
         first = bad[0, 0]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.ops import checks
+from fastdpo.ops.adapted import adapted_results, settle_adapted_mode
 from fastdpo.ops.library import CallOptions, forward_op
 from fastdpo.plan import resolve_mode
 from fastdpo.schedule import holds_a_chunk_row
@@ -81,7 +82,7 @@ def linear_logprob(
     targets, token_index, index_kind = labelled_rows(hidden, labels, token_index)
     output, _ = indexed_logprob(
         hidden,
-        checks.as_head(lm_head),
+        checks.as_head(lm_head, takes_adapter=True),
         targets,
         token_index,
         index_kind,
@@ -139,24 +140,21 @@ def indexed_logprob(
     run = checks.check_execution(execution)
 
     mode = settle_mode(hidden, head, run, entropy_requires_grad=entropy_requires_grad)
-    logps, *statistics, ref_logps, _, _ = forward_op(
-        flat_rows(hidden),
-        head.weight,
-        head.bias,
-        labels.reshape(-1),
-        token_index,
-        index_kind,
-        None if ref_hidden is None else flat_rows(ref_hidden.detach()),
-        grad_weight_out,
-        ignore_index,
-        ",".join(name for name in wanted if name in TOKEN_STATISTICS),
-        k,
-        entropy_requires_grad,
-        check_labels,
-        *call_options(hidden, head, run, mode),
-    )
+    rows = (labels.reshape(-1), token_index, index_kind)
+    options = call_options(hidden, head, run, mode)
+    statistics = ",".join(name for name in wanted if name in TOKEN_STATISTICS)
+    scalars = (ignore_index, statistics, k, entropy_requires_grad, check_labels, *options)
+    if head.adapter is not None:
+        assert ref_hidden is None, "a head with an adapter is never one head for policy and reference"
+        results = adapted_results(flat_rows(hidden), head, *rows, run, grad_weight_out, *scalars)
+    else:
+        ref_rows = None if ref_hidden is None else flat_rows(ref_hidden.detach())
+        results = forward_op(
+            flat_rows(hidden), head.weight, head.bias, *rows, ref_rows, grad_weight_out, *scalars
+        )
+    logps, *made, ref_logps, _, _ = results
 
-    named = zip((*TOKEN_STATISTICS, *TOPK_STATISTICS), statistics, strict=True)
+    named = zip((*TOKEN_STATISTICS, *TOPK_STATISTICS), made, strict=True)
     output = LinearLogprobOutput(
         logps.view(labels.shape),
         **{name: value.view(labels.shape) for name, value in named if name in wanted},
@@ -173,6 +171,8 @@ def settle_mode(
     has_pair_loss: bool = False,
 ) -> str:
     """The mode that runs for these inputs: what of them needs a gradient, and what the workspace holds."""
+    if head.adapter is not None:
+        return settle_adapted_mode(hidden, head, run, entropy_requires_grad=entropy_requires_grad)
     has_grad = torch.is_grad_enabled()
     _, logits_dtype = checks.resolve_dtypes(hidden, head.weight, run)
     mode = resolve_mode(

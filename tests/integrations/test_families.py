@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,11 +14,16 @@ from fastdpo.integrations.model import patch_model
 from fastdpo.testing import assert_logps_close
 from tests.integrations.tiny import (
     FAMILIES,
+    IMAGE_TOKEN,
+    VOCAB,
+    Batch,
+    Expected,
     assert_step_close,
     expected_step,
     fused_logps,
     make_batch,
     make_model,
+    plain_logps,
     run_step,
 )
 
@@ -55,6 +63,8 @@ def test_bf16_models_lose_nothing_in_the_head(family: str) -> None:
         ("cohere2", 0.25, None, False),
         ("granite", 0.25, None, False),
         ("hyperclovax", 4.0, None, False),
+        ("falcon-h1", 0.5, None, False),
+        ("recurrent-gemma", 1.0, 5.0, False),
         ("phi", 1.0, None, True),
     ],
 )
@@ -65,6 +75,56 @@ def test_heads_are_read_from_the_config(
     head = LMHead.from_model(model)
     assert (head.logit_scale, head.softcap, head.bias is not None) == (scale, softcap, has_bias)
     assert head.weight is model.get_output_embeddings().weight
+
+
+def test_a_ragged_vocabulary_of_262k() -> None:
+    """Gemma 3's size less a few, a prime: no vector or tile width divides it."""
+    vocab = 262_139
+    model = make_model("gemma3", vocab_size=vocab)
+    batch = make_batch(batch=1, length=6)
+    labels = batch.input_ids + vocab - VOCAB
+    labels[0, -1] = vocab - 1
+    batch = batch._replace(labels=labels)
+    expected = expected_step(model, batch)
+    assert_step_close(run_step(patch_model(model), batch, fused_logps), expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3-vl", "qwen2-vl", "qwen2.5-vl"])
+def test_images_reach_the_backbone(family: str) -> None:
+    """Four tokens of an image in the prompt: their embeddings come from pixels."""
+    model, batch = make_model(family), make_batch(batch=1)
+    ids = batch.input_ids.clamp(max=190)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.any():  # Gemma 3's projector starts at 0, and no image would be seen
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    if family.startswith("qwen"):
+        ids[0, 2] = model.config.vision_start_token_id
+        shape, inputs = (16, 3 * 2 * 4 * 4), {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+        types = "mm_token_type_ids"
+    else:
+        shape, inputs, types = (1, 3, 8, 8), {}, "token_type_ids"
+    ids[0, 3:7] = IMAGE_TOKEN
+    if family != "llava":
+        inputs[types] = (ids == IMAGE_TOKEN).long()
+    pixels = [torch.randn(shape, generator=generator) for _ in range(2)]
+    batch = batch._replace(input_ids=ids, labels=ids.masked_fill(torch.arange(12) < 8, -100))
+    wanted = [plain_logps(model, batch, pixel_values=image, **inputs) for image in pixels]
+    assert not torch.allclose(*wanted, rtol=0, atol=1e-3)
+    expected = expected_step_of_images(model, batch, pixels[0], inputs)
+    ours = run_step(patch_model(model), batch, fused_logps, pixel_values=pixels[0], **inputs)
+    for step in (ours, *expected):
+        for name in [name for name in step.grads if name.endswith("self_attn.k_proj.bias")]:
+            del step.grads[name]  # shifts all scores of a query alike: its gradient is rounding alone
+    assert_step_close(ours, expected)
+
+
+def expected_step_of_images(
+    model: Any, batch: Batch, pixels: torch.Tensor, inputs: dict[str, torch.Tensor]
+) -> Expected:
+    wide = copy.deepcopy(model).double()
+    truth = run_step(wide, batch, plain_logps, pixel_values=pixels.double(), **inputs)
+    return Expected(truth, run_step(model, batch, plain_logps, pixel_values=pixels, **inputs))
 
 
 def test_tied_embeddings_get_gradients_from_both_ends() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import StaticCache
 
 from fastdpo import Execution
 from fastdpo.integrations.model import (
@@ -215,7 +216,13 @@ def test_other_calls_are_the_same_to_the_bit(family: str, is_training: bool) -> 
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"do_sample": False}, {"do_sample": True, "temperature": 1.3}, {"num_beams": 2}]
+    "arguments",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 1.3},
+        {"num_beams": 2},
+        {"do_sample": False, "cache_implementation": "static"},
+    ],
 )
 def test_generate_is_the_same(arguments: dict[str, Any]) -> None:
     model = make_model("gemma2")
@@ -228,6 +235,25 @@ def test_generate_is_the_same(arguments: dict[str, Any]) -> None:
     for each in (model, patched):
         with pytest.raises(ValueError, match="not used by the model"):
             each.generate(BATCH.input_ids, max_new_tokens=2, no_such_option=1)
+
+
+def test_a_static_cache_fills_as_it_did() -> None:
+    model = make_model()
+    patched = patch_model(copy.deepcopy(model))
+    caches = []
+    with torch.no_grad():
+        for each in (model, patched):
+            cache = StaticCache(config=each.config, max_cache_len=16)
+            outputs = [
+                each(BATCH.input_ids[:1, :8], past_key_values=cache),
+                each(BATCH.input_ids[:1, 8:9], past_key_values=cache),
+            ]
+            caches.append((cache, outputs))
+        patched(**BATCH.inputs, labels=BATCH.labels, return_logps=True)  # no cache asked for: none touched
+    (cache, outputs), (other, theirs) = caches
+    assert all(torch.equal(a.logits, b.logits) for a, b in zip(outputs, theirs, strict=True))
+    for ours, own in zip(other.layers, cache.layers, strict=True):
+        assert torch.equal(ours.keys, own.keys) and torch.equal(ours.values, own.values)
 
 
 # Mistakes

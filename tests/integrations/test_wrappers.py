@@ -1,4 +1,4 @@
-"""The hook inside what people wrap models in: PEFT, accelerate, DDP, checkpointing, torch.compile."""
+"""The hook inside what people wrap models in: accelerate, DDP, checkpointing, torch.compile."""
 
 from __future__ import annotations
 
@@ -34,86 +34,6 @@ from tests.integrations.tiny import (
     plain_logps,
     run_step,
 )
-
-# PEFT
-
-
-def _with_lora(model: nn.Module, **options: Any) -> Any:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(
-        **{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **options}
-    )
-    wrapped = peft.get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:  # zero at first: nothing would reach lora_A
-                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    return wrapped.eval()
-
-
-@pytest.mark.parametrize("order", ["patch, then wrap", "wrap, then patch"])
-def test_lora_on_the_backbone(order: str) -> None:
-    model = _with_lora(make_model())
-    expected = expected_step(model, BATCH)
-    if order == "wrap, then patch":
-        assert patch_model(model) is model and is_patched(model)
-    else:
-        model = _with_lora(patch_model(make_model()))
-    ours = run_step(model, BATCH, fused_logps)
-    assert_step_close(ours, expected)
-    assert ours.grads and all("lora_" in name for name in ours.grads)
-
-    with model.disable_adapter(), torch.no_grad():
-        without = fused_logps(model, BATCH)
-    assert torch.equal(without, fused_logps(patch_model(make_model()), BATCH))
-    merged = model.merge_and_unload()
-    assert is_patched(merged) and type(unpatch_model(merged)) is transformers.LlamaForCausalLM
-
-
-def test_a_head_trained_whole_is_the_one_in_use() -> None:
-    model = _with_lora(make_model(), modules_to_save=["lm_head"])
-    with torch.no_grad():
-        model.get_output_embeddings().modules_to_save["default"].weight.mul_(1.5)
-    expected = expected_step(model, BATCH)
-    patch_model(model)
-    assert_step_close(run_step(model, BATCH, fused_logps), expected)
-    with model.disable_adapter(), torch.no_grad():
-        assert torch.equal(fused_logps(model, BATCH), fused_logps(patch_model(make_model()), BATCH))
-        assert LMHead.from_model(model).weight is model.get_output_embeddings().original_module.weight
-
-
-def test_lora_on_the_head_is_refused() -> None:
-    model = _with_lora(make_model(), target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match="carries an adapter.*Leave lm_head out of target_modules"):
-        patch_model(model)
-    late = _with_lora(patch_model(make_model()), target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match="carries an adapter"):
-        fused_logps(late, BATCH)
-
-
-def test_trainable_rows_of_a_tied_head_are_refused() -> None:
-    model = _with_lora(make_model("llama-tied"), trainable_token_indices={"embed_tokens": [1, 2]})
-    with pytest.raises(ValueError, match="TrainableTokensWrapper"):
-        patch_model(model)
-
-
-@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
-def test_virtual_tokens_are_refused(kind: str) -> None:
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(
-        make_model(), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    )
-    with pytest.raises(ValueError, match="virtual tokens"):
-        patch_model(model)
-
-
-def test_an_adapter_of_a_patched_model_is_saved_and_loaded(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model = _with_lora(patch_model(make_model()))
-    model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(patch_model(make_model()), tmp_path).eval()
-    assert torch.equal(fused_logps(loaded, BATCH), fused_logps(model, BATCH))
-
 
 # Checkpointing and compilation
 
@@ -215,6 +135,31 @@ def test_dispatched_models_keep_their_hooks() -> None:
     assert torch.equal(plain_logps(model, BATCH), exact) and model.forward is own
     unpatch_model(model)
     assert type(model(**BATCH.inputs, labels=BATCH.labels, return_logps=True)) is not FusedLMOutput
+
+
+def test_a_device_map_with_layers_on_disk_and_in_memory(tmp_path: Path) -> None:
+    """The stand-in for two devices: weights that lie elsewhere until a layer's hook fetches them."""
+    accelerate = pytest.importorskip("accelerate")
+    model = make_model()
+    exact = plain_logps(model, BATCH)
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "disk",
+        "model.layers.1": "cpu",
+        "model.norm": "disk",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    patch_model(model)
+    with torch.no_grad():
+        assert_logps_close(fused_logps(model, BATCH), exact.double(), torch.float32)
+        assert torch.equal(plain_logps(model, BATCH), exact)
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    unpatch_model(model)
+    with torch.no_grad():
+        assert torch.equal(plain_logps(model, BATCH), exact)
 
 
 def test_an_offloaded_head_is_refused_at_the_call() -> None:

@@ -20,6 +20,10 @@ def call(hidden: Any = HIDDEN, head: Any = WEIGHT, labels: Any = LABELS, **kwarg
     return linear_logprob(hidden, head, labels, **kwargs)
 
 
+def adapted(*adapter: Any) -> dict[str, Any]:
+    return {"head": LMHead(WEIGHT, adapter=adapter)}
+
+
 def execution(**kwargs: Any) -> dict[str, Any]:
     return {"execution": Execution(**kwargs)}
 
@@ -48,7 +52,13 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "softcap of inf": ({"head": LMHead(WEIGHT, softcap=float("inf"))}, "softcap"),
     "temperature of 0": ({"head": LMHead(WEIGHT, temperature=0.0)}, "temperature"),
     "temperature below 0": ({"head": LMHead(WEIGHT, temperature=-1.0)}, "temperature.*-1.0"),
-    "adapter": ({"head": LMHead(WEIGHT, adapter=(WEIGHT, WEIGHT, 1.0))}, "adapter.*not supported"),
+    "adapter of another size": (adapted(WEIGHT[:3], WEIGHT, 1.0), r"adapter.lora_b.*\(11, 8\).*\(11, 3\)"),
+    "adapter of no rank": (adapted(WEIGHT[:0], WEIGHT[:, :0], 1.0), "adapter.lora_a.*r at least 1"),
+    "adapter of integers": (adapted(WEIGHT[:3].int(), WEIGHT[:, :3].int(), 1.0), "adapter.lora_a.*int32"),
+    "adapter of another dtype": (adapted(WEIGHT[:3], WEIGHT[:, :3].half(), 1.0), "adapter.lora_b.*float16"),
+    "adapter on another device": (adapted(WEIGHT[:3].to("meta"), WEIGHT[:, :3], 1.0), "adapter.lora_a.*meta"),
+    "adapter scaled by nan": (adapted(WEIGHT[:3], WEIGHT[:, :3], float("nan")), "adapter.scale"),
+    "adapter dropping all": (adapted(WEIGHT[:3], WEIGHT[:, :3], 1.0, 1.0), "adapter.dropout.*1.0"),
     "vocab_parallel": ({"head": LMHead(WEIGHT, vocab_parallel=object())}, "vocab_parallel.*not supported"),
     "outputs as a string": ({"outputs": "lse"}, "outputs.*'lse'"),
     "unknown output": ({"outputs": ("lse", "perplexity")}, "outputs.*perplexity.*lse"),

@@ -1,0 +1,278 @@
+"""What ``fastdpo.doctor`` says of a loaded model, or of a trainer: the plan, the memory, the refusals.
+
+Trainers are known here by what they have, not by their classes: those of ``training`` and of TRL lie above
+this layer or outside the package. Nothing runs and nothing is changed; the plan is made by the code that
+makes it in a call, from shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.integrations.lm_head import current_head, examine, read_head, unwrap
+from fastdpo.integrations.model import is_patched, own_forward
+from fastdpo.integrations.trl import trl_status
+from fastdpo.ops.backends import resolve_backend
+from fastdpo.ops.checks import resolve_dtypes
+from fastdpo.ops.library import head_call
+from fastdpo.ops.linear_logprob import call_options, settle_mode
+from fastdpo.plan import MIB, Plan
+from fastdpo.types import Execution, HeadAdapter, LMHead
+
+Lines = list[tuple[str, str]]
+DEFAULT_TOKENS = 4096
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def is_trainer(target: Any) -> bool:
+    """Whether it is a transformers ``Trainer`` or has what one has."""
+    return all(hasattr(target, name) for name in ("model", "args", "train_dataset"))
+
+
+def model_sections(model: nn.Module) -> dict[str, Lines]:
+    """The model's head, what of it is patched, and the plan for 4096 labelled tokens."""
+    lines, head = _model_lines(model)
+    sections = {f"Model {type(unwrap_if_possible(model)).__name__}": lines}
+    if head is not None:
+        execution = hook_execution(model) or Execution()
+        sections |= _plan_section(model, head, execution, DEFAULT_TOKENS, f"{DEFAULT_TOKENS} labelled tokens")
+    return sections
+
+
+def trainer_sections(trainer: Any) -> dict[str, Lines]:
+    """The model, the trainer's settings, its longest pair and largest batch, and the plan for that batch."""
+    lines, head = _model_lines(trainer.model, is_trl=_is_trl(trainer))
+    sections = {
+        f"Model {type(unwrap_if_possible(trainer.model)).__name__}": lines,
+        f"Trainer {type(trainer).__name__}": _trainer_lines(trainer),
+    }
+    data, num_tokens = _data_lines(trainer, head)
+    sections["Data"] = data
+    if head is not None:
+        execution = _execution_of(trainer)
+        what = f"{DEFAULT_TOKENS} labelled tokens" if num_tokens is None else "the largest batch"
+        with _autocast_of(trainer):
+            sections |= _plan_section(trainer.model, head, execution, num_tokens or DEFAULT_TOKENS, what)
+    return sections
+
+
+def unwrap_if_possible(model: Any) -> Any:
+    try:
+        return unwrap(model)
+    except (ValueError, TypeError):
+        return model
+
+
+def hook_execution(model: nn.Module) -> Execution | None:
+    """The options that a model was patched with, or None where it is not patched."""
+    return type(unwrap(model))._fastdpo_hook.execution if is_patched(model) else None
+
+
+def patch_refusal(model: nn.Module, *, is_reached: bool = False) -> str | None:
+    """Why `patch_model` would refuse a model, or a call of a patched one would fail for its head; or None.
+
+    ``is_reached``: that it may be hidden behind another forward is no reason.
+    """
+    try:
+        inner: Any = unwrap(model)
+        if not is_patched(inner):
+            if not is_reached:
+                own_forward(inner)
+            examine(inner)
+        current_head(inner)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _model_lines(model: nn.Module, *, is_trl: bool = False) -> tuple[Lines, LMHead | None]:
+    """The lines of a model's head, and the head if it is understood.
+
+    ``is_trl``: of a TRL trainer, which puts a forward of its own on the model, for `patch_trl` to reach.
+    """
+    inner = unwrap_if_possible(model)
+    wrappers = "" if inner is model else f" in a {type(model).__name__}"
+    lines = [("class", type(inner).__name__ + wrappers)]
+    if (reason := patch_refusal(model, is_reached=is_trl)) is not None:
+        return [*lines, ("refused", _one_line(reason))], None
+    head = read_head(model)
+    vocab, hidden = head.weight.shape
+    tied = head.weight is inner.get_input_embeddings().weight
+    trained = "trained" if head.weight.requires_grad else "frozen"
+    kind = f"{str(head.weight.dtype).removeprefix('torch.')}, {head.weight.device}"
+    lines += [
+        ("head", f"vocabulary {vocab}, hidden {hidden}, {kind}, {'tied' if tied else 'not tied'}, {trained}"),
+        ("bias", "none" if head.bias is None else "yes"),
+        (
+            "logits",
+            f"scale {head.logit_scale:g}, softcap {head.softcap if head.softcap is not None else 'none'}",
+        ),
+    ]
+    if isinstance(adapter := head.adapter, HeadAdapter):
+        what = f"LoRA of rank {adapter.lora_a.shape[0]}, scale {adapter.scale:g}"
+        lines.append(
+            ("adapter on the head", what + (f", dropout {adapter.dropout:g}" * bool(adapter.dropout)))
+        )
+    execution = hook_execution(model)
+    if execution is not None:
+        lines.append(("patched", f"yes, with {execution}"))
+    elif not is_trl:
+        lines.append(("patched", "no; fastdpo.patch_model(model) does it"))
+    low = [p for p in inner.parameters() if p.requires_grad and p.dtype in _LOW_PRECISION]
+    if low:
+        lines.append(
+            (
+                "trained in 16 bits",
+                f"{sum(p.numel() for p in low)} weights, whose small updates rounding loses; load them as "
+                "float32 (bf16=True still computes in bfloat16), or train an adapter",
+            )
+        )
+    return lines, head
+
+
+def _plan_section(
+    model: nn.Module, head: LMHead, execution: Execution, num_tokens: int, what: str
+) -> dict[str, Lines]:
+    """The plan of a call with gradients as the model's parameters want them."""
+    title = f"Plan for {what}"
+    try:
+        plan, backend = plan_of(model, head, execution, num_tokens)
+    except (ValueError, TypeError) as error:
+        return {title: [("refused", _one_line(str(error)))]}
+    lines = [("backend", backend)]
+    for line in str(plan).splitlines():
+        name, finding = line.split("  ", 1)
+        lines.append((name.strip(), finding.strip()))
+    lines.append(("memory of the head", _memory(plan, head)))
+    return {title: lines}
+
+
+def plan_of(model: nn.Module, head: LMHead, execution: Execution, num_tokens: int) -> tuple[Plan, str]:
+    """The plan and the backend of one call of the head, as its op would settle them.
+
+    Raises:
+        ValueError, TypeError: what the call itself would raise.
+    """
+    weight = head.weight
+    own = [t for t in (weight, head.bias) if t is not None]
+    own += list(head.adapter[:2]) if isinstance(head.adapter, HeadAdapter) else []
+    tied = weight is unwrap(model).get_input_embeddings().weight
+    rest = [p for p in model.parameters() if p.requires_grad and not any(p is t for t in own)]
+    trains_backbone = bool(rest) or (tied and weight.requires_grad)
+    # No memory behind it, as the plan reads shapes alone.
+    hidden = weight.detach().new_empty((1, weight.shape[1])).expand(num_tokens, -1)
+    if torch.is_autocast_enabled(weight.device.type):
+        hidden = hidden.float()[:1].expand(num_tokens, -1)
+    hidden = hidden.requires_grad_(trains_backbone)
+    with torch.enable_grad():
+        mode = settle_mode(hidden, head, execution)
+    options = call_options(hidden, head, execution, mode)
+    index = torch.zeros(num_tokens, dtype=torch.int64, device=weight.device)
+    call = head_call(
+        hidden.detach(),
+        weight.detach(),
+        None,
+        index,
+        index,
+        "tokens",
+        options,
+        needs_hidden=trains_backbone,
+        needs_weight=weight.requires_grad,
+        needs_bias=head.bias is not None and head.bias.requires_grad,
+    )
+    logits_dtype = resolve_dtypes(hidden, weight, execution)[1]
+    return call.plan, resolve_backend(execution.backend, weight.device, logits_dtype)
+
+
+def _memory(plan: Plan, head: LMHead) -> str:
+    parts = {"workspace": plan.workspace_bytes, "kept": plan.kept_bytes}
+    if head.weight.requires_grad:
+        parts["gradient of its weight"] = head.weight.numel() * head.weight.element_size()
+    text = " + ".join(f"{name} {_mib(size)}" for name, size in parts.items())
+    return f"{_mib(sum(parts.values()))} ({text})"
+
+
+def _is_trl(trainer: Any) -> bool:
+    return any(kind.__module__.split(".")[0] == "trl" for kind in type(trainer).__mro__)
+
+
+def _trainer_lines(trainer: Any) -> Lines:
+    args = trainer.args
+    lines = []
+    if _is_trl(trainer):
+        lines += trl_status()
+    if (reference := getattr(trainer, "reference", None)) is not None and hasattr(reference, "kind"):
+        lines.append(("reference", str(reference.kind)))
+    if isinstance(losses := getattr(args, "loss_type", None), str | list | tuple):
+        lines.append(("loss", losses if isinstance(losses, str) else ", ".join(losses)))
+    precision = [name for name in ("bf16", "fp16") if getattr(args, name, False)]
+    lines.append(("autocast", precision[0] if precision else "off"))
+    for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+        if getattr(trainer, name, False):
+            lines.append(("refused", "a sharded head: keep lm_head whole (DDP, or ZeRO-2)"))
+    return lines
+
+
+def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, int | None]:
+    """The longest pair and the largest batch; the labelled tokens of that batch, if there is one."""
+    parts = _pair_parts(trainer.train_dataset)
+    if parts is None or not len(parts):
+        return [("pairs", "none found in the trainer's train_dataset: no largest batch to plan for")], None
+    limit = getattr(trainer.args, "max_length", None)
+    answers = parts[:, 1:].clamp(max=limit) if isinstance(limit, int) else parts[:, 1:]
+    sizes = answers.sum(1)
+    sequences = parts[:, :1] + parts[:, 1:]
+    sequences = sequences.clamp(max=limit) if isinstance(limit, int) else sequences
+    longest = int(sequences.amax(1).argmax())
+    count = min(int(getattr(trainer.args, "train_batch_size", 1)), len(parts))
+    num_tokens = int(sizes.topk(count).values.sum())
+    prompt, chosen, rejected = parts[longest].tolist()
+    batch = f"{count} pairs, at most {num_tokens} labelled tokens"
+    lines = [
+        ("pairs", str(len(parts))),
+        ("longest pair", f"number {longest}: prompt {prompt}, chosen {chosen}, rejected {rejected} tokens"),
+        ("largest batch", batch),
+    ]
+    if head is not None:
+        width = int(sequences.amax(1).topk(count).values.max())
+        logits = 2 * count * width * head.weight.shape[0] * 4
+        lines.append(("logits avoided", f"{_mib(logits)} in fp32 (2 x {count} rows of {width} tokens)"))
+    return lines, num_tokens
+
+
+def _pair_parts(dataset: Any) -> Tensor | None:
+    """``(P, 3)`` tokens of prompt, chosen and rejected; None where the data is no tokenised pairs."""
+    if isinstance(bounds := getattr(dataset, "bounds", None), Tensor):
+        return bounds.diff(dim=1)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    if not set(names) <= set(getattr(dataset, "column_names", None) or ()):
+        return None
+    lengths = [[len(ids) for ids in dataset[name]] for name in names]
+    return torch.tensor(lengths, dtype=torch.int64).reshape(3, -1).t()
+
+
+def _execution_of(trainer: Any) -> Execution:
+    made = getattr(trainer.args, "execution", None)
+    if callable(made) and isinstance(execution := made(), Execution):
+        return execution
+    return hook_execution(trainer.model) or Execution()
+
+
+@contextlib.contextmanager
+def _autocast_of(trainer: Any) -> Iterator[None]:
+    accelerator = getattr(trainer, "accelerator", None)
+    with contextlib.nullcontext() if accelerator is None else accelerator.autocast():
+        yield
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.1f} MiB"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
