@@ -8,18 +8,10 @@ import pytest
 import torch
 
 from fastdpo import Execution, TeacherCombination, token_divergence
-
-
-def small(mode: str = "auto", **kwargs: Any) -> Execution:
-    return Execution(**{"mode": mode, "workspace_mib": 1, "cache_mib": 1} | kwargs)
-
+from tests.ops.divergence_cases import small
 
 HIDDEN, WEIGHT, LABELS = torch.randn(2, 5, 8), torch.randn(11, 8), torch.zeros(2, 5).long()
-
-
 SECOND = {"second_hidden": HIDDEN, "combination": TeacherCombination(1.0, 0.0)}
-
-
 BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"ref_lm_head": torch.randn(12, 8)}, r"ref_lm_head: got a vocabulary of 12, wanted 11"),
     ({"ref_hidden": torch.randn(2, 5, 9)}, r"ref_hidden: got shape \(2, 5, 9\)"),

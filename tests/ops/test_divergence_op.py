@@ -19,16 +19,13 @@ from tests.ops.divergence_cases import (
     MIX,
     make_divergence_case,
     run_divergence,
+    small,
     weighted,
 )
 from tests.ops.test_gemm_passes import count_passes
 from tests.ops.test_memory import largest_allocation
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-
-
-def small(mode: str = "auto", **kwargs: Any) -> Execution:
-    return Execution(**{"mode": mode, "workspace_mib": 1, "cache_mib": 1} | kwargs)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastdpo.ops.divergence_chunks as divergence_chunks
-from fastdpo import Execution, LMHead, TeacherCombination, TokenLayout, token_divergence
+from fastdpo import LMHead, TeacherCombination, TokenLayout, token_divergence
 from fastdpo.kernels.divergence import divergence_rows, l1_distance
 from fastdpo.losses.token_level import aligndistil_coefficients, aligndistil_teacher
 from fastdpo.testing import make_case
@@ -24,14 +24,11 @@ from tests.ops.divergence_cases import (
     dense_divergence,
     make_divergence_case,
     run_divergence,
+    small,
     weighted,
 )
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-
-
-def small(mode: str = "auto", **kwargs: Any) -> Execution:
-    return Execution(**{"mode": mode, "workspace_mib": 1, "cache_mib": 1} | kwargs)
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
