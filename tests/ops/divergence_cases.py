@@ -60,6 +60,11 @@ def make_divergence_case(
     return DivergenceCase(policy, teachers, upstream, MIX if num_teachers == 2 else None)
 
 
+def small(mode: str = "auto", **kwargs: Any) -> Execution:
+    """Budgets of 1 MiB: several chunks, part of D cached, the rest recomputed."""
+    return Execution(**{"mode": mode, "workspace_mib": 1, "cache_mib": 1} | kwargs)
+
+
 def run_divergence(
     case: DivergenceCase,
     h: Tensor,
