@@ -391,7 +391,7 @@ def test_the_pair_loss_takes_an_adapter() -> None:
         wide.hidden, merged, case.labels, ref_hidden=case.hidden.double(), ref_lm_head=unmerged
     )
     exact = torch.autograd.grad(truth.loss, wide.tensors)
-    assert float(out.loss) == pytest.approx(float(truth.loss), abs=1e-5)
+    assert out.loss.item() == pytest.approx(truth.loss.item(), abs=1e-5)
     for mine, want in zip(ours, exact, strict=True):
         assert (mine - want).norm() <= 2**-13 * want.norm()
 
