@@ -17,6 +17,7 @@ from fastdpo.cli import main
 from fastdpo.doctor import doctor
 from fastdpo.losses import LOSSES, PairLogps
 from fastdpo.training.arguments import ArgumentError, parse_score, parse_train
+from fastdpo.training.kinds import KINDS
 from tests.conftest import SHARED_DATA
 from tests.training.conftest import (  # noqa: F401  (fixtures)
     curves,
@@ -122,8 +123,9 @@ def test_score_fills_the_cache_that_train_reads(
     assert logs[0][0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_every_option_of_every_loss_of_pairs_is_a_flag():
-    for spec in (spec for spec in LOSSES.values() if spec.inputs is PairLogps):
+def test_every_option_of_every_loss_of_the_loop_is_a_flag():
+    kinds = {PairLogps, *(kind.inputs for kind in KINDS.values())}
+    for spec in (spec for spec in LOSSES.values() if spec.inputs in kinds):
         words = ["--model", "m", "--dataset", "d", "--use_cpu", "--loss_type", spec.name]
         for option in spec.options:
             words += [f"--{option.name}", str(option.default)]
