@@ -157,22 +157,22 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     @cached_property
     def mismatched(self) -> Tensor:
-        """``(R,)``: the row whose answer each prompt is mismatched with: the next one with another prompt.
+        """``(R,)``: the row whose answer each prompt is mismatched with: the last one with another.
 
         As the data have it, not as a batch has it: the same however rows are cut into batches. TRL turns the
-        answers of each batch by one.
+        answers of each batch by one, which is this where all rows are one batch and no prompt comes twice.
         """
         prompts = [
             self.tokens[start : start + size].numpy().tobytes()
             for start, size in zip(self.starts.tolist(), self.prompt_lengths.tolist(), strict=True)
         ]
         count = len(prompts)
-        found = [(i + 1) % count for i in range(count)]  # where all prompts are the same
+        found = [(i - 1) % count for i in range(count)]  # where all prompts are the same
         other = -1
-        for i in range(2 * count - 1, -1, -1):  # twice round, so that the last rows find the first ones
-            here, after = i % count, (i + 1) % count
-            other = after if prompts[after] != prompts[here] else other
-            if i < count and other >= 0:
+        for i in range(2 * count):  # twice round, so that the first rows find the last ones
+            here, before = i % count, (i - 1) % count
+            other = before if prompts[before] != prompts[here] else other
+            if other >= 0:
                 found[here] = other
         return torch.tensor(found)
 
