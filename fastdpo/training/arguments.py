@@ -147,7 +147,7 @@ class ScoreArguments:
         default=None,
         metadata=_help(
             "Write the scored rows as JSONL, with ref_chosen_logps and ref_rejected_logps (of other "
-            "data than pairs, ref_logps)."
+            "data than pairs, ref_logps, to look at: train reads the cache)."
         ),
     )
 

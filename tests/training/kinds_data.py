@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
+from tests.conftest import SHARED_DATA
+
 # A loss of each kind of data.
 LOSS_OF_KIND = {
     "unpaired": "kto",
@@ -20,7 +20,7 @@ LOSS_OF_KIND = {
 
 
 def real_rows(name: str, count: int) -> list[dict[str, Any]]:
-    path = REAL / name
+    path = SHARED_DATA / name
     if not path.exists():
         pytest.skip(f"no {path.name}: the real preference data are not here")
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -82,7 +82,7 @@ def test_the_loss_is_the_functions(make_args: MakeArgs, tokenizer: Any, kind: st
     # Sums of some hundred log-probabilities in fp32, each from other products' order: 1e-6 of their size.
     size = float(wanted.logps.abs().max())
     torch.testing.assert_close(got.logps, wanted.logps, rtol=0, atol=1e-6 * size)
-    assert float(got.loss) == pytest.approx(float(wanted.loss), rel=1e-4)
+    assert got.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-4)
     if wanted.rewards is not None:
         torch.testing.assert_close(got.rewards, wanted.rewards, rtol=0, atol=2e-6 * size)
 
