@@ -14,8 +14,10 @@ from fastdpo.training.batches import Batch, first_rows, num_rows
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.data import PreferenceDataset
 from fastdpo.training.dataset import RowDataset
+from fastdpo.training.layouts import padded_collator
 from fastdpo.training.loss_state import LossState
 from fastdpo.training.metrics import MetricSums
+from fastdpo.training.over_optimisation import OverOptimisationMonitor
 from fastdpo.training.reference import Reference
 from fastdpo.training.step import BatchCounts, batch_loss, record, stacked_rewards
 
@@ -94,8 +96,22 @@ class EvaluatingTrainer(Trainer):
             self.loss_state.end_evaluation()
         means = with_margins(self._sums["eval"].means(self._over_ranks))
         means["num_tokens"] = self._total_input_tokens()
+        for monitor in self.callback_handler.callbacks:
+            if isinstance(monitor, OverOptimisationMonitor):
+                means |= self._measure(monitor, dataset)
         means = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
+
+    def _measure(self, monitor: OverOptimisationMonitor, dataset: RowDataset) -> dict[str, float]:
+        # The same on every rank, and small: no rank waits for another.
+        with self.compute_loss_context_manager():
+            return monitor.measure(
+                self.accelerator.unwrap_model(self.model),
+                dataset,
+                padded_collator(self.args, 0),
+                batch_size=self.args.per_device_eval_batch_size,
+                device=self.accelerator.device,
+            )
 
     @torch.no_grad()
     def prediction_step(

@@ -53,9 +53,7 @@ def choose_collator(
         ValueError: the layout asked for changes a model's results, or cannot be arranged; says why.
     """
     kind = args.data_kind
-    padded: Collator = PreferenceCollator(pad_token_id, args.pad_to_multiple_of)
-    if kind is not None:
-        padded = AnswerCollator(kind, pad_token_id, args.pad_to_multiple_of)
+    padded = padded_collator(args, pad_token_id)
     if args.batch_layout == "padded":
         return padded
     costs = row_costs(models[0])
@@ -93,6 +91,13 @@ def choose_collator(
     if accelerator.is_main_process:
         logger.info("batches are %s", describe(chosen))
     return chosen
+
+
+def padded_collator(args: PreferenceConfig, pad_token_id: int) -> PreferenceCollator | AnswerCollator:
+    """The collator of padded batches for the losses' data."""
+    if args.data_kind is None:
+        return PreferenceCollator(pad_token_id, args.pad_to_multiple_of)
+    return AnswerCollator(args.data_kind, pad_token_id, args.pad_to_multiple_of)
 
 
 def layout_of(collator: Any) -> str:
