@@ -114,6 +114,11 @@ def _column(row: Mapping[str, Any], name: str, where: str, kind: DataKind) -> An
     return value
 
 
+def _may_be_null(row: Mapping[str, Any], name: str, where: str, kind: DataKind) -> Any:
+    """A column that is there; null in a row is a number that is missing, not a column."""
+    return row[name] if name in row else _column(row, name, where, kind)
+
+
 def _list(row: Mapping[str, Any], name: str, where: str, kind: DataKind) -> list[Any]:
     value = _column(row, name, where, kind)
     if isinstance(value, str) or not isinstance(value, Sequence):
@@ -149,16 +154,12 @@ def _numbers(
 ) -> dict[str, float | tuple[float, ...]]:
     """What the kind's losses use; NaN where a number is missing."""
     if kind.name == "unpaired":
-        label = row.get("label", _column(row, "label", where, kind) if "label" not in row else None)
+        label = _may_be_null(row, "label", where, kind)
         if label is not None and not isinstance(label, bool):
             raise ValueError(f"{where}: column 'label': got {label!r}, wanted true or false")
         return {"is_desirable": math.nan if label is None else float(label)}
     if kind.name == "samples":
-        rate = _number(
-            row.get("win_rate", math.nan) if "win_rate" in row else _column(row, "win_rate", where, kind),
-            "win_rate",
-            where,
-        )
+        rate = _number(_may_be_null(row, "win_rate", where, kind), "win_rate", where)
         if not math.isnan(rate) and not 0 <= rate <= 1:
             raise ValueError(f"{where}: column 'win_rate': got {rate!r}, wanted a number from 0 to 1")
         return {"win_rates": rate}

@@ -93,7 +93,8 @@ class DataArguments:
     dataset: str | None = field(
         default=None,
         metadata=_help(
-            "JSONL, JSON or Parquet file, `datasets` directory, or hub id, with the training pairs."
+            "JSONL, JSON or Parquet file, `datasets` directory, or hub id, with the training pairs, or "
+            "what the losses take."
         ),
     )
     dataset_split: str = field(default="train", metadata=_help("Split of the dataset, where it has several."))

@@ -127,8 +127,8 @@ class OverOptimisationMonitor(TrainerCallback):
             return
         if state.is_world_process_zero:
             logger.warning(
-                "step %d: mass and entropy of the %d most likely tokens have fallen in %d evaluations running "
-                "while the margin grew: a sign of over-optimisation (arXiv:2410.11677)",
+                "step %d: mass and entropy of the %d most likely tokens have fallen in %d evaluations "
+                "running while the margin grew: a sign of over-optimisation (arXiv:2410.11677)",
                 state.global_step, self.topk, self._signs,
             )  # fmt: skip
         if self.stop:
@@ -136,7 +136,7 @@ class OverOptimisationMonitor(TrainerCallback):
 
 
 def _groups(batch: Batch) -> dict[str, Tensor]:
-    """Masks over the sequences of a padded batch: chosen and rejected answers, or all of them."""
+    """Masks over the sequences of a padded batch: chosen and rejected, or all."""
     sequences = torch.arange(len(batch["labels"]), device=batch["labels"].device)
     if batch.get("kind") == "unpaired":
         is_chosen = batch["is_desirable"]

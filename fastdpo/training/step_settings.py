@@ -44,10 +44,11 @@ def _check_dynamic_beta(options: dict[str, Any], losses: list[LossSpec], beta: f
         if (
             spec.inputs is not PairLogps
             or spec.default_beta is None
+            or not spec.uses_reference
             or spec.nll_weight
             or spec.scope != "pair"
         ):
-            wanted = "losses of pairs that have a beta, no NLL term, and compare no pairs with each other"
+            wanted = "losses of pairs with a beta and a reference, no NLL term, and no look at other pairs"
             raise ValueError(f"dynamic_beta: got a value with {spec.name}, wanted {wanted}")
     known = ("alpha", "rho", "momentum", "min_beta", "warm_start")
     for name in options:

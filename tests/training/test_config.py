@@ -35,6 +35,8 @@ MakeArgs = Callable[..., PreferenceConfig]
         ({"dynamic_beta": {"rho": 1.5}}, "rho: got 1.5"),
         ({"dynamic_beta": {}, "loss_type": "kto"}, "dynamic_beta: got a value with kto"),
         ({"dynamic_beta": {}, "loss_type": "aot"}, "dynamic_beta: got a value with aot"),
+        ({"dynamic_beta": {}, "loss_type": "simpo"}, "dynamic_beta: got a value with simpo"),
+        ({"dynamic_beta": {}, "loss_type": ["sigmoid", "sft"]}, "dynamic_beta: got a value with sft"),
         ({"sync_ref_model": True, "reference": "precomputed"}, "sync_ref_model: got True with"),
         ({"sync_ref_model": True, "loss_type": "simpo"}, "sync_ref_model: got True with simpo"),
         ({"sync_ref_model": True, "ref_model_mixup_alpha": 0}, "ref_model_mixup_alpha"),
