@@ -14,14 +14,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import fastdpo
 
 if TYPE_CHECKING:
     from fastdpo.training.arguments import DataArguments
     from fastdpo.training.config import PreferenceConfig
-    from fastdpo.training.data import PreferenceDataset, RowSource
+    from fastdpo.training.data import RowSource
+    from fastdpo.training.dataset import RowDataset
 
 COMMANDS = {
     "train": "train a model on preference pairs",
@@ -166,7 +165,7 @@ def diagnose(argv: Sequence[str]) -> None:
 
 def _load_pairs(
     data: DataArguments, tokenizer: Any, config: PreferenceConfig
-) -> tuple[RowSource, PreferenceDataset, PreferenceDataset | None]:
+) -> tuple[RowSource, RowDataset, RowDataset | None]:
     """The rows of ``--dataset``, and the pairs to train and to evaluate on."""
     from fastdpo.training.data import read_rows, split_pairs
     from fastdpo.training.setup import tokenized_pairs
@@ -181,17 +180,16 @@ def _load_pairs(
     return source, pairs, None
 
 
-def _write_scored(path: Path, source: RowSource, scored: Sequence[PreferenceDataset]) -> int:
-    """Write the rows that were scored, in their order, each with its two log-probabilities."""
-    from fastdpo.training.data import REF_COLUMNS
-
-    scores = {
-        int(row): dict(zip(REF_COLUMNS, values.tolist(), strict=True))
-        for pairs in scored
-        for row, values in zip(
-            pairs.rows, torch.stack([pairs.columns[name] for name in REF_COLUMNS], 1), strict=True
-        )
-    }
+def _write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) -> int:
+    """Write the rows that were scored, in their order, each with its log-probabilities."""
+    scores: dict[int, dict[str, Any]] = {}
+    for dataset in scored:
+        for place, values in dataset.scores_by_row():
+            # Of a pair taken apart: one after the other.
+            known = scores.get(place, {})
+            scores[place] = {
+                name: known[name] + value if name in known else value for name, value in values.items()
+            }
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for number, row in source:

@@ -17,6 +17,7 @@ from fastdpo.cli import main
 from fastdpo.doctor import doctor
 from fastdpo.losses import LOSSES, PairLogps
 from fastdpo.training.arguments import ArgumentError, parse_score, parse_train
+from fastdpo.training.kinds import KINDS
 from tests.conftest import SHARED_DATA
 from tests.training.conftest import (  # noqa: F401  (fixtures)
     curves,
@@ -28,6 +29,7 @@ from tests.training.conftest import (  # noqa: F401  (fixtures)
     trained_bpe,
     write_jsonl,
 )
+from tests.training.kinds_data import rows_of
 
 REAL_PAIRS = SHARED_DATA / "preference_en.jsonl"
 
@@ -122,8 +124,39 @@ def test_score_fills_the_cache_that_train_reads(
     assert logs[0][0]["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_every_option_of_every_loss_of_pairs_is_a_flag():
-    for spec in (spec for spec in LOSSES.values() if spec.inputs is PairLogps):
+@pytest.mark.skipif(not REAL_PAIRS.exists(), reason=f"{REAL_PAIRS.name} is not beside this checkout")
+def test_single_answers_are_scored_and_trained_on(
+    train: Callable[..., int], model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = rows_of("unpaired", 10)
+    dataset, scored = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "scored.jsonl"
+    words = f"--model {model_dir} --dataset {dataset} --use_cpu --reference_cache_dir {tmp_path / 'cache'}"
+    assert main(["score", *words.split(), "--loss_type", "kto", "--output", str(scored)]) == 0
+    lines = [json.loads(line) for line in scored.read_text().splitlines()]
+    assert [{k: v for k, v in row.items() if k != "ref_logps"} for row in lines] == rows
+    assert all(len(row["ref_logps"]) == 1 and row["ref_logps"][0] < 0 for row in lines)
+
+    def unexpected(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr("fastdpo.training.precompute.score_dataset", unexpected)
+    kto = ("--loss_type", "kto", "--desirable_weight", "1.5", "--reference", "precomputed")
+    assert train(*kto, dataset=dataset) == 0
+    log = read_metrics(tmp_path / "out")[0]
+    assert log["kl"] == pytest.approx(0.0, abs=1e-4) and 0.5 <= log["loss"] <= 0.75
+
+
+def test_columns_that_the_losses_lack_are_one_line(
+    train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+):
+    assert train("--loss_type", "sdpo") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "row 1: no column 'completions'" in line and "wanted prompt, completions, scores" in line
+
+
+def test_every_option_of_every_loss_of_the_loop_is_a_flag():
+    kinds = {PairLogps, *(kind.inputs for kind in KINDS.values())}
+    for spec in (spec for spec in LOSSES.values() if spec.inputs in kinds):
         words = ["--model", "m", "--dataset", "d", "--use_cpu", "--loss_type", spec.name]
         for option in spec.options:
             words += [f"--{option.name}", str(option.default)]

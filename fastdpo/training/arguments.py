@@ -17,8 +17,10 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from fastdpo.losses import loss_options
+from fastdpo.losses import PairLogps, loss_options
+from fastdpo.losses.registry import LossOption
 from fastdpo.training.config import PreferenceConfig
+from fastdpo.training.kinds import KINDS
 from fastdpo.training.setup import load_tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -91,7 +93,8 @@ class DataArguments:
     dataset: str | None = field(
         default=None,
         metadata=_help(
-            "JSONL, JSON or Parquet file, `datasets` directory, or hub id, with the training pairs."
+            "JSONL, JSON or Parquet file, `datasets` directory, or hub id, with the training pairs, or "
+            "what the losses take."
         ),
     )
     dataset_split: str = field(default="train", metadata=_help("Split of the dataset, where it has several."))
@@ -143,7 +146,10 @@ class ScoreArguments:
 
     output: str | None = field(
         default=None,
-        metadata=_help("Write the scored rows as JSONL, with ref_chosen_logps and ref_rejected_logps."),
+        metadata=_help(
+            "Write the scored rows as JSONL, with ref_chosen_logps and ref_rejected_logps (of other "
+            "data than pairs, ref_logps, to look at: train reads the cache)."
+        ),
     )
 
 
@@ -194,7 +200,7 @@ class Parser(HfArgumentParser):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.add_argument("--config", help="YAML file with any of these settings; flags win over it.")
         group = self.add_argument_group("options of the losses")
-        for name, takers in loss_options().items():
+        for name, takers in _all_loss_options().items():
             option = next(iter(takers.values()))
             switch: dict[str, Any] = {"type": string_to_bool, "nargs": "?", "const": True}
             group.add_argument(
@@ -240,6 +246,15 @@ class Parser(HfArgumentParser):
             kind(**{item.name: values[item.name] for item in dataclasses.fields(kind) if item.init})
             for kind in self.dataclass_types
         ]
+
+
+def _all_loss_options() -> dict[str, dict[str, LossOption]]:
+    """Every option of the losses that the loop takes: option -> loss -> option."""
+    options: dict[str, dict[str, LossOption]] = {}
+    for inputs in dict.fromkeys((PairLogps, *(kind.inputs for kind in KINDS.values()))):
+        for name, takers in loss_options(inputs).items():
+            options.setdefault(name, {}).update(takers)
+    return options
 
 
 _OPTION = "loss option "  # no flag's name has spaces, so no field can collide

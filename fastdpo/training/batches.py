@@ -1,4 +1,7 @@
-"""What the loop asks of a batch, padded ``(2P, T)`` (`PreferenceCollator`) or in rows (`RowCollator`)."""
+"""What the loop asks of a batch, padded ``(2P, T)`` (`PreferenceCollator`) or in rows (`RowCollator`).
+
+Batches of other kinds than pairs have S sequences in place of the 2P (`AnswerCollator`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.training import answer_collate
 from fastdpo.training.collate import IGNORE_INDEX
 from fastdpo.types import PackedLayout, TokenLayout
 
@@ -23,6 +27,16 @@ def is_in_rows(batch: Batch) -> bool:
 def is_filler(batch: Batch) -> bool:
     """Whether a batch only keeps a rank in step, and counts for nothing."""
     return "is_filler" in batch
+
+
+def is_pairs(batch: Batch) -> bool:
+    """Whether a batch is of pairs: those of other kinds say which (``answer_collate.py``)."""
+    return "kind" not in batch
+
+
+def num_rows(batch: Batch) -> int:
+    """P of a batch of pairs, or the rows of another kind's."""
+    return num_pairs(batch) if is_pairs(batch) else len(batch["rows"])
 
 
 def num_pairs(batch: Batch) -> int:
@@ -58,10 +72,20 @@ def answer_tokens(batch: Batch) -> tuple[Tensor | int, Tensor | int]:
     return chosen, rejected
 
 
+def num_labelled(batch: Batch) -> Tensor | int:
+    """Scored tokens of all answers."""
+    return sum(batch["lengths"]) if is_in_rows(batch) else completion_mask(batch).sum()
+
+
 def sequence_tokens(batch: Batch) -> Tensor:
-    """Tokens of the 2P sequences, prompts counted for each, padding not: the same in every layout."""
+    """Tokens of all sequences, prompts counted for each, padding not: the same in every layout."""
     tokens: Tensor = batch["num_tokens"] if is_in_rows(batch) else batch["attention_mask"].sum()
     return tokens
+
+
+def first_rows(batch: Batch, count: int) -> dict[str, Any]:
+    """The first ``count`` pairs of a batch, or rows of another kind's."""
+    return first_pairs(batch, count) if is_pairs(batch) else answer_collate.first_rows(dict(batch), count)
 
 
 def first_pairs(batch: Batch, count: int) -> dict[str, Any]:

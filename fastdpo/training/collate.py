@@ -34,20 +34,28 @@ class PreferenceCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> Batch:
-        prompts = [torch.as_tensor(pair["prompt_ids"]) for pair in pairs] * 2
-        answers = [torch.as_tensor(pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
-        ends = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        step = self.pad_to_multiple_of or 1
-        shape = (len(answers), -(-max(ends) // step) * step)
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORE_INDEX)
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            input_ids[i, : ends[i]] = torch.cat([prompt, answer])
-            attention_mask[i, : ends[i]] = 1
-            labels[i, len(prompt) : ends[i]] = answer
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        prompts = [pair["prompt_ids"] for pair in pairs] * 2
+        answers = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
+        batch = padded_batch(prompts, answers, self.pad_token_id, self.pad_to_multiple_of)
         return {**batch, **pair_numbers(pairs)}
+
+
+def padded_batch(
+    prompts: Sequence[Any], answers: Sequence[Any], pad_token_id: int, multiple_of: int | None
+) -> Batch:
+    """``input_ids``, ``attention_mask`` and ``labels`` ``(S, T)`` of S prompts, each with an answer."""
+    ends = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    step = multiple_of or 1
+    shape = (len(answers), -(-max(ends) // step) * step)
+    input_ids = torch.full(shape, pad_token_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        answer = torch.as_tensor(answer)
+        input_ids[i, : ends[i]] = torch.cat([torch.as_tensor(prompt), answer])
+        attention_mask[i, : ends[i]] = 1
+        labels[i, len(prompt) : ends[i]] = answer
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def pair_numbers(pairs: Sequence[Mapping[str, Any]]) -> Batch:

@@ -7,16 +7,17 @@ repeated at the top of the class. Every value is checked here, before a model is
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.losses import LossSpec, PairLogps, build_objective, find_loss
+from fastdpo.losses import LossSpec, build_objective, find_loss
 from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
+from fastdpo.training.kinds import DataKind, kind_of
 from fastdpo.training.row_plan import ARRANGEMENTS
+from fastdpo.training.step_settings import COLUMN_FIELDS, check_step_settings, parse_options
 from fastdpo.types import BACKENDS, MODES, Execution
 
 BATCH_LAYOUTS = ("padded", "packed", "shared_prompt", "auto")
@@ -27,12 +28,6 @@ NONFINITE_POLICIES = ("stop", "skip")
 TRAINING_MODES = tuple(mode for mode in MODES if mode not in ("score", "pairs"))
 FULL_LEARNING_RATE = 1e-6
 ADAPTER_LEARNING_RATE = 1e-5
-# Per-pair numbers of the losses, and the field that names the column they are read from.
-COLUMN_FIELDS = {
-    "margin": "margin_column",
-    "pair_weights": "pair_weight_column",
-    "soft_labels": "soft_label_column",
-}
 # Settings of TrainingArguments that this trainer cannot honour: the value it needs, and why.
 _FIXED = {
     "remove_unused_columns": (False, "the collator decides what reaches the model"),
@@ -94,6 +89,21 @@ class PreferenceConfig(TrainingArguments):
     loss_options: dict[str, Any] | str | None = field(
         default=None,
         metadata=_help("Further options of the losses, as a dict or JSON; each is a flag of its own too."),
+    )
+
+    dynamic_beta: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=_help(
+            "beta-DPO: a beta per step from how far apart its pairs are, and pairs far off left out. A dict "
+            "or JSON of alpha, rho, momentum, min_beta, warm_start; {} for their defaults."
+        ),
+    )
+    gather_batch_losses: bool = field(
+        default=False,
+        metadata=_help(
+            "Losses that compare a whole batch (aot) see the pairs of all ranks; else each rank sees its "
+            "own, as in TRL."
+        ),
     )
 
     max_length: int | None = field(
@@ -158,6 +168,16 @@ class PreferenceConfig(TrainingArguments):
             "(for losses without a reference), or auto."
         ),
     )
+    sync_ref_model: bool = field(
+        default=False,
+        metadata=_help("TR-DPO: mix the policy into the reference copy every ref_model_sync_steps steps."),
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata=_help("The policy's share of the mixture, in (0, 1]; 1 replaces the reference.")
+    )
+    ref_model_sync_steps: int = field(
+        default=512, metadata=_help("Optimiser steps from one mixing to the next.")
+    )
     reference_cache_dir: str | None = field(
         default=None,
         metadata=_help("Where precomputed log-probs are kept. Default ~/.cache/fastdpo/reference."),
@@ -196,6 +216,7 @@ class PreferenceConfig(TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.loss_options = self.options
+        self.dynamic_beta = self.dynamic_beta_options
         self.max_length = self.max_length or None
         self._choose_defaults()
         self._check()
@@ -210,7 +231,17 @@ class PreferenceConfig(TrainingArguments):
     @property
     def options(self) -> dict[str, Any]:
         """``loss_options``, parsed."""
-        return _parse_options(self.loss_options)
+        return parse_options(self.loss_options)
+
+    @property
+    def dynamic_beta_options(self) -> dict[str, Any] | None:
+        """``dynamic_beta``, parsed."""
+        return None if self.dynamic_beta is None else parse_options(self.dynamic_beta, "dynamic_beta")
+
+    @property
+    def data_kind(self) -> DataKind | None:
+        """What the losses want of the data; None for pairs."""
+        return kind_of(self.losses)
 
     @property
     def needs_reference(self) -> bool:
@@ -272,6 +303,7 @@ class PreferenceConfig(TrainingArguments):
             ("pad_to_multiple_of", 1),
             ("max_tokens_per_batch", 1),
             ("reference_batch_size", 1),
+            ("ref_model_sync_steps", 1),
             ("workspace_mib", 1),
             ("cache_mib", 0),
         ):
@@ -299,19 +331,19 @@ class PreferenceConfig(TrainingArguments):
 
     def _check_loader(self) -> None:
         """Ways to hand out batches that cut tensors by their first dimension, which is no pair's here."""
-        is_free = self.batch_layout == "padded" and self.max_tokens_per_batch is None
+        is_free = (
+            self.batch_layout == "padded" and self.max_tokens_per_batch is None and self.data_kind is None
+        )
         for name in ("split_batches", "dispatch_batches"):
             if not is_free and getattr(self.accelerator_config, name):
                 raise ValueError(
                     f"accelerator_config.{name}: got True, wanted False: batches of batch_layout="
-                    f"{self.batch_layout!r} or with max_tokens_per_batch cannot be cut up"
+                    f"{self.batch_layout!r}, with max_tokens_per_batch or of no pairs cannot be cut up"
                 )
 
     def _check_losses(self) -> None:
-        for spec in self.losses:
-            if spec.inputs is not PairLogps:
-                wanted = "losses of pairs; those of other data are in fastdpo.fused_preference_loss"
-                raise ValueError(f"loss_type: got {spec.name!r}, wanted {wanted}")
+        kind_of(self.losses)  # raises for losses that want unlike data
+        check_step_settings(self)
         # The stand-ins say that there will be a value per pair; the values are checked with the data.
         build_objective(
             self.loss_type,
@@ -321,13 +353,3 @@ class PreferenceConfig(TrainingArguments):
             soft_labels=0.5 if self.soft_label_column else None,
             **self.options,
         )
-
-
-def _parse_options(value: dict[str, Any] | str | None) -> dict[str, Any]:
-    try:
-        options = json.loads(value) if isinstance(value, str) else value or {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"loss_options: got {value!r}, wanted a JSON object: {error}") from None
-    if not isinstance(options, dict):
-        raise ValueError(f"loss_options: got {value!r}, wanted a dict or a JSON object")
-    return options

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -176,9 +176,10 @@ class DataReport:
     merged: Sequence[int] = ()  # the prompt's last tokens are others once an answer follows
     truncated: int = 0
     duplicates: int = 0
+    unit: str = "pairs"
 
     def __str__(self) -> str:
-        lines = f"{self.source}: {self.kept} of {self.rows} pairs kept"
+        lines = f"{self.source}: {self.kept} of {self.rows} {self.unit} kept"
         for reason, numbers in self.skipped.items():
             lines += f"; skipped {len(numbers)} with {reason} ({row_list(numbers)})"
         if self.truncated:
@@ -187,7 +188,7 @@ class DataReport:
             lines += f"; {len(self.merged)} whose prompt ends otherwise once an answer follows"
             lines += f" ({row_list(self.merged)})"
         if self.duplicates:
-            lines += f"; {self.duplicates} repeated pairs kept"
+            lines += f"; {self.duplicates} repeated {self.unit} kept"
         return lines
 
 
@@ -196,6 +197,17 @@ def row_list(numbers: Sequence[int], *, at_most: int = 10) -> str:
     shown = ", ".join(str(n) for n in numbers[:at_most])
     more = f" and {len(numbers) - at_most} more" if len(numbers) > at_most else ""
     return f"{'row' if len(numbers) == 1 else 'rows'} {shown}{more}"
+
+
+class Divisible(Protocol):
+    """A data set that can be cut."""
+
+    def __len__(self) -> int: ...
+
+    def subset(self, indices: Tensor) -> Any: ...
+
+
+Dataset = TypeVar("Dataset", bound=Divisible)
 
 
 class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -241,9 +253,50 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return int((self.bounds[:, 2] - self.bounds[:, 1]).sum())
 
     @property
+    def num_sequences(self) -> Tensor:
+        """``(P,)``: sequences that a pair makes in a batch."""
+        return torch.full((len(self),), 2)
+
+    def sizes(self, pairs: Tensor) -> list[list[int]]:
+        """Of each pair named, tokens of prompt, chosen and rejected."""
+        sizes: list[list[int]] = self.bounds[pairs].diff(dim=1).tolist()
+        return sizes
+
+    def batch_tokens(self, layout: str) -> Tensor:
+        """``(P,)``: tokens that a pair adds to a batch; those of its longer sequence where it is padded."""
+        if layout == "padded":
+            return self.lengths
+        start, prompt, _, end = self.bounds.unbind(1)
+        return (end - start) + (prompt - start if layout == "packed" else 0)
+
+    @property
     def has_reference(self) -> bool:
         """Whether the pairs carry reference log-probabilities."""
         return all(name in self.columns for name in REF_COLUMNS)
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        """Of what ``with_reference`` takes."""
+        return (len(self), 2)
+
+    def put_scores(self, scores: Tensor, pairs: Tensor, values: Tensor) -> None:
+        """Write the scores ``(2k,)`` of a batch of ``pairs`` where they belong."""
+        scores[pairs] = values.view(2, -1).T
+
+    def with_reference(self, scores: Tensor) -> PreferenceDataset:
+        """The same pairs with reference log-probabilities ``(P, 2)``, chosen and rejected."""
+        return self.with_columns(**dict(zip(REF_COLUMNS, scores.unbind(1), strict=True)))
+
+    def scores_by_row(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Each pair's row, and its reference log-probabilities by column."""
+        table = torch.stack([self.columns[name] for name in REF_COLUMNS], 1)
+        for row, values in zip(self.rows.tolist(), table.tolist(), strict=True):
+            yield row, dict(zip(REF_COLUMNS, values, strict=True))
+
+    def rows_not_finite(self, scores: Tensor) -> list[int]:
+        """Rows with a score that is NaN or infinite."""
+        found: list[int] = self.rows[~torch.isfinite(scores).all(1)].tolist()
+        return found
 
     def subset(self, indices: Sequence[int] | Tensor) -> PreferenceDataset:
         """The pairs at ``indices``, sharing the token storage."""
@@ -267,9 +320,7 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return digest.hexdigest()
 
 
-def split_pairs(
-    dataset: PreferenceDataset, held_out: float, *, seed: int
-) -> tuple[PreferenceDataset, PreferenceDataset]:
+def split_pairs(dataset: Dataset, held_out: float, *, seed: int) -> tuple[Dataset, Dataset]:
     """Split into (training, held-out) pairs, the same way for the same seed.
 
     Args:

@@ -77,11 +77,69 @@ def encode_rows(source: RowSource, tokenizer: Any, options: EncodingOptions) -> 
     return encoder.finish(source)
 
 
+class RowTokenizer:
+    """Tokens of texts, and where in them an answer begins."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def tokenize(self, texts: Sequence[str], is_chat: Sequence[bool]) -> list[list[int]]:
+        """Token ids of each text; the tokenizer adds its special tokens to plain texts only."""
+        ids: list[list[int]] = [[] for _ in texts]
+        for chat in set(is_chat):
+            places = [i for i, value in enumerate(is_chat) if value == chat]
+            encoded = self.tokenizer(
+                [texts[i] for i in places],
+                add_special_tokens=not chat,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            for place, tokens in zip(places, encoded["input_ids"], strict=True):
+                ids[place] = list(tokens) if chat else self._without_extra_bos(list(tokens))
+        return ids
+
+    def split(
+        self, prompt_text: str, prompt: list[int], texts: Sequence[list[int]], *, is_chat: bool
+    ) -> tuple[list[int], list[list[int]], bool]:
+        """Prompt and answers, and whether the prompt's last tokens are others once an answer follows.
+
+        Args:
+            prompt_text, prompt: the prompt and its tokens.
+            texts: tokens of the prompt with each answer.
+            is_chat: texts hold their special tokens; else each answer gets an end.
+        """
+        if not is_chat:
+            texts = [self._ended(text) for text in texts]
+            # A tokenizer that ends every text ends the prompt too, which the answer follows.
+            is_ended = prompt[-1:] == [self.tokenizer.eos_token_id]
+            if is_ended and not prompt_text.endswith(self.tokenizer.eos_token):
+                prompt = prompt[:-1]
+        shared = min(common_prefix(prompt, text) for text in texts)
+        return prompt[:shared], [text[shared:] for text in texts], shared < len(prompt)
+
+    def _without_extra_bos(self, ids: list[int]) -> list[int]:
+        # A text that already starts with the BOS token gets a second one from the tokenizer.
+        bos = self.tokenizer.bos_token_id
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """``ids`` with exactly one EOS at the end, whatever the text and the tokenizer put there."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError(
+                "the tokenizer has no EOS token, so answers given as strings would have no end: set "
+                "tokenizer.eos_token"
+            )
+        while ids and ids[-1] == eos:
+            ids = ids[:-1]
+        return [*ids, eos]
+
+
 class _Encoder:
     """Collects the pairs of one data set, batch by batch."""
 
     def __init__(self, tokenizer: Any, options: EncodingOptions) -> None:
-        self.tokenizer, self.options = tokenizer, options
+        self.tokenizer, self.options = RowTokenizer(tokenizer), options
         self.tokens: list[Tensor] = []
         self.sizes: list[tuple[int, int, int]] = []
         self.rows: list[int] = []
@@ -92,7 +150,7 @@ class _Encoder:
 
     def add(self, batch: Sequence[PairTexts]) -> None:
         flat = [text for texts in batch for text in (texts.prompt, texts.chosen, texts.rejected)]
-        ids = self._tokenize(flat, [texts.is_chat for texts in batch for _ in range(3)])
+        ids = self.tokenizer.tokenize(flat, [texts.is_chat for texts in batch for _ in range(3)])
         for i, texts in enumerate(batch):
             self._add_pair(texts, *ids[3 * i : 3 * i + 3])
 
@@ -121,54 +179,18 @@ class _Encoder:
             report,
         )
 
-    def _tokenize(self, texts: Sequence[str], is_chat: Sequence[bool]) -> list[list[int]]:
-        """Token ids of each text; the tokenizer adds its special tokens to plain texts only."""
-        ids: list[list[int]] = [[] for _ in texts]
-        for chat in set(is_chat):
-            places = [i for i, value in enumerate(is_chat) if value == chat]
-            encoded = self.tokenizer(
-                [texts[i] for i in places],
-                add_special_tokens=not chat,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            for place, tokens in zip(places, encoded["input_ids"], strict=True):
-                ids[place] = list(tokens) if chat else self._without_extra_bos(list(tokens))
-        return ids
-
-    def _without_extra_bos(self, ids: list[int]) -> list[int]:
-        # A text that already starts with the BOS token gets a second one from the tokenizer.
-        bos = self.tokenizer.bos_token_id
-        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-
-    def _ended(self, ids: list[int]) -> list[int]:
-        """``ids`` with exactly one EOS at the end, whatever the text and the tokenizer put there."""
-        eos = self.tokenizer.eos_token_id
-        if eos is None:
-            raise ValueError(
-                "the tokenizer has no EOS token, so answers given as strings would have no end: set "
-                "tokenizer.eos_token"
-            )
-        while ids and ids[-1] == eos:
-            ids = ids[:-1]
-        return [*ids, eos]
-
     def _add_pair(self, texts: PairTexts, prompt: list[int], chosen: list[int], rejected: list[int]) -> None:
-        if not texts.is_chat:
-            chosen, rejected = self._ended(chosen), self._ended(rejected)
-            # A tokenizer that ends every text ends the prompt too, which the answer follows.
-            is_ended = prompt[-1:] == [self.tokenizer.eos_token_id]
-            if is_ended and not texts.prompt.endswith(self.tokenizer.eos_token):
-                prompt = prompt[:-1]
-        shared = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
-        pair = _Pair(prompt[:shared], chosen[shared:], rejected[shared:])
+        prompt, answers, is_merged = self.tokenizer.split(
+            texts.prompt, prompt, (chosen, rejected), is_chat=texts.is_chat
+        )
+        pair = _Pair(prompt, *answers)
         reason = _why_bad(texts, pair)
         if reason is None:
             cut, reason = _truncate(pair, self.options)
         if reason is not None:
             self.skipped[reason].append(texts.row)
             return
-        if shared < len(prompt):
+        if is_merged:
             self.merged.append(texts.row)
         self.truncated += cut.size < pair.size
         self.tokens.append(torch.tensor([*cut.prompt, *cut.chosen, *cut.rejected], dtype=torch.int32))
@@ -178,7 +200,8 @@ class _Encoder:
             self.columns[key].append(value)
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts have in common from their start."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i
@@ -199,17 +222,27 @@ def _why_bad(texts: PairTexts, pair: _Pair) -> str | None:
 
 
 def _truncate(pair: _Pair, options: EncodingOptions) -> tuple[_Pair, str | None]:
+    prompt, answers, reason = truncate(pair.prompt, (pair.chosen, pair.rejected), options)
+    cut = _Pair(prompt, *answers)
+    if reason is None and cut.size < pair.size and cut.chosen == cut.rejected:
+        reason = "answers identical once truncated"
+    return cut, reason
+
+
+def truncate(
+    prompt: list[int], answers: Sequence[list[int]], options: EncodingOptions
+) -> tuple[list[int], list[list[int]], str | None]:
+    """A prompt and its answers within ``max_length``, or as they were and why they cannot be."""
     limit = options.max_length
-    longest = max(len(pair.chosen), len(pair.rejected))
-    if limit is None or len(pair.prompt) + longest <= limit:
-        return pair, None
+    longest = max(map(len, answers))
+    if limit is None or len(prompt) + longest <= limit:
+        return prompt, list(answers), None
     if options.truncation_mode == "skip":
-        return pair, "more tokens than max_length"
-    prompt = pair.prompt
+        return prompt, list(answers), "more tokens than max_length"
+    kept = prompt
     if options.truncation_mode == "keep_end":
-        prompt = prompt[-max(limit - longest, 1) :]
-    room = limit - len(prompt)
+        kept = prompt[-max(limit - longest, 1) :]
+    room = limit - len(kept)
     if room <= 0:
-        return pair, "a prompt that fills max_length"
-    cut = _Pair(prompt, pair.chosen[:room], pair.rejected[:room])
-    return cut, "answers identical once truncated" if cut.chosen == cut.rejected else None
+        return prompt, list(answers), "a prompt that fills max_length"
+    return kept, [answer[:room] for answer in answers], None

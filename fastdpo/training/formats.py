@@ -45,13 +45,13 @@ def render_row(
     """
     where = f"{source}, row {number}"
     prompt, chosen, rejected = _split_row(row, where)
-    numbers = {name: _read_number(row, name, column, where) for name, column in columns.items()}
+    numbers = {name: read_number(row, name, column, where) for name, column in columns.items()}
     if isinstance(prompt, str):
         empty = not chosen or not rejected
         return PairTexts(number, prompt, prompt + chosen, prompt + rejected, False, empty, numbers)
-    empty = not _has_content(chosen) or not _has_content(rejected)
-    texts = _render_chat(row, prompt, chosen, rejected, where, tokenizer)
-    return PairTexts(number, *texts, True, empty, numbers)
+    empty = not has_content(chosen) or not has_content(rejected)
+    opened, (with_chosen, with_rejected) = render_chat(row, prompt, (chosen, rejected), where, tokenizer)
+    return PairTexts(number, opened, with_chosen, with_rejected, True, empty, numbers)
 
 
 def _split_row(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
@@ -66,7 +66,7 @@ def _split_row(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
     if prompt is not None:
         named["prompt"] = prompt
     if not all(isinstance(value, str) for value in named.values()):
-        _check_messages(named, where)
+        check_messages(named, where)
     if prompt is not None:
         return prompt, chosen, rejected
     shared = _shared_prefix(chosen, rejected)
@@ -85,7 +85,8 @@ def _shared_prefix(chosen: Any, rejected: Any) -> int:
     return shared
 
 
-def _check_messages(named: Mapping[str, Any], where: str) -> None:
+def check_messages(named: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless all of a row's texts, by name, are lists of messages."""
     kinds = {name: type(value).__name__ for name, value in named.items()}
     if any(isinstance(value, str) or not isinstance(value, Sequence) for value in named.values()):
         hint = ""
@@ -102,11 +103,13 @@ def _check_messages(named: Mapping[str, Any], where: str) -> None:
                 )
 
 
-def _has_content(messages: Messages) -> bool:
+def has_content(messages: Messages) -> bool:
+    """Whether any message says or calls something."""
     return any(message["content"] or message.get("tool_calls") for message in messages)
 
 
-def _read_number(row: Mapping[str, Any], name: str, column: str, where: str) -> float:
+def read_number(row: Mapping[str, Any], name: str, column: str, where: str) -> float:
+    """The number of a row that is called ``name`` here. Raises ValueError for none, or out of range."""
     value = row.get(column)
     low, high = RANGES.get(name, (-math.inf, math.inf))
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -118,9 +121,14 @@ def _read_number(row: Mapping[str, Any], name: str, column: str, where: str) -> 
     return float(value)
 
 
-def _render_chat(
-    row: Mapping[str, Any], prompt: Messages, chosen: Messages, rejected: Messages, where: str, tokenizer: Any
-) -> tuple[str, str, str]:
+def render_chat(
+    row: Mapping[str, Any], prompt: Messages, answers: Sequence[Messages], where: str, tokenizer: Any
+) -> tuple[str, list[str]]:
+    """The prompt, and the prompt with each answer, as the tokenizer's chat template has them.
+
+    Raises:
+        ValueError: there is no template, it refuses the messages, or it leaves unknown where answers begin.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"{where}: the row holds messages, but the tokenizer has no chat template: set "
@@ -143,17 +151,17 @@ def _render_chat(
             raise ValueError(f"{where}: the chat template refused the messages: {error}") from error
         return text
 
-    with_chosen, with_rejected = render([*prompt, *chosen]), render([*prompt, *rejected])
+    texts = [render([*prompt, *answer]) for answer in answers]
     if not prompt:
-        return "", with_chosen, with_rejected
+        return "", texts
     opened = render(prompt, add_generation_prompt=True)
-    if not (with_chosen.startswith(opened) and with_rejected.startswith(opened)):
+    if not all(text.startswith(opened) for text in texts):
         # Some templates open the answer differently when it is still to come (a "<think>" for the model
         # to continue): the answer then begins where the texts part. More must not differ.
         closed = render(prompt)
-        if not (with_chosen.startswith(closed) and with_rejected.startswith(closed)):
+        if not all(text.startswith(closed) for text in texts):
             raise ValueError(
                 f"{where}: the chat template renders the prompt differently once an answer follows, so where "
                 "the answer begins is not known: use a template that only appends"
             )
-    return opened, with_chosen, with_rejected
+    return opened, texts

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdpo.training.batches import num_pairs, sequence_tokens
-from fastdpo.training.data import PreferenceDataset, row_list
+from fastdpo.training.batches import is_pairs, num_rows, sequence_tokens
+from fastdpo.training.data import row_list
+from fastdpo.training.dataset import RowDataset
 from fastdpo.training.layouts import layout_of, token_budget
-from fastdpo.training.step import BatchCounts, pair_loss
+from fastdpo.training.step import BatchCounts, batch_loss
 from fastdpo.training.token_budget import pair_tokens
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def try_largest_batch(trainer: PreferenceTrainer) -> None:
     logger.info("the largest batch fits: %s%s", _size(trainer, inputs), _memory(device))
 
 
-def largest_batch(trainer: PreferenceTrainer, dataset: PreferenceDataset) -> list[int]:
+def largest_batch(trainer: PreferenceTrainer, dataset: RowDataset) -> list[int]:
     """The pairs of a batch than which none is larger."""
     budget = token_budget(trainer.args, trainer.data_collator)
     if budget is not None:
@@ -59,6 +60,8 @@ def largest_batch(trainer: PreferenceTrainer, dataset: PreferenceDataset) -> lis
             dataset, strategy=trainer.args.train_sampling_strategy, seed=trainer.args.seed
         ).most_expensive()
     sizes = pair_tokens(dataset, layout_of(trainer.data_collator))
+    if layout_of(trainer.data_collator) == "padded":
+        sizes = sizes * dataset.num_sequences
     count = min(trainer.args.train_batch_size, len(dataset))
     return sizes.topk(count).indices.tolist()
 
@@ -67,12 +70,13 @@ def _forward_and_backward(trainer: PreferenceTrainer, inputs: Any) -> None:
     model = trainer.model_wrapped
     model.train()
     reserved = _adam_state(trainer)
-    counts = BatchCounts(max(num_pairs(inputs), 1), max(int(sequence_tokens(inputs)), 1))
+    counts = BatchCounts(max(num_rows(inputs), 1), max(int(sequence_tokens(inputs)), 1))
     # Not reduced over the ranks: these gradients are thrown away.
     unsynchronised = getattr(model, "no_sync", contextlib.nullcontext)
     with unsynchronised(), trainer.compute_loss_context_manager():
         policy = trainer.accelerator.unwrap_model(model)
-        result = pair_loss(model, policy, inputs, counts, trainer.args, trainer.reference)
+        frozen = trainer.loss_state.frozen
+        result = batch_loss(model, policy, inputs, counts, trainer.args, trainer.reference, frozen)
         trainer.accelerator.backward(result.loss)
     del reserved
 
@@ -88,7 +92,7 @@ def _adam_state(trainer: PreferenceTrainer) -> list[torch.Tensor]:
 
 
 def _explain(
-    trainer: PreferenceTrainer, dataset: PreferenceDataset, pairs: list[int], inputs: Any, error: Exception
+    trainer: PreferenceTrainer, dataset: RowDataset, pairs: list[int], inputs: Any, error: Exception
 ) -> str:
     args = trainer.args
     longest = int(dataset.lengths[torch.tensor(pairs)].max())
@@ -112,8 +116,9 @@ def _explain(
 def _size(trainer: PreferenceTrainer, inputs: Any) -> str:
     calls = inputs.get("calls", [inputs])
     positions = sum(call["input_ids"].numel() for call in calls)
+    unit = "pairs" if is_pairs(inputs) else "rows"
     return (
-        f"{num_pairs(inputs)} pairs, {int(sequence_tokens(inputs))} tokens, {positions} positions of the "
+        f"{num_rows(inputs)} {unit}, {int(sequence_tokens(inputs))} tokens, {positions} positions of the "
         f"backbone in {len(calls)} calls ({layout_of(trainer.data_collator)})"
     )
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from fastdpo.integrations.row_masks import BLOCK_MASKS, RowMasks, backbone_size
+from fastdpo.training.answer_collate import AnswerCollator, AnswerRowCollator
 from fastdpo.training.collate import PreferenceCollator
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.data import PreferenceDataset
+from fastdpo.training.dataset import RowDataset
 from fastdpo.training.row_collate import RowCollator
 from fastdpo.training.row_plan import ARRANGEMENTS, RowCosts, padded_cost, unit_lengths
 from fastdpo.training.row_probe import refusals
@@ -21,6 +22,7 @@ from fastdpo.training.token_budget import TokenBudget
 
 logger = logging.getLogger(__name__)
 
+Collator: TypeAlias = PreferenceCollator | AnswerCollator | RowCollator
 # What the planner assumes of a machine: seconds that a call spends in each layer whatever its size, and
 # products a second in fp32 or 16 bits. Only their ratio to a token's time matters, and only roughly.
 _LAYER_SECONDS = {"cpu": 3e-4, "cuda": 3e-4}
@@ -38,9 +40,9 @@ def choose_collator(
     models: Sequence[nn.Module],
     args: PreferenceConfig,
     pad_token_id: int,
-    dataset: PreferenceDataset | None,
+    dataset: RowDataset | None,
     accelerator: Any,
-) -> PreferenceCollator | RowCollator:
+) -> Collator:
     """The collator of a run, after the models have shown which layouts change nothing.
 
     Args:
@@ -50,7 +52,8 @@ def choose_collator(
     Raises:
         ValueError: the layout asked for changes a model's results, or cannot be arranged; says why.
     """
-    padded = PreferenceCollator(pad_token_id, args.pad_to_multiple_of)
+    kind = args.data_kind
+    padded = padded_collator(args, pad_token_id)
     if args.batch_layout == "padded":
         return padded
     costs = row_costs(models[0])
@@ -63,14 +66,15 @@ def choose_collator(
         asked = tuple(name for name in asked if name != "separate")
     longest = (args.max_length or 0) if dataset is None else int(dataset.lengths.max())
     refused = _refusals(models, layouts, asked, longest, accelerator)
-    collators: list[PreferenceCollator | RowCollator] = []
+    collators: list[Collator] = []
     for layout in layouts:
         allowed = tuple(name for name in asked if refused[layout, name] is None)
         if allowed:
             # Flex attention is compiled for each length it meets, and works in blocks of 128.
             is_flex = any(RowMasks(model).attention in BLOCK_MASKS for model in models)
             multiple = args.pad_to_multiple_of or (128 if is_flex else None)
-            collators.append(RowCollator(pad_token_id, layout, costs, allowed, single_call, multiple))
+            settings = (pad_token_id, layout, costs, allowed, single_call, multiple)
+            collators.append(RowCollator(*settings) if kind is None else AnswerRowCollator(*settings, kind))
     for (layout, name), reason in refused.items():
         if reason is not None and accelerator.is_main_process:
             logger.warning("batch_layout %s, row_arrangement %s: refused: %s", layout, name, reason)
@@ -89,6 +93,13 @@ def choose_collator(
     return chosen
 
 
+def padded_collator(args: PreferenceConfig, pad_token_id: int) -> PreferenceCollator | AnswerCollator:
+    """The collator of padded batches for the losses' data."""
+    if args.data_kind is None:
+        return PreferenceCollator(pad_token_id, args.pad_to_multiple_of)
+    return AnswerCollator(args.data_kind, pad_token_id, args.pad_to_multiple_of)
+
+
 def layout_of(collator: Any) -> str:
     """``padded``, ``packed`` or ``shared_prompt``."""
     return collator.layout if isinstance(collator, RowCollator) else "padded"
@@ -101,7 +112,7 @@ def token_budget(args: PreferenceConfig, collator: Any) -> TokenBudget | None:
     return TokenBudget(args.max_tokens_per_batch, layout_of(collator), args.pad_to_multiple_of or 1)
 
 
-def describe(collator: PreferenceCollator | RowCollator) -> str:
+def describe(collator: Collator) -> str:
     """One line for the log."""
     if isinstance(collator, RowCollator):
         return f"{collator.layout}, in rows arranged as {' or '.join(collator.arrangements)}"
@@ -157,27 +168,27 @@ def _is_single_call(args: PreferenceConfig, accelerator: Any) -> bool:
 
 
 def _cheapest(
-    collators: Sequence[PreferenceCollator | RowCollator],
+    collators: Sequence[Collator],
     costs: RowCosts,
-    dataset: PreferenceDataset | None,
+    dataset: RowDataset | None,
     args: PreferenceConfig,
-) -> PreferenceCollator | RowCollator:
+) -> Collator:
     """The layout with the least predicted cost per pair, over some batches of the data."""
     if dataset is None:
         return collators[-1]
     predicted = {layout_of(c): predicted_cost(c, costs, dataset, args) for c in collators}
     for layout, cost in predicted.items():
-        logger.info("batch_layout %s: predicted cost %.0f tokens a pair", layout, cost)
+        logger.info("batch_layout %s: predicted cost %.0f tokens a row", layout, cost)
     return min(collators, key=lambda collator: predicted[layout_of(collator)])
 
 
 def predicted_cost(
-    collator: PreferenceCollator | RowCollator,
+    collator: Collator,
     costs: RowCosts,
-    dataset: PreferenceDataset,
+    dataset: RowDataset,
     args: PreferenceConfig,
 ) -> float:
-    """Predicted cost of a pair, in tokens, over the first batches of the first epoch."""
+    """Predicted cost of a pair (or row), in tokens, over the first batches of the first epoch."""
     budget = token_budget(args, collator)
     if budget is None:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
@@ -187,7 +198,7 @@ def predicted_cost(
     multiple = args.pad_to_multiple_of or 1
     total, pairs = 0.0, 0
     for batch in batches[:_SAMPLED_BATCHES]:
-        sizes = dataset.bounds[batch].diff(dim=1).tolist()
+        sizes = dataset.sizes(batch)
         if isinstance(collator, RowCollator):
             units = [n for prompt, *answers in sizes for n in unit_lengths(prompt, answers, collator.layout)]
             total += collator.plan(units).cost

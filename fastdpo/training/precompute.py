@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import fastdpo
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, row_list
+from fastdpo.training.data import row_list
+from fastdpo.training.dataset import RowDataset
 from fastdpo.training.layouts import layout_of, token_budget
 from fastdpo.training.reference import adapter_off
 from fastdpo.training.reference_cache import ReferenceCache, cache_key, fingerprint_model
@@ -50,7 +51,7 @@ class PrecomputedReference:
         is_trained = any(parameter.requires_grad for parameter in self.model.parameters())
         self._is_stale = is_trained and not self.is_base
 
-    def add_to(self, dataset: PreferenceDataset) -> PreferenceDataset:
+    def add_to(self, dataset: RowDataset) -> RowDataset:
         """``dataset`` with its reference columns: as they are, from the cache, or computed now.
 
         Raises:
@@ -60,13 +61,13 @@ class PrecomputedReference:
             return dataset
         key = self._key(dataset)
         is_main = self.accelerator.is_main_process
-        found = [self.cache.load(key, len(dataset)) if is_main and key else None]
+        found = [self.cache.load(key, dataset.score_shape) if is_main and key else None]
         if self.accelerator.num_processes > 1:
             torch.distributed.broadcast_object_list(found)
         scores = found[0] if found[0] is not None else self._compute(dataset, key)
-        return dataset.with_columns(**dict(zip(REF_COLUMNS, scores.unbind(1), strict=True)))
+        return dataset.with_reference(scores)
 
-    def _key(self, dataset: PreferenceDataset) -> str | None:
+    def _key(self, dataset: RowDataset) -> str | None:
         if self._fingerprint is None:
             if self._is_stale:
                 return None
@@ -85,7 +86,7 @@ class PrecomputedReference:
             }
         )
 
-    def _compute(self, dataset: PreferenceDataset, key: str | None) -> Tensor:
+    def _compute(self, dataset: RowDataset, key: str | None) -> Tensor:
         if key is None or self._is_stale:
             raise ValueError(
                 "reference: 'precomputed' cannot score new data once training has begun, as the reference is "
@@ -110,10 +111,10 @@ class PrecomputedReference:
         self._check(scores, dataset)
         if accelerator.is_main_process:
             path = self.cache.save(key, scores)
-            logger.info("reference log-probabilities of %d pairs kept in %s", len(dataset), path)
+            logger.info("reference log-probabilities of %d rows kept in %s", len(dataset), path)
         return scores
 
-    def _check(self, scores: Tensor, dataset: PreferenceDataset) -> None:
-        bad = dataset.rows[~torch.isfinite(scores).all(1)].tolist()
+    def _check(self, scores: Tensor, dataset: RowDataset) -> None:
+        bad = dataset.rows_not_finite(scores)
         if bad:
             raise ValueError(f"reference: log-probabilities are not finite in {row_list(bad)}")

@@ -7,16 +7,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdpo.training.batches import Batch
+from fastdpo.training.answers import REF_MISMATCHED
+from fastdpo.training.batches import Batch, completion_mask
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.scoring import sequence_logps
+from fastdpo.training.scoring import reference_values, sequence_logps
 
 
 def is_adapter_model(model: nn.Module) -> bool:
@@ -118,14 +119,31 @@ class Reference:
 
     @torch.no_grad()
     def logps(self, policy: nn.Module, batch: Batch) -> Tensor | None:
-        """``(2P,)`` fp32 in nats, or None without a reference. ``policy`` is the unwrapped policy."""
+        """What the losses want of the reference (``scoring.reference_values``: ``(2P,)`` for pairs), or None.
+
+        ``policy`` is the unwrapped policy.
+        """
         if self.kind == "none":
             return None
         if self.kind == "precomputed":
             given: Tensor = batch["ref_logps"]
+            if batch.get("kind") == "samples" and "labels" in batch:
+                mask = completion_mask(batch)
+                given = torch.zeros_like(mask, dtype=given.dtype).masked_scatter(mask, given)
             return given
+        return self._run(reference_values, policy, batch)
+
+    @torch.no_grad()
+    def mismatched_logps(self, policy: nn.Module, batch: Batch) -> Tensor:
+        """``(R,)`` of each prompt with the answer it is mismatched with."""
+        if self.kind == "precomputed":
+            given: Tensor = batch[REF_MISMATCHED]
+            return given
+        return self._run(sequence_logps, policy, batch["mismatched"])
+
+    def _run(self, score: Callable[[nn.Module, Batch], Tensor], policy: nn.Module, batch: Batch) -> Tensor:
         if self.kind == "copy":
             assert self.model is not None
-            return sequence_logps(self.model, batch)
+            return score(self.model, batch)
         with adapter_off(policy):
-            return sequence_logps(policy, batch)
+            return score(policy, batch)

@@ -103,8 +103,8 @@ class ReferenceCache:
         """Where the scores of ``key`` are kept."""
         return self.directory / f"{key}.npz"
 
-    def load(self, key: str, num_pairs: int) -> Tensor | None:
-        """``(P, 2)`` fp32, or None where there is no readable file for ``key``."""
+    def load(self, key: str, shape: tuple[int, ...]) -> Tensor | None:
+        """fp32 of that shape (``(P, 2)`` for pairs), or None where there is no readable file for ``key``."""
         path = self.path(key)
         if not path.exists():
             return None
@@ -114,13 +114,13 @@ class ReferenceCache:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             logger.warning("reference cache: %s cannot be read (%s); computing it again", path, error)
             return None
-        if stored_key != key or scores.shape != (num_pairs, 2) or scores.dtype != np.float32:
+        if stored_key != key or scores.shape != shape or scores.dtype != np.float32:
             logger.warning("reference cache: %s is not what its name says; computing it again", path)
             return None
         return torch.from_numpy(scores)
 
     def save(self, key: str, scores: Tensor) -> Path:
-        """Write ``(P, 2)`` scores in one step; returns the path."""
+        """Write scores in one step; returns the path."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".tmp", delete=False) as file:
             try:

@@ -57,7 +57,7 @@ class RowCollator:
             multiple_of=self.pad_to_multiple_of or 1,
         )
         sequences = (len(p["prompt_ids"]) * 2 + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
-        return {**pair_numbers(pairs), **_tensors(rows), "num_tokens": torch.tensor(sum(sequences))}
+        return {**pair_numbers(pairs), **row_tensors(rows), "num_tokens": torch.tensor(sum(sequences))}
 
     def plan(self, lengths: Sequence[int]) -> RowPlan:
         """How units of these lengths are arranged."""
@@ -87,7 +87,8 @@ def make_units(pairs: Sequence[Mapping[str, Any]], layout: str) -> list[Unit]:
     ]
 
 
-def _tensors(rows: Rows) -> Batch:
+def row_tensors(rows: Rows) -> Batch:
+    """The backbone's calls, and the labelled tokens, as a batch has them."""
     tokens = rows.tokens
     lengths = tokens.lengths or ()
     return {

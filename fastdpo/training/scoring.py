@@ -11,9 +11,9 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fastdpo.integrations.model import require_fused_output
 from fastdpo.integrations.row_masks import RowMasks
-from fastdpo.losses.aggregate import sequence_sums
+from fastdpo.losses.aggregate import segment_sums, sequence_sums
 from fastdpo.training.batches import Batch, completion_mask, is_in_rows, to_device, token_layout
-from fastdpo.training.data import PreferenceDataset
+from fastdpo.training.dataset import RowDataset
 from fastdpo.training.token_budget import TokenBudget
 from fastdpo.types import LinearLogprobOutput
 
@@ -43,9 +43,33 @@ def sequence_logps(model: nn.Module, batch: Batch) -> Tensor:
     return sequence_sums(token_logps(model, batch).logps, completion_mask(batch), bounds)
 
 
+def reference_values(model: nn.Module, batch: Batch) -> Tensor:
+    """What a batch's losses want of the reference, fp32 in nats, without a graph.
+
+    A sum for each answer ``(S,)``, or for each piece of an answer; ``(S, T)`` or ``(N,)`` where tokens count.
+    """
+    if "segment_ids" in batch:
+        ids = batch["segment_ids"].masked_fill(~completion_mask(batch), -1)
+        return segment_sums(token_logps(model, batch).logps, ids, batch["num_segments"])
+    if batch.get("kind") == "samples":
+        return token_logps(model, batch).logps
+    return sequence_logps(model, batch)
+
+
+@torch.no_grad()
+def batch_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """``reference_values`` as they are kept: flat, with the mismatched answers' sums behind them."""
+    values = reference_values(model, batch)
+    if values.dim() == 2:
+        values = values[completion_mask(batch)]
+    if "mismatched" in batch:
+        values = torch.cat([values, sequence_logps(model, batch["mismatched"])])
+    return values.float()
+
+
 def score_dataset(
     model: nn.Module,
-    dataset: PreferenceDataset,
+    dataset: RowDataset,
     collator: Callable[[list[Any]], Batch],
     *,
     batch_size: int,
@@ -61,15 +85,16 @@ def score_dataset(
     data set's. A ``budget`` takes the place of ``batch_size``.
 
     Returns:
-        ``(P, 2)`` fp32 on the CPU: log-probabilities of chosen and rejected; 0 for other ranks' pairs.
+        fp32 on the CPU, in the data set's ``score_shape``: for pairs ``(P, 2)``, log-probabilities of chosen
+        and rejected; 0 for other ranks' rows.
     """
     order = dataset.lengths.argsort(descending=True, stable=True)[rank::num_ranks]
-    scores = torch.zeros(len(dataset), 2)
+    scores = torch.zeros(dataset.score_shape)
     was_training = model.training
     model.eval()
     batches = list(order.split(batch_size) if budget is None else budget.cut(dataset, order))
     for places in tqdm(batches, desc="Scoring", disable=not show_progress, leave=False):
         batch = to_device(collator([dataset[i] for i in places.tolist()]), device)
-        scores[places] = sequence_logps(model, batch).view(2, -1).T.float().cpu()
+        dataset.put_scores(scores, places, batch_scores(model, batch).cpu())
     model.train(was_training)
     return scores

@@ -13,10 +13,14 @@ import torch
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
+from fastdpo.training.answer_encode import AnswerOptions, encode_answers
+from fastdpo.training.answers import AnswerDataset
 from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
 from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, RowSource, read_rows, row_list
+from fastdpo.training.dataset import RowDataset
 from fastdpo.training.encode import EncodingOptions, encode_rows
+from fastdpo.training.kinds import list_size
 from fastdpo.training.reference import disable_dropout, is_adapter_model
 
 logger = logging.getLogger(__name__)
@@ -98,36 +102,62 @@ def _add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
     return adapted
 
 
-def prepare_pairs(data: Any, tokenizer: Any, args: PreferenceConfig) -> PreferenceDataset | None:
-    """Tokenised pairs from whatever ``read_rows`` reads; what is tokenised already passes through."""
-    if data is None or isinstance(data, PreferenceDataset):
+def prepare_pairs(data: Any, tokenizer: Any, args: PreferenceConfig) -> RowDataset | None:
+    """Tokenised pairs (or rows of the losses' kind) from whatever ``read_rows`` reads, or as they come."""
+    if data is None or isinstance(data, PreferenceDataset | AnswerDataset):
         return data
     if tokenizer is None:
         raise ValueError("processing_class: got None, wanted the model's tokenizer")
     return tokenized_pairs(read_rows(data), tokenizer, args)
 
 
-def tokenized_pairs(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> PreferenceDataset:
+def tokenized_pairs(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> RowDataset:
     """Tokenise rows as the settings say, and log what became of them."""
-    options = args.encoding_options()
-    columns = dict(options.columns)
-    if args.needs_reference and args.reference in ("auto", "precomputed") and len(source):
-        if all(name in source.rows[0] for name in REF_COLUMNS):
-            columns |= {name: name for name in REF_COLUMNS}
-    options = EncodingOptions(options.max_length, options.truncation_mode, options.on_bad_row, columns)
-    dataset = encode_rows(source, tokenizer, options)
+    dataset = _encode(source, tokenizer, args)
     report = dataset.report
     is_clean = not (report.skipped or report.merged or report.duplicates)
     logger.log(logging.INFO if is_clean else logging.WARNING, "%s", report)
     return dataset
 
 
-def check_pairs(dataset: PreferenceDataset, args: PreferenceConfig) -> None:
+def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> RowDataset:
+    options = args.encoding_options()
+    if args.data_kind is not None:
+        return encode_answers(source, tokenizer, options, answer_options(args))
+    columns = dict(options.columns)
+    if args.needs_reference and args.reference in ("auto", "precomputed") and len(source):
+        if all(name in source.rows[0] for name in REF_COLUMNS):
+            columns |= {name: name for name in REF_COLUMNS}
+    options = EncodingOptions(options.max_length, options.truncation_mode, options.on_bad_row, columns)
+    return encode_rows(source, tokenizer, options)
+
+
+def answer_options(args: PreferenceConfig) -> AnswerOptions:
+    """What the losses of a run ask of data that are no pairs."""
+    needs = {name for spec in args.losses for name in spec.needs}
+    assert args.data_kind is not None
+    return AnswerOptions(
+        args.data_kind, list_size(args.losses), has_scores="scores" in needs, has_mismatched="kl" in needs
+    )
+
+
+def check_pairs(dataset: RowDataset, args: PreferenceConfig) -> None:
     """Name pairs with nothing to learn from, which only tokenised data can hold.
 
     Raises:
-        ValueError: the pairs do not carry every per-pair number that the settings name.
+        ValueError: the data are of another kind than the losses', or do not carry every number that these and
+            the settings need.
     """
+    wanted = args.data_kind
+    kind = dataset.kind if isinstance(dataset, AnswerDataset) else None
+    if kind != wanted:
+        names = ["pairs" if item is None else f"{item.name} data" for item in (kind, wanted)]
+        raise ValueError(
+            f"dataset: got tokenised {names[0]}, wanted {names[1]} for {', '.join(args.loss_type)}"
+        )
+    if isinstance(dataset, AnswerDataset):
+        _check_answers(dataset, args)
+        return
     prompt, chosen, rejected = dataset.bounds.diff(dim=1).unbind(1)
     for part, is_empty in (("prompt", prompt == 0), ("answer", (chosen == 0) | (rejected == 0))):
         if is_empty.any():
@@ -139,6 +169,25 @@ def check_pairs(dataset: PreferenceDataset, args: PreferenceConfig) -> None:
             raise ValueError(
                 f"{column}: the tokenised pairs carry {sorted(dataset.columns)}, wanted {name!r} too"
             )
+
+
+def _check_answers(dataset: AnswerDataset, args: PreferenceConfig) -> None:
+    options = answer_options(args)
+    names = {"unpaired": ("is_desirable",), "steps": ("advantages",), "samples": ("win_rates",)}
+    needed = [*names.get(options.kind.name, ("scores",) if options.has_scores else ())]
+    needed += ["pair_weights"] if args.pair_weight_column else []
+    for name in needed:
+        if name not in dataset.numbers:
+            raise ValueError(
+                f"dataset: the tokenised rows carry {sorted(dataset.numbers)}, wanted {name!r} too"
+            )
+    if "scores" in dataset.numbers and not options.has_scores:
+        raise ValueError(
+            f"dataset: the tokenised rows carry scores, which {', '.join(args.loss_type)} does not use"
+        )
+    if dataset.has_mismatched != options.has_mismatched:
+        got, wanted = ("with", "without") if dataset.has_mismatched else ("without", "with")
+        raise ValueError(f"dataset: got rows {got} mismatched answers, wanted them {wanted}")
 
 
 def check_machine(args: PreferenceConfig, *, is_sharded: bool) -> None:

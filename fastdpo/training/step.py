@@ -1,34 +1,49 @@
-"""One micro-batch: its share of the loss, its metrics, and what to divide by."""
+"""One micro-batch: its share of the loss, its metrics, and what to divide by.
+
+Of pairs here; of other kinds in ``answer_step.py``, to which the functions that take any batch hand it on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdpo.functional import METRIC_STATISTICS, dpo_loss_from_logps
+from fastdpo.losses.aggregate import sequence_sums
+from fastdpo.losses.gather import gather_pairs
+from fastdpo.losses.inputs import PairLogps
+from fastdpo.losses.objective import build_objective
+from fastdpo.training import answer_step
 from fastdpo.training.batches import (
     Batch,
     answer_tokens,
     completion_mask,
     is_filler,
+    is_in_rows,
+    is_pairs,
+    num_labelled,
     num_pairs,
     packed_layout,
 )
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
+from fastdpo.training.loss_state import GetValues, StepValues
 from fastdpo.training.metrics import MetricSums
 from fastdpo.training.reference import Reference
 from fastdpo.training.scoring import token_logps
-from fastdpo.types import DPOLossOutput
+from fastdpo.types import DPOLossOutput, PreferenceLossOutput
+
+Result: TypeAlias = DPOLossOutput | PreferenceLossOutput
 
 # Shares of items: their sums are whole numbers, which the fp32 mean of a batch is a rounding of.
 SHARES = ("rewards/accuracies", "mean_token_accuracy")
 
 
 class BatchCounts(NamedTuple):
-    """What losses are divided by: pairs, and labelled tokens of the chosen answers."""
+    """What losses are divided by: pairs (or rows, or steps), and tokens of the chosen (or all) answers."""
 
     pairs: Tensor | int
     chosen_tokens: Tensor | int
@@ -40,10 +55,39 @@ def local_counts(batches: Sequence[Batch], device: torch.device) -> Tensor:
     for batch in batches:
         if is_filler(batch):
             continue
-        counts[0] += num_pairs(batch)
-        chosen, _ = answer_tokens(batch)
+        counts[0] += num_pairs(batch) if is_pairs(batch) else answer_step.loss_rows(batch)
+        chosen = answer_tokens(batch)[0] if is_pairs(batch) else num_labelled(batch)
         counts[1] += chosen.to(device) if isinstance(chosen, Tensor) else chosen
     return counts
+
+
+def no_values(batch: Batch, logps: Tensor, ref_logps: Tensor | None) -> StepValues:
+    """For losses that carry nothing from step to step."""
+    return StepValues()
+
+
+def batch_loss(
+    model: nn.Module,
+    policy: nn.Module,
+    batch: Batch,
+    counts: BatchCounts,
+    args: PreferenceConfig,
+    reference: Reference,
+    values: GetValues = no_values,
+    *,
+    over_ranks: bool = False,
+) -> Result:
+    """The loss of a batch as its share of the mean over ``counts``.
+
+    Args:
+        model: what the policy's forward goes through: the policy as it was wrapped.
+        policy: the policy itself, for a reference that is the policy without its adapter.
+        values: gives what the losses carry from step to step (``LossState``).
+        over_ranks: whether every rank computes a batch now, so that a loss may be of all of them.
+    """
+    if is_pairs(batch):
+        return pair_loss(model, policy, batch, counts, args, reference, values, over_ranks=over_ranks)
+    return answer_step.answer_loss(model, policy, batch, counts.pairs, args, reference, values)
 
 
 def pair_loss(
@@ -53,34 +97,55 @@ def pair_loss(
     counts: BatchCounts,
     args: PreferenceConfig,
     reference: Reference,
+    values: GetValues = no_values,
+    *,
+    over_ranks: bool = False,
 ) -> DPOLossOutput:
-    """The loss of a batch as its share of the mean over ``counts``.
-
-    Args:
-        model: what the policy's forward goes through: the policy as it was wrapped.
-        policy: the policy itself, for a reference that is the policy without its adapter.
-    """
+    """``batch_loss`` of pairs."""
     # The reference first: its activations are gone before the policy's are made.
     ref_logps = reference.logps(policy, batch)
     token = token_logps(model, batch, statistics=METRIC_STATISTICS)
+    step = values(batch, token.logps, ref_logps)
     per_pair: dict[str, Any] = {name: batch[name] for name in COLUMN_FIELDS if name in batch}
-    return dpo_loss_from_logps(
-        token,
-        completion_mask(batch),
-        ref_logps=ref_logps,
-        layout=packed_layout(batch),
-        loss_type=args.loss_type,
-        loss_weights=args.loss_weights,
-        beta=args.beta,
-        num_pairs=counts.pairs,
-        num_tokens=counts.chosen_tokens,
+    if step.pair_weights is not None:
+        per_pair["pair_weights"] = step.pair_weights * per_pair.get("pair_weights", 1.0)
+    arguments: dict[str, Any] = {
+        "loss_type": args.loss_type,
+        "loss_weights": args.loss_weights,
+        "beta": args.beta if step.beta is None else step.beta,
+        "num_pairs": counts.pairs if step.num_pairs is None else step.num_pairs,
+        "num_tokens": counts.chosen_tokens,
         **per_pair,
         **args.options,
-    )
+    }
+    mask = completion_mask(batch)
+    result = dpo_loss_from_logps(token, mask, ref_logps=ref_logps, layout=packed_layout(batch), **arguments)
+    if args.gather_batch_losses and over_ranks:
+        return result._replace(loss=_loss_over_ranks(batch, token.logps, mask, ref_logps, arguments))
+    return result
 
 
-def record(sums: MetricSums, batch: Batch, result: DPOLossOutput) -> None:
+def _loss_over_ranks(
+    batch: Batch, logps: Tensor, mask: Tensor, ref_logps: Tensor | None, arguments: dict[str, Any]
+) -> Tensor:
+    """The loss of all ranks' micro-batches as one, with the gradient of this rank's pairs.
+
+    Its value is a rank's equal share: summed over the ranks it is the loss.
+    """
+    bounds = batch["cu_seqlens"] if is_in_rows(batch) else None
+    # A pair without tokens counts nowhere: that is what a filler is.
+    scored = mask & (not is_filler(batch))
+    sums = sequence_sums(logps, scored, bounds).chunk(2)
+    tokens = sequence_sums(scored.to(logps.dtype), scored, bounds).chunk(2)
+    ref = () if ref_logps is None else ref_logps.to(logps.dtype).chunk(2)
+    loss = build_objective(**arguments).loss(gather_pairs(PairLogps(*sums, *tokens, *ref)))
+    return loss - loss.detach() * (1 - 1 / dist.get_world_size())
+
+
+def record(sums: MetricSums, batch: Batch, result: Result) -> None:
     """Add a batch's metrics: means over tokens count by token, all others by pair."""
+    if isinstance(result, PreferenceLossOutput):
+        return answer_step.record(sums, batch, result)
     size = num_pairs(batch)
     chosen, rejected = answer_tokens(batch)
     tokens = {
@@ -95,8 +160,10 @@ def record(sums: MetricSums, batch: Batch, result: DPOLossOutput) -> None:
             sums.add_mean(name, mean, count, is_share=name in SHARES)
 
 
-def bad_rows(batch: Batch, result: DPOLossOutput) -> list[int]:
+def bad_rows(batch: Batch, result: Result) -> list[int]:
     """Numbers of the rows whose log-probabilities are not finite; of all rows, where none is."""
+    if isinstance(result, PreferenceLossOutput):
+        return answer_step.bad_rows(batch, result)
     logps = (result.chosen_logps, result.rejected_logps, result.ref_chosen_logps, result.ref_rejected_logps)
     is_bad = ~torch.isfinite(torch.stack([item for item in logps if item is not None])).all(0)
     rows = batch["rows"]
@@ -104,6 +171,8 @@ def bad_rows(batch: Batch, result: DPOLossOutput) -> list[int]:
     return found
 
 
-def stacked_rewards(result: DPOLossOutput) -> Tensor:
-    """``(P, 2)``: rewards of chosen and rejected."""
+def stacked_rewards(batch: Batch, result: Result, width: int | None = None) -> Tensor:
+    """``(P, 2)``: rewards of chosen and rejected; of other kinds ``answer_step.row_rewards``."""
+    if isinstance(result, PreferenceLossOutput):
+        return answer_step.row_rewards(batch, result, width)
     return torch.stack([result.chosen_rewards, result.rejected_rewards], dim=1)

@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import seed_worker
 
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.data import PreferenceDataset, row_list
+from fastdpo.training.data import row_list
+from fastdpo.training.dataset import RowDataset
 
 STRATEGIES = ("random", "sequential", "group_by_length")
 # Draws of a random packing before the tight one, which always fits, is taken.
@@ -43,27 +44,30 @@ class TokenBudget:
     layout: str
     multiple_of: int = 1
 
-    def sampler(self, dataset: PreferenceDataset, **options: Any) -> TokenBudgetSampler:
+    def sampler(self, dataset: RowDataset, **options: Any) -> TokenBudgetSampler:
         """A batch sampler over ``dataset``.
 
         Raises:
             ValueError: a pair that alone is larger than the budget; names its row.
         """
-        sizes = pair_tokens(dataset, self.layout)
-        if self.layout == "padded":
-            sizes = -(-sizes // self.multiple_of) * self.multiple_of
+        sizes = dataset.batch_tokens(self.layout)
         is_padded = self.layout == "padded"
-        largest = int(sizes.argmax())
-        cost = int(sizes[largest]) * (2 if is_padded else 1)
+        counts = dataset.num_sequences if is_padded else None
+        if is_padded:
+            sizes = -(-sizes // self.multiple_of) * self.multiple_of
+        costs = sizes if counts is None else sizes * counts
+        largest = int(costs.argmax())
+        cost = int(costs[largest])
         if cost > self.tokens:
             raise ValueError(
                 f"max_tokens_per_batch: got {self.tokens}, wanted at least {cost}: what "
                 f"{row_list([int(dataset.rows[largest])])} takes in the layout {self.layout!r} "
                 "(or a smaller max_length)"
             )
-        return TokenBudgetSampler(sizes.tolist(), self.tokens, is_padded=is_padded, **options)
+        sequences = None if counts is None else counts.tolist()
+        return TokenBudgetSampler(sizes.tolist(), self.tokens, sequences=sequences, **options)
 
-    def cut(self, dataset: PreferenceDataset, order: Tensor) -> list[Tensor]:
+    def cut(self, dataset: RowDataset, order: Tensor) -> list[Tensor]:
         """Pairs in the order given, cut into batches."""
         if not len(order):
             return []
@@ -71,26 +75,24 @@ class TokenBudget:
         return [order[torch.tensor(batch)] for batch in places]
 
 
-def pair_tokens(dataset: PreferenceDataset, layout: str) -> Tensor:
-    """``(P,)``: tokens that a pair adds to a batch; those of its longer sequence where it is padded."""
-    if layout == "padded":
-        return dataset.lengths
-    start, prompt, _, end = dataset.bounds.unbind(1)
-    return (end - start) + (prompt - start if layout == "packed" else 0)
+def pair_tokens(dataset: RowDataset, layout: str) -> Tensor:
+    """``(P,)``: tokens that a pair (or row) adds to a batch; those of its longest sequence where padded."""
+    return dataset.batch_tokens(layout)
 
 
 class TokenBudgetSampler(Sampler[list[int]]):
     """A batch sampler whose batches hold at most ``budget`` tokens.
 
     Args:
-        sizes: tokens that each pair adds to a batch. With ``is_padded`` those of its longer sequence: a
-            batch of k pairs then costs 2k times the largest of them.
+        sizes: tokens that each pair adds to a batch. With ``sequences`` those of its longest sequence: a
+            batch then costs its number of sequences times the largest of them.
         budget: tokens of a batch.
         num_ranks: the number of batches is a multiple of it.
         strategy: ``random`` packs pairs of all lengths together, by chance; ``group_by_length`` packs
             neighbours in the order of length, and shuffles the batches; ``sequential`` keeps the order.
             Padded batches are always of like lengths, unless sequential.
         seed: of the order.
+        sequences: how many each pair has in a padded batch; None for batches without padding.
 
     Raises:
         ValueError: an unknown strategy, no pairs, or a pair larger than the budget (the message gives its
@@ -105,18 +107,18 @@ class TokenBudgetSampler(Sampler[list[int]]):
         num_ranks: int = 1,
         strategy: str = "random",
         seed: int = 0,
-        is_padded: bool = False,
+        sequences: Sequence[int] | None = None,
     ) -> None:
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy: got {strategy!r}, wanted one of {STRATEGIES}")
         if not sizes:
             raise ValueError("sizes: got no pairs, wanted at least one")
         self.sizes, self.budget, self.num_ranks = list(sizes), budget, num_ranks
-        self.strategy, self.seed, self.is_padded = strategy, seed, is_padded
-        largest = max(range(len(sizes)), key=lambda i: sizes[i])
+        self.strategy, self.seed, self.sequences = strategy, seed, sequences
+        largest = max(range(len(sizes)), key=lambda i: self.cost([i]))
         if self.cost([largest]) > budget:
             raise ValueError(f"sizes: got {self.cost([largest])} tokens for pair {largest}, wanted {budget}")
-        if strategy == "random" and is_padded:
+        if strategy == "random" and sequences is not None:
             self.strategy = "group_by_length"
         self.epoch = 0
         count = len(self._tight(self._shuffled(torch.Generator().manual_seed(seed))))
@@ -144,8 +146,9 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
     def cost(self, batch: Sequence[int]) -> int:
         """Tokens of a batch."""
-        if self.is_padded:
-            return 2 * len(batch) * max((self.sizes[i] for i in batch), default=0)
+        if self.sequences is not None:
+            count = sum(self.sequences[i] for i in batch)
+            return count * max((self.sizes[i] for i in batch), default=0)
         return sum(self.sizes[i] for i in batch)
 
     def most_expensive(self) -> list[int]:
@@ -168,17 +171,20 @@ class TokenBudgetSampler(Sampler[list[int]]):
         if self.strategy == "random":
             return self._best_fit(order)
         if self.strategy == "group_by_length":
-            order = sorted(order, key=lambda i: -self.sizes[i])
+            # Of equals those with more sequences first: the number of batches must not depend on chance.
+            order = sorted(order, key=lambda i: (-self.sizes[i], -self.sequences[i] if self.sequences else 0))
         batches: list[list[int]] = []
-        total = largest = 0
+        total = largest = count = 0
         for i in order:
-            total, largest = total + self.sizes[i], max(largest, self.sizes[i])
-            cost = 2 * (len(batches[-1]) + 1) * largest if self.is_padded and batches else total
+            more = 1 if self.sequences is None else self.sequences[i]
+            total, largest, count = total + self.sizes[i], max(largest, self.sizes[i]), count + more
+            cost = total if self.sequences is None else count * largest
             if batches and cost <= self.budget:
                 batches[-1].append(i)
             else:
                 batches.append([i])
                 total = largest = self.sizes[i]
+                count = more
         return batches
 
     def _best_fit(self, order: Sequence[int]) -> list[list[int]]:
@@ -237,7 +243,7 @@ class _Collate:
 
 
 def budget_dataloader(
-    dataset: PreferenceDataset, budget: TokenBudget, collator: Any, args: PreferenceConfig
+    dataset: RowDataset, budget: TokenBudget, collator: Any, args: PreferenceConfig
 ) -> DataLoader[dict[str, Any]]:
     """The training batches of a budget, for accelerate to hand out to the ranks."""
     sampler = budget.sampler(
@@ -249,7 +255,7 @@ def budget_dataloader(
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=_Collate(collator, dataset[int(pair_tokens(dataset, budget.layout).argmin())]),
+        collate_fn=_Collate(collator, dataset[int(dataset.batch_tokens(budget.layout).argmin())]),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,

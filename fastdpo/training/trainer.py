@@ -21,16 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from fastdpo.integrations.model import patch_model
-from fastdpo.training.batches import Batch, first_pairs, is_filler, num_pairs, sequence_tokens
+from fastdpo.training.answer_step import with_margins
+from fastdpo.training.batches import Batch, is_filler, sequence_tokens
 from fastdpo.training.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.collate import LikeLengthSampler, pad_token_id
 from fastdpo.training.config import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, PreferenceConfig
-from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, row_list
+from fastdpo.training.data import row_list
+from fastdpo.training.dataset import RowDataset
+from fastdpo.training.evaluation import EvaluatingTrainer
 from fastdpo.training.layouts import choose_collator, token_budget
+from fastdpo.training.loss_state import LossState
 from fastdpo.training.metrics import MetricSums
 from fastdpo.training.precompute import PrecomputedReference
 from fastdpo.training.progress import load_progress, save_progress
@@ -41,6 +45,7 @@ from fastdpo.training.reference import (
     is_fresh_adapter,
     reference_model,
 )
+from fastdpo.training.reference_sync import load_reference, save_reference, sync_reference
 from fastdpo.training.setup import (
     check_machine,
     check_output_dir,
@@ -54,14 +59,14 @@ from fastdpo.training.setup import (
 )
 from fastdpo.training.step import (
     BatchCounts,
+    Result,
     bad_rows,
+    batch_loss,
     local_counts,
-    pair_loss,
     record,
     stacked_rewards,
 )
 from fastdpo.training.token_budget import budget_dataloader
-from fastdpo.types import DPOLossOutput
 
 logger = logging.getLogger(__name__)
 
@@ -70,21 +75,21 @@ class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the message names the step and the rows."""
 
 
-class PreferenceTrainer(Trainer):
-    """Train a causal LM on preference pairs.
+class PreferenceTrainer(EvaluatingTrainer):
+    """Train a causal LM on preference pairs, or on what other losses take (``kinds.py``).
 
     Args:
         model: a Hugging Face causal LM, a peft model, or a path or id to load one from; it is patched
             (``patch_model``), which changes none of its other uses.
         args: the settings.
         train_dataset, eval_dataset: whatever ``read_rows`` reads (a path, rows, a ``datasets.Dataset``),
-            or a ``PreferenceDataset``; ``eval_dataset`` may be a dict of several.
+            or a ``PreferenceDataset`` or ``AnswerDataset``; ``eval_dataset`` may be a dict of several.
         processing_class: the model's tokenizer; not needed with a path or id as ``model``, nor when all
             data is tokenised already.
         ref_model: the reference, where it is not the policy as it is now; frozen and patched.
         peft_config: adds an adapter to ``model``.
         data_collator: makes padded batches in place of ``PreferenceCollator``.
-        compute_metrics: gets ``predictions`` ``(P, 2)``, the rewards of chosen and rejected.
+        compute_metrics: gets ``predictions`` ``(P, 2)``, the rewards of chosen and rejected (``predict``).
         callbacks, optimizers: as in ``Trainer``.
 
     Raises:
@@ -158,7 +163,9 @@ class PreferenceTrainer(Trainer):
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._input_tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         self._resume_from: str | None = None
+        self.loss_state = LossState(args, self.reference, self.accelerator)
         self._eval_counts: BatchCounts | None = None
+        self._eval_width: int | None = None
         self._is_step_bad = False
 
     def _set_reference(self, kind: str, ref_model: nn.Module | None, data_collator: Any) -> None:
@@ -196,7 +203,7 @@ class PreferenceTrainer(Trainer):
             return {name: self._with_reference(item) for name, item in data.items()}
         if self._has_given_reference and not data.has_reference:
             raise ValueError(
-                f"eval_dataset: got no columns {REF_COLUMNS}, wanted them, as the training data has them"
+                "eval_dataset: got no reference log-probabilities, wanted them, as the training data has them"
             )
         return self._precomputed.add_to(data)
 
@@ -210,7 +217,7 @@ class PreferenceTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, PreferenceDataset):
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, RowDataset):
             group = self.args.train_batch_size * self.args.gradient_accumulation_steps
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return LikeLengthSampler(group, dataset.lengths.tolist(), seed=seed)
@@ -253,7 +260,12 @@ class PreferenceTrainer(Trainer):
     ) -> tuple[list[Batch], Any]:
         """The micro-batches of one optimiser step, and what their losses are divided by."""
         batches = list(islice(epoch_iterator, num_batches))
+        self._begin_step(batches)
         return batches, self._count(batches)
+
+    def _begin_step(self, batches: list[Batch]) -> None:
+        with self.compute_loss_context_manager():
+            self.loss_state.begin_step(self.accelerator.unwrap_model(self.model), batches)
 
     def _count(self, batches: list[Batch]) -> BatchCounts:
         return BatchCounts(*self._over_ranks(local_counts(batches, self.accelerator.device)).unbind())
@@ -262,9 +274,14 @@ class PreferenceTrainer(Trainer):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The micro-batch's share of the loss, ``()``; ``num_items_in_batch`` is a ``BatchCounts``."""
-        counts = num_items_in_batch if isinstance(num_items_in_batch, BatchCounts) else self._count([inputs])
-        result = pair_loss(
-            model, self.accelerator.unwrap_model(model), inputs, counts, self.args, self.reference
+        counts = num_items_in_batch
+        if not isinstance(counts, BatchCounts):
+            self._begin_step([inputs])
+            counts = self._count([inputs])
+        policy, values = self.accelerator.unwrap_model(model), self.loss_state.values
+        over_ranks = self.accelerator.num_processes > 1
+        result = batch_loss(
+            model, policy, inputs, counts, self.args, self.reference, values, over_ranks=over_ranks
         )
         if torch.isfinite(result.loss):
             record(self._sums["train"], inputs, result)
@@ -273,7 +290,7 @@ class PreferenceTrainer(Trainer):
             self._report_nonfinite(inputs, result)
         # Gradients are averaged over the ranks, while the counts are sums over them.
         loss = result.loss * (0 if is_filler(inputs) else self.accelerator.num_processes)
-        return (loss, {"rewards": stacked_rewards(result)}) if return_outputs else loss
+        return (loss, {"rewards": stacked_rewards(inputs, result)}) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of a step, as ``Trainer`` estimates them: 6 for every weight and token, padding included."""
@@ -286,7 +303,7 @@ class PreferenceTrainer(Trainer):
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return torch.zeros_like(loss) if self._is_step_bad else loss
 
-    def _report_nonfinite(self, inputs: Batch, result: DPOLossOutput) -> None:
+    def _report_nonfinite(self, inputs: Batch, result: Result) -> None:
         rows = row_list(bad_rows(inputs, result))
         step = f"the loss is {result.loss.item()} at step {self.state.global_step + 1}"
         message = f"{step}, from the log-probabilities of {rows} of the training data"
@@ -305,80 +322,15 @@ class PreferenceTrainer(Trainer):
             self.optimizer.zero_grad()
         self._is_step_bad = False
 
-    # Evaluation
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As ``Trainer.evaluate``; ``eval_dataset`` may be whatever the constructor takes."""
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            self.eval_dataset = self._with_reference(self.eval_dataset)
-        else:
-            eval_dataset = self._with_reference(self._prepare_data(eval_dataset, may_be_many=True))
-        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        return metrics
-
-    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
-        """As ``Trainer.predict``; ``predictions`` are the rewards ``(P, 2)`` of chosen and rejected."""
-        return super().predict(
-            self._with_reference(self._prepare_data(test_dataset)), ignore_keys, metric_key_prefix
-        )
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As ``Trainer.evaluation_loop``, with exact means over the pairs of the data set."""
-        dataset: PreferenceDataset = dataloader.dataset
-        self._eval_counts = BatchCounts(len(dataset), dataset.num_chosen_tokens)
-        self._sums["eval"].clear()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        means = self._sums["eval"].means(self._over_ranks) | {"num_tokens": self._total_input_tokens()}
-        means = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        return output._replace(metrics={**(output.metrics or {}), **means})
-
-    @torch.no_grad()
-    def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss, rewards ``(P, 2)`` and a label of 0 per pair."""
-        inputs = self._prepare_inputs(inputs)
-        rewards = torch.zeros(num_pairs(inputs), 2, device=self.accelerator.device)
-        loss = rewards.new_zeros(())
-        kept = self._pairs_without_repeats(len(rewards))
-        if kept > 0:
-            batch = first_pairs(inputs, kept)
-            counts = self._eval_counts or self._count([batch])
-            # The unwrapped model: ranks may have unlike numbers of batches, and DDP's forward waits for all.
-            with self.compute_loss_context_manager():
-                result = pair_loss(self.model, self.model, batch, counts, self.args, self.reference)
-            record(self._sums["eval"], batch, result)
-            # A share of the data set's mean; scaled so that the mean over pairs adds the shares up.
-            self._sums["eval"].add_mean("loss", result.loss * counts.pairs / kept, kept)
-            rewards[:kept], loss = stacked_rewards(result), result.loss
-        return (
-            (loss, None, None) if prediction_loss_only else (loss, rewards, torch.zeros_like(rewards[:, 0]))
-        )
-
-    def _pairs_without_repeats(self, size: int) -> int:
-        """How many pairs of this rank's batch are no repeats, which fill up the last round of the ranks."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return size
-        return min(max(state.remainder - self.accelerator.process_index * size, 0), size)
-
     # Logs and checkpoints
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log to a training log; an evaluation's come with it."""
         if "loss" in logs:
-            logs.update(self._sums["train"].means(self._over_ranks), num_tokens=self._total_input_tokens())
+            logs.update(
+                with_margins(self._sums["train"].means(self._over_ranks)),
+                num_tokens=self._total_input_tokens(),
+            )
             self._sums["train"].clear()
         super().log(logs, start_time)
 
@@ -393,8 +345,16 @@ class PreferenceTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         save_progress(self, folder)
+        self.loss_state.save(folder)
+        save_reference(self, folder)
 
     def restore_progress(self) -> None:
-        """At the start of a resumed run: the sums since the last log before the checkpoint."""
+        """At the start of a resumed run: the sums since the last log, the losses' state, the reference."""
         if self._resume_from is not None:
             load_progress(self, Path(self._resume_from))
+            self.loss_state.load(Path(self._resume_from))
+            load_reference(self, Path(self._resume_from))
+
+    def step_ended(self) -> None:
+        """After each optimiser step."""
+        sync_reference(self)

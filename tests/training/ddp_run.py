@@ -12,8 +12,10 @@ import transformers
 from packaging.version import Version
 from transformers import TrainerCallback
 
+from fastdpo.training.answers import AnswerDataset, Ragged
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.data import DataReport, PreferenceDataset
+from fastdpo.training.kinds import KINDS
 from fastdpo.training.trainer import PreferenceTrainer
 from tests.training.conftest import tiny_llama
 
@@ -131,6 +133,86 @@ def run_budget(folder: Path, name: str) -> None:
     torch.save(kept.gradients, folder / f"{name}{trainer.accelerator.process_index}.pt")
 
 
+def answers(kind: str, count: int, seed: int) -> AnswerDataset:
+    """Random rows of unlike length: of single answers, or lists of two to four."""
+    torch.manual_seed(seed)
+    sizes = torch.randint(2, 5, (count,)) if kind == "listwise" else torch.ones(count, dtype=torch.int64)
+    prompts, lengths = torch.randint(1, 9, (count,)), torch.randint(1, 9, (int(sizes.sum()),))
+    of_rows = Ragged.of_counts(lengths, sizes)
+    ends = (prompts + of_rows.sums()).cumsum(0)
+    numbers: dict[str, Any] = {"is_desirable": (torch.arange(count) % 3 > 0).float()}
+    if kind == "listwise":
+        numbers = {"scores": Ragged.of_counts(torch.randn(int(sizes.sum())), sizes)}
+    return AnswerDataset(
+        KINDS[kind],
+        torch.randint(3, 300, (int(ends[-1]),), dtype=torch.int32),
+        torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]]),
+        prompts,
+        of_rows,
+        torch.arange(1, count + 1),
+        numbers,
+        DataReport("random", count, count),
+        has_mismatched=kind == "unpaired",
+    )
+
+
+# Loss, data, how many micro-batches a rank's step is, further settings. AOT compares what is there at once.
+STATES: dict[str, tuple[str, str | None, int, dict[str, Any]]] = {
+    "kto": ("kto", "unpaired", 2, {}),
+    "bco": ("bco", "unpaired", 2, {}),
+    "lists": ("sdpo", "listwise", 2, {}),
+    "beta": ("sigmoid", None, 2, {"dynamic_beta": {"rho": 0.3}}),
+    "beta at once": ("sigmoid", None, 1, {"dynamic_beta": {"rho": 0.3}}),
+    "aot": ("aot", None, 1, {"gather_batch_losses": True}),
+}
+
+
+def run_state(folder: Path, name: str) -> None:
+    """Two steps of eight rows each: on two ranks, or in a process alone all at once."""
+    loss_type, kind, accumulate, changes = STATES[name]
+    is_alone = "WORLD_SIZE" not in os.environ
+    kept = KeepGradients()
+    args = PreferenceConfig(
+        output_dir=str(folder / name),
+        use_cpu=True,
+        ddp_backend=None if is_alone else "gloo",
+        loss_type=loss_type,
+        reference="copy",
+        per_device_train_batch_size=8 if is_alone else 4 // accumulate,
+        gradient_accumulation_steps=1 if is_alone else accumulate,
+        per_device_eval_batch_size=7 if is_alone else 2,
+        train_sampling_strategy="sequential",
+        eval_strategy="steps",
+        eval_steps=2,
+        max_steps=2,
+        max_grad_norm=0.0,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        **changes,
+    )
+    data = [
+        _without_mismatched(answers(kind, *size), loss_type) if kind else pairs(*size)
+        for size in ((16, 0), (7, 1))
+    ]
+    trainer = PreferenceTrainer(
+        tiny_llama(1),
+        args,
+        train_dataset=data[0],
+        eval_dataset=data[1],
+        ref_model=tiny_llama(2),
+        callbacks=[kept],
+    )
+    trainer.train()
+    torch.save(kept.gradients, folder / f"{name}{trainer.accelerator.process_index}.pt")
+
+
+def _without_mismatched(data: AnswerDataset, loss_type: str) -> AnswerDataset:
+    data.has_mismatched = loss_type == "kto"
+    return data
+
+
 class StopAfterSaving(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         control.should_training_stop = True
@@ -167,6 +249,8 @@ if __name__ == "__main__":
     run(Path(sys.argv[1]), per_device=2, accumulate=2)
     for case in BUDGETS:
         run_budget(Path(sys.argv[1]), case)
+    for case in STATES:
+        run_state(Path(sys.argv[1]), case)
     if CPU_RANKS_CAN_RESUME:
         interrupt_and_resume(Path(sys.argv[1]), "", train_sampling_strategy="group_by_length")
         interrupt_and_resume(Path(sys.argv[1]), "packed_", batch_layout="packed", max_tokens_per_batch=36)

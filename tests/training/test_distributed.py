@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.training.conftest import read_metrics
-from tests.training.ddp_run import BUDGETS, CPU_RANKS_CAN_RESUME, run, run_budget
+from tests.training.ddp_run import BUDGETS, CPU_RANKS_CAN_RESUME, STATES, run, run_budget, run_state
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,6 +81,26 @@ def test_two_ranks_with_a_token_budget_train_as_one(two_ranks: Path, tmp_path: P
     for entry, wanted_entry in zip(logs, wanted_logs, strict=True):
         # After a step of Adam, which makes of a rounding error in a gradient near 0 one in a weight.
         size = 1e-4 if "eval_loss" in entry else 2e-6
+        assert entry == pytest.approx(wanted_entry, rel=1e-5, abs=size)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", STATES)
+def test_two_ranks_carry_the_same_from_step_to_step(two_ranks: Path, tmp_path: Path, name: str):
+    """Other data than pairs, and losses that look at a whole step: against the step in one micro-batch."""
+    run_state(tmp_path, name)
+    wanted = torch.load(tmp_path / f"{name}0.pt")
+    # S-DPO's gradients here are of size 30.
+    size = max(1.0, *(float(gradient.abs().max()) for gradient in wanted.values()))
+    for rank in range(2):
+        gradients = torch.load(two_ranks / f"{name}{rank}.pt")
+        for parameter, gradient in wanted.items():
+            torch.testing.assert_close(gradients[parameter], gradient, rtol=0, atol=1e-6 * size)
+    logs, wanted_logs = read_metrics(two_ranks / name), read_metrics(tmp_path / name)
+    assert [entry["step"] for entry in logs] == [1, 2, 2]
+    for entry, wanted_entry in zip(logs, wanted_logs, strict=True):
+        # From the second step on after one of Adam, as above.
+        size = 1e-6 if entry is logs[0] else 1e-3
         assert entry == pytest.approx(wanted_entry, rel=1e-5, abs=size)
 
 

@@ -59,7 +59,7 @@ def run_out_of_memory(*args: Any, **kwargs: Any) -> Any:
 def test_what_does_not_fit_says_what_to_lower(
     make_args: MakeArgs, tokenizer: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(largest_batch, "pair_loss", run_out_of_memory)
+    monkeypatch.setattr(largest_batch, "batch_loss", run_out_of_memory)
     trainer = make_trainer(make_args(longest_batch_first=True), tokenizer)
     with pytest.raises(BatchTooLargeError) as raised:
         trainer.train()

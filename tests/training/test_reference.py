@@ -280,16 +280,16 @@ def test_files_of_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     cache = ReferenceCache(tmp_path / "new" / "folder")
     scores = torch.tensor([[-1.5, -2.25], [0.0, -1e-30]])
     key = cache_key({"model": "a", "data": "b"})
-    assert cache.load(key, 2) is None
+    assert cache.load(key, (2, 2)) is None
     path = cache.save(key, scores)
-    assert torch.equal(cache.load(key, 2), scores)
+    assert torch.equal(cache.load(key, (2, 2)), scores)
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # no half-written file is left
-    assert cache.load(key, 3) is None  # another number of pairs
-    assert cache.load(cache_key({"model": "a", "data": "c"}), 2) is None
+    assert cache.load(key, (3, 2)) is None  # another number of pairs
+    assert cache.load(cache_key({"model": "a", "data": "c"}), (2, 2)) is None
     path.write_bytes(path.read_bytes()[:-20])
-    assert cache.load(key, 2) is None
+    assert cache.load(key, (2, 2)) is None
     path.write_bytes(b"")
-    assert cache.load(key, 2) is None
+    assert cache.load(key, (2, 2)) is None
     assert "cannot be read" in caplog.text
 
 

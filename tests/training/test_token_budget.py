@@ -32,7 +32,7 @@ def samplers(draw: Any) -> TokenBudgetSampler:
         num_ranks=draw(st.integers(1, 5)),
         strategy=draw(st.sampled_from(STRATEGIES)),
         seed=draw(st.integers(0, 9)),
-        is_padded=is_padded,
+        sequences=[2] * len(sizes) if is_padded else None,
     )
 
 
@@ -112,7 +112,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="no pairs"):
         TokenBudgetSampler([], 2)
     with pytest.raises(ValueError, match="got 6 tokens for pair 1, wanted 5"):
-        TokenBudgetSampler([1, 3], 5, is_padded=True)
+        TokenBudgetSampler([1, 3], 5, sequences=[2, 2])
 
 
 def test_tokens_of_a_pair():

@@ -1,0 +1,147 @@
+"""Signs of likelihood over-optimisation: how the policy's most likely tokens change beside the answers.
+
+Source: arXiv:2410.11677 sec. 4: the entropy and the mass of the ten most likely tokens both fall while the
+margin between chosen and rejected answers still grows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastdpo.integrations.model import backbone_states
+from fastdpo.ops.linear_logprob import linear_logprob
+from fastdpo.training.batches import Batch, to_device
+from fastdpo.types import LMHead
+
+if TYPE_CHECKING:
+    from fastdpo.training.dataset import RowDataset
+
+STATISTICS = ("topk_mass", "topk_entropy")
+logger = logging.getLogger(__name__)
+
+
+class OverOptimisationMonitor(TrainerCallback):
+    """Adds ``topk_mass`` and ``topk_entropy`` of the answers' tokens to every evaluation.
+
+    Under ``eval_``: ``topk_mass/chosen``, ``topk_entropy/rejected`` and so on; of unpaired answers chosen are
+    the desirable ones, of other kinds of data it is ``.../answers``. Entropy is in nats (the paper has bits).
+
+    Args:
+        topk: how many of the most likely tokens.
+        num_rows: rows of the evaluation data that are looked at, the first ones.
+        renormalize: divide the probabilities by their sum before the entropy; the paper leaves open which it
+            has.
+        patience: after so many evaluations running in which mass and entropy of the chosen (or all) answers
+            fell and ``rewards/margins`` grew, a warning is logged.
+        stop: whether training then ends.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        topk: int = 10,
+        num_rows: int = 64,
+        renormalize: bool = False,
+        patience: int = 2,
+        stop: bool = False,
+    ) -> None:
+        for name, value in (("topk", topk), ("num_rows", num_rows), ("patience", patience)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, wanted a whole number from 1")
+        self.topk, self.num_rows, self.renormalize = topk, num_rows, renormalize
+        self.patience, self.stop = patience, stop
+        self._last: dict[str, float] = {}
+        self._signs = 0
+
+    @torch.no_grad()
+    def measure(
+        self, model: nn.Module, dataset: RowDataset, collator: Any, *, batch_size: int, device: torch.device
+    ) -> dict[str, float]:
+        """Means over the tokens of each group of answers.
+
+        Args:
+            model: the policy, not wrapped.
+            collator: makes padded batches.
+        """
+        was_training = model.training
+        model.eval()
+        sums: dict[str, Tensor] = {}
+        count = min(self.num_rows, len(dataset))
+        for start in range(0, count, batch_size):
+            batch = collator([dataset[i] for i in range(start, min(start + batch_size, count))])
+            self._add(sums, model, to_device(batch, device))
+        model.train(was_training)
+        return {name: float(total / tokens) for name, (total, tokens) in sums.items() if tokens > 0}
+
+    def _add(self, sums: dict[str, Tensor], model: nn.Module, batch: Batch) -> None:
+        states = backbone_states(model, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[
+            :, :-1
+        ]
+        labels = batch["labels"][:, 1:]
+        options: dict[str, Any] = {"outputs": STATISTICS, "topk": self.topk}
+        found = linear_logprob(states, LMHead.from_model(model), labels, **options)
+        mass, entropy = found.topk_mass, found.topk_entropy
+        assert mass is not None and entropy is not None
+        mass, entropy = mass.double(), entropy.double()
+        mask = labels >= 0
+        if self.renormalize:
+            # Of q = p / M: -sum q log q = H / M + log M.
+            entropy = torch.where(mask, entropy / mass + mass.log(), 0)
+        for group, rows in _groups(batch).items():
+            of_group = mask & rows[:, None]
+            for name, values in (("topk_mass", mass), ("topk_entropy", entropy)):
+                part = torch.stack([values[of_group].sum(), of_group.sum()])
+                key = f"{name}/{group}"
+                sums[key] = part if key not in sums else sums[key] + part
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        now = dict(metrics or {})
+        group = "chosen" if "eval_topk_mass/chosen" in now else "answers"
+        falling = [f"eval_{name}/{group}" for name in STATISTICS]
+        growing = "eval_rewards/margins"
+        if not all(name in now for name in (*falling, growing)):
+            return
+        if self._last:
+            is_sign = (
+                all(now[name] < self._last[name] for name in falling) and now[growing] > self._last[growing]
+            )
+            self._signs = self._signs + 1 if is_sign else 0
+        self._last = now
+        if self._signs < self.patience:
+            return
+        if state.is_world_process_zero:
+            logger.warning(
+                "step %d: mass and entropy of the %d most likely tokens have fallen in %d evaluations "
+                "running while the margin grew: a sign of over-optimisation (arXiv:2410.11677)",
+                state.global_step, self.topk, self._signs,
+            )  # fmt: skip
+        if self.stop:
+            control.should_training_stop = True
+
+
+def _groups(batch: Batch) -> dict[str, Tensor]:
+    """Masks over the sequences of a padded batch: chosen and rejected, or all."""
+    sequences = torch.arange(len(batch["labels"]), device=batch["labels"].device)
+    if batch.get("kind") == "unpaired":
+        is_chosen = batch["is_desirable"]
+    elif "kind" in batch:
+        return {"answers": sequences >= 0}
+    else:
+        is_chosen = sequences < len(sequences) // 2
+    return {"chosen": is_chosen, "rejected": ~is_chosen}

@@ -1,0 +1,68 @@
+"""Settings of what changes from step to step: beta, the reference, and what a loss takes for its batch."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from fastdpo.losses import LossSpec, PairLogps
+from fastdpo.losses.controllers import BetaController
+
+if TYPE_CHECKING:
+    from fastdpo.training.config import PreferenceConfig
+
+# Per-pair numbers of the losses, and the field that names the column they are read from.
+COLUMN_FIELDS = {
+    "margin": "margin_column",
+    "pair_weights": "pair_weight_column",
+    "soft_labels": "soft_label_column",
+}
+
+
+def check_step_settings(args: PreferenceConfig) -> None:
+    """Raise ValueError for settings that do not go with the losses or with each other."""
+    if args.dynamic_beta_options is not None:
+        _check_dynamic_beta(args.dynamic_beta_options, args.losses, args.beta)
+    if args.sync_ref_model:
+        if args.reference not in ("auto", "copy") or not args.needs_reference:
+            got = f"reference={args.reference!r}" if args.needs_reference else ", ".join(args.loss_type)
+            raise ValueError(f"sync_ref_model: got True with {got}, wanted reference='copy'")
+        if not 0 < args.ref_model_mixup_alpha <= 1:
+            got = repr(args.ref_model_mixup_alpha)
+            raise ValueError(f"ref_model_mixup_alpha: got {got}, wanted a number in (0, 1]")
+    if args.gather_batch_losses:
+        if all(spec.scope != "batch" for spec in args.losses):
+            raise ValueError("gather_batch_losses: got True, wanted a loss that compares a whole batch (aot)")
+        for column in COLUMN_FIELDS.values():
+            if getattr(args, column):
+                raise ValueError(f"{column}: got a value with gather_batch_losses, wanted None")
+
+
+def _check_dynamic_beta(options: dict[str, Any], losses: list[LossSpec], beta: float | None) -> None:
+    """Raise ValueError unless the losses have a beta and no mean of their own, and the options are known."""
+    for spec in losses:
+        if (
+            spec.inputs is not PairLogps
+            or spec.default_beta is None
+            or not spec.uses_reference
+            or spec.nll_weight
+            or spec.scope != "pair"
+        ):
+            wanted = "losses of pairs with a beta and a reference, no NLL term, and no look at other pairs"
+            raise ValueError(f"dynamic_beta: got a value with {spec.name}, wanted {wanted}")
+    known = ("alpha", "rho", "momentum", "min_beta", "warm_start")
+    for name in options:
+        if name not in known:
+            raise ValueError(f"dynamic_beta: got the option {name!r}, wanted some of {', '.join(known)}")
+    BetaController(0.1 if beta is None else beta, **options)
+
+
+def parse_options(value: dict[str, Any] | str | None, name: str = "loss_options") -> dict[str, Any]:
+    """Options given as a dict or as JSON. Raises ValueError, naming the setting, for anything else."""
+    try:
+        options = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: got {value!r}, wanted a JSON object: {error}") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"{name}: got {value!r}, wanted a dict or a JSON object")
+    return options
