@@ -18,6 +18,10 @@ from fastdpo.plan import leading_dim
 VOCABULARIES = (32000, 128256, 152064, 262208)
 
 
+def row_key(vocab: int, rows: int, logits_dtype: torch.dtype) -> str:
+    return f"row/V={vocab}/rows={rows}/{str(logits_dtype).removeprefix('torch.')}"
+
+
 def bench_rows(
     device: torch.device,
     backends: list[str],
@@ -26,6 +30,7 @@ def bench_rows(
     logits_dtype: torch.dtype,
     rows: int,
     repeats: int,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """One chunk through every backend, with D written in place in bf16."""
     source = torch.randn(rows, leading_dim(vocab), device=device).mul_(3).to(logits_dtype)
@@ -60,7 +65,7 @@ def bench_rows(
                 prepare=lambda: logits.copy_(source),
             )
         )
-    samples = time_interleaved(contenders, device, repeats=repeats)
+    samples = time_interleaved(contenders, device, repeats=repeats, seconds=seconds)
     copied = 2 * source.numel() * logits_dtype.itemsize
     moved = rows * vocab * (logits_dtype.itemsize + 2)
     bandwidth = {
@@ -68,11 +73,13 @@ def bench_rows(
         for name, values in samples.items()
     }
     return {
-        "suite": "rows",
+        "suite": "row",
+        "key": row_key(vocab, rows, logits_dtype),
         "vocab": vocab,
         "rows": rows,
         "logits_dtype": str(logits_dtype).removeprefix("torch."),
         "failed": failed,
+        "not_run": {},
         "contenders": {
             name: {**summarise(values), "gb_per_s": bandwidth[name], "samples_ms": values}
             for name, values in samples.items()
