@@ -17,11 +17,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks.compare import compare_results, report
 from benchmarks.harness import environment, free_bytes
@@ -29,6 +29,11 @@ from benchmarks.problem import MODELS, TASKS
 from benchmarks.results import RESULTS, ResultFile, read_result
 from benchmarks.suites import PRESETS, SUITES, Case, Options, make_cases
 from fastdpo.ops.backends import backend_report
+
+try:
+    from tqdm import tqdm
+except ImportError:  # a GPU image's Python runs the suites with what it has
+    tqdm = None
 
 SETTINGS = ("preset", "repeats", "seconds", "models", "tokens", "tasks", "contenders", "without", "data")
 
@@ -50,17 +55,26 @@ def run_cases(
     start, spent = time.monotonic(), 0.0
     said: set[tuple[str, str]] = set()
     form = "{percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left {postfix}"
-    with tqdm(total=sum(case.cost for case in todo), bar_format=form, disable=None, file=sys.stderr) as bar:
+    total = sum(case.cost for case in todo)
+    with tqdm(total=total, bar_format=form, file=sys.stderr) if tqdm else nullcontext() as bar:
         for number, case in enumerate(todo):
             gone = time.monotonic() - start
             expected = gone / spent * case.cost if spent else 0.0
             if max_seconds is not None and gone + expected > max_seconds:
                 print(f"stopped after {gone:.0f} s with {len(todo) - number} cases left; --resume goes on")
                 return False
-            bar.set_postfix_str(case.key)
-            tqdm.write(_line(_run_one(case, file, device), said), file=sys.stdout)
+            if bar is not None:
+                bar.set_postfix_str(case.key)
+            line = _line(_run_one(case, file, device), said)
             spent += case.cost
-            bar.update(case.cost)
+            if bar is None:
+                gone = time.monotonic() - start
+                print(
+                    f"{line}\n{100 * spent / total:.0f} %, about {gone / spent * (total - spent):.0f} s left"
+                )
+            else:
+                tqdm.write(line, file=sys.stdout)
+                bar.update(case.cost)
     return True
 
 

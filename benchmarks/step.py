@@ -242,15 +242,18 @@ def compare(run: Run, names: Sequence[str], *, check_steps: int, steps: int, rou
     """Check the contenders against each other, then time those that agree.
 
     Returns:
-        ``failed`` by name, and ``contenders``: losses, milliseconds, tokens a second, positions of the
+        ``failed`` and ``not_run`` by name, and ``contenders``: losses, milliseconds, tokens a second, positions of the
         backbone a pair, peak memory.
     """
     failed: dict[str, str] = {}
+    not_run: dict[str, str] = {}
     checked: dict[str, dict[str, Any]] = {}
     for name in names:
         try:
             checked[name] = run.once(name, check_steps, measure_peak=True)
-        except (RuntimeError, ValueError, ImportError, torch.OutOfMemoryError) as error:
+        except ImportError as error:
+            not_run[name] = f"not installed: {error}"
+        except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
             failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     bound = LOSS_BOUND[run.precision]
     middle = [
@@ -265,7 +268,7 @@ def compare(run: Run, names: Sequence[str], *, check_steps: int, steps: int, rou
         turn = list(samples)
         for name in turn[number % max(len(turn), 1) :] + turn[: number % max(len(turn), 1)]:
             samples[name].append(run.once(name, steps + 1))
-    return {"failed": failed, "contenders": {
+    return {"failed": failed, "not_run": not_run, "contenders": {
         name: _summary(run, rounds_of, checked[name]) for name, rounds_of in samples.items()
     }}  # fmt: skip
 
@@ -352,7 +355,7 @@ def bench_step(
         "suite": "step", "key": step_key(size_name, precision), "model": size_name, "size": vars(size),
         "precision": precision, "max_length": max_length, "steps": steps, "rounds": rounds,
         "data": data.name if data else MADE_UP, "equal": "token ids, weights, optimiser, order of batches",
-        "not_run": {}, **compared,
+        **compared,
     }  # fmt: skip
 
 

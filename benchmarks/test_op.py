@@ -1,7 +1,7 @@
 """Suite ``op`` under pytest-benchmark.
 
-One of ours that is wrong fails; a peer that is wrong, or raises, is an expected failure with what was wrong, and
-one that does not run here is skipped with the reason.
+One of ours that is wrong fails; a peer that is wrong, or raises, is an expected failure with what was wrong,
+and one that does not run here is skipped with the reason.
 """
 
 from __future__ import annotations

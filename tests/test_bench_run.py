@@ -193,6 +193,30 @@ def test_the_parts_on_a_gpu_are_the_whole_preset() -> None:
     assert sorted(parts) == sorted(everything)
 
 
+def test_a_part_goes_on_in_the_file_of_the_part_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--device", "cpu", "--quick", "--repeats", "1", "--results", str(tmp_path), "--part", "3"]
+    brief = ["--tasks", "score", "--contenders", "fastdpo-cpu"]
+    (tmp_path / "notes.txt").write_text("kept")
+    assert gpu.main([*words, *brief]) == 2  # the curves of memory are of losses with gradients
+    assert "memory: no size" in capsys.readouterr().err
+    brief[1] = "pairs"
+    for expected in ("wrote", "5 of 5 cases are measured already"):
+        assert gpu.main([*words, *brief]) == 0
+        assert expected in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    assert len(read_result(path)["results"]) == 5
+
+
+def test_without_tqdm_the_time_left_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "tqdm", None)
+    assert run.run_cases([case("a"), case("b")], new_file(tmp_path), CPU)
+    assert "50 %, about" in capsys.readouterr().out
+
+
 def payload(median: float, noise: float = 0.01, **more: Any) -> dict[str, Any]:
     cells = {"gemm": cell(10.0, noise), "fastdpo-cpu": cell(median, noise)}
     info = {"device": "CPU test", "threads": 1, "cuda": None, "date": "2026-01-01"}
