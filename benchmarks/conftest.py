@@ -11,13 +11,11 @@ tables, come from ``fastdpo bench``, where they take turns; this is for a conten
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import pytest
 import torch
 
 from benchmarks.op import METHODS
-from benchmarks.problem import HeadProblem, Size
+from benchmarks.problem import Size
 from benchmarks.rows import VOCABULARIES
 from benchmarks.suites import PRESETS, op_sizes
 from fastdpo.ops.backends import DEVICE_TYPE, unavailable_reason
@@ -76,9 +74,3 @@ def bench_device(request: pytest.FixtureRequest) -> torch.device:
 def bench_rounds(request: pytest.FixtureRequest) -> int:
     rounds: int = request.config.getoption("--bench-rounds")
     return rounds
-
-
-@lru_cache(maxsize=1)
-def problem_of(size: Size, device: torch.device) -> HeadProblem:
-    """One problem at a time: tests of a size follow each other."""
-    return HeadProblem(size, device)

@@ -68,10 +68,8 @@ def run_cases(
             line = _line(_run_one(case, file, device), said)
             spent += case.cost
             if bar is None:
-                gone = time.monotonic() - start
-                print(
-                    f"{line}\n{100 * spent / total:.0f} %, about {gone / spent * (total - spent):.0f} s left"
-                )
+                left = (time.monotonic() - start) / spent * (total - spent)
+                print(f"{line}\n{100 * spent / total:.0f} %, about {left:.0f} s left")
             else:
                 tqdm.write(line, file=sys.stdout)
                 bar.update(case.cost)

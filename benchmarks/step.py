@@ -242,8 +242,8 @@ def compare(run: Run, names: Sequence[str], *, check_steps: int, steps: int, rou
     """Check the contenders against each other, then time those that agree.
 
     Returns:
-        ``failed`` and ``not_run`` by name, and ``contenders``: losses, milliseconds, tokens a second, positions of the
-        backbone a pair, peak memory.
+        ``failed`` and ``not_run`` by name, and ``contenders``: losses, milliseconds, tokens a second,
+        positions of the backbone a pair, peak memory.
     """
     failed: dict[str, str] = {}
     not_run: dict[str, str] = {}

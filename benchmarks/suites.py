@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,12 @@ def accuracy_cases(options: Options) -> list[Case]:
     return _head_cases(options, sizes[options.preset], is_timed=False)
 
 
+@lru_cache(maxsize=1)
+def problem_of(size: Size, device: torch.device) -> HeadProblem:
+    """One problem at a time: the tasks of a size follow each other."""
+    return HeadProblem(size, device)
+
+
 def _head_cases(
     options: Options, sizes: Sequence[tuple[Size, tuple[str, ...]]], *, is_timed: bool
 ) -> list[Case]:
@@ -136,24 +142,17 @@ def _head_cases(
             continue
         if options.tokens is not None and size.num_tokens not in options.tokens:
             continue
-        make = cache(lambda size=size: HeadProblem(size, options.device))  # one for all tasks of a size
         tasks = [task for task in of_size if task in (options.tasks or of_size)]
         for task in tasks:
             left_out = _left_out(options, keeps_compiled=size in (CENTRE, Size("small", 1024, torch.float32)))
-            is_last = task == tasks[-1]
 
             def run(
-                size: Size = size, task: str = task, left_out: Mapping[str, str] = left_out,
-                make: Any = make, is_last: bool = is_last,
+                size: Size = size, task: str = task, left_out: Mapping[str, str] = left_out
             ) -> dict[str, Any]:  # fmt: skip
-                try:
-                    return bench_task(
-                        make(), task, repeats=options.repeats, seconds=options.seconds, is_timed=is_timed,
-                        left_out=left_out,
-                    )  # fmt: skip
-                finally:
-                    if is_last:
-                        make.cache_clear()
+                return bench_task(
+                    problem_of(size, options.device), task, repeats=options.repeats, seconds=options.seconds,
+                    is_timed=is_timed, left_out=left_out,
+                )  # fmt: skip
 
             key = op_key("op" if is_timed else "accuracy", size, task)
             suite = "op" if is_timed else "accuracy"
