@@ -142,7 +142,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", help="only these; the floor runs always")
     parser.add_argument("--without", nargs="+", default=[], help="all but these")
     parser.add_argument("--repeats", type=int, help="of each contender; default: 20, on `tiny` 3")
-    parser.add_argument("--seconds", type=float, default=12.0, help="about how long to time one case")
+    parser.add_argument("--seconds", type=float, help="about how long to time one case; default: 12")
     parser.add_argument(
         "--max_seconds", type=float, help="begin no case that would end later; --resume goes on"
     )
@@ -187,6 +187,7 @@ def _main(args: argparse.Namespace) -> int:
     device = _device(args.device)
     args.preset = args.preset or ("gpu" if device.type == "cuda" else "small")
     args.repeats = args.repeats or (3 if args.preset == "tiny" else 20)
+    args.seconds = args.seconds or 12.0
     settings = {name: getattr(args, name) for name in SETTINGS}
     options = Options(device=device, **settings)
     cases = [case for suite in args.suites for case in make_cases(suite, options)]

@@ -39,7 +39,7 @@ class Case:
 
     Args:
         key: its name in result files.
-        cost: how long it takes beside others, in no unit.
+        cost: seconds it may take; only their proportions matter, for the time left.
         bytes_needed: of memory, at least; a case that does not fit is skipped.
     """
 
@@ -64,6 +64,10 @@ class Options:
     contenders: Sequence[str] | None = None
     without: Sequence[str] = ()
     data: str | None = None
+
+    def seconds_of(self, flop: float) -> float:
+        """Of products, guessed: a GPU's tensor cores, or one CPU thread."""
+        return flop / (5e14 if self.device.type == "cuda" else 2e10)
 
 
 def make_cases(suite: str, options: Options) -> list[Case]:
@@ -156,7 +160,11 @@ def _head_cases(
 
             key = op_key("op" if is_timed else "accuracy", size, task)
             suite = "op" if is_timed else "accuracy"
-            cases.append(Case(key, suite, run, size.flop(task) + 1e9, size.bytes_needed(task)))
+            once = options.seconds_of(12 * size.flop(task))  # of some twelve contenders
+            cost = 1 + 2 * once
+            if is_timed:
+                cost += max(min(options.seconds, (options.repeats + 3) * once), 8 * once)
+            cases.append(Case(key, suite, run, cost, size.bytes_needed(task)))
     return cases
 
 
@@ -191,7 +199,10 @@ def memory_cases(options: Options) -> list[Case]:
                 def run(axis: str = axis, size: Size = size, task: str = task) -> dict[str, Any]:
                     return bench_memory(axis, size, task, options.device, left_out)
 
-                cost = size.flop(task) + 1e12
+                # Starting a process takes longer than what it measures; on a CPU every method has its own.
+                cost = (10 if options.device.type == "cuda" else 40) + options.seconds_of(
+                    30 * size.flop(task)
+                )
                 cases.append(Case(memory_key(axis, size, task), "memory", run, cost, size.bytes_held))
     return cases
 
@@ -214,7 +225,7 @@ def row_cases(options: Options) -> list[Case]:
                 )  # fmt: skip
 
             key = row_key(vocab, rows, dtype)
-            cases.append(Case(key, "row", run, rows * vocab * 1e3, 3 * rows * vocab * 4))
+            cases.append(Case(key, "row", run, 1 + rows * vocab / 1e8, 3 * rows * vocab * 4))
     return cases
 
 
@@ -255,7 +266,9 @@ def step_cases(options: Options) -> list[Case]:
         )
         # Policy, gradient, two moments and the reference in fp32; an adapted one holds 16 bits of one model.
         held = weights * (2 if size.is_adapted and precision == "bf16" else 20)
-        cases.append(Case(step_key(model, precision), "step", run, weights * size.pairs * 1e4, held))
+        # Forward and backward of the policy, forward of the reference: 8 FLOP a weight and token.
+        cost = 30 + options.seconds_of(8 * weights * size.pairs * 1500 * (10 if brief else 70))
+        cases.append(Case(step_key(model, precision), "step", run, cost, held))
     return cases
 
 
