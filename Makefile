@@ -56,7 +56,7 @@ test-llama-factory: $(LLAMA_FACTORY)/.ready  ## patch_llama_factory, in an envir
 
 # Uses the active Python with what it has, no .venv and no network: GPU images bring their own torch. A failed test does
 # not keep the measurements from being made (each is checked before it is timed); it does fail the verb.
-gpu:  ## on a machine with a GPU: build the CUDA kernels, run tests/gpu, time the modes against cuBLAS
+gpu:  ## on a machine with a GPU: build the CUDA kernels, run tests/gpu, run the benchmarks in four parts
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
 	  || { echo "make gpu: $(PYTHON) has no torch that sees a CUDA GPU; nothing was run" >&2; exit 1; }
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -70,10 +70,10 @@ gpu:  ## on a machine with a GPU: build the CUDA kernels, run tests/gpu, time th
 demo: setup  ## train a small model with DPO on the spot
 	$(BIN)/python examples/demo.py
 
-bench: setup  ## what `make gpu` times, on the CPU at small sizes
-	$(BIN)/python -m benchmarks.gpu --device cpu --quick --results .benchmarks
+bench: setup  ## what `make gpu` times, on the CPU at tiny sizes
+	$(BIN)/python -m benchmarks.run op row accuracy memory --device cpu --preset tiny --results .benchmarks
 
-tables: setup  ## write README's tables from benchmarks/results and the registry of losses
+tables: setup  ## write the tables and plots of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
 clean:  ## remove what was built; .venv stays

@@ -1,8 +1,11 @@
-"""What every benchmark shares: the machine's description, interleaved timing, peak memory, result files."""
+"""What every benchmark shares: the machine's description, interleaved timing, peak memory."""
 
 from __future__ import annotations
 
-import json
+import ctypes
+import gc
+import math
+import os
 import platform
 import statistics
 import subprocess
@@ -16,10 +19,17 @@ from typing import Any
 
 import torch
 
-SCHEMA = 1
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "transformers", "numpy")
+from benchmarks.results import ROOT
+
+PACKAGES = (
+    "torch", "triton", "transformers", "numpy", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels",
+    "nvidia-cutlass-dsl",
+)  # fmt: skip
+SMI_QUERY = (
+    "driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,"
+    "clocks_event_reasons.active"
+)
+MIN_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,8 @@ def _command(*words: str) -> str | None:
     return done.stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version of a distribution, None where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -51,35 +62,53 @@ def environment(device: torch.device) -> dict[str, Any]:
     info: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "commit": _command("git", "rev-parse", "HEAD"),
-        "has_uncommitted_changes": bool(_command("git", "status", "--porcelain")),
+        # Results of an earlier run lie about untracked and change no number.
+        "has_uncommitted_changes": bool(_command("git", "status", "--porcelain", "--untracked-files=no")),
         "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
         info["device"] = torch.cuda.get_device_name(device)
-        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
-        info["nvidia_smi"] = {
-            "query": query,
-            "value": _command("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
-        }
+        info["nvidia_smi"] = {"query": SMI_QUERY, "value": smi()}
     else:
         info["device"] = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     return info
 
 
+def smi() -> str | None:
+    """Driver, clocks, power state and temperature as they are now; None without ``nvidia-smi``."""
+    return _command("nvidia-smi", f"--query-gpu={SMI_QUERY}", "--format=csv,noheader")
+
+
 def time_interleaved(
-    contenders: list[Contender], device: torch.device, *, repeats: int = 20, warmup: int = 3
+    contenders: list[Contender],
+    device: torch.device,
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    seconds: float | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every run of every contender; they take turns, so that drift hits all alike."""
+    """Milliseconds of every run of every contender; they take turns, so that drift hits all alike.
+
+    Args:
+        repeats: runs of each contender.
+        warmup: runs before, which do not count.
+        seconds: about how long all of it may take; then fewer repeats, but ``MIN_REPEATS`` at least.
+    """
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for round_ in range(warmup + repeats):
+    start, round_ = time.perf_counter(), 0
+    while round_ < warmup + repeats:
         for contender in contenders:
             if contender.prepare is not None:
                 contender.prepare()
             elapsed = _time_once(contender.run, device)
             if round_ >= warmup:
                 samples[contender.name].append(elapsed)
+        round_ += 1
+        if seconds is not None and time.perf_counter() - start > seconds:
+            repeats = min(repeats, max(round_ - warmup, min(MIN_REPEATS, repeats)))
     return samples
 
 
@@ -97,48 +126,57 @@ def _time_once(run: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:
-    """Peak allocated memory of a run above what was allocated before it, in MiB; None on a CPU."""
-    if device.type != "cuda":
+    """Peak memory of a run above what was held before it, in MiB.
+
+    On a GPU what torch allocated. On a CPU the resident set of the whole process by ``VmHWM``, which is this
+    process's own where ``ru_maxrss`` begins with its parent's; None where Linux does not let it be reset.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    gc.collect()
+    try:
+        # What earlier runs freed stays with the allocator, and would hide what this one needs.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        resident = _resident_kib("VmRSS")
+        run()
+        return (_resident_kib("VmHWM") - resident) / 1024
+    except (OSError, AttributeError):
         return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _resident_kib(name: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a case may use: free memory, and on a GPU what torch holds without using it."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def summarise(samples: list[float]) -> dict[str, float]:
-    """Median and quartiles of milliseconds."""
-    if len(samples) < 2:
-        return {"median_ms": samples[0], "low_ms": samples[0], "high_ms": samples[0]}
-    low, median, high = statistics.quantiles(samples, n=4)
-    return {"median_ms": median, "low_ms": low, "high_ms": high}
+    """Median, quartiles and noise of milliseconds.
 
-
-def write_results(payload: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write ``<device>-<date>.json``; an existing file is never overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
-    device = payload["environment"]["device"].replace("NVIDIA", "").strip().lower()
-    slug = "".join(c if c.isalnum() else "-" for c in device).strip("-")
-    day = payload["environment"]["date"][:10]
-    path, number = folder / f"{slug}-{day}.json", 2
-    while path.exists():
-        path, number = folder / f"{slug}-{day}-{number}.json", number + 1
-    path.write_text(json.dumps({"schema": SCHEMA, **payload}, indent=1) + "\n")
-    return path
-
-
-def read_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """All result files, oldest first.
-
-    Raises:
-        ValueError: a file of another schema, by name.
+    ``noise`` is half the width of what two medians of one version may differ by, as a share of the median:
+    the notch of McGill, Tukey and Larsen (1978), 1.57 IQR / sqrt(n), or half of what the two halves of the
+    samples, in the order they were taken, differ by, whichever is more: drift is not in the notch.
     """
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        payload = json.loads(path.read_text())
-        if payload.get("schema") != SCHEMA:
-            raise ValueError(f"{path.name}: schema {payload.get('schema')!r}, this version reads {SCHEMA}")
-        found.append({"file": path.name, **payload})
-    return sorted(found, key=lambda payload: payload["environment"]["date"])
+    if len(samples) < 2:
+        return {"median_ms": samples[0], "low_ms": samples[0], "high_ms": samples[0], "noise": 1.0}
+    low, median, high = statistics.quantiles(samples, n=4)
+    half = len(samples) // 2
+    drift = abs(statistics.median(samples[:half]) - statistics.median(samples[-half:])) / 2
+    noise = max(1.57 * (high - low) / math.sqrt(len(samples)), drift) / median
+    return {"median_ms": median, "low_ms": low, "high_ms": high, "noise": noise}

@@ -1,4 +1,4 @@
-"""Bandwidth of the row kernels against a device copy in the same run.
+"""Suite ``row``: bandwidth of the row kernels against a device copy in the same run.
 
 Bytes are those that must move: every logit read once, every element of D written once. A kernel that
 reads a row twice from memory therefore shows as slower, not as busier.
@@ -10,12 +10,60 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Contender, summarise, time_interleaved
+from benchmarks.harness import Contender, smi, summarise, time_interleaved
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
 from fastdpo.ops.backends import load_row_kernel
 from fastdpo.plan import leading_dim
 
 VOCABULARIES = (32000, 128256, 152064, 262208)
+CHECKED = 16
+
+
+def row_key(vocab: int, rows: int, logits_dtype: torch.dtype) -> str:
+    return f"row/V={vocab}/rows={rows}/{str(logits_dtype).removeprefix('torch.')}"
+
+
+class RowProblem:
+    """One chunk of logits ``(rows, V)``, with D written over it in bf16."""
+
+    def __init__(self, device: torch.device, vocab: int, logits_dtype: torch.dtype, rows: int) -> None:
+        self.vocab, self.rows, self.dtype = vocab, rows, logits_dtype
+        self.source = torch.randn(rows, leading_dim(vocab), device=device).mul_(3).to(logits_dtype)
+        self.logits = self.source.clone()
+        self.labels = torch.randint(vocab, (rows,), device=device)
+        self.logps, self.lse = torch.empty(2, rows, device=device)
+        stride = self.source.shape[1] * logits_dtype.itemsize // 2
+        self.d = self.logits.view(-1).view(torch.bfloat16).as_strided((rows, vocab), (stride, 1))
+        is_rounded = logits_dtype == torch.bfloat16
+        self.target = self.source.gather(1, self.labels[:, None])[:, 0].float() if is_rounded else None
+
+    @property
+    def bytes_moved(self) -> int:
+        return self.rows * self.vocab * (self.dtype.itemsize + 2)
+
+    def refill(self) -> None:
+        self.logits.copy_(self.source)
+
+    def run(self, backend: str) -> None:
+        kernel = load_row_kernel(backend)
+        outputs = RowOutputs(self.logps, self.lse)
+        logits = self.logits[:, : self.vocab]
+        kernel(logits, self.labels, LogitTransform(), outputs, target_logits=self.target, d_out=self.d)
+
+    def wrong(self, backend: str) -> str | None:
+        """What is off beside fp64 in log-probabilities or D, and by how much; None where nothing is."""
+        self.refill()
+        self.run(backend)
+        z = self.source[:CHECKED, : self.vocab].double()
+        labels = self.labels[:CHECKED, None]
+        log_p = z.log_softmax(-1)
+        error = (self.logps[:CHECKED].double() - log_p.gather(1, labels)[:, 0]).abs().max().item()
+        if not error <= 1e-5:
+            return f"log-probabilities are off by {error:.3e} nats; not timed"
+        want = torch.zeros_like(z).scatter_(1, labels, 1.0) - log_p.exp()
+        off = ((self.d[:CHECKED].double() - want).norm() / want.norm()).item()
+        # One rounding to bf16: 2^-9 of each entry at most on average, twice that.
+        return None if off <= 2**-8 else f"D is off by {off:.3e} of its norm; not timed"
 
 
 def bench_rows(
@@ -26,55 +74,32 @@ def bench_rows(
     logits_dtype: torch.dtype,
     rows: int,
     repeats: int,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
-    """One chunk through every backend, with D written in place in bf16."""
-    source = torch.randn(rows, leading_dim(vocab), device=device).mul_(3).to(logits_dtype)
-    logits = source.clone()
-    labels = torch.randint(vocab, (rows,), device=device)
-    logps, lse = torch.empty(2, rows, device=device)
-    stride = source.shape[1] * logits_dtype.itemsize // 2
-    d = logits.view(-1).view(torch.bfloat16).as_strided((rows, vocab), (stride, 1))
-    target = source.gather(1, labels[:, None])[:, 0].float() if logits_dtype == torch.bfloat16 else None
-    truth = source[:16, :vocab].double().log_softmax(-1).gather(1, labels[:16, None])[:, 0]
-
-    def run(backend: str) -> None:
-        kernel = load_row_kernel(backend)
-        kernel(
-            logits[:, :vocab], labels, LogitTransform(), RowOutputs(logps, lse), target_logits=target, d_out=d
-        )
-
-    contenders = [Contender("copy", lambda: logits.copy_(source))]
+    """One chunk through every backend, beside a copy of it."""
+    problem = RowProblem(device, vocab, logits_dtype, rows)
+    contenders = [Contender("copy", problem.refill)]
     failed = {}
     for backend in backends:
-        logits.copy_(source)
-        run(backend)
-        error = (logps[:16].double() - truth).abs().max().item()
-        if not error <= 1e-5:
-            failed[backend] = f"log-probabilities are off by {error:.3e} nats; not timed"
+        if (reason := problem.wrong(backend)) is not None:
+            failed[backend] = reason
             continue
         # D overwrites the logits, so each run gets them anew.
         contenders.append(
-            Contender(
-                backend,
-                lambda backend=backend: run(backend),  # type: ignore[misc]
-                prepare=lambda: logits.copy_(source),
-            )
+            Contender(backend, lambda backend=backend: problem.run(backend), prepare=problem.refill)  # type: ignore[misc]
         )
-    samples = time_interleaved(contenders, device, repeats=repeats)
-    copied = 2 * source.numel() * logits_dtype.itemsize
-    moved = rows * vocab * (logits_dtype.itemsize + 2)
-    bandwidth = {
-        name: (copied if name == "copy" else moved) / (summarise(values)["median_ms"] * 1e6)
-        for name, values in samples.items()
-    }
+    before = smi() if device.type == "cuda" else None
+    samples = time_interleaved(contenders, device, repeats=repeats, seconds=seconds)
+    after = smi() if device.type == "cuda" else None
+    copied = 2 * problem.source.numel() * logits_dtype.itemsize
+    cells = {}
+    for name, values in samples.items():
+        summary = summarise(values)
+        moved = copied if name == "copy" else problem.bytes_moved
+        bandwidth = moved / (summary["median_ms"] * 1e6)
+        cells[name] = {**summary, "gb_per_s": bandwidth, "samples_ms": values}
     return {
-        "suite": "rows",
-        "vocab": vocab,
-        "rows": rows,
-        "logits_dtype": str(logits_dtype).removeprefix("torch."),
-        "failed": failed,
-        "contenders": {
-            name: {**summarise(values), "gb_per_s": bandwidth[name], "samples_ms": values}
-            for name, values in samples.items()
-        },
-    }
+        "suite": "row", "key": row_key(vocab, rows, logits_dtype), "vocab": vocab, "rows": rows,
+        "logits_dtype": str(logits_dtype).removeprefix("torch."), "failed": failed, "not_run": {},
+        "contenders": cells, "smi": [before, after],
+    }  # fmt: skip

@@ -1,6 +1,7 @@
 """Whole DPO steps, side by side: TRL's ``DPOTrainer`` and ours in every batch layout.
 
     python -m benchmarks.step --data pairs.jsonl                     # on a CPU: small-llama, 4 pairs a step
+    python -m benchmarks.step --size llama-3-8b-lora --device cuda --precision bf16  # pairs made up
     python -m benchmarks.step --data pairs.jsonl --size qwen2.5-0.5b --device cuda --precision bf16
 
 A step is: log-probabilities of the reference, of the policy, loss, backward pass, clipping to norm 1,
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import json
 import statistics
@@ -25,18 +25,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import RESULTS, environment, peak_mib, summarise, write_results
+from benchmarks.harness import environment, peak_mib, summarise
+from benchmarks.results import RESULTS, ResultFile
+from benchmarks.step_data import MADE_UP, made_up_rows, make_data
 from fastdpo.training.batches import sequence_tokens
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.data import PreferenceDataset, read_rows
-from fastdpo.training.encode import EncodingOptions, encode_rows
+from fastdpo.training.data import PreferenceDataset
 from fastdpo.training.trainer import PreferenceTrainer
 
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-4, 1.0
@@ -58,6 +59,7 @@ class Size:
     intermediate: int
     vocab: int
     pairs: int
+    is_adapted: bool = False  # LoRA on the attention, in fp32, over weights in bf16 where a step is in bf16
 
 
 SIZES = {
@@ -65,6 +67,8 @@ SIZES = {
     "small-llama": Size(512, 12, 8, 8, 1376, 32000, 4),
     "qwen2.5-0.5b": Size(896, 24, 14, 2, 4864, 151936, 16),
     "llama-3.2-1b": Size(2048, 16, 32, 8, 8192, 128256, 16),
+    "tiny-lora": Size(64, 2, 4, 2, 128, 2000, 2, is_adapted=True),
+    "llama-3-8b-lora": Size(4096, 32, 32, 8, 14336, 128256, 4, is_adapted=True),
 }
 
 
@@ -74,21 +78,40 @@ class Contender:
     def __init__(self, name: str, size: Size, tokenizer: Any, device: torch.device, precision: str) -> None:
         self.name, self.size, self.device, self.precision = name, size, device, precision
         self.model = make_model(size, tokenizer, seed=0)
+        self.peft_config: Any = None
         # Of another seed, so that losses differ from ln 2 and from batch to batch.
-        self.reference = make_model(size, tokenizer, seed=1)
+        self.reference = None if size.is_adapted else make_model(size, tokenizer, seed=1)
+        if size.is_adapted:
+            from peft import LoraConfig
+
+            if precision == "bf16":
+                self.model = self.model.to(torch.bfloat16)
+            names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+            self.peft_config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=names)
         build = self._build_trl if name.startswith("trl") else self._build_ours
         with tempfile.TemporaryDirectory() as folder:  # nothing is written: no trainer trains by itself
             self.trainer, self.collate = build(tokenizer, folder)
         self.model = self.trainer.model.train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
+        self.model.to(device)
+        if size.is_adapted:
+            _move_adapter(self.model)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
 
     def _build_ours(self, tokenizer: Any, folder: str) -> tuple[Any, Callable[..., Any]]:
         args = PreferenceConfig(
-            output_dir=folder, batch_layout=self.name, beta=BETA, reference="copy", bf16=False,
+            output_dir=folder, batch_layout=self.name, beta=BETA, bf16=False,
+            reference="adapter" if self.size.is_adapted else "copy",
             use_cpu=self.device.type == "cpu", gradient_checkpointing=False, disable_tqdm=True,
             report_to="none",
         )  # fmt: skip
-        trainer = PreferenceTrainer(self.model, args, processing_class=tokenizer, ref_model=self.reference)
+        trainer = PreferenceTrainer(
+            self.model,
+            args,
+            processing_class=tokenizer,
+            ref_model=self.reference,
+            peft_config=self.peft_config,
+        )
         return trainer, trainer.data_collator
 
     def _build_trl(self, tokenizer: Any, folder: str) -> tuple[Any, Callable[..., Any]]:
@@ -101,8 +124,9 @@ class Contender:
         )  # fmt: skip
         stand_in = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
         trainer = DPOTrainer(
-            self.model, self.reference, args, train_dataset=stand_in, processing_class=tokenizer
-        )
+            self.model, self.reference, args, train_dataset=stand_in, processing_class=tokenizer,
+            peft_config=self.peft_config,
+        )  # fmt: skip
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
 
         def collate(pairs: Sequence[Any]) -> Any:
@@ -137,6 +161,15 @@ class Contender:
             utils._use_triton = own
 
 
+def _move_adapter(model: nn.Module) -> None:
+    """Away from zero, where policy and reference are one, and to the same values for every contender."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
 def make_model(size: Size, tokenizer: Any, *, seed: int) -> nn.Module:
     """A Llama with random weights, the same for every contender."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -149,28 +182,6 @@ def make_model(size: Size, tokenizer: Any, *, seed: int) -> nn.Module:
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config)
-
-
-def make_data(path: Path, size: Size, max_length: int | None) -> tuple[PreferenceDataset, Any]:
-    """The file's pairs, and a byte-level BPE trained on them: ids are below the model's vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    source = read_rows(path)
-    texts = [str(row.get(name, "")) for row in source.rows for name in ("prompt", "chosen", "rejected")]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<pad>", "<eos>"]
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=size.vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=special[0], eos_token=special[1])
-    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
-    return encode_rows(source, tokenizer, EncodingOptions(max_length)), tokenizer
 
 
 class Run:
@@ -218,47 +229,31 @@ class Run:
         found["losses"] = [float(loss) for loss in losses]
         if measure_peak:
             largest = inputs[max(range(steps), key=lambda i: found["positions"][i])]
-            found["peak_mib"] = self._peak(lambda: contender.step(largest))
+            # Above what is held between steps: weights, reference, Adam's state.
+            found["peak_mib"] = peak_mib(lambda: contender.step(largest), self.device)
         return found
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _peak(self, run: Callable[[], object]) -> float | None:
-        """Above what is held between steps: weights, reference, Adam's state. On Linux also for a CPU."""
-        if self.device.type == "cuda":
-            return peak_mib(run, self.device)
-        status, forget = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-        gc.collect()
-        try:
-            # What earlier steps freed stays with the allocator, and would hide what this one needs.
-            ctypes.CDLL(None).malloc_trim(0)
-            forget.write_text("5")
-            before = _resident_kib(status, "VmRSS")
-            run()
-            return (_resident_kib(status, "VmHWM") - before) / 1024
-        except (OSError, AttributeError):
-            return None
-
-
-def _resident_kib(status: Path, name: str) -> int:
-    return int(status.read_text().split(f"{name}:")[1].split()[0])
-
 
 def compare(run: Run, names: Sequence[str], *, check_steps: int, steps: int, rounds: int) -> dict[str, Any]:
     """Check the contenders against each other, then time those that agree.
 
     Returns:
-        ``failed`` by name, and ``contenders``: losses, milliseconds, tokens a second, positions of the
-        backbone a pair, peak memory.
+        ``failed`` and ``not_run`` by name, and ``contenders``: losses, milliseconds, tokens a second,
+        positions of the backbone a pair, peak memory.
     """
     failed: dict[str, str] = {}
+    not_run: dict[str, str] = {}
     checked: dict[str, dict[str, Any]] = {}
     for name in names:
         try:
             checked[name] = run.once(name, check_steps, measure_peak=True)
-        except (RuntimeError, ValueError, ImportError, torch.OutOfMemoryError) as error:
+        except ImportError as error:
+            not_run[name] = f"not installed: {error}"
+        except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
             failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     bound = LOSS_BOUND[run.precision]
     middle = [
@@ -273,7 +268,7 @@ def compare(run: Run, names: Sequence[str], *, check_steps: int, steps: int, rou
         turn = list(samples)
         for name in turn[number % max(len(turn), 1) :] + turn[: number % max(len(turn), 1)]:
             samples[name].append(run.once(name, steps + 1))
-    return {"failed": failed, "contenders": {
+    return {"failed": failed, "not_run": not_run, "contenders": {
         name: _summary(run, rounds_of, checked[name]) for name, rounds_of in samples.items()
     }}  # fmt: skip
 
@@ -296,7 +291,7 @@ def _summary(run: Run, rounds: Sequence[dict[str, Any]], checked: dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, required=True, help="preference pairs, JSONL")
+    parser.add_argument("--data", type=Path, help="preference pairs, JSONL; default: pairs made up")
     parser.add_argument("--size", choices=SIZES, default="small-llama")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=LOSS_BOUND, default="fp32", help="bf16 is autocast")
@@ -312,17 +307,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: --device cuda needs a CUDA device, and torch sees none", file=sys.stderr)
         return 1
     device = torch.device(args.device)
-    # On a GPU TRL drops unlabelled tokens by itself: the two are one.
-    names = args.contenders or [n for n in CONTENDERS if n != "trl-compacted" or device.type == "cpu"]
-    size = SIZES[args.size]
-    size = Size(**{**vars(size), "pairs": args.pairs or size.pairs})
-    data, tokenizer = make_data(args.data, size, args.max_length)
-    run = Run(size, data, tokenizer, device, args.precision, max(args.steps + 1, args.check_steps))
-    compared = compare(run, names, check_steps=args.check_steps, steps=args.steps, rounds=args.rounds)
-    result = {
-        "suite": "step", "model": args.size, "size": vars(size), "precision": args.precision,
-        "max_length": args.max_length, "steps": args.steps, "rounds": args.rounds, **compared,
-    }  # fmt: skip
+    try:
+        file = ResultFile(args.results, environment(device), {"suites": ["step"]})
+        result = bench_step(
+            args.size, device, args.precision, data=args.data, contenders=args.contenders, pairs=args.pairs,
+            max_length=args.max_length, check_steps=args.check_steps, steps=args.steps, rounds=args.rounds,
+        )  # fmt: skip
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for name, cell in result["contenders"].items():
         peak = "" if cell["peak_mib"] is None else f"{cell['peak_mib']:10.0f} MiB"
         print(
@@ -332,9 +325,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, reason in result["failed"].items():
         print(f"{name:<14} FAILED: {reason}")
     print(json.dumps({name: cell["losses"] for name, cell in result["contenders"].items()}))
-    path = write_results({"environment": environment(device), "results": [result]}, args.results)
-    print(f"wrote {path}")
+    print(f"wrote {file.add(result)}")
     return 1 if result["failed"] else 0
+
+
+def bench_step(
+    size_name: str,
+    device: torch.device,
+    precision: str,
+    *,
+    data: Path | None = None,
+    contenders: Sequence[str] | None = None,
+    pairs: int | None = None,
+    max_length: int = 1024,
+    check_steps: int = 3,
+    steps: int = 5,
+    rounds: int = 3,
+) -> dict[str, Any]:
+    """One size by every contender; ``data`` None: pairs made up."""
+    # On a GPU TRL drops unlabelled tokens by itself: the two are one.
+    names = contenders or [n for n in CONTENDERS if n != "trl-compacted" or device.type == "cpu"]
+    size = SIZES[size_name]
+    size = replace(size, pairs=pairs or size.pairs)
+    count = size.pairs * max(steps + 1, check_steps)
+    pairs_data, tokenizer = make_data(data or made_up_rows(count), size.vocab, max_length)
+    run = Run(size, pairs_data, tokenizer, device, precision, max(steps + 1, check_steps))
+    compared = compare(run, names, check_steps=check_steps, steps=steps, rounds=rounds)
+    return {
+        "suite": "step", "key": step_key(size_name, precision), "model": size_name, "size": vars(size),
+        "precision": precision, "max_length": max_length, "steps": steps, "rounds": rounds,
+        "data": data.name if data else MADE_UP, "equal": "token ids, weights, optimiser, order of batches",
+        **compared,
+    }  # fmt: skip
+
+
+def step_key(size_name: str, precision: str) -> str:
+    return f"step/{size_name}/{precision}"
 
 
 if __name__ == "__main__":

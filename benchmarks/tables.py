@@ -1,42 +1,75 @@
-"""README's tables, generated: results from ``benchmarks/results/*.json``, losses from their registry.
+"""README's tables and ``docs/benchmarks.md``, generated from ``benchmarks/results`` and the losses' registry.
 
-python -m benchmarks.tables          # rewrites README.md between its markers
-python -m benchmarks.tables --check  # fails when README.md is not what the results give
+python -m benchmarks.tables          # rewrites README.md between its markers, docs/benchmarks.md and plots
+python -m benchmarks.tables --check  # fails when they are not what the results give
+
+Results of GPUs and of CPUs never share a table; what no GPU has measured says *not run*.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, ROOT, read_results
-from benchmarks.head import PASSES
+from benchmarks.plots import PLOTS, check_plots, write_plots
+from benchmarks.problem import PASSES, TASKS
+from benchmarks.results import RESULTS, ROOT, is_gpu, read_results
 from fastdpo.losses import losses_table
 
-# DESIGN section 6, fp32 logits: the time allowed, as a ratio to the mode's products in plain cuBLAS.
+# DESIGN section 6, fp32 logits: the time allowed, as a ratio to the task's products in plain cuBLAS.
 TARGETS = {"score": 1.18, "stash": 1.16, "cache": 1.15, "pairs": 1.15}
 TARGET_TOKENS = {"score": 16384, "stash": 16384, "cache": 4096, "pairs": 16384}
 GPU_MODELS = ("llama-3-8b", "qwen2.5-7b", "gemma-2-9b")
+# DESIGN section 6: how many times faster than a peer, on the same tokens of the first model at N = 16384.
+PEER_TARGETS = (
+    ("trl", "stash", 1.45),
+    ("trl", "pairs", 1.3),
+    ("liger-dpo", "pairs-frozen", 1.2),
+    ("liger-dpo", "pairs", 1.2),
+    ("cce-exact", "stash", 3.0),
+    ("torch", "stash", 1.0),
+    ("torch", "pairs", 1.0),
+)
+NOT_RUN = "*not run*"
+Result = dict[str, Any]
 
 
-def head_table(results: list[dict[str, Any]]) -> str:
-    """Ratio to the mode's own GEMMs, newest result of each cell; *not run* where there is none."""
-    cells: dict[tuple[str, str], dict[str, Any]] = {}
+def newest(results: Sequence[Result], *, of_gpu: bool) -> dict[str, Result]:
+    """The newest result of every case, with its file, of GPUs or of CPUs."""
+    found: dict[str, Result] = {}
     for payload in results:
-        if "nvidia_smi" not in payload["environment"]:
-            continue
-        for result in payload["results"]:
-            if result["suite"] == "head" and result["num_tokens"] == TARGET_TOKENS[result["mode"]]:
-                cells[result["model"], result["mode"]] = {**result, "file": payload["file"]}
+        if is_gpu(payload) == of_gpu:
+            for result in payload["results"]:
+                where = {"file": payload["file"], "environment": payload["environment"]}
+                found[result["key"]] = {**result, **where}
+    return found
+
+
+def ours_of(result: Result) -> dict[str, Result]:
+    """fastdpo's contenders that keep its promise on a task: all but the opt-in for rounded logits."""
+    return {
+        name: cell for name, cell in result["contenders"].items()
+        if name.startswith("fastdpo-") and name != "fastdpo-bf16-logits" and "ratio_to_gemm" in cell
+    }  # fmt: skip
+
+
+def head_table(results: Sequence[Result]) -> str:
+    """Ratio to the task's own GEMMs on GPUs; *not run* where there is none."""
+    cells: dict[tuple[str, str], Result] = {}
+    for result in newest(results, of_gpu=True).values():
+        if result["suite"] == "op" and "skipped" not in result and not result["ignored_percent"]:
+            if result["num_tokens"] == TARGET_TOKENS.get(result["task"]) and result["dtype"] == "bfloat16":
+                cells[result["model"], result["task"]] = result
     lines = [
         "| mode | GEMM passes | tokens | target | " + " | ".join(GPU_MODELS) + " |",
         "|---|---|---|---|" + "---|" * len(GPU_MODELS),
     ]
-    for mode, passes in PASSES.items():
-        measured = [_cell(cells.get((model, mode))) for model in GPU_MODELS]
-        head = f"| `{mode}` | {passes} | {TARGET_TOKENS[mode]} | {TARGETS[mode]:.2f} x {passes} GEMM"
+    for task, target in TARGETS.items():
+        measured = [_best(cells.get((model, task))) for model in GPU_MODELS]
+        head = f"| `{task}` | {PASSES[task]} | {TARGET_TOKENS[task]} | {target:.2f} x {PASSES[task]} GEMM"
         lines.append(f"{head} | " + " | ".join(measured) + " |")
     files = sorted({cell["file"] for cell in cells.values()})
     source = ", ".join(f"`benchmarks/results/{name}`" for name in files)
@@ -44,26 +77,181 @@ def head_table(results: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", note])
 
 
-def _cell(result: dict[str, Any] | None) -> str:
+def _best(result: Result | None) -> str:
     if result is None:
-        return "*not run*"
-    ours = {name: cell for name, cell in result["contenders"].items() if name != "gemm"}
+        return NOT_RUN
+    ours = ours_of(result)
     if not ours:
         return "failed: " + "; ".join(result["failed"].values())
     best = min(ours, key=lambda name: ours[name]["ratio_to_gemm"])
-    peak = ours[best]["peak_mib"]
+    peak = ours[best].get("peak_mib")
     memory = "" if peak is None else f", {peak / 1024:.2f} GiB"
     return f"{ours[best]['ratio_to_gemm']:.3f} ({best}, {ours[best]['median_ms']:.1f} ms{memory})"
 
 
-def render(readme: str, results: list[dict[str, Any]]) -> str:
+def peer_targets_table(results: Sequence[Result]) -> str:
+    """How many times faster than each peer on a GPU, side by side in one run."""
+    cells = {
+        result["task"]: result for result in newest(results, of_gpu=True).values()
+        if result["suite"] == "op" and "skipped" not in result and result["model"] == GPU_MODELS[0]
+        and result["num_tokens"] == 16384 and not result["ignored_percent"]
+    }  # fmt: skip
+    lines = ["| peer | task | target | measured |", "|---|---|---|---|"]
+    for peer, task, target in PEER_TARGETS:
+        lines.append(f"| `{peer}` | `{task}` | {target:.2f} x | {_speedup(cells.get(task), peer)} |")
+    return "\n".join(lines)
+
+
+def _speedup(result: Result | None, peer: str) -> str:
+    if result is None:
+        return NOT_RUN
+    if peer not in result["contenders"]:
+        return {**result["not_run"], **result["failed"]}.get(peer, NOT_RUN)
+    ours, cell = ours_of(result), result["contenders"][peer]
+    if not ours:
+        return "ours failed"
+    best = min(ours, key=lambda name: ours[name]["median_ms"])
+    ratio = cell["median_ms"] / ours[best]["median_ms"]
+    noise = (cell["noise"] ** 2 + ours[best]["noise"] ** 2) ** 0.5
+    return f"{ratio:.2f} +- {ratio * noise:.2f} ({best})"
+
+
+def document(results: Sequence[Result]) -> str:
+    """``docs/benchmarks.md``."""
+    parts = [
+        "# Benchmarks",
+        "Generated by `make tables` from `benchmarks/results/*.json`; the files hold every raw sample, "
+        "versions, commit, clocks and power state. `fastdpo bench` in a checkout makes such files; "
+        "[benchmarks/NOTES.md](../benchmarks/NOTES.md) says how, and what was learnt.",
+        "Every contender is checked against fp64 before it is timed, and takes turns with the others in one "
+        "loop, in which plain matrix products of the task are the floor. Equal for all: tokens, labels, "
+        "dtypes, and the task, forward and backward. What is not equal is which rows are projected: those "
+        "with a label (*labelled*), or all.",
+        "| task | what it gives |\n|---|---|\n"
+        + "\n".join(f"| `{task}` | {what} |" for task, what in TASKS.items()),
+    ]
+    for of_gpu in (True, False):
+        parts += _chapter(newest(results, of_gpu=of_gpu), of_gpu)
+    return "\n\n".join(parts) + "\n"
+
+
+def _chapter(cases: dict[str, Result], of_gpu: bool) -> list[str]:
+    kind = "gpu" if of_gpu else "cpu"
+    parts = ["## On a GPU" if of_gpu else "## On a CPU"]
+    if not cases:
+        makes = "`make gpu`" if of_gpu else "`fastdpo bench op memory accuracy --device cpu`"
+        return [*parts, f"{NOT_RUN}: {makes} makes these tables."]
+    if not of_gpu:
+        parts.append("These are numbers of a CPU. They say nothing about a GPU.")
+    files = {case["file"]: case["environment"] for case in cases.values()}
+    parts.append("\n".join(_source(file, environment) for file, environment in sorted(files.items())))
+    for suite, title, cell in SECTIONS:
+        groups: dict[str, list[Result]] = {}
+        for case in cases.values():
+            if case["suite"] == suite:
+                groups.setdefault(_group(case), []).append(case)
+        if not groups:
+            parts += [f"### {title}", NOT_RUN]
+            continue
+        parts.append(f"### {title}")
+        for name, group in groups.items():
+            parts.append(_grid(name, group, cell))
+    for plot in PLOTS:
+        if (written := plot.data(list(cases.values()))) is not None and written:
+            parts.append(f"![{plot.title}, {kind}](plots/{kind}-{plot.name}.svg)")
+    return parts
+
+
+def _source(file: str, environment: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in environment["packages"].items() if number)
+    dirty = " with uncommitted changes" if environment["has_uncommitted_changes"] else ""
+    commit = (environment["commit"] or "unknown")[:12]
+    return f"* `benchmarks/results/{file}`: {environment['device']}; {versions}; commit {commit}{dirty}"
+
+
+def _group(case: Result) -> str:
+    """What stands in one table."""
+    if case["suite"] in ("op", "accuracy") and "model" in case:
+        ignored = f", {case['ignored_percent']} % of the labels ignored" if case["ignored_percent"] else ""
+        head = f"{case['model']} (H = {case['hidden_size']}, V = {case['vocab_size']})"
+        return f"{head}, N = {case['num_tokens']}, {case['dtype']}{ignored}"
+    if case["suite"] == "memory" and "axis" in case:
+        return f"{case['model']}, `{case['task']}`, {case['dtype']}, against {case['axis']}"
+    return {"row": "row kernels, D written in bf16"}.get(case["suite"], case["suite"])
+
+
+def _column(case: Result) -> str:
+    if case["suite"] == "memory" and "axis" in case:
+        shape = {"N": "num_tokens", "V": "vocab_size", "T": "length"}
+        return f"{case['axis']} = {case[shape[case['axis']]]}"
+    return f"`{case['task']}`" if "task" in case else case["key"].partition("/")[2]
+
+
+def _time(cell: Result) -> str:
+    if "median_ms" not in cell:
+        return "not timed"
+    text = f"{cell['median_ms']:.3g} ms +- {100 * cell['noise']:.0f} %"
+    if "ratio_to_gemm" in cell:
+        text += f", {cell['ratio_to_gemm']:.2f} x"
+    if "gb_per_s" in cell:
+        text += f", {cell['gb_per_s']:.0f} GB/s"
+    if "useful_tokens_per_s" in cell:
+        text += f", {cell['useful_tokens_per_s']:.0f} tokens/s"
+    return text + _peak(cell, ", ")
+
+
+def _peak(cell: Result, before: str = "") -> str:
+    return "" if cell.get("peak_mib") is None else f"{before}{cell['peak_mib']:.0f} MiB"
+
+
+def _error(cell: Result) -> str:
+    names = ("logps_error_nats", "dhidden_relative_error", "dweight_relative_error")
+    return " / ".join(f"{cell[name]:.1e}" for name in names if name in cell)
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[Result], str]], ...] = (
+    ("op", "Time, and its ratio to the products alone", _time),
+    ("row", "Row kernels, beside a copy", _time),
+    ("step", "Whole DPO steps", _time),
+    ("memory", "Peak memory above inputs, gradients included", _peak),
+    ("accuracy", "Errors against fp64: values in nats / dhidden / dweight, relative", _error),
+)
+
+
+def _grid(title: str, cases: Sequence[Result], cell_of: Callable[[Result], str]) -> str:
+    """Contenders down, cases across; why one is not there stands below, once."""
+    names = list(dict.fromkeys(name for case in cases for name in case["contenders"]))
+    notes: dict[str, list[str]] = {}
+    for case in cases:
+        for name, reason in {
+            **case["not_run"],
+            **{n: f"FAILED: {r}" for n, r in case["failed"].items()},
+        }.items():
+            notes.setdefault(f"`{name}`: {reason}", []).append(_column(case))
+        if "skipped" in case:
+            notes.setdefault(f"skipped: {case['skipped']}", []).append(_column(case))
+    lines = [
+        f"**{title}**", "",
+        "| | " + " | ".join(_column(case) for case in cases) + " |", "|---|" + "---|" * len(cases),
+    ]  # fmt: skip
+    for name in names:
+        cells = [case["contenders"].get(name) for case in cases]
+        rows = next((f" ({cell['rows']})" for cell in cells if cell and "rows" in cell), "")
+        lines.append(f"| `{name}`{rows} | " + " | ".join(cell_of(c) if c else "" for c in cells) + " |")
+    every = len(cases)
+    said = [f"* {note}" + ("" if len(at) == every else f" ({', '.join(at)})") for note, at in notes.items()]
+    return "\n".join(lines) + ("\n\n" + "\n".join(said) if said else "")
+
+
+def render(readme: str, results: Sequence[Result]) -> str:
     """The README with its tables replaced.
 
     Raises:
         ValueError: a pair of markers is not there, once each and in order.
     """
     readme = _replace(readme, "losses", losses_table())
-    return _replace(readme, "results", head_table(results))
+    readme = _replace(readme, "results", head_table(results))
+    return _replace(readme, "peers", peer_targets_table(results))
 
 
 def _replace(readme: str, name: str, table: str) -> str:
@@ -75,19 +263,35 @@ def _replace(readme: str, name: str, table: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the README's tables from benchmarks/results.")
+    parser = argparse.ArgumentParser(description="Write the tables and plots of benchmarks/results.")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of benchmarks.md and plots/")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    old = args.readme.read_text()
-    new = render(old, read_results(args.results))
-    if args.check:
-        if new != old:
-            print("README.md is not what benchmarks/results gives; run `make tables`", file=sys.stderr)
-        return int(new != old)
-    args.readme.write_text(new)
-    return 0
+    try:
+        results = read_results(args.results)
+        old = args.readme.read_text()
+        new, page = render(old, results), document(results)
+        path, plots = args.docs / "benchmarks.md", args.docs / "plots"
+        kinds = {"gpu": newest(results, of_gpu=True), "cpu": newest(results, of_gpu=False)}
+        cases = {kind: list(found.values()) for kind, found in kinds.items()}
+        if not args.check:
+            args.readme.write_text(new)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(page)
+            write_plots(cases, plots)
+            return 0
+        stale = [args.readme.name] if new != old else []
+        if not path.is_file() or path.read_text() != page:
+            stale.append(path.name)
+        stale += check_plots(cases, plots)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if stale:
+        print(f"{', '.join(stale)}: not what benchmarks/results gives; run `make tables`", file=sys.stderr)
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

@@ -25,12 +25,9 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "train a model on preference pairs",
     "score": "compute reference log-probabilities once, for the cache and as JSONL",
-    "bench": "time the head, or whole steps beside TRL's, from a checkout of the source",
+    "bench": "time the head beside its peers, row kernels and whole steps, from a checkout of the source",
     "doctor": "say what is installed, what will run here, and why the rest will not",
 }
-
-
-BENCHMARKS = {"head": "benchmarks.gpu", "step": "benchmarks.step"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,22 +132,15 @@ def score(argv: Sequence[str]) -> None:
 
 
 def bench(argv: Sequence[str]) -> int:
-    """``fastdpo bench``: a suite of the source tree's ``benchmarks/``; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="fastdpo bench", epilog="`fastdpo bench SUITE --help` lists its settings."
-    )
-    parser.add_argument(
-        "suite", choices=BENCHMARKS, help="head: every mode beside its GEMMs; step: whole steps"
-    )
-    options = parser.parse_args(list(argv[:1]))
+    """``fastdpo bench``: suites of the source tree's ``benchmarks/``; returns their exit code."""
     root = Path.cwd()
-    if not (root / "benchmarks" / "step.py").is_file():
+    if not (root / "benchmarks" / "run.py").is_file():
         raise ValueError(
             f"bench: got {root}, wanted the root of a checkout: the package has no benchmarks in it"
         )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    code: int = import_module(BENCHMARKS[options.suite]).main(list(argv[1:]))
+    code: int = import_module("benchmarks.run").main(list(argv))
     return code
 
 

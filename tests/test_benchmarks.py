@@ -1,21 +1,31 @@
-"""The benchmarks own up: a wrong contender is not timed, nothing is overwritten, tables say *not run*."""
+"""The benchmarks own up: a wrong contender is not timed, one that does not run is listed with the reason."""
 
 from __future__ import annotations
 
-import json
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, head, tables
-from benchmarks.harness import Contender, read_results, time_interleaved, write_results
-from benchmarks.head import HeadProblem, Size, bench_mode
+from benchmarks import ours, peers
+from benchmarks.harness import Contender, summarise, time_interleaved
+from benchmarks.method import Method
+from benchmarks.op import METHODS, bench_task
+from benchmarks.problem import IGNORED, MODELS, OF_PAIRS, PASSES, HeadProblem, Outcome, Size, Wrong
 
 CPU = torch.device("cpu")
-TINY = Size("tiny", 512, torch.float32)
-ROOT = Path(__file__).resolve().parent.parent
+TINY = Size("tiny", 256, torch.float32, 50)
+BY_NAME = {method.name: method for method in METHODS}
+# Runs on any CPU without another package; `torch-compile` takes a compiler's minute.
+HERE = ("fastdpo-cpu", "fastdpo-reference", "torch", "torch-compacted", "torch-linear-ce")
+
+
+def here(*names: str) -> list[Method]:
+    return [BY_NAME[name] for name in names]
 
 
 def test_contenders_take_turns() -> None:
@@ -29,101 +39,179 @@ def test_contenders_take_turns() -> None:
     assert {name: len(values) for name, values in samples.items()} == {"a": 2, "b": 2}
 
 
-@pytest.mark.parametrize("mode", ["score", "stash", "cache", "pairs"])
-def test_a_mode_is_timed_beside_its_products(mode: str) -> None:
-    result = bench_mode(HeadProblem(TINY, CPU), mode, ["reference"], repeats=2)
-    assert not result["failed"]
-    assert set(result["contenders"]) == {"gemm", "reference"}
-    ours = result["contenders"]["reference"]
-    assert len(ours["samples_ms"]) == 2 and ours["logps_error_nats"] <= (1e-5 if mode != "pairs" else 128e-5)
+def test_a_time_limit_leaves_enough_repeats() -> None:
+    samples = time_interleaved([Contender("a", lambda: None)], CPU, repeats=50, warmup=1, seconds=0.0)
+    assert len(samples["a"]) == 5
+    samples = time_interleaved([Contender("a", lambda: None)], CPU, repeats=3, warmup=1, seconds=0.0)
+    assert len(samples["a"]) == 3
+
+
+def test_the_noise_of_a_median_knows_spread_and_drift() -> None:
+    assert summarise([10.0] * 20)["noise"] == 0
+    steady = summarise([9.0, 11.0] * 10)
+    assert steady["median_ms"] == 10 and steady["noise"] == pytest.approx(1.57 * 2 / 20**0.5 / 10)
+    # The halves differ by 8: half of that is more than the notch of the whole.
+    drifting = summarise([6.0] * 50 + [14.0] * 50)
+    assert drifting["noise"] == pytest.approx(0.4)
+    assert summarise([3.0])["noise"] == 1.0  # one sample knows nothing
+
+
+@pytest.mark.parametrize("task", PASSES)
+def test_every_task_is_timed_beside_its_products(task: str) -> None:
+    result = bench_task(HeadProblem(TINY, CPU), task, here(*HERE), repeats=2)
+    assert not result["failed"] and not result["not_run"]
+    assert set(result["contenders"]) == {"gemm", *HERE}
     assert result["contenders"]["gemm"]["ratio_to_gemm"] == 1
+    for name in HERE:
+        cell = result["contenders"][name]
+        assert len(cell["samples_ms"]) == 2
+        assert cell["logps_error_nats"] <= 1e-4 and cell["rows"] in ("labelled", "all")
+        assert ("dhidden_relative_error" in cell) == (task != "score")
+        assert ("dweight_relative_error" in cell) == (task in ("cache", "pairs", "ce"))
 
 
-def test_a_wrong_kernel_is_refused_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = head.linear_logprob
-
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        out = right(*args, **kwargs)
-        return out._replace(logps=out.logps + 1e-3)
-
-    monkeypatch.setattr(head, "linear_logprob", wrong)
-    result = bench_mode(HeadProblem(TINY, CPU), "stash", ["reference"], repeats=1)
-    assert set(result["contenders"]) == {"gemm"}
-    assert "off by 1.0" in result["failed"]["reference"]
-
-
-@pytest.mark.parametrize("mode", ["stash", "cache", "pairs"])
-def test_a_wrong_gradient_is_refused_not_timed(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    """2 % too large, which no look at the log-probabilities tells."""
-    right = HeadProblem.step
-
-    def wrong(self: HeadProblem, *args: str) -> Any:
-        logps, dhidden, *others = right(self, *args)
-        return (logps, dhidden * 1.02, *others)
-
-    monkeypatch.setattr(HeadProblem, "step", wrong)
-    result = bench_mode(HeadProblem(TINY, CPU), mode, ["reference"], repeats=1)
-    assert set(result["contenders"]) == {"gemm"}
-    assert "dhidden is off by 2.0" in result["failed"]["reference"]
+@pytest.mark.parametrize("task", ["cache", "pairs"])
+def test_16_bit_inputs_hold_ours_to_more_than_peers(task: str) -> None:
+    """TRL's and torch's logits are rounded to bf16; the table shows by how much."""
+    pytest.importorskip("trl", minversion="1.16")
+    problem = HeadProblem(Size("tiny", 256), CPU)
+    result = bench_task(problem, task, here("fastdpo-cpu", "torch", "trl"), repeats=1, is_timed=False)
+    assert not result["failed"]
+    errors = {name: cell["logps_error_nats"] for name, cell in result["contenders"].items()}
+    assert errors["fastdpo-cpu"] < errors["torch"] / 100
+    assert errors["fastdpo-cpu"] < errors["trl"] / 100
+    assert "samples_ms" not in result["contenders"]["torch"]
 
 
-def test_the_whole_script_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--device", "cpu", "--quick", "--repeats", "1", "--results", str(tmp_path)]) == 0
-    (payload,) = read_results(tmp_path)
-    assert {result["suite"] for result in payload["results"]} == {"head", "rows"}
-    assert payload["environment"]["packages"]["torch"]
-    assert "ms" in capsys.readouterr().out
+def test_the_share_of_ignored_labels_is_what_it_says() -> None:
+    for share in (0, 50, 80):
+        size = Size("tiny", 512, torch.float32, share)
+        problem = HeadProblem(size, CPU)
+        labelled = (problem.labels != IGNORED).sum().item()
+        assert labelled == size.num_labelled == len(problem.targets)
+        assert abs(labelled / size.num_tokens - (1 - share / 100)) < 0.01
+        assert sum(problem.layout.lengths or ()) == labelled
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
-def test_without_a_gpu_it_says_so_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--results", str(tmp_path)]) == 1
-    assert "needs a CUDA device" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+def test_the_sizes_of_real_models_are_there() -> None:
+    assert MODELS["gemma-3-270m"] == (640, 262144) and MODELS["llama-3-70b"] == (8192, 128256)
 
 
-def payload(ratio: float, date: str = "2026-01-01T00:00:00+00:00") -> dict[str, Any]:
-    cell = {"median_ms": 10.0, "ratio_to_gemm": ratio, "peak_mib": 512.0, "samples_ms": [10.0]}
-    result = {
-        "suite": "head", "model": "llama-3-8b", "num_tokens": 16384, "dtype": "bfloat16", "mode": "stash",
-        "failed": {}, "contenders": {"gemm": {**cell, "ratio_to_gemm": 1.0}, "triton": cell},
+def planted(name: str, **changes: float) -> Method:
+    """A kernel with a mistake: its values moved, or a gradient scaled."""
+    right = BY_NAME[name]
+
+    def run(problem: HeadProblem, task: str) -> Outcome:
+        out = right.run(problem, task)
+        dhidden = None if out.dhidden is None else out.dhidden * changes.get("dhidden", 1)
+        dweight = None if out.dweight is None else out.dweight * changes.get("dweight", 1)
+        return Outcome(out.values + changes.get("values", 0), dhidden, dweight)
+
+    return replace(right, name=f"planted-{name}", run=run)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "reason"),
+    [
+        ("fastdpo-reference", {"values": 1e-3}, "log-probabilities are off by 1.0"),
+        ("fastdpo-reference", {"dhidden": 1.02}, "dhidden is off by 2.0"),
+        ("fastdpo-reference", {"dweight": 1.02}, "dweight is off by 2.0"),
+        ("fastdpo-reference", {"dhidden": -1}, "dhidden is off by 2.0"),
+        ("torch", {"dweight": 1.05}, "dweight is off by 5.0"),
+        ("torch", {"values": float("nan")}, "log-probabilities are off by nan"),
+    ],
+)
+def test_a_wrong_kernel_is_refused_not_timed(method: str, changes: dict[str, float], reason: str) -> None:
+    wrong = planted(method, **changes)
+    result = bench_task(HeadProblem(TINY, CPU), "cache", [wrong, BY_NAME["torch"]], repeats=1)
+    assert set(result["contenders"]) == {"gemm", "torch"}
+    assert reason in result["failed"][wrong.name] and "not timed" in result["failed"][wrong.name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("task", ["pairs", "pairs-frozen"])
+def test_a_wrong_gradient_of_a_peer_is_refused_in_pairs(task: str, dtype: torch.dtype) -> None:
+    """A margin off by rounded logits moves the gradient too; a mistake of 5 % is told from it."""
+    problem = HeadProblem(Size("tiny", 256, dtype), CPU)
+    right = BY_NAME["torch"].run(problem, task)
+    problem.check(task, right, is_exact=False)
+    with pytest.raises(Wrong, match="dhidden is off by"):
+        assert right.dhidden is not None
+        problem.check(task, right._replace(dhidden=right.dhidden * 1.05), is_exact=False)
+
+
+def test_a_gradient_at_an_ignored_label_is_refused() -> None:
+    problem = HeadProblem(TINY, CPU)
+    right = BY_NAME["torch"].run(problem, "stash")
+    assert right.dhidden is not None
+    right.dhidden[(problem.labels == IGNORED).nonzero()[0, 0]] = 1e-6
+    with pytest.raises(Wrong, match="not 0 where there is no label"):
+        problem.check("stash", right, is_exact=False)
+
+
+def test_a_peer_that_raises_is_shown_as_such() -> None:
+    def run(problem: HeadProblem, task: str) -> Outcome:
+        raise RuntimeError("no kernel image\nis available")
+
+    broken = replace(BY_NAME["torch"], name="broken", run=run)
+    result = bench_task(HeadProblem(TINY, CPU), "score", [broken, BY_NAME["torch"]], repeats=1)
+    assert result["failed"] == {"broken": "RuntimeError: no kernel image"}
+    assert "torch" in result["contenders"]
+
+
+def test_a_peer_that_does_not_fit_is_listed_with_its_bytes() -> None:
+    huge = replace(BY_NAME["torch"], bytes_needed=lambda size: 2**60)
+    result = bench_task(HeadProblem(TINY, CPU), "score", [huge], repeats=1)
+    assert f"needs about {2**60} bytes" in result["not_run"]["torch"]
+
+
+def test_a_peer_that_is_not_installed_or_does_not_run_here_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl.kernels", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.chunked_loss", None)
+    names = ("trl", "liger-dpo", "cce", "cce-exact", "liger-scaled-ce-sm90", "torch-compacted")
+    result = bench_task(HeadProblem(TINY, CPU), "pairs", here(*names), repeats=1)
+    assert set(result["contenders"]) == {"gemm", "torch-compacted"}
+    assert "not installed" in result["not_run"]["trl"] and "trl==1.16.0" in result["not_run"]["trl"]
+    assert "liger-kernel==0.8.5" in result["not_run"]["liger-dpo"]
+    for name in ("cce", "cce-exact", "liger-scaled-ce-sm90"):
+        assert result["not_run"][name] == "runs on CUDA GPUs only"
+
+
+def test_ligers_adapter_hands_over_pairs_as_liger_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss written down in plain torch stands in: chosen rows first, targets (2P, T), no reference."""
+    module = ModuleType("liger_kernel.chunked_loss")
+
+    class Loss:
+        def __init__(self, *, ignore_index: int, beta: float, use_ref_model: bool, compiled: bool) -> None:
+            assert not use_ref_model and not compiled
+            self.ignored, self.beta = ignore_index, beta
+
+        def __call__(self, weight: Any, hidden: Any, target: Any) -> Any:
+            logps = (hidden @ weight.t()).log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+            chosen, rejected = (logps * (target != self.ignored)).sum(1).chunk(2)
+            loss = -torch.nn.functional.logsigmoid(self.beta * (chosen - rejected)).mean()
+            return loss, (chosen, rejected, None)
+
+    module.LigerFusedLinearDPOLoss = Loss  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.chunked_loss", module)
+    for task in OF_PAIRS:
+        result = bench_task(HeadProblem(TINY, CPU), task, here("liger-dpo"), repeats=1)
+        assert not result["failed"] and "liger-dpo" in result["contenders"]
+
+
+def test_every_peer_of_the_suite_has_an_adapter() -> None:
+    assert {peer.name for peer in peers.PEERS} == {
+        "torch", "torch-compacted", "torch-compile", "torch-linear-ce", "trl", "liger-dpo",
+        "liger-scaled-ce-sm90", "cce", "cce-exact", "quack",
     }  # fmt: skip
-    return {"environment": {"date": date, "device": "NVIDIA TEST", "nvidia_smi": {}}, "results": [result]}
+    modes = {ours.MODE[task] for task in PASSES} | {"recompute", "lean"}
+    assert modes == {"score", "stash", "cache", "pairs", "recompute", "lean"}
 
 
-def test_results_are_never_overwritten(tmp_path: Path) -> None:
-    paths = [write_results(payload(ratio), tmp_path) for ratio in (1.1, 1.2, 1.3)]
-    assert len(set(paths)) == 3
-    ratios = [read["results"][0]["contenders"]["triton"]["ratio_to_gemm"] for read in read_results(tmp_path)]
-    assert sorted(ratios) == [1.1, 1.2, 1.3]
-
-
-def test_a_file_of_another_schema_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "old.json").write_text(json.dumps({"schema": 0}))
-    with pytest.raises(ValueError, match="old.json: schema 0"):
-        read_results(tmp_path)
-
-
-def test_the_table_shows_the_newest_measurement_and_what_was_not_run(tmp_path: Path) -> None:
-    assert tables.head_table([]).count("*not run*") == 12
-    write_results(payload(1.5, "2026-01-01T00:00:00+00:00"), tmp_path)
-    write_results(payload(1.125, "2026-01-02T00:00:00+00:00"), tmp_path)
-    table = tables.head_table(read_results(tmp_path))
-    assert "1.125 (triton, 10.0 ms, 0.50 GiB)" in table and "1.500" not in table
-    assert table.count("*not run*") == 11
-
-
-def test_a_cpu_result_does_not_fill_the_gpu_table(tmp_path: Path) -> None:
-    cpu = payload(1.1)
-    del cpu["environment"]["nvidia_smi"]
-    write_results(cpu, tmp_path)
-    assert tables.head_table(read_results(tmp_path)).count("*not run*") == 12
-
-
-def test_the_readme_is_what_the_results_give() -> None:
-    assert tables.main(["--check"]) == 0
-
-
-def test_a_readme_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="losses:begin"):
-        tables.render("no markers", [])
+def test_the_pins_of_the_peers_are_those_of_the_extra() -> None:
+    """What a reason tells a reader to install is what the project names."""
+    pyproject = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
+    source = Path(peers.__file__).read_text()
+    for pin in ("liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "quack-kernels==0.6.5", "trl==1.16.0"):
+        assert pin in pyproject and pin.split("==")[1] in source

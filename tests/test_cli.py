@@ -292,11 +292,11 @@ def test_bench_runs_a_suite_of_the_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
-    options = ["--device", "cpu", "--quick", "--repeats", "1", "--results", str(tmp_path)]
-    assert main(["bench", "head", *options]) == 0
+    options = ["--device", "cpu", "--preset", "tiny", "--repeats", "1", "--results", str(tmp_path)]
+    assert main(["bench", "row", *options]) == 0
     assert len(list(tmp_path.glob("*.json"))) == 1
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", "head"]) == 2
+    assert main(["bench", "row"]) == 2
     assert "wanted the root of a checkout" in capsys.readouterr().err
 
 

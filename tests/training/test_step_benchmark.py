@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import step
-from benchmarks.harness import read_results
+from benchmarks.results import read_results
 from fastdpo.training.trainer import PreferenceTrainer
 from tests.training.conftest import make_rows, write_jsonl
 
@@ -37,6 +37,22 @@ def test_all_contenders_agree(data: str, tmp_path: Path):
     assert abs(cells["trl"]["losses"][0] - 0.6931) > 1e-3  # there is something to agree on
     positions = [cells[name]["backbone_positions_per_pair"] for name in step.OURS]
     assert positions == sorted(positions, reverse=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+def test_all_contenders_agree_on_an_adapter_and_pairs_made_up():
+    pytest.importorskip("trl", minversion="1.15")
+    pytest.importorskip("peft")
+    names = ("trl-compacted", "shared_prompt")
+    brief = {"check_steps": 2, "steps": 1, "rounds": 1}
+    result = step.bench_step("tiny-lora", torch.device("cpu"), "fp32", contenders=names, **brief)
+    assert not result["failed"] and set(result["contenders"]) == set(names)
+    losses = [cell["losses"] for cell in result["contenders"].values()]
+    # fp32 sums of some thousand tokens of 1e-5 nats, times beta: as LOSS_BOUND has it, a tenth of that.
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert abs(losses[0][0] - 0.6931) > 1e-3
+    assert "made up" in result["data"]
 
 
 def test_a_wrong_contender_is_not_timed(

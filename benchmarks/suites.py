@@ -1,0 +1,284 @@
+"""What each suite measures, at which sizes: cases in the order they run.
+
+``tiny`` is for tests, ``small`` for a CPU, ``gpu`` what an H200 should do in about 25 minutes: every model at
+N = 16384, one model over N and over the share of ignored labels; ``full`` is every model at every N and
+share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.memory import bench_memory, memory_key
+from benchmarks.op import METHODS, bench_task, op_key
+from benchmarks.problem import MODELS, PASSES, HeadProblem, Size
+from benchmarks.rows import VOCABULARIES, bench_rows, row_key
+from fastdpo.ops.backends import DEVICE_TYPE, unavailable_reason
+
+SUITES = ("op", "row", "step", "memory", "accuracy")
+PRESETS = ("tiny", "small", "gpu", "full")
+# Whose targets are in DESIGN section 6.
+TARGET_MODELS = ("llama-3-8b", "qwen2.5-7b", "gemma-2-9b")
+REAL_MODELS = tuple(name for name in MODELS if name not in ("small", "tiny"))
+TOKENS = (1024, 4096, 16384, 65536)
+IGNORED_PERCENT = (0, 50, 80)
+CENTRE = Size("llama-3-8b", 16384)
+COMPILED = "left out: compiled anew for every size; timed at one size of a preset, or when asked for"
+BY_REQUEST = "left out: not asked for"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement, and what it takes.
+
+    Args:
+        key: its name in result files.
+        cost: seconds it may take; only their proportions matter, for the time left.
+        bytes_needed: of memory, at least; a case that does not fit is skipped.
+    """
+
+    key: str
+    suite: str
+    run: Callable[[], dict[str, Any]]
+    cost: float
+    bytes_needed: int = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line narrows a suite to."""
+
+    device: torch.device
+    preset: str
+    repeats: int
+    seconds: float
+    models: Sequence[str] | None = None
+    tokens: Sequence[int] | None = None
+    tasks: Sequence[str] | None = None
+    contenders: Sequence[str] | None = None
+    without: Sequence[str] = ()
+    data: str | None = None
+
+    def seconds_of(self, flop: float) -> float:
+        """Of products, guessed: a GPU's tensor cores, or one CPU thread."""
+        return flop / (5e14 if self.device.type == "cuda" else 2e10)
+
+
+def make_cases(suite: str, options: Options) -> list[Case]:
+    """
+    Raises:
+        ValueError: nothing is left of the suite, or of a name that there is not.
+    """
+    known = {method.name for method in METHODS}
+    for name in (*(options.contenders or ()), *options.without):
+        if name not in known and suite in ("op", "accuracy", "memory"):
+            raise ValueError(f"contender: got {name!r}, wanted one of {', '.join(sorted(known))}")
+    makers = {
+        "op": op_cases,
+        "accuracy": accuracy_cases,
+        "memory": memory_cases,
+        "row": row_cases,
+        "step": step_cases,
+    }
+    cases = makers[suite](options)
+    if not cases:
+        raise ValueError(f"{suite}: no size of {options.preset!r} is left of those asked for")
+    return cases
+
+
+def op_sizes(preset: str) -> list[tuple[Size, tuple[str, ...]]]:
+    """Sizes, and which tasks at each."""
+    every = tuple(PASSES)
+    if preset == "tiny":
+        return [(Size("tiny", 256, torch.float32, 50), every)]
+    if preset == "small":
+        return [(Size("small", 1024, torch.float32, share), every) for share in IGNORED_PERCENT]
+    if preset == "full":
+        return [
+            (Size(model, tokens, ignored_percent=share), every)
+            for model in REAL_MODELS for tokens in TOKENS for share in IGNORED_PERCENT
+        ]  # fmt: skip
+    both = ("stash", "pairs")
+    sizes = [(CENTRE, every)]
+    sizes += [(replace(CENTRE, num_tokens=n), both) for n in TOKENS if n != CENTRE.num_tokens]
+    sizes += [(replace(CENTRE, ignored_percent=share), both) for share in IGNORED_PERCENT[1:]]
+    for model in REAL_MODELS:
+        if model != CENTRE.model:
+            sizes.append((replace(CENTRE, model=model), ("score", *both) if model in TARGET_MODELS else both))
+    return sizes + [(Size(model, 4096), ("cache",)) for model in TARGET_MODELS]
+
+
+def op_cases(options: Options) -> list[Case]:
+    return _head_cases(options, op_sizes(options.preset), is_timed=True)
+
+
+def accuracy_cases(options: Options) -> list[Case]:
+    """Errors do not depend on how long a run is: N = 4096 is enough for chunks, groups and sums in bf16."""
+    every = tuple(PASSES)
+    sizes = {
+        "tiny": [(Size("tiny", 256, dtype), every) for dtype in (torch.bfloat16, torch.float32)],
+        # Products of 16-bit operands are slow on a CPU that has no instructions for them.
+        "small": [(Size("tiny", 2048), every), (Size("small", 1024, torch.float32), every)],
+        "gpu": [(Size(model, 4096), ("cache", "pairs", "ce")) for model in TARGET_MODELS],
+        "full": [(Size(model, 4096), every) for model in REAL_MODELS],
+    }
+    return _head_cases(options, sizes[options.preset], is_timed=False)
+
+
+@lru_cache(maxsize=1)
+def problem_of(size: Size, device: torch.device) -> HeadProblem:
+    """One problem at a time: the tasks of a size follow each other."""
+    return HeadProblem(size, device)
+
+
+def _head_cases(
+    options: Options, sizes: Sequence[tuple[Size, tuple[str, ...]]], *, is_timed: bool
+) -> list[Case]:
+    cases = []
+    for size, of_size in sizes:
+        if options.models is not None and size.model not in options.models:
+            continue
+        if options.tokens is not None and size.num_tokens not in options.tokens:
+            continue
+        tasks = [task for task in of_size if task in (options.tasks or of_size)]
+        for task in tasks:
+            left_out = _left_out(options, keeps_compiled=size in (CENTRE, Size("small", 1024, torch.float32)))
+
+            def run(
+                size: Size = size, task: str = task, left_out: Mapping[str, str] = left_out
+            ) -> dict[str, Any]:  # fmt: skip
+                return bench_task(
+                    problem_of(size, options.device), task, repeats=options.repeats, seconds=options.seconds,
+                    is_timed=is_timed, left_out=left_out,
+                )  # fmt: skip
+
+            key = op_key("op" if is_timed else "accuracy", size, task)
+            suite = "op" if is_timed else "accuracy"
+            once = options.seconds_of(12 * size.flop(task))  # of some twelve contenders
+            cost = 1 + 2 * once
+            if is_timed:
+                cost += max(min(options.seconds, (options.repeats + 3) * once), 8 * once)
+            cases.append(Case(key, suite, run, cost, size.bytes_needed(task)))
+    return cases
+
+
+def memory_cases(options: Options) -> list[Case]:
+    """From a centre along each axis; T at a fixed N, so that only the length of a pair changes."""
+    if options.preset in ("tiny", "small"):
+        base = Size("tiny", 512, torch.float32, vocab=8000)
+        points = {"N": [512]} if options.preset == "tiny" else {
+            "N": [512, 1024, 2048, 4096], "V": [4000, 8000, 16000, 32000], "T": [128, 256, 512, 1024]
+        }  # fmt: skip
+        if options.preset == "small":
+            base = replace(base, model="small", num_tokens=2048, vocab=None)
+    else:
+        base = CENTRE
+        points = {
+            "N": [2048, 8192, 16384, 32768], "V": [32000, 128256, 152064, 256000],
+            "T": [512, 1024, 2048, 4096],
+        }  # fmt: skip
+    # The frozen head over N alone: its curves over V and T are those of the trained one less dweight.
+    tasks = [task for task in ("pairs", "pairs-frozen") if task in (options.tasks or PASSES)]
+    left_out = _left_out(options, keeps_compiled=False)
+    cases = []
+    for axis, values in points.items():
+        for value in values:
+            size = {
+                "N": replace(base, num_tokens=value),
+                "V": replace(base, vocab=value),
+                "T": replace(base, sequence_length=value),
+            }[axis]
+            for task in tasks if axis == "N" and options.preset != "tiny" else tasks[:1]:
+
+                def run(axis: str = axis, size: Size = size, task: str = task) -> dict[str, Any]:
+                    return bench_memory(axis, size, task, options.device, left_out)
+
+                # Starting a process takes longer than what it measures; on a CPU every method has its own.
+                cost = (10 if options.device.type == "cuda" else 40) + options.seconds_of(
+                    30 * size.flop(task)
+                )
+                cases.append(Case(memory_key(axis, size, task), "memory", run, cost, size.bytes_held))
+    return cases
+
+
+def row_cases(options: Options) -> list[Case]:
+    tiny = options.preset == "tiny"
+    vocabularies = (4001,) if tiny else (32000,) if options.preset == "small" else VOCABULARIES
+    rows = 64 if options.preset in ("tiny", "small") else 2048
+    backends = [name for name in DEVICE_TYPE if unavailable_reason(name, options.device) is None] or [
+        "reference"
+    ]
+    cases = []
+    for vocab in vocabularies:
+        for dtype in (torch.float32, torch.bfloat16):
+
+            def run(vocab: int = vocab, dtype: torch.dtype = dtype) -> dict[str, Any]:
+                return bench_rows(
+                    options.device, backends, vocab=vocab, logits_dtype=dtype, rows=rows,
+                    repeats=options.repeats, seconds=options.seconds,
+                )  # fmt: skip
+
+            key = row_key(vocab, rows, dtype)
+            cases.append(Case(key, "row", run, 1 + rows * vocab / 1e8, 3 * rows * vocab * 4))
+    return cases
+
+
+# Sizes of `benchmarks.step` and their precision.
+STEPS = {
+    "tiny": (("tiny", "fp32"), ("tiny-lora", "fp32")),
+    "small": (("small-llama", "fp32"),),
+    "gpu": (("qwen2.5-0.5b", "bf16"), ("llama-3.2-1b", "bf16"), ("llama-3-8b-lora", "bf16")),
+}
+
+
+def step_cases(options: Options) -> list[Case]:
+    """Whole steps; ``repeats`` is of a GPU's kernels, not of steps, which have their own."""
+    try:
+        from benchmarks.step import CONTENDERS, SIZES, bench_step, step_key  # trainers take seconds to import
+    except ImportError as error:
+        raise ValueError(f"step: cannot run here: {error}") from error
+
+    names = [name for name in CONTENDERS if name in (options.contenders or CONTENDERS)]
+    names = [name for name in names if name not in options.without]
+    if not names:
+        raise ValueError(f"contender: got {options.contenders}, wanted names from {', '.join(CONTENDERS)}")
+    if options.device.type == "cuda" and options.contenders is None:
+        names.remove("trl-compacted")  # there TRL drops unlabelled tokens by itself
+    brief = {"check_steps": 2, "steps": 1, "rounds": 1} if options.preset == "tiny" else {}
+    cases = []
+    for model, precision in STEPS.get(options.preset, STEPS["gpu"]):
+        if options.models is not None and model not in options.models:
+            continue
+
+        def run(model: str = model, precision: str = precision) -> dict[str, Any]:
+            data = None if options.data is None else Path(options.data)
+            return bench_step(model, options.device, precision, data=data, contenders=names, **brief)
+
+        size = SIZES[model]
+        weights = (
+            size.layers * size.hidden * (4 * size.hidden + 3 * size.intermediate) + size.vocab * size.hidden
+        )
+        # Policy, gradient, two moments and the reference in fp32; an adapted one holds 16 bits of one model.
+        held = weights * (2 if size.is_adapted and precision == "bf16" else 20)
+        # Forward and backward of the policy, forward of the reference: 8 FLOP a weight and token.
+        cost = 30 + options.seconds_of(8 * weights * size.pairs * 1500 * (10 if brief else 70))
+        cases.append(Case(step_key(model, precision), "step", run, cost, held))
+    return cases
+
+
+def _left_out(options: Options, *, keeps_compiled: bool) -> dict[str, str]:
+    """Methods that are not to run, by name, with the reason that the tables give."""
+    reasons = {}
+    for method in METHODS:
+        asked = options.contenders is None or method.name in options.contenders
+        if not asked or method.name in options.without:
+            reasons[method.name] = BY_REQUEST
+        elif method.is_compiled and options.contenders is None and not keeps_compiled:
+            reasons[method.name] = COMPILED
+    return reasons

@@ -1,0 +1,145 @@
+"""Tables and plots are what the results give; a CPU's numbers never stand in a GPU's table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import run, tables
+from benchmarks.op import METHODS
+from benchmarks.plots import PLOTS, check_plots, plot_files, write_plots
+from benchmarks.results import read_results, write_results
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKERS = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("losses", "results", "peers"))
+
+
+def payload(ratio: float, date: str = "2026-01-01T00:00:00+00:00", **more: Any) -> dict[str, Any]:
+    cell = {"median_ms": 10.0, "noise": 0.01, "ratio_to_gemm": ratio, "peak_mib": 512.0, "samples_ms": [10.0]}
+    peer = {**cell, "median_ms": 15.0, "ratio_to_gemm": 1.5 * ratio}
+    key = {"model": "llama-3-8b", "num_tokens": 16384, "dtype": "bfloat16", "task": "stash"}
+    result = {
+        "suite": "op", "key": "op/llama/stash", "ignored_percent": 0, "hidden_size": 4096,
+        "vocab_size": 128256, "failed": {}, "not_run": {"cce-exact": "not installed"}, **key,
+        "contenders": {
+            "gemm": {**cell, "ratio_to_gemm": 1.0}, "fastdpo-triton": cell, "trl": peer,
+            "fastdpo-bf16-logits": {**cell, "ratio_to_gemm": 1.001},
+        },
+    } | more  # fmt: skip
+    info = {
+        "date": date, "device": "NVIDIA TEST", "nvidia_smi": {}, "commit": "0" * 40,
+        "has_uncommitted_changes": False, "packages": {"torch": "2.13.0", "trl": None},
+    }  # fmt: skip
+    return {"environment": info, "results": [result]}
+
+
+def of_cpu(ratio: float) -> dict[str, Any]:
+    cpu = payload(ratio)
+    del cpu["environment"]["nvidia_smi"]
+    cpu["environment"]["device"] = "CPU test"
+    return cpu
+
+
+def test_the_table_shows_the_newest_measurement_and_what_was_not_run(tmp_path: Path) -> None:
+    assert tables.head_table([]).count("*not run*") == 12
+    assert tables.peer_targets_table([]).count("*not run*") == len(tables.PEER_TARGETS)
+    write_results(payload(1.5, "2026-01-01T00:00:00+00:00"), tmp_path)
+    write_results(payload(1.125, "2026-01-02T00:00:00+00:00"), tmp_path)
+    results = read_results(tmp_path)
+    table = tables.head_table(results)
+    # The opt-in for rounded logits is faster, and not what the table is about.
+    assert "1.125 (fastdpo-triton, 10.0 ms, 0.50 GiB)" in table and "1.500" not in table
+    assert table.count("*not run*") == 11
+    peers = tables.peer_targets_table(results)
+    assert "| `trl` | `stash` | 1.45 x | 1.50 +- 0.02 (fastdpo-triton) |" in peers
+    assert "| `cce-exact` | `stash` | 3.00 x | not installed |" in peers
+
+
+def test_a_cpu_result_does_not_fill_a_gpu_table(tmp_path: Path) -> None:
+    write_results(of_cpu(1.1), tmp_path)
+    results = read_results(tmp_path)
+    assert tables.head_table(results).count("*not run*") == 12
+    assert tables.peer_targets_table(results).count("*not run*") == len(tables.PEER_TARGETS)
+    gpu, cpu = tables.document(results).split("## On a CPU")
+    assert "*not run*: `make gpu`" in gpu and "| `trl`" not in gpu
+    assert "numbers of a CPU" in cpu and "1.65 x" in cpu
+
+
+def test_what_failed_and_what_was_skipped_stand_in_the_page(tmp_path: Path) -> None:
+    write_results(payload(1.1, failed={"quack": "RuntimeError: no kernel image"}), tmp_path)
+    skipped = payload(1.1, key="op/other", skipped="does not fit: needs at least 99 bytes", contenders={})
+    write_results(skipped, tmp_path)
+    page = tables.document(read_results(tmp_path))
+    assert "* `quack`: FAILED: RuntimeError: no kernel image" in page
+    assert "* `cce-exact`: not installed" in page
+    assert "* skipped: does not fit: needs at least 99 bytes" in page
+
+
+def test_the_readme_the_page_and_the_plots_are_what_the_results_give() -> None:
+    assert tables.main(["--check"]) == 0
+
+
+def test_a_readme_without_markers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="losses:begin"):
+        tables.render("no markers", [])
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    folders = ["--readme", str(readme), "--docs", str(tmp_path), "--results", str(tmp_path)]
+    assert tables.main(folders) == 2
+    assert "losses:begin" in capsys.readouterr().err
+    assert readme.read_text() == "no markers" and list(tmp_path.iterdir()) == [readme]
+
+
+def test_one_command_gives_json_tables_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    left_out = [m.name for m in METHODS if m.name not in ("fastdpo-cpu", "torch", "cce")]
+    brief = ["--device", "cpu", "--preset", "tiny", "--repeats", "2", "--tasks", "stash", "pairs"]
+    words = ["op", "row", "accuracy", "memory", *brief, "--without", *left_out]
+    assert run.main([*words, "--results", str(tmp_path / "results")]) == 0
+    shown = capsys.readouterr().out
+    assert "x GEMM" in shown and "cce                    not run: runs on CUDA GPUs only" in shown
+    (result,) = read_results(tmp_path / "results")
+    assert {r["suite"] for r in result["results"]} == {"op", "row", "accuracy", "memory"}
+    assert result["environment"]["packages"]["torch"] and result["settings"]["preset"] == "tiny"
+    timed = next(r for r in result["results"] if r["key"].endswith("/stash") and r["suite"] == "op")
+    assert len(timed["contenders"]["torch"]["samples_ms"]) == 2
+
+    docs, readme = tmp_path / "docs", tmp_path / "README.md"
+    readme.write_text(MARKERS)
+    places = ["--readme", str(readme), "--docs", str(docs), "--results", str(tmp_path / "results")]
+    assert tables.main([*places, "--check"]) == 1
+    assert tables.main(places) == 0 and tables.main([*places, "--check"]) == 0
+    page = (docs / "benchmarks.md").read_text()
+    for plot in PLOTS:
+        assert f"plots/cpu-{plot.name}.svg" in page
+        assert "</svg>" in (docs / "plots" / f"cpu-{plot.name}.svg").read_text()
+    assert not list((docs / "plots").glob("gpu-*"))
+
+    # One number changed by hand, in the results or in the page, is found.
+    (docs / "benchmarks.md").write_text(page.replace("ms", "s", 1))
+    assert tables.main([*places, "--check"]) == 1
+    assert tables.main(places) == 0
+    path = tmp_path / "results" / result["file"]
+    changed = json.loads(path.read_text())
+    next(r for r in changed["results"] if r["key"] == timed["key"])["contenders"]["torch"][
+        "ratio_to_gemm"
+    ] += 1
+    path.write_text(json.dumps(changed))
+    capsys.readouterr()
+    assert tables.main([*places, "--check"]) == 1
+    assert "cpu-time.svg" in capsys.readouterr().err
+
+
+def test_a_plot_of_results_that_are_gone_is_removed_and_others_are_left(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    cases = {"gpu": payload(1.1)["results"], "cpu": []}
+    assert set(plot_files(cases)) == {"gpu-time.svg"}
+    (tmp_path / "mine.svg").write_text("<svg/>")
+    assert check_plots(cases, tmp_path) == ["gpu-time.svg"]
+    assert [path.name for path in write_plots(cases, tmp_path)] == ["gpu-time.svg"]
+    assert write_plots(cases, tmp_path) == [] and check_plots(cases, tmp_path) == []
+    write_plots({"gpu": [], "cpu": []}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.svg"]
