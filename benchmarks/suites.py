@@ -232,7 +232,7 @@ def row_cases(options: Options) -> list[Case]:
 # Sizes of `benchmarks.step` and their precision.
 STEPS = {
     "tiny": (("tiny", "fp32"), ("tiny-lora", "fp32")),
-    "small": (("small-llama", "fp32"),),
+    "small": (("mini-llama", "fp32"), ("small-llama", "fp32")),
     "gpu": (("qwen2.5-0.5b", "bf16"), ("llama-3.2-1b", "bf16"), ("llama-3-8b-lora", "bf16")),
 }
 
