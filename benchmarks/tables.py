@@ -116,6 +116,44 @@ def _speedup(result: Result | None, peer: str) -> str:
     return f"{ratio:.2f} +- {ratio * noise:.2f} ({best})"
 
 
+def steps_table(results: Sequence[Result]) -> str:
+    """Whole steps beside TRL's trainer, of GPUs first; *not run* where nothing was measured."""
+    lines = [
+        "| device | model | contender | s a step | median | against TRL | positions a pair | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    files = set()
+    for of_gpu in (True, False):
+        cases = [r for r in newest(results, of_gpu=of_gpu).values() if r["suite"] == "step"]
+        cases = [case for case in cases if case.get("contenders")]
+        if not cases:
+            lines.append(f"| {'GPU' if of_gpu else 'CPU'} | {NOT_RUN} | | | | | | |")
+        for case in cases:
+            files.add(case["file"])
+            seconds = {name: seconds_a_step(case, name) for name in case["contenders"]}
+            # On a GPU TRL drops unlabelled tokens by itself.
+            rival = seconds.get("trl-compacted", seconds.get("trl"))
+            for name, cell in case["contenders"].items():
+                ratio = NOT_RUN if rival is None else f"{rival / seconds[name]:.2f} x"
+                peak = "" if cell.get("peak_mib") is None else f"{cell['peak_mib']:.0f}"
+                lines.append(
+                    f"| {case['environment']['device']} | {case['model']} | `{name}` | {seconds[name]:.2f} | "
+                    f"{cell['median_ms'] / 1e3:.2f} +- {100 * cell['noise']:.0f} % | {ratio} | "
+                    f"{cell['backbone_positions_per_pair']:.0f} | {peak} |"
+                )
+    source = ", ".join(f"`benchmarks/results/{name}`" for name in sorted(files))
+    return "\n".join([*lines, "", f"Measured: {source}." if files else "Nothing has been recorded yet."])
+
+
+def seconds_a_step(case: Result, contender: str) -> float:
+    """The mean over the steps of each one's fastest round.
+
+    Steps are of unlike size, and the same in every round: what else the machine did only adds to a time.
+    """
+    samples, steps = case["contenders"][contender]["samples_ms"], case["steps"]
+    return sum(min(samples[i::steps]) for i in range(steps)) / steps / 1e3
+
+
 def document(results: Sequence[Result]) -> str:
     """``docs/benchmarks.md``."""
     parts = [
@@ -251,7 +289,8 @@ def render(readme: str, results: Sequence[Result]) -> str:
     """
     readme = _replace(readme, "losses", losses_table())
     readme = _replace(readme, "results", head_table(results))
-    return _replace(readme, "peers", peer_targets_table(results))
+    readme = _replace(readme, "peers", peer_targets_table(results))
+    return _replace(readme, "steps", steps_table(results))
 
 
 def _replace(readme: str, name: str, table: str) -> str:

@@ -178,7 +178,7 @@ def fused_dpo_loss(
 
     # The reference's rows go through the same chunks as the policy's, right behind them where both have the
     # same head, so that policy == reference bit for bit.
-    mode = _settle_mode(run, hidden, head, objective, loss_arguments)
+    mode = _settle_mode(run, hidden, head, objective, [token_weights, *loss_arguments.values()])
     rows = (tokens.target_ids, tokens.token_index, tokens.index_kind)
     if ref_hidden is not None and not is_shared:
         how = replace(run, mode=mode if mode == "lean" else "score")
@@ -280,11 +280,11 @@ def _given_reference(ref_logps: Tensor | None, tokens: AnswerTokens, weights: Te
 
 
 def _settle_mode(
-    run: Execution, hidden: Tensor, head: LMHead, objective: Objective, loss_arguments: dict[str, Any]
+    run: Execution, hidden: Tensor, head: LMHead, objective: Objective, arguments: Sequence[Any]
 ) -> str:
     """The mode that runs. ``pairs`` makes gradients of hidden states and head only, once, for this loss."""
     check_inputs(hidden, head)
-    tensors = [value for value in loss_arguments.values() if isinstance(value, Tensor)]
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
     # fp16 gradients are too small before a loss scaler has had its say, which comes with the backward pass.
     is_fp16 = resolve_dtypes(hidden, head.weight, run)[0] == torch.float16
     has_pair_loss = (

@@ -6,7 +6,7 @@ half, under the key ``objective`` of the op's table of losses.
 
 from __future__ import annotations
 
-from ast import literal_eval
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -114,7 +114,7 @@ def pack_objective(
     token_weights: Tensor | None,
     uses_nll: bool,
 ) -> tuple[str, list[Tensor]]:
-    """An objective and all it needs of a batch as an op can carry it: text and tensors.
+    """An objective and all it needs of a batch as an op can carry it: JSON and tensors.
 
     The counts to divide by are the whole batch's where ``loss_arguments`` has none: every group uses them.
     """
@@ -124,6 +124,14 @@ def pack_objective(
     if not given.keys() & {"num_pairs", "num_tokens"}:
         given["num_pairs"] = pair.is_scored.sum().clamp(min=1)
         given["num_tokens"] = pair.nll_count.sum().clamp(min=1)
+    # A number that is on the host already travels as one: kernels want tensors where their tokens are.
+    device = tokens.segment_ids.device
+    given = {
+        name: value.item()
+        if isinstance(value, Tensor) and value.dim() == 0 and value.device.type == "cpu" != device.type
+        else value
+        for name, value in given.items()
+    }
     arguments = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
     tensors = {f"loss.{name}": value for name, value in given.items() if isinstance(value, Tensor)}
     tensors |= {"segment_ids": tokens.segment_ids, "offsets": tokens.offsets}
@@ -134,12 +142,21 @@ def pack_objective(
         "token_weights": token_weights,
     }
     tensors |= {name: value for name, value in optional.items() if value is not None}
-    return repr((arguments, list(tensors))), list(tensors.values())
+    return json.dumps([arguments, list(tensors)], default=_plain), list(tensors.values())
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays, which losses take like any others."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(
+        f"loss options: got {type(value).__name__}, wanted numbers, text, lists of these or tensors"
+    )
 
 
 def _unpack_objective(parameters: str, tensors: Sequence[Tensor]) -> GroupLoss:
     """What ``pack_objective`` made, as a function of a group."""
-    constants, names = literal_eval(parameters)
+    constants, names = json.loads(parameters)
     named = dict(zip(names, tensors, strict=True))
     segment_ids, offsets = named["segment_ids"], named["offsets"]
     batch = AnswerTokens(

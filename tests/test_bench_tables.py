@@ -14,7 +14,8 @@ from benchmarks.plots import PLOTS, check_plots, plot_files, write_plots
 from benchmarks.results import read_results, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKERS = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("losses", "results", "peers"))
+NAMES = ("losses", "results", "peers", "steps")
+MARKERS = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in NAMES)
 
 
 def payload(ratio: float, date: str = "2026-01-01T00:00:00+00:00", **more: Any) -> dict[str, Any]:
@@ -66,6 +67,24 @@ def test_a_cpu_result_does_not_fill_a_gpu_table(tmp_path: Path) -> None:
     gpu, cpu = tables.document(results).split("## On a CPU")
     assert "*not run*: `make gpu`" in gpu and "| `trl`" not in gpu
     assert "numbers of a CPU" in cpu and "1.65 x" in cpu
+
+
+def test_steps_are_compared_by_each_ones_fastest_round(tmp_path: Path) -> None:
+    assert tables.steps_table([]).count("*not run*") == 2
+    cell = {"median_ms": 2000.0, "noise": 0.1, "backbone_positions_per_pair": 100.0, "peak_mib": None}
+    contenders = {
+        # Three rounds of two steps; the second round was disturbed.
+        "trl-compacted": {**cell, "samples_ms": [4000.0, 2000.0, 9000.0, 9000.0, 4000.0, 2000.0]},
+        "packed": {**cell, "samples_ms": [2000.0, 1000.0, 2000.0, 1000.0, 8000.0, 8000.0]},
+    }
+    more = {"suite": "step", "key": "step/mini/fp32", "model": "mini", "steps": 2, "contenders": contenders}
+    result = of_cpu(1.0)
+    result["results"][0] |= more
+    write_results(result, tmp_path)
+    table = tables.steps_table(read_results(tmp_path))
+    assert "| CPU test | mini | `trl-compacted` | 3.00 | 2.00 +- 10 % | 1.00 x | 100 |  |" in table
+    assert "| CPU test | mini | `packed` | 1.50 | 2.00 +- 10 % | 2.00 x | 100 |  |" in table
+    assert "| GPU | *not run* |" in table and table.count("*not run*") == 1
 
 
 def test_what_failed_and_what_was_skipped_stand_in_the_page(tmp_path: Path) -> None:

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from fastdpo.functional import fused_dpo_loss
 from fastdpo.integrations.lm_head import ModelTail, current_head, examine, logit_transform, unwrap
 from fastdpo.integrations.probe import HEAD_ARGUMENTS, load_balancing_loss
 from fastdpo.ops.checks import check_execution, check_outputs, fail
 from fastdpo.ops.linear_logprob import linear_logprob
-from fastdpo.types import Execution, LinearLogprobOutput, LMHead, TokenLayout
+from fastdpo.types import DPOLossOutput, Execution, LinearLogprobOutput, LMHead, TokenLayout
 
 
 @dataclass
@@ -35,10 +36,12 @@ class FusedLMOutput(ModelOutput):
 
     Entry [b, t] belongs to ``labels[b, t]`` given the tokens before t. At t = 0 and where the label is
     ignored all are 0 (False). With a ``token_layout`` they are ``(N,)``, in its order. In nats; float32, or
-    float64 for float64 operands.
+    float64 for float64 operands. For ``pair_loss``, the loss of a batch of pairs instead of them.
 
     Args:
-        logps: log-probabilities of the labels, differentiable.
+        loss: ``()``, of the batch's pairs, differentiable; None without ``pair_loss``, like the next.
+        pair_loss: what ``fused_dpo_loss`` returned, ``loss`` included.
+        logps: log-probabilities of the labels, differentiable; None with ``pair_loss``, like the next six.
         logps_mask: bool, True where a label was scored; None with a ``token_layout``.
         lse: logsumexp of the logits, differentiable. Like the next four, None unless in ``logps_outputs``.
         entropy: of the distribution over the vocabulary, in nats.
@@ -49,6 +52,8 @@ class FusedLMOutput(ModelOutput):
         past_key_values, hidden_states, attentions, router_logits: as the backbone returned them.
     """
 
+    loss: Tensor | None = None
+    pair_loss: DPOLossOutput | None = None
     logps: Tensor | None = None
     logps_mask: Tensor | None = None
     lse: Tensor | None = None
@@ -88,6 +93,10 @@ def patch_model(
     the tokens they predict; the results are then ``(N,)``. With it, ``row_batches`` may stand in for the
     inputs: a list of their dicts (``input_ids``, ``position_ids``, ``attention_mask`` ...), for each of which
     the backbone runs once; the layout counts the positions of all of them, one after the other.
+
+    ``pair_loss``, a dict of arguments of `fused_dpo_loss` (``loss_type``, ``beta``, ``ref_logps`` ...), asks
+    for the loss of a batch of pairs, chosen answers first, in place of log-probabilities. The head may then
+    run in mode ``pairs``, which it cannot where the loss is made of what the model returned.
 
     Patch before ``accelerator.prepare``; before or after DDP, torch.compile and PEFT. Adapters of the
     backbone are part of it; of what PEFT does to a head, ``modules_to_save`` and LoRA are supported.
@@ -204,21 +213,24 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
         logps_outputs: Sequence[str] = (),
         token_layout: TokenLayout | None = None,
         row_batches: Sequence[Mapping[str, Any]] | None = None,
+        pair_loss: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         if not return_logps:
             if logps_outputs:
                 raise fail("logps_outputs", repr(logps_outputs), "return_logps=True with it")
-            if token_layout is not None or row_batches is not None:
-                raise fail("token_layout, row_batches", "a value", "return_logps=True with it")
+            if token_layout is not None or row_batches is not None or pair_loss is not None:
+                raise fail("token_layout, row_batches, pair_loss", "a value", "return_logps=True with it")
             return original.forward(self, *args, **kwargs)
         if repeated := set(names[: len(args)]) & kwargs.keys():
             raise TypeError(f"forward() got multiple values for {sorted(repeated)}")
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         outputs = check_outputs(logps_outputs, False)
+        if pair_loss is not None and outputs:
+            raise fail("logps_outputs", repr(logps_outputs), "none with pair_loss, whose metrics have them")
         if token_layout is None and row_batches is None:
-            return _fused_forward(self, hook, arguments, outputs)
-        return _layout_forward(self, hook, arguments, outputs, token_layout, row_batches)
+            return _fused_forward(self, hook, arguments, outputs, pair_loss)
+        return _layout_forward(self, hook, arguments, outputs, token_layout, row_batches, pair_loss)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         reduced = super(patched, self).__reduce_ex__(protocol)
@@ -248,7 +260,11 @@ def _rebuild(original: Any, hook: _Hook) -> Any:
 
 
 def _fused_forward(
-    model: Any, hook: _Hook, arguments: dict[str, Any], outputs: tuple[str, ...]
+    model: Any,
+    hook: _Hook,
+    arguments: dict[str, Any],
+    outputs: tuple[str, ...],
+    pair_loss: Mapping[str, Any] | None,
 ) -> FusedLMOutput:
     labels = arguments.get("labels")
     if not isinstance(labels, Tensor):
@@ -259,6 +275,9 @@ def _fused_forward(
         raise fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(hidden.shape[:-1])} to match the input")
 
     head, device = _head_for(model, hidden)
+    passed = _passed_through(model, hook.tail, inputs, result)
+    if pair_loss is not None:
+        return _pair_loss(hook, hidden.to(device), head, labels.to(device), None, pair_loss, passed)
     # Position t predicts the label at t + 1; the last predicts none.
     targets = F.pad(labels.to(device)[:, 1:], (0, 1), value=hook.ignore_index)
     scored = linear_logprob(
@@ -272,7 +291,7 @@ def _fused_forward(
     return FusedLMOutput(
         **_aligned_with_labels(scored),
         logps_mask=(targets != hook.ignore_index).roll(1, dims=1),
-        **_passed_through(model, hook.tail, inputs, result),
+        **passed,
     )
 
 
@@ -283,8 +302,9 @@ def _layout_forward(
     outputs: tuple[str, ...],
     layout: TokenLayout | None,
     row_batches: Sequence[Mapping[str, Any]] | None,
+    pair_loss: Mapping[str, Any] | None,
 ) -> FusedLMOutput:
-    """``(N,)`` results for the tokens that ``layout`` names."""
+    """``(N,)`` results for the tokens that ``layout`` names, or their loss."""
     if not isinstance(layout, TokenLayout):
         raise fail("token_layout", type(layout).__name__, "a TokenLayout")
     if arguments.get("labels") is not None:
@@ -293,6 +313,8 @@ def _layout_forward(
         raise fail("row_batches", "an empty list", "at least one dict of inputs")
     if row_batches is not None and (given := [n for n, v in arguments.items() if v is not None]):
         raise fail("row_batches", f"a value together with {sorted(given)}", "the inputs in row_batches alone")
+    for call in row_batches or [arguments]:
+        _check_rows(call)
     calls = [_run_backbone(model, hook.tail, dict(call)) for call in row_batches or [arguments]]
     flat = [result.last_hidden_state.flatten(0, -2) for _, result in calls]  # (R * T, H) each
     head, device = _head_for(model, flat[0])
@@ -303,13 +325,49 @@ def _layout_forward(
         layout.sequence_ids.to(device, torch.int64),
         layout.lengths,
     )
+    if len(calls) > 1 and any(inputs.get("output_router_logits") for inputs, _ in calls):
+        raise fail("output_router_logits", "True with several row_batches", "one, or False")
+    passed = _passed_through(model, hook.tail, *calls[0]) if len(calls) == 1 else {}
+    if pair_loss is not None:
+        return _pair_loss(hook, hidden, head, None, on_device, pair_loss, passed)
     scored = linear_logprob(hidden, head, on_device, outputs=outputs, execution=hook.execution)
     values: dict[str, Any] = {name: value for name, value in scored._asdict().items() if value is not None}
-    if len(calls) == 1:
-        return FusedLMOutput(**values, **_passed_through(model, hook.tail, *calls[0]))
-    if any(inputs.get("output_router_logits") for inputs, _ in calls):
-        raise fail("output_router_logits", "True with several row_batches", "one, or False")
-    return FusedLMOutput(**values)
+    return FusedLMOutput(**values, **passed)
+
+
+def _check_rows(call: Mapping[str, Any]) -> None:
+    """Refuse what lets sequences of one row see each other: transformers tells them apart by positions that
+    start again, and only without a cache and without a mask of its own kind, and says nothing otherwise."""
+    if call.get("use_cache"):
+        raise fail("use_cache", True, "False or None with token_layout: sequences of a row would mix")
+    mask = call.get("attention_mask")
+    if call.get("position_ids") is not None and isinstance(mask, Tensor) and mask.dim() == 2:
+        wanted = "None (positions that start again separate sequences) or a 4-D mask"
+        raise fail("attention_mask", "a 2-D mask together with position_ids and token_layout", wanted)
+
+
+def _pair_loss(
+    hook: _Hook,
+    hidden: Tensor,
+    head: LMHead,
+    labels: Tensor | None,
+    layout: TokenLayout | None,
+    arguments: Mapping[str, Any],
+    passed: dict[str, Any],
+) -> FusedLMOutput:
+    """The loss of a batch of pairs, made where hidden states and head are at hand."""
+    if given := {"layout", "shift", "ignore_index", "execution"} & arguments.keys():
+        raise fail("pair_loss", f"{sorted(given)}", "what the hook does not settle itself")
+    out = fused_dpo_loss(
+        hidden,
+        head,
+        labels,
+        layout=layout,
+        ignore_index=hook.ignore_index,
+        execution=hook.execution,
+        **arguments,
+    )
+    return FusedLMOutput(loss=out.loss, pair_loss=out, **passed)
 
 
 def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:

@@ -23,8 +23,8 @@ from fastdpo.types import BACKENDS, MODES, Execution
 BATCH_LAYOUTS = ("padded", "packed", "shared_prompt", "auto")
 REFERENCES = ("auto", "copy", "adapter", "precomputed", "none")
 NONFINITE_POLICIES = ("stop", "skip")
-# "score" has no backward pass.
-# `pairs` needs the loss inside the head's call; the loop has it after the model's forward pass.
+# "score" has no backward pass. `pairs` is what `auto` takes wherever a loss and a trained head let it; the
+# reference and some losses (of ranks, with a beta of the step) want log-probabilities, which it has none of.
 TRAINING_MODES = tuple(mode for mode in MODES if mode not in ("score", "pairs"))
 FULL_LEARNING_RATE = 1e-6
 ADAPTER_LEARNING_RATE = 1e-5

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from fastdpo.integrations.model import require_fused_output
+from fastdpo.integrations.model import FusedLMOutput, require_fused_output
 from fastdpo.integrations.row_masks import RowMasks
 from fastdpo.losses.aggregate import segment_sums, sequence_sums
 from fastdpo.training.batches import Batch, completion_mask, is_in_rows, to_device, token_layout
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.token_budget import TokenBudget
-from fastdpo.types import LinearLogprobOutput
+from fastdpo.types import DPOLossOutput, LinearLogprobOutput
 
 
 def token_logps(model: nn.Module, batch: Batch, *, statistics: tuple[str, ...] = ()) -> LinearLogprobOutput:
@@ -24,6 +24,24 @@ def token_logps(model: nn.Module, batch: Batch, *, statistics: tuple[str, ...] =
     Raises:
         TypeError: the model is not patched, so it answered with logits.
     """
+    fused: Any = _fused(model, batch, logps_outputs=statistics)
+    return LinearLogprobOutput(fused.logps, **{name: getattr(fused, name) for name in statistics})
+
+
+def fused_pair_loss(model: nn.Module, batch: Batch, **arguments: Any) -> DPOLossOutput:
+    """The loss of a collated batch of pairs, made inside the model's forward so that the head is used once.
+
+    Args:
+        arguments: of ``fused_dpo_loss``.
+
+    Raises:
+        TypeError: the model is not patched.
+    """
+    out: Any = _fused(model, batch, pair_loss=arguments).pair_loss
+    return out
+
+
+def _fused(model: nn.Module, batch: Batch, **options: Any) -> FusedLMOutput:
     if is_in_rows(batch):
         masks = RowMasks(model)
         inputs = {
@@ -32,8 +50,7 @@ def token_logps(model: nn.Module, batch: Batch, *, statistics: tuple[str, ...] =
         }
     else:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    fused: Any = require_fused_output(model(**inputs, return_logps=True, logps_outputs=statistics))
-    return LinearLogprobOutput(fused.logps, **{name: getattr(fused, name) for name in statistics})
+    return require_fused_output(model(**inputs, return_logps=True, **options))
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
 from fastdpo.training.loss_state import GetValues, StepValues
 from fastdpo.training.metrics import MetricSums
 from fastdpo.training.reference import Reference
-from fastdpo.training.scoring import token_logps
+from fastdpo.training.scoring import fused_pair_loss, token_logps
 from fastdpo.types import DPOLossOutput, PreferenceLossOutput
 
 Result: TypeAlias = DPOLossOutput | PreferenceLossOutput
@@ -104,8 +104,11 @@ def pair_loss(
     """``batch_loss`` of pairs."""
     # The reference first: its activations are gone before the policy's are made.
     ref_logps = reference.logps(policy, batch)
-    token = token_logps(model, batch, statistics=METRIC_STATISTICS)
-    step = values(batch, token.logps, ref_logps)
+    is_gathered = args.gather_batch_losses and over_ranks
+    # Elsewhere the loss waits for log-probabilities: of all ranks, or for the step's beta.
+    is_one_call = not is_gathered and args.dynamic_beta_options is None
+    token = None if is_one_call else token_logps(model, batch, statistics=METRIC_STATISTICS)
+    step = StepValues() if token is None else values(batch, token.logps, ref_logps)
     per_pair: dict[str, Any] = {name: batch[name] for name in COLUMN_FIELDS if name in batch}
     if step.pair_weights is not None:
         per_pair["pair_weights"] = step.pair_weights * per_pair.get("pair_weights", 1.0)
@@ -118,9 +121,11 @@ def pair_loss(
         **per_pair,
         **args.options,
     }
+    if token is None:
+        return fused_pair_loss(model, batch, ref_logps=ref_logps, **arguments)
     mask = completion_mask(batch)
     result = dpo_loss_from_logps(token, mask, ref_logps=ref_logps, layout=packed_layout(batch), **arguments)
-    if args.gather_batch_losses and over_ranks:
+    if is_gathered:
         return result._replace(loss=_loss_over_ranks(batch, token.logps, mask, ref_logps, arguments))
     return result
 

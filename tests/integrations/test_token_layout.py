@@ -167,3 +167,22 @@ def test_flash_attention_gets_the_bounds_of_the_sequences():
     several = {name: value.repeat(2, 1) for name, value in call.items()}
     assert set(masks.inputs(several)) == {"input_ids", "position_ids"}
     assert masks.skips_masked and "takes no mask" in str(masks.why_no_branches())
+
+
+@pytest.mark.parametrize("way", ["inputs", "row_batches"])
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [({"use_cache": True}, "use_cache: got True"), ({"attention_mask": torch.ones(1, 9)}, "attention_mask")],
+    ids=["cache", "mask"],
+)
+def test_what_lets_packed_sequences_see_each_other_is_refused(
+    extra: dict[str, Any], message: str, way: str
+) -> None:
+    """Unpatched models take both without a word, and are wrong by nats."""
+    model = patch_model(make_model("llama"))
+    ids = torch.arange(3, 12)[None]
+    call = {"input_ids": ids, "position_ids": torch.cat([torch.arange(5), torch.arange(4)])[None], **extra}
+    layout = TokenLayout(torch.tensor([5, 6]), ids[0, 6:8], torch.zeros(2, dtype=torch.long), (2,))
+    inputs = call if way == "inputs" else {"row_batches": [call]}
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, token_layout=layout, return_logps=True)

@@ -13,8 +13,10 @@ from tests.ops.common import leaves, run_op
 PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}
 
 
-def count_passes(run: object, num_tokens: int, hidden_size: int, vocab_size: int) -> float:
-    """Products during ``run()`` in units of 2 N H V."""
+def count_passes(
+    run: object, num_tokens: int, hidden_size: int, vocab_size: int, *, of_size: int | None = None
+) -> float:
+    """Products during ``run()`` in units of 2 N H V; those alone of matrices that have a side ``of_size``."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
         run()  # type: ignore[operator]
@@ -23,6 +25,8 @@ def count_passes(run: object, num_tokens: int, hidden_size: int, vocab_size: int
         if event.name in PRODUCTS:
             first = PRODUCTS[event.name]
             left, right = [shape for shape in event.input_shapes if len(shape) == 2][first : first + 2]
+            if of_size is not None and of_size not in (*left, *right):
+                continue
             flop += 2 * left[0] * left[1] * right[1]
     return flop / (2 * num_tokens * hidden_size * vocab_size)
 
