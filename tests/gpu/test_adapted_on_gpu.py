@@ -10,7 +10,7 @@ import torch
 from fastdpo import Execution, linear_logprob
 from fastdpo.ops.backends import unavailable_reason
 from fastdpo.testing import assert_close_to_fp64, assert_logps_close, make_case
-from tests.ops.test_adapted import Operands, dense, head_of, operands
+from tests.ops.adapter_cases import Operands, dense, head_of, operands
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
