@@ -6,7 +6,7 @@ half, under the key ``objective`` of the op's table of losses.
 
 from __future__ import annotations
 
-import json
+from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -114,7 +114,7 @@ def pack_objective(
     token_weights: Tensor | None,
     uses_nll: bool,
 ) -> tuple[str, list[Tensor]]:
-    """An objective and all it needs of a batch as an op can carry it: JSON and tensors.
+    """An objective and all it needs of a batch as an op can carry it: text and tensors.
 
     The counts to divide by are the whole batch's where ``loss_arguments`` has none: every group uses them.
     """
@@ -142,21 +142,23 @@ def pack_objective(
         "token_weights": token_weights,
     }
     tensors |= {name: value for name, value in optional.items() if value is not None}
-    return json.dumps([arguments, list(tensors)], default=_plain), list(tensors.values())
+    return repr((_plain(arguments), list(tensors))), list(tensors.values())
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers and arrays, which losses take like any others."""
+    """What ``repr`` writes as Python's own: of NumPy's floats and texts it would write the class."""
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(
-        f"loss options: got {type(value).__name__}, wanted numbers, text, lists of these or tensors"
-    )
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, str) else value
 
 
 def _unpack_objective(parameters: str, tensors: Sequence[Tensor]) -> GroupLoss:
     """What ``pack_objective`` made, as a function of a group."""
-    constants, names = json.loads(parameters)
+    constants, names = literal_eval(parameters)
     named = dict(zip(names, tensors, strict=True))
     segment_ids, offsets = named["segment_ids"], named["offsets"]
     batch = AnswerTokens(

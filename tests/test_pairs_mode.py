@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -239,6 +240,43 @@ def test_arguments_per_pair_and_per_token() -> None:
         torch.testing.assert_close(out.loss, want_out.loss)
         for ours, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_learnable_token_weights_get_their_gradient(loss_type: str) -> None:
+    """`auto` then leaves `pairs`, whose gradients are of hidden states and head alone."""
+    pairs = make_pairs(torch.float64)
+    found = []
+    for name in ("auto", "cache"):
+        weights = torch.rand(
+            pairs.labels.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+        )
+        weights.requires_grad_()
+        hidden, head = pairs.leaves()
+        ref = {"ref_logps": torch.zeros(pairs.labels.shape, dtype=torch.float64)}
+        out = run(pairs, hidden, head, mode(name), loss_type=loss_type, token_weights=weights, **ref)
+        found.append(torch.autograd.grad(out.loss, [weights, hidden, head.weight]))
+    assert found[0][0].abs().sum() > 0
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"beta": numpy.float64(0.2)},
+        {"margin": numpy.float64(0.5), "label_smoothing": numpy.float64(0.125)},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": numpy.array([1.0, 0.5])},
+        {"loss_type": numpy.str_("ipo")},
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy(given: dict[str, Any]) -> None:
+    pairs = make_pairs()
+    ref = {"ref_logps": torch.zeros(2 * len(LENGTHS))}
+    found = [gradients(pairs, mode(name), **ref, **given) for name in ("pairs", "cache")]
+    torch.testing.assert_close(found[0][0].loss, found[1][0].loss)
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("form", ["sums", "tokens"])

@@ -43,7 +43,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in launched]
+        outputs = [process.communicate(timeout=540)[0] for process in launched]
     finally:
         for process in launched:
             process.kill()
