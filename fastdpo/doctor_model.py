@@ -8,15 +8,18 @@ makes it in a call, from shapes.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastdpo.integrations.lm_head import current_head, examine, read_head, unwrap
-from fastdpo.integrations.model import is_patched, own_forward
+from fastdpo.integrations.lm_head import current_head, examine, read_head, unwrap, wrappers_and_model
+from fastdpo.integrations.model import is_patched
+from fastdpo.integrations.patched_class import own_forward
 from fastdpo.integrations.trl import trl_status
+from fastdpo.integrations.virtual_tokens import describe_virtual_tokens, has_virtual_tokens
 from fastdpo.ops.backends import resolve_backend
 from fastdpo.ops.checks import resolve_dtypes
 from fastdpo.ops.library import head_call
@@ -51,12 +54,15 @@ def trainer_sections(trainer: Any) -> dict[str, Lines]:
         f"Model {type(unwrap_if_possible(trainer.model)).__name__}": lines,
         f"Trainer {type(trainer).__name__}": _trainer_lines(trainer),
     }
-    data, num_tokens = _data_lines(trainer, head)
+    data, num_tokens, longest = _data_lines(trainer, head)
     sections["Data"] = data
+    sections["Memory but for activations and the head"] = _memory_lines(trainer)
     if head is not None:
         execution = _execution_of(trainer)
         what = f"{DEFAULT_TOKENS} labelled tokens" if num_tokens is None else "the largest batch"
         with _autocast_of(trainer):
+            if longest is not None:
+                data[2:2] = _memory_for(trainer.model, head, execution, longest)
             sections |= _plan_section(trainer.model, head, execution, num_tokens or DEFAULT_TOKENS, what)
     return sections
 
@@ -118,6 +124,9 @@ def _model_lines(model: nn.Module, *, is_trl: bool = False) -> tuple[Lines, LMHe
         lines.append(
             ("adapter on the head", what + (f", dropout {adapter.dropout:g}" * bool(adapter.dropout)))
         )
+    for wrapper in wrappers_and_model(model)[:-1]:
+        if has_virtual_tokens(wrapper):
+            lines.append(("virtual tokens", describe_virtual_tokens(wrapper)))
     execution = hook_execution(model)
     if execution is not None:
         lines.append(("patched", f"yes, with {execution}"))
@@ -208,6 +217,8 @@ def _trainer_lines(trainer: Any) -> Lines:
         lines += trl_status()
     if (reference := getattr(trainer, "reference", None)) is not None and hasattr(reference, "kind"):
         lines.append(("reference", str(reference.kind)))
+        layout = getattr(trainer.data_collator, "layout", "padded")
+        lines.append(("batch layout", str(layout)))
     if isinstance(losses := getattr(args, "loss_type", None), str | list | tuple):
         lines.append(("loss", losses if isinstance(losses, str) else ", ".join(losses)))
     precision = [name for name in ("bf16", "fp16") if getattr(args, name, False)]
@@ -218,42 +229,92 @@ def _trainer_lines(trainer: Any) -> Lines:
     return lines
 
 
-def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, int | None]:
-    """The longest pair and the largest batch; the labelled tokens of that batch, if there is one."""
-    parts = _pair_parts(trainer.train_dataset)
-    if parts is None or not len(parts):
-        return [("pairs", "none found in the trainer's train_dataset: no largest batch to plan for")], None
+def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, int | None, int | None]:
+    """The longest row and the largest batch; the labelled tokens of that batch, and of that row."""
+    dataset = trainer.train_dataset
+    sizes = _row_sizes(dataset)
+    if not sizes:
+        found = "none found in the trainer's train_dataset: no largest batch to plan for"
+        return [("pairs", found)], None, None
     limit = getattr(trainer.args, "max_length", None)
-    answers = parts[:, 1:].clamp(max=limit) if isinstance(limit, int) else parts[:, 1:]
-    sizes = answers.sum(1)
-    sequences = parts[:, :1] + parts[:, 1:]
-    sequences = sequences.clamp(max=limit) if isinstance(limit, int) else sequences
-    longest = int(sequences.amax(1).argmax())
-    count = min(int(getattr(trainer.args, "train_batch_size", 1)), len(parts))
-    num_tokens = int(sizes.topk(count).values.sum())
-    prompt, chosen, rejected = parts[longest].tolist()
-    batch = f"{count} pairs, at most {num_tokens} labelled tokens"
+    limit = limit if isinstance(limit, int) and limit > 0 else sys.maxsize
+    labelled = torch.tensor([sum(min(n, limit) for n in answers) for _, *answers in sizes])
+    lengths = torch.tensor([min(prompt + max(answers), limit) for prompt, *answers in sizes])
+    counts = torch.tensor([len(answers) for _, *answers in sizes])
+    kind = getattr(getattr(dataset, "kind", None), "name", None)  # None for pairs
+    unit = "pairs" if kind is None else "rows"
+    longest = int(lengths.argmax())
     lines = [
-        ("pairs", str(len(parts))),
-        ("longest pair", f"number {longest}: prompt {prompt}, chosen {chosen}, rejected {rejected} tokens"),
-        ("largest batch", batch),
+        (unit, str(len(sizes)) if kind is None else f"{len(sizes)}, {kind}"),
+        (f"longest {unit.removesuffix('s')}", f"number {longest}: {_parts(sizes[longest], kind)} tokens"),
     ]
+    budget = getattr(trainer.args, "max_tokens_per_batch", None)
+    if isinstance(budget, int):
+        num_tokens = min(budget, int(labelled.sum()))
+        batch = f"max_tokens_per_batch {budget}, at most {num_tokens} labelled tokens"
+        positions, what = budget, f"{budget} positions"
+    else:
+        count = min(int(getattr(trainer.args, "train_batch_size", 1)), len(sizes))
+        num_tokens = int(labelled.topk(count).values.sum())
+        batch = f"{count} {unit}, at most {num_tokens} labelled tokens"
+        rows, width = int(counts.topk(count).values.sum()), int(lengths.max())
+        positions, what = rows * width, f"{rows} padded rows of {width} tokens"
+    lines.append(("largest batch", batch))
     if head is not None:
-        width = int(sequences.amax(1).topk(count).values.max())
-        logits = 2 * count * width * head.weight.shape[0] * 4
-        lines.append(("logits avoided", f"{_mib(logits)} in fp32 (2 x {count} rows of {width} tokens)"))
-    return lines, num_tokens
+        logits = positions * head.weight.shape[0] * 4
+        lines.append(("logits avoided", f"{_mib(logits)} in fp32 ({what})"))
+    return lines, num_tokens, int(labelled[longest])
 
 
-def _pair_parts(dataset: Any) -> Tensor | None:
-    """``(P, 3)`` tokens of prompt, chosen and rejected; None where the data is no tokenised pairs."""
-    if isinstance(bounds := getattr(dataset, "bounds", None), Tensor):
-        return bounds.diff(dim=1)
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    if not set(names) <= set(getattr(dataset, "column_names", None) or ()):
-        return None
-    lengths = [[len(ids) for ids in dataset[name]] for name in names]
-    return torch.tensor(lengths, dtype=torch.int64).reshape(3, -1).t()
+def _memory_for(model: nn.Module, head: LMHead, execution: Execution, num_tokens: int) -> Lines:
+    """What the head needs for the longest row alone: no batch can do with less."""
+    try:
+        plan, _ = plan_of(model, head, execution, num_tokens)
+    except (ValueError, TypeError):
+        return []  # the plan's own section says why
+    return [("head for it alone", _memory(plan, head))]
+
+
+def _parts(sizes: list[int], kind: str | None) -> str:
+    prompt, *answers = sizes
+    if kind is None:
+        return f"prompt {prompt}, chosen {answers[0]}, rejected {answers[1]}"
+    shown = ", ".join(str(n) for n in answers[:5]) + " ..." * (len(answers) > 5)
+    return f"prompt {prompt}, {'answer' if len(answers) == 1 else 'answers'} {shown}"
+
+
+def _row_sizes(dataset: Any) -> list[list[int]] | None:
+    """Of each row, tokens of the prompt and of every answer; None where the data is no tokenised rows."""
+    if callable(sizes := getattr(dataset, "sizes", None)):
+        found: list[list[int]] = sizes(torch.arange(len(dataset)))
+        return found
+    columns = set(getattr(dataset, "column_names", None) or ())
+    for ending in ("ids", "input_ids"):  # TRL's names, and those of TRL 0.24
+        names = [f"{part}_{ending}" for part in ("prompt", "chosen", "rejected")]
+        if columns.issuperset(names):
+            lengths = [[len(ids) for ids in dataset[name]] for name in names]
+            return [list(row) for row in zip(*lengths, strict=True)]
+    return None
+
+
+def _memory_lines(trainer: Any) -> Lines:
+    """What stays on the device beside activations: nobody knows those before a step."""
+    model = trainer.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    lines = [
+        ("weights", _mib(sum(p.numel() * p.element_size() for p in model.parameters()))),
+        ("gradients", _mib(sum(p.numel() * p.element_size() for p in trained))),
+    ]
+    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if optimizer.startswith("adamw_torch") and "bit" not in optimizer:
+        lines.append(
+            (optimizer, f"{_mib(2 * sum(p.numel() * p.element_size() for p in trained))}, two moments")
+        )
+    reference = getattr(getattr(trainer, "reference", None), "model", None)
+    reference = getattr(trainer, "ref_model", None) if reference is None else reference
+    if isinstance(reference, nn.Module):
+        lines.append(("reference", _mib(sum(p.numel() * p.element_size() for p in reference.parameters()))))
+    return lines
 
 
 def _execution_of(trainer: Any) -> Execution:

@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from types import MethodType
 from typing import Any
 
 import torch
@@ -22,8 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from fastdpo.integrations.lm_head import ModelTail, current_head, examine, logit_transform, unwrap
-from fastdpo.integrations.probe import HEAD_ARGUMENTS, load_balancing_loss
+from fastdpo.integrations.lm_head import (
+    ModelTail,
+    current_head,
+    examine,
+    logit_transform,
+    unwrap,
+    wrappers_and_model,
+)
+from fastdpo.integrations.patched_class import exchange_class, make_subclass, own_forward, restore_class
+from fastdpo.integrations.probe import HEAD_ARGUMENTS, load_balancing_loss, refuse
+from fastdpo.integrations.virtual_tokens import has_virtual_tokens, is_patched_wrapper, patched_wrapper
 from fastdpo.ops.checks import check_execution, check_outputs, fail
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.types import Execution, LinearLogprobOutput, LMHead, TokenLayout
@@ -90,7 +98,9 @@ def patch_model(
     the backbone runs once; the layout counts the positions of all of them, one after the other.
 
     Patch before ``accelerator.prepare``; before or after DDP, torch.compile and PEFT. Adapters of the
-    backbone are part of it; of what PEFT does to a head, ``modules_to_save`` and LoRA are supported.
+    backbone are part of it; of what PEFT does to a head, ``modules_to_save`` and LoRA are supported. Of a
+    model with PEFT's virtual tokens (prompt, prefix and P-tuning) the results are of the caller's own tokens,
+    the first of which is not scored here either; patch it after they were added, or again.
 
     Args:
         model: a causal language model of transformers, or a PEFT, DDP or compiled wrapper around one.
@@ -113,17 +123,21 @@ def patch_model(
     run = check_execution(execution)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {ignore_index!r}, wanted an int")
-    inner: Any = unwrap(model)
+    *around, inner = wrappers_and_model(model)
+    unpatched = [w for w in around if has_virtual_tokens(w) and not is_patched_wrapper(w)]
+    for wrapper in unpatched:
+        own_forward(wrapper)  # refuses before anything is changed
     if is_patched(inner):
         hook = type(inner)._fastdpo_hook
         if (hook.execution, hook.ignore_index) != (run, ignore_index):
             raise ValueError("model: got one patched with other options, wanted unpatch_model(model) first")
-        return model
-    own = own_forward(inner)
-    original: Any = type(inner)
-    inner.__class__ = _patched_class(original, _Hook(examine(inner), run, ignore_index))
-    if own is not None:
-        setattr(inner, own, MethodType(type(inner).forward, inner))
+    else:
+        own_forward(inner)
+        original: Any = type(inner)
+        exchange_class(inner, _patched_class(original, _Hook(examine(inner), run, ignore_index)))
+    for wrapper in unpatched:
+        kind: Any = type(wrapper)
+        exchange_class(wrapper, patched_wrapper(kind))
     return model
 
 
@@ -133,20 +147,18 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: something wrapped the patched forward; the message says what to undo first.
     """
-    inner: Any = unwrap(model)
+    *around, inner = wrappers_and_model(model)
     if not is_patched(inner):
         return model
-    patched = type(inner)
-    if "_fastdpo_hook" not in vars(patched):
-        raise ValueError(
-            f"model: got a {patched.__name__} made from a patched class, wanted the patched model"
-        )
-    own = own_forward(inner)
-    inner.__class__ = patched.__mro__[1]
-    if own == "forward":
-        del inner.forward
-    elif own is not None:
-        setattr(inner, own, MethodType(type(inner).forward, inner))
+    patched = [inner, *(wrapper for wrapper in around if is_patched_wrapper(wrapper))]
+    for each in patched:
+        if not vars(type(each)).keys() & {"_fastdpo_hook", "_fastdpo_counts_virtual_tokens"}:
+            raise ValueError(
+                f"model: got a {type(each).__name__} made from a patched class, wanted the patched model"
+            )
+        own_forward(each)  # refuses before anything is changed
+    for each in patched:
+        restore_class(each)
     return model
 
 
@@ -172,30 +184,10 @@ def require_fused_output(output: Any) -> FusedLMOutput:
     )
 
 
-def own_forward(model: Any) -> str | None:
-    """The instance attribute through which calls reach the class's forward, if there is one.
-
-    accelerate's hooks (``device_map``) keep the forward they call in ``_old_forward``; unwrapping after
-    mixed precision leaves a bound method of the class's forward in ``forward``.
-    """
-    if "forward" not in vars(model):
-        return None
-    name = "_old_forward" if "_old_forward" in vars(model) else "forward"
-    if getattr(vars(model)[name], "__func__", None) is not type(model).forward:
-        raise ValueError(
-            f"model: got a {type(model).__name__} whose `{name}` was replaced on the instance (accelerate's "
-            "mixed precision does that), so its class's forward would not be reached; wanted it patched or "
-            "unpatched before accelerator.prepare, or after "
-            "accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
-        )
-    return name
-
-
 @functools.cache
 def _patched_class(original: Any, hook: _Hook) -> Any:
     """One class per original and hook, shared by all copies of a model."""
-    signature = inspect.signature(original.forward)
-    names = tuple(signature.parameters)[1:]
+    names = tuple(inspect.signature(original.forward).parameters)[1:]
 
     def forward(
         self: Any,
@@ -204,41 +196,34 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
         logps_outputs: Sequence[str] = (),
         token_layout: TokenLayout | None = None,
         row_batches: Sequence[Mapping[str, Any]] | None = None,
+        num_virtual_tokens: int | None = None,
         **kwargs: Any,
     ) -> Any:
         if not return_logps:
             if logps_outputs:
                 raise fail("logps_outputs", repr(logps_outputs), "return_logps=True with it")
-            if token_layout is not None or row_batches is not None:
-                raise fail("token_layout, row_batches", "a value", "return_logps=True with it")
+            if any(value is not None for value in (token_layout, row_batches, num_virtual_tokens)):
+                names_given = "token_layout, row_batches, num_virtual_tokens"
+                raise fail(names_given, "a value", "return_logps=True with it")
             return original.forward(self, *args, **kwargs)
         if repeated := set(names[: len(args)]) & kwargs.keys():
             raise TypeError(f"forward() got multiple values for {sorted(repeated)}")
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         outputs = check_outputs(logps_outputs, False)
         if token_layout is None and row_batches is None:
-            return _fused_forward(self, hook, arguments, outputs)
-        return _layout_forward(self, hook, arguments, outputs, token_layout, row_batches)
+            return _fused_forward(self, hook, arguments, outputs, num_virtual_tokens or 0)
+        if arguments.get("inputs_embeds") is not None and num_virtual_tokens is None:
+            raise fail(
+                "inputs_embeds",
+                "a value together with token_layout",
+                "num_virtual_tokens with them, the number in front that token_layout does not count (PEFT's "
+                "prompt tuning adds some: patch_model(model) after it was added counts them)",
+            )
+        return _layout_forward(
+            self, hook, arguments, outputs, token_layout, row_batches, num_virtual_tokens or 0
+        )
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        reduced = super(patched, self).__reduce_ex__(protocol)
-        return (_rebuild, (original, hook), *reduced[2:]) if type(self) is patched else reduced
-
-    # Not functools.wraps: accelerate unwraps a model by following `__wrapped__` down to the bottom.
-    forward.__qualname__ = original.forward.__qualname__
-    forward.__doc__ = original.forward.__doc__
-    forward.__module__ = original.forward.__module__
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    namespace = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "forward": forward,
-        "__reduce_ex__": __reduce_ex__,
-        "_fastdpo_hook": hook,
-    }
-    patched = type(original)(original.__name__, (original,), namespace)
-    return patched
+    return make_subclass(original, forward, (_rebuild, original, hook), _fastdpo_hook=hook)
 
 
 def _rebuild(original: Any, hook: _Hook) -> Any:
@@ -248,7 +233,7 @@ def _rebuild(original: Any, hook: _Hook) -> Any:
 
 
 def _fused_forward(
-    model: Any, hook: _Hook, arguments: dict[str, Any], outputs: tuple[str, ...]
+    model: Any, hook: _Hook, arguments: dict[str, Any], outputs: tuple[str, ...], num_virtual: int
 ) -> FusedLMOutput:
     labels = arguments.get("labels")
     if not isinstance(labels, Tensor):
@@ -257,6 +242,8 @@ def _fused_forward(
     hidden = result.last_hidden_state
     if labels.shape != hidden.shape[:-1]:
         raise fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(hidden.shape[:-1])} to match the input")
+    # Also the last virtual token's, which predicts the first own one: without an adapter nothing does.
+    hidden, labels = hidden[:, num_virtual:], labels[:, num_virtual:]
 
     head, device = _head_for(model, hidden)
     # Position t predicts the label at t + 1; the last predicts none.
@@ -283,6 +270,7 @@ def _layout_forward(
     outputs: tuple[str, ...],
     layout: TokenLayout | None,
     row_batches: Sequence[Mapping[str, Any]] | None,
+    num_virtual: int,
 ) -> FusedLMOutput:
     """``(N,)`` results for the tokens that ``layout`` names."""
     if not isinstance(layout, TokenLayout):
@@ -294,7 +282,16 @@ def _layout_forward(
     if row_batches is not None and (given := [n for n, v in arguments.items() if v is not None]):
         raise fail("row_batches", f"a value together with {sorted(given)}", "the inputs in row_batches alone")
     calls = [_run_backbone(model, hook.tail, dict(call)) for call in row_batches or [arguments]]
-    flat = [result.last_hidden_state.flatten(0, -2) for _, result in calls]  # (R * T, H) each
+    states = [result.last_hidden_state[:, num_virtual:] for _, result in calls]  # (R, T, H) each
+    for (inputs, _), rows in zip(calls, states, strict=True):
+        if "input_ids" in inputs and rows.shape[:-1] != inputs["input_ids"].shape:
+            raise fail(
+                "input_ids",
+                f"shape {tuple(inputs['input_ids'].shape)}, of which the backbone made rows "
+                f"{tuple(rows.shape[:-1])}",
+                "one row for each, which token_layout counts",
+            )
+    flat = [rows.flatten(0, -2) for rows in states]
     head, device = _head_for(model, flat[0])
     hidden = (flat[0] if len(flat) == 1 else torch.cat(flat)).to(device)
     on_device = TokenLayout(
@@ -317,8 +314,11 @@ def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:
 
     Raises:
         TypeError: its backbone does not take one of ``inputs`` as it comes.
+        ValueError: PEFT adds virtual tokens to its input.
     """
-    inner: Any = unwrap(model)
+    *around, inner = wrappers_and_model(model)
+    if any(has_virtual_tokens(wrapper) for wrapper in around):
+        refuse(inner, "PEFT adds virtual tokens to its input, which is more than its backbone is given here")
     states: Tensor = _run_backbone(inner, type(inner)._fastdpo_hook.tail, inputs)[1].last_hidden_state
     return states
 
