@@ -214,7 +214,7 @@ def _trainer_lines(trainer: Any) -> Lines:
     args = trainer.args
     lines = []
     if _is_trl(trainer):
-        lines += trl_status()
+        lines += trl_status(type(trainer))
     if (reference := getattr(trainer, "reference", None)) is not None and hasattr(reference, "kind"):
         lines.append(("reference", str(reference.kind)))
         layout = getattr(trainer.data_collator, "layout", "padded")
