@@ -51,8 +51,9 @@ $(LLAMA_FACTORY)/.ready: tests/integrations/llama_factory.txt pyproject.toml
 	$(LLAMA_FACTORY)/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps --requirement $<
 	@touch $@
 
-test-llama-factory: $(LLAMA_FACTORY)/.ready  ## patch_llama_factory, in an environment of its own
-	OMP_NUM_THREADS=1 $(LLAMA_FACTORY)/bin/python -m pytest tests/integrations/test_llama_factory.py
+test-llama-factory: $(LLAMA_FACTORY)/.ready  ## patch_llama_factory, and patch_trl of TRL 0.24, in an environment of their own
+	OMP_NUM_THREADS=1 $(LLAMA_FACTORY)/bin/python -m pytest tests/integrations/test_llama_factory.py \
+	  tests/integrations/test_trl_0_24.py
 
 # Uses the active Python with what it has, no .venv and no network: GPU images bring their own torch. A failed test does
 # not keep the measurements from being made (each is checked before it is timed); it does fail the verb.

@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import fastdpo
 
 if TYPE_CHECKING:
-    from fastdpo.training.arguments import DataArguments
+    from fastdpo.training.arguments import DataArguments, RunArguments
     from fastdpo.training.config import PreferenceConfig
     from fastdpo.training.data import RowSource
     from fastdpo.training.dataset import RowDataset
@@ -71,33 +72,39 @@ def _command(argv: list[str]) -> tuple[str, list[str]]:
 def train(argv: Sequence[str]) -> None:
     """``fastdpo train``."""
     from fastdpo.training.arguments import parse_train
-    from fastdpo.training.setup import check_output_dir, load_model
+    from fastdpo.training.setup import check_output_dir
     from fastdpo.training.trainer import PreferenceTrainer
 
     arguments = parse_train(argv)
-    config = arguments.config
-    _set_up_logging(config)
-    check_output_dir(config)
-    # What is cheap comes first: a broken row shows before gigabytes of weights are read.
-    adapter = arguments.adapter.peft_config()
-    tokenizer = arguments.model.load_tokenizer()
-    _, train_pairs, eval_pairs = _load_pairs(arguments.data, tokenizer, config)
-    loading = arguments.model.loading_options(adapted=adapter is not None)
-    ref_name = arguments.model.ref_model
-    trainer = PreferenceTrainer(
-        load_model(arguments.model.name, **loading),
-        config,
-        train_dataset=train_pairs,
-        eval_dataset=eval_pairs,
-        processing_class=tokenizer,
-        ref_model=load_model(ref_name, **loading) if ref_name else None,
-        peft_config=adapter,
-    )
+    _set_up_logging(arguments.config)
+    check_output_dir(arguments.config)
+    trainer = PreferenceTrainer(**_load_run(arguments))
     trainer.train()
-    if eval_pairs is not None:
+    if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
+
+
+def _load_run(arguments: RunArguments) -> dict[str, Any]:
+    """What `PreferenceTrainer` takes."""
+    from fastdpo.training.setup import load_model
+
+    # What is cheap comes first: a broken row shows before gigabytes of weights are read.
+    adapter = arguments.adapter.peft_config()
+    tokenizer = arguments.model.load_tokenizer()
+    _, train_pairs, eval_pairs = _load_pairs(arguments.data, tokenizer, arguments.config)
+    loading = arguments.model.loading_options(adapted=adapter is not None)
+    ref_name = arguments.model.ref_model
+    return {
+        "model": load_model(arguments.model.name, **loading),
+        "args": arguments.config,
+        "train_dataset": train_pairs,
+        "eval_dataset": eval_pairs,
+        "processing_class": tokenizer,
+        "ref_model": load_model(ref_name, **loading) if ref_name else None,
+        "peft_config": adapter,
+    }
 
 
 def score(argv: Sequence[str]) -> None:
@@ -144,13 +151,63 @@ def bench(argv: Sequence[str]) -> int:
     return code
 
 
-def diagnose(argv: Sequence[str]) -> None:
-    """``fastdpo doctor``."""
+def diagnose(argv: Sequence[str]) -> int:
+    """``fastdpo doctor``; 2 where ``fastdpo train`` with the same words would refuse to start."""
     from fastdpo.doctor import doctor
 
-    parser = argparse.ArgumentParser(prog="fastdpo doctor")
-    parser.add_argument("--model", help="path or hub id of a model to look at; its weights are not read")
-    print(doctor(parser.parse_args(list(argv)).model))
+    parser = argparse.ArgumentParser(
+        prog="fastdpo doctor",
+        allow_abbrev=False,
+        epilog="With a dataset or a YAML file: every setting of `fastdpo train`. The run is set up as there, "
+        "weights are read and rows are tokenised, but nothing is trained and no file is written.",
+    )
+    parser.add_argument(
+        "--model", help="path or hub id of a model to look at; alone, its weights are not read"
+    )
+    parser.add_argument("--dataset", help="the training data of a run to look at")
+    options, others = parser.parse_known_args(list(argv))
+    if options.dataset is not None or others:
+        return _diagnose_run(argv)
+    print(doctor(options.model))
+    return 0
+
+
+def _diagnose_run(argv: Sequence[str]) -> int:
+    """What ``fastdpo train`` would run, from the trainer that it would train."""
+    from fastdpo.doctor import Diagnosis, doctor
+    from fastdpo.training.arguments import parse_train
+    from fastdpo.training.setup import check_output_dir
+    from fastdpo.training.trainer import PreferenceTrainer
+
+    arguments = parse_train(argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    lines, refused = [("output_dir", str(arguments.config.output_dir))], []
+    try:
+        check_output_dir(arguments.config)
+    except ValueError as error:
+        refused.append(str(error))
+    parts = _load_run(arguments)
+    lines.append(("dataset", str(parts["train_dataset"].report)))
+    if parts["eval_dataset"] is not None:
+        lines.append(("evaluation", f"{len(parts['eval_dataset'])} of {parts['eval_dataset'].report.source}"))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.config.output_dir = folder  # a Trainer makes its own when it is made
+        try:
+            trainer = PreferenceTrainer(**parts)
+            trainer.get_train_dataloader()
+            found = doctor(trainer)
+        except (ValueError, ImportError) as error:
+            refused.append(str(error))
+            found = doctor(parts["model"])
+    refused += [
+        f"{title}: {finding}"
+        for title, section in found.sections.items()
+        for name, finding in section
+        if name == "refused"
+    ]
+    verdict = [("refused", " ".join(reason.split())) for reason in refused] or [("refused", "nothing")]
+    print(Diagnosis({**found.sections, "Run": lines + verdict}))
+    return 2 if refused else 0
 
 
 def _load_pairs(

@@ -8,15 +8,19 @@ makes it in a call, from shapes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastdpo.integrations.lm_head import current_head, examine, read_head, unwrap
-from fastdpo.integrations.model import is_patched, own_forward
+from fastdpo.integrations.lm_head import current_head, examine, read_head, unwrap, wrappers_and_model
+from fastdpo.integrations.model import is_patched
+from fastdpo.integrations.patched_class import own_forward
 from fastdpo.integrations.trl import trl_status
+from fastdpo.integrations.virtual_tokens import describe_virtual_tokens, has_virtual_tokens
 from fastdpo.ops.backends import resolve_backend
 from fastdpo.ops.checks import resolve_dtypes
 from fastdpo.ops.library import head_call
@@ -40,7 +44,9 @@ def model_sections(model: nn.Module) -> dict[str, Lines]:
     sections = {f"Model {type(unwrap_if_possible(model)).__name__}": lines}
     if head is not None:
         execution = hook_execution(model) or Execution()
-        sections |= _plan_section(model, head, execution, DEFAULT_TOKENS, f"{DEFAULT_TOKENS} labelled tokens")
+        sections |= _plan_section(
+            model, head, execution, [DEFAULT_TOKENS], f"{DEFAULT_TOKENS} labelled tokens"
+        )
     return sections
 
 
@@ -51,13 +57,19 @@ def trainer_sections(trainer: Any) -> dict[str, Lines]:
         f"Model {type(unwrap_if_possible(trainer.model)).__name__}": lines,
         f"Trainer {type(trainer).__name__}": _trainer_lines(trainer),
     }
-    data, num_tokens = _data_lines(trainer, head)
+    data, largest, longest = _data_lines(trainer, head)
     sections["Data"] = data
+    sections["Memory but for activations and the head"] = _memory_lines(trainer)
     if head is not None:
         execution = _execution_of(trainer)
-        what = f"{DEFAULT_TOKENS} labelled tokens" if num_tokens is None else "the largest batch"
+        what = "the largest batch" if largest else f"{DEFAULT_TOKENS} labelled tokens"
+        has_pair_loss = bool(getattr(trainer.args, "makes_pair_loss", False))
+        how = (trainer.model, head, execution)
         with _autocast_of(trainer):
-            sections |= _plan_section(trainer.model, head, execution, num_tokens or DEFAULT_TOKENS, what)
+            if longest is not None:
+                data[2:2] = _memory_for(*how, [longest], has_pair_loss=has_pair_loss)
+            rows = largest or [DEFAULT_TOKENS]
+            sections |= _plan_section(*how, rows, what, has_pair_loss=has_pair_loss)
     return sections
 
 
@@ -118,6 +130,9 @@ def _model_lines(model: nn.Module, *, is_trl: bool = False) -> tuple[Lines, LMHe
         lines.append(
             ("adapter on the head", what + (f", dropout {adapter.dropout:g}" * bool(adapter.dropout)))
         )
+    for wrapper in wrappers_and_model(model)[:-1]:
+        if has_virtual_tokens(wrapper):
+            lines.append(("virtual tokens", describe_virtual_tokens(wrapper)))
     execution = hook_execution(model)
     if execution is not None:
         lines.append(("patched", f"yes, with {execution}"))
@@ -136,12 +151,17 @@ def _model_lines(model: nn.Module, *, is_trl: bool = False) -> tuple[Lines, LMHe
 
 
 def _plan_section(
-    model: nn.Module, head: LMHead, execution: Execution, num_tokens: int, what: str
+    model: nn.Module,
+    head: LMHead,
+    execution: Execution,
+    row_tokens: Sequence[int],
+    what: str,
+    has_pair_loss: bool = False,
 ) -> dict[str, Lines]:
     """The plan of a call with gradients as the model's parameters want them."""
     title = f"Plan for {what}"
     try:
-        plan, backend = plan_of(model, head, execution, num_tokens)
+        plan, backend = plan_of(model, head, execution, row_tokens, has_pair_loss)
     except (ValueError, TypeError) as error:
         return {title: [("refused", _one_line(str(error)))]}
     lines = [("backend", backend)]
@@ -152,13 +172,23 @@ def _plan_section(
     return {title: lines}
 
 
-def plan_of(model: nn.Module, head: LMHead, execution: Execution, num_tokens: int) -> tuple[Plan, str]:
+def plan_of(
+    model: nn.Module,
+    head: LMHead,
+    execution: Execution,
+    row_tokens: Sequence[int],
+    has_pair_loss: bool = False,
+) -> tuple[Plan, str]:
     """The plan and the backend of one call of the head, as its op would settle them.
+
+    Args:
+        row_tokens: labelled tokens of each row of data.
+        has_pair_loss: whether rows are pairs, and the call makes their loss.
 
     Raises:
         ValueError, TypeError: what the call itself would raise.
     """
-    weight = head.weight
+    weight, num_tokens = head.weight, sum(row_tokens)
     own = [t for t in (weight, head.bias) if t is not None]
     own += list(head.adapter[:2]) if isinstance(head.adapter, HeadAdapter) else []
     tied = weight is unwrap(model).get_input_embeddings().weight
@@ -170,7 +200,7 @@ def plan_of(model: nn.Module, head: LMHead, execution: Execution, num_tokens: in
         hidden = hidden.float()[:1].expand(num_tokens, -1)
     hidden = hidden.requires_grad_(trains_backbone)
     with torch.enable_grad():
-        mode = settle_mode(hidden, head, execution)
+        mode = settle_mode(hidden, head, execution, has_pair_loss=has_pair_loss)
     options = call_options(hidden, head, execution, mode)
     index = torch.zeros(num_tokens, dtype=torch.int64, device=weight.device)
     call = head_call(
@@ -184,6 +214,7 @@ def plan_of(model: nn.Module, head: LMHead, execution: Execution, num_tokens: in
         needs_hidden=trains_backbone,
         needs_weight=weight.requires_grad,
         needs_bias=head.bias is not None and head.bias.requires_grad,
+        pair_rows=list(accumulate(row_tokens, initial=0)),
     )
     logits_dtype = resolve_dtypes(hidden, weight, execution)[1]
     return call.plan, resolve_backend(execution.backend, weight.device, logits_dtype)
@@ -205,9 +236,11 @@ def _trainer_lines(trainer: Any) -> Lines:
     args = trainer.args
     lines = []
     if _is_trl(trainer):
-        lines += trl_status()
+        lines += trl_status(type(trainer))
     if (reference := getattr(trainer, "reference", None)) is not None and hasattr(reference, "kind"):
         lines.append(("reference", str(reference.kind)))
+        layout = getattr(trainer.data_collator, "layout", "padded")
+        lines.append(("batch layout", str(layout)))
     if isinstance(losses := getattr(args, "loss_type", None), str | list | tuple):
         lines.append(("loss", losses if isinstance(losses, str) else ", ".join(losses)))
     precision = [name for name in ("bf16", "fp16") if getattr(args, name, False)]
@@ -218,42 +251,102 @@ def _trainer_lines(trainer: Any) -> Lines:
     return lines
 
 
-def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, int | None]:
-    """The longest pair and the largest batch; the labelled tokens of that batch, if there is one."""
-    parts = _pair_parts(trainer.train_dataset)
-    if parts is None or not len(parts):
-        return [("pairs", "none found in the trainer's train_dataset: no largest batch to plan for")], None
+def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, list[int], int | None]:
+    """The longest row and the largest batch; the labelled tokens of that batch's rows, and of that row."""
+    dataset = trainer.train_dataset
+    sizes = _row_sizes(dataset)
+    if not sizes:
+        found = "none found in the trainer's train_dataset: no largest batch to plan for"
+        return [("pairs", found)], [], None
     limit = getattr(trainer.args, "max_length", None)
-    answers = parts[:, 1:].clamp(max=limit) if isinstance(limit, int) else parts[:, 1:]
-    sizes = answers.sum(1)
-    sequences = parts[:, :1] + parts[:, 1:]
-    sequences = sequences.clamp(max=limit) if isinstance(limit, int) else sequences
-    longest = int(sequences.amax(1).argmax())
-    count = min(int(getattr(trainer.args, "train_batch_size", 1)), len(parts))
-    num_tokens = int(sizes.topk(count).values.sum())
-    prompt, chosen, rejected = parts[longest].tolist()
-    batch = f"{count} pairs, at most {num_tokens} labelled tokens"
+    limit = limit if isinstance(limit, int) and limit > 0 else sys.maxsize
+    labelled = torch.tensor([sum(min(n, limit) for n in answers) for _, *answers in sizes])
+    lengths = torch.tensor([min(prompt + max(answers), limit) for prompt, *answers in sizes])
+    counts = torch.tensor([len(answers) for _, *answers in sizes])
+    kind = getattr(getattr(dataset, "kind", None), "name", None)  # None for pairs
+    unit = "pairs" if kind is None else "rows"
+    longest = int(lengths.argmax())
     lines = [
-        ("pairs", str(len(parts))),
-        ("longest pair", f"number {longest}: prompt {prompt}, chosen {chosen}, rejected {rejected} tokens"),
-        ("largest batch", batch),
+        (unit, str(len(sizes)) if kind is None else f"{len(sizes)}, {kind}"),
+        (f"longest {unit.removesuffix('s')}", f"number {longest}: {_parts(sizes[longest], kind)} tokens"),
     ]
+    budget = getattr(trainer.args, "max_tokens_per_batch", None)
+    if isinstance(budget, int):
+        num_tokens = min(budget, int(labelled.sum()))
+        largest = _fill(labelled.sort(descending=True).values.tolist(), num_tokens)
+        batch = f"max_tokens_per_batch {budget}, at most {num_tokens} labelled tokens"
+        positions, what = budget, f"{budget} positions"
+    else:
+        count = min(int(getattr(trainer.args, "train_batch_size", 1)), len(sizes))
+        largest = labelled.topk(count).values.tolist()
+        batch = f"{count} {unit}, at most {sum(largest)} labelled tokens"
+        rows, width = int(counts.topk(count).values.sum()), int(lengths.max())
+        positions, what = rows * width, f"{rows} padded rows of {width} tokens"
+    lines.append(("largest batch", batch))
     if head is not None:
-        width = int(sequences.amax(1).topk(count).values.max())
-        logits = 2 * count * width * head.weight.shape[0] * 4
-        lines.append(("logits avoided", f"{_mib(logits)} in fp32 (2 x {count} rows of {width} tokens)"))
-    return lines, num_tokens
+        logits = positions * head.weight.shape[0] * 4
+        lines.append(("logits avoided", f"{_mib(logits)} in fp32 ({what})"))
+    return lines, largest, int(labelled[longest])
 
 
-def _pair_parts(dataset: Any) -> Tensor | None:
-    """``(P, 3)`` tokens of prompt, chosen and rejected; None where the data is no tokenised pairs."""
-    if isinstance(bounds := getattr(dataset, "bounds", None), Tensor):
-        return bounds.diff(dim=1)
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    if not set(names) <= set(getattr(dataset, "column_names", None) or ()):
-        return None
-    lengths = [[len(ids) for ids in dataset[name]] for name in names]
-    return torch.tensor(lengths, dtype=torch.int64).reshape(3, -1).t()
+def _fill(row_tokens: list[int], num_tokens: int) -> list[int]:
+    """The first rows that hold ``num_tokens``, the last of them cut."""
+    ends = list(accumulate(row_tokens))
+    count = next((i + 1 for i, end in enumerate(ends) if end >= num_tokens), len(ends))
+    return [*row_tokens[: count - 1], num_tokens - sum(row_tokens[: count - 1])]
+
+
+def _memory_for(
+    model: nn.Module, head: LMHead, execution: Execution, row_tokens: Sequence[int], has_pair_loss: bool
+) -> Lines:
+    """What the head needs for the longest row alone: no batch can do with less."""
+    try:
+        plan, _ = plan_of(model, head, execution, row_tokens, has_pair_loss)
+    except (ValueError, TypeError):
+        return []  # the plan's own section says why
+    return [("head for it alone", _memory(plan, head))]
+
+
+def _parts(sizes: list[int], kind: str | None) -> str:
+    prompt, *answers = sizes
+    if kind is None:
+        return f"prompt {prompt}, chosen {answers[0]}, rejected {answers[1]}"
+    shown = ", ".join(str(n) for n in answers[:5]) + " ..." * (len(answers) > 5)
+    return f"prompt {prompt}, {'answer' if len(answers) == 1 else 'answers'} {shown}"
+
+
+def _row_sizes(dataset: Any) -> list[list[int]] | None:
+    """Of each row, tokens of the prompt and of every answer; None where the data is no tokenised rows."""
+    if callable(sizes := getattr(dataset, "sizes", None)):
+        found: list[list[int]] = sizes(torch.arange(len(dataset)))
+        return found
+    columns = set(getattr(dataset, "column_names", None) or ())
+    for ending in ("ids", "input_ids"):  # TRL's names, and those of TRL 0.24
+        names = [f"{part}_{ending}" for part in ("prompt", "chosen", "rejected")]
+        if columns.issuperset(names):
+            lengths = [[len(ids) for ids in dataset[name]] for name in names]
+            return [list(row) for row in zip(*lengths, strict=True)]
+    return None
+
+
+def _memory_lines(trainer: Any) -> Lines:
+    """What stays on the device beside activations: nobody knows those before a step."""
+    model = trainer.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    lines = [
+        ("weights", _mib(sum(p.numel() * p.element_size() for p in model.parameters()))),
+        ("gradients", _mib(sum(p.numel() * p.element_size() for p in trained))),
+    ]
+    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if optimizer.startswith("adamw_torch") and "bit" not in optimizer:
+        lines.append(
+            (optimizer, f"{_mib(2 * sum(p.numel() * p.element_size() for p in trained))}, two moments")
+        )
+    reference = getattr(getattr(trainer, "reference", None), "model", None)
+    reference = getattr(trainer, "ref_model", None) if reference is None else reference
+    if isinstance(reference, nn.Module):
+        lines.append(("reference", _mib(sum(p.numel() * p.element_size() for p in reference.parameters()))))
+    return lines
 
 
 def _execution_of(trainer: Any) -> Execution:

@@ -112,7 +112,7 @@ def test_a_preference_trainer(
     assert data["largest batch"] == f"4 pairs, at most {tokens} labelled tokens"
     assert section(diagnosis, "Trainer PreferenceTrainer")["reference"] == "copy"
     lines = section(diagnosis, "Plan for the largest batch")
-    assert lines["tokens"] == f"{tokens} labelled" and lines["mode"] == "cache"
+    assert lines["tokens"] == f"{tokens} labelled" and lines["mode"] == "pairs"
 
     seen: list[Plan] = []
     import fastdpo.ops.library as library

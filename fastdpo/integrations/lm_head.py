@@ -24,6 +24,7 @@ from fastdpo.integrations.head_adapter import (
     trained_copy,
 )
 from fastdpo.integrations.probe import Probe, refuse
+from fastdpo.integrations.virtual_tokens import check_virtual_tokens, is_peft
 from fastdpo.types import LMHead
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")  # DDP and DeepSpeed, torch.compile, FSDP1
@@ -106,23 +107,24 @@ def unwrap(model: Any) -> Any:
 
     Raises:
         TypeError: not an ``nn.Module``.
-        ValueError: a PEFT model whose adapter changes the input (prompt tuning and its kin).
+        ValueError: a PEFT model of a kind whose forward is not understood.
     """
+    return wrappers_and_model(model)[-1]
+
+
+def wrappers_and_model(model: Any) -> list[Any]:
+    """What is around a causal LM, the outermost first, and the causal LM; raises as `unwrap`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a causal language model of transformers")
+    found: list[Any] = []
     inner: Any = model
     while inner is not None:
-        model = inner
-        inner = next((model._modules[name] for name in _WRAPPERS if name in model._modules), None)
-        if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            inner = _inside_peft(model)
-    return model
-
-
-def _inside_peft(model: Any) -> Any:
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
-        refuse(model, "prompt tuning adds virtual tokens to the input; not supported by this version")
-    return model.get_base_model()
+        found.append(inner)
+        inner = next((inner._modules[name] for name in _WRAPPERS if name in inner._modules), None)
+        if inner is None and is_peft(found[-1]):
+            check_virtual_tokens(found[-1])
+            inner = found[-1].get_base_model()
+    return found
 
 
 def current_head(model: Any) -> LMHead:

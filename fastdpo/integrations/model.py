@@ -14,58 +14,27 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
-from fastdpo.functional import fused_dpo_loss
-from fastdpo.integrations.lm_head import ModelTail, current_head, examine, logit_transform, unwrap
-from fastdpo.integrations.probe import HEAD_ARGUMENTS, load_balancing_loss
-from fastdpo.ops.checks import check_execution, check_outputs, fail
-from fastdpo.ops.linear_logprob import linear_logprob
-from fastdpo.types import DPOLossOutput, Execution, LinearLogprobOutput, LMHead, TokenLayout
-
-
-@dataclass
-class FusedLMOutput(ModelOutput):
-    """What a patched model returns for ``return_logps=True``: ``(B, T)`` tensors aligned with ``labels``.
-
-    Entry [b, t] belongs to ``labels[b, t]`` given the tokens before t. At t = 0 and where the label is
-    ignored all are 0 (False). With a ``token_layout`` they are ``(N,)``, in its order. In nats; float32, or
-    float64 for float64 operands. For ``pair_loss``, the loss of a batch of pairs instead of them.
-
-    Args:
-        loss: ``()``, of the batch's pairs, differentiable; None without ``pair_loss``, like the next.
-        pair_loss: what ``fused_dpo_loss`` returned, ``loss`` included.
-        logps: log-probabilities of the labels, differentiable; None with ``pair_loss``, like the next six.
-        logps_mask: bool, True where a label was scored; None with a ``token_layout``.
-        lse: logsumexp of the logits, differentiable. Like the next four, None unless in ``logps_outputs``.
-        entropy: of the distribution over the vocabulary, in nats.
-        log_sum_sq_probs: log of the sum of the squared probabilities.
-        mean_logit: mean of the logits over the vocabulary.
-        is_top1: bool, whether the label has the largest logit.
-        aux_loss: load-balancing loss of a mixture of experts, where its router logits are asked for.
-        past_key_values, hidden_states, attentions, router_logits: as the backbone returned them.
-    """
-
-    loss: Tensor | None = None
-    pair_loss: DPOLossOutput | None = None
-    logps: Tensor | None = None
-    logps_mask: Tensor | None = None
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    mean_logit: Tensor | None = None
-    is_top1: Tensor | None = None
-    aux_loss: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
+from fastdpo.integrations.fused_output import FusedLMOutput as FusedLMOutput
+from fastdpo.integrations.fused_output import HeadStates, ScoreRequest
+from fastdpo.integrations.lm_head import (
+    ModelTail,
+    current_head,
+    examine,
+    logit_transform,
+    unwrap,
+    wrappers_and_model,
+)
+from fastdpo.integrations.patched_class import exchange_class, make_subclass, own_forward, restore_class
+from fastdpo.integrations.probe import HEAD_ARGUMENTS, load_balancing_loss, refuse
+from fastdpo.integrations.virtual_tokens import has_virtual_tokens, is_patched_wrapper, patched_wrapper
+from fastdpo.ops.checks import check_execution, fail
+from fastdpo.types import Execution, LMHead, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -76,6 +45,10 @@ class _Hook:
     execution: Execution
     ignore_index: int
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"ignore_index": self.ignore_index, "execution": self.execution}
+
 
 def patch_model(
     model: nn.Module, *, execution: Execution | None = None, ignore_index: int = -100
@@ -83,8 +56,9 @@ def patch_model(
     """Let ``model(input_ids=..., labels=labels, return_logps=True)`` return log-probabilities, not logits.
 
     A patched model takes, beside its own arguments, ``return_logps`` and ``logps_outputs``, the names of
-    further statistics (``lse``, ``entropy``, ``log_sum_sq_probs``, ``mean_logit``, ``is_top1``), and returns
-    a `FusedLMOutput`. Labels are as Hugging Face has them: ``(B, T)``, aligned with ``input_ids``; in packed
+    further statistics (``lse``, ``entropy``, ``log_sum_sq_probs``, ``mean_logit``, ``is_top1``,
+    ``topk_mass``, ``topk_entropy``; ``logps_topk`` is the k of the last two), and returns a
+    `FusedLMOutput`. Labels are as Hugging Face has them: ``(B, T)``, aligned with ``input_ids``; in packed
     rows the first token of every sequence must be ignored. The rest reaches the backbone unchanged, except
     that ``use_cache`` is False unless given: nothing will be generated from a scored sequence. Every call
     without ``return_logps`` is the unpatched model's, to the bit.
@@ -94,12 +68,19 @@ def patch_model(
     inputs: a list of their dicts (``input_ids``, ``position_ids``, ``attention_mask`` ...), for each of which
     the backbone runs once; the layout counts the positions of all of them, one after the other.
 
+    With ``return_states=True`` in place of ``return_logps`` and of labels a patched model returns
+    `HeadStates`. Those of another model, or of this one without its adapter, given as ``reference`` to a call
+    with ``return_logps`` let ``logps_outputs`` name divergences from it, ``forward_kl``, ``reverse_kl`` or
+    ``jsd`` (at least one, and no statistics); ``ref_logps`` come with them. See ``token_divergence``.
+
     ``pair_loss``, a dict of arguments of `fused_dpo_loss` (``loss_type``, ``beta``, ``ref_logps`` ...), asks
     for the loss of a batch of pairs, chosen answers first, in place of log-probabilities. The head may then
     run in mode ``pairs``, which it cannot where the loss is made of what the model returned.
 
     Patch before ``accelerator.prepare``; before or after DDP, torch.compile and PEFT. Adapters of the
-    backbone are part of it; of what PEFT does to a head, ``modules_to_save`` and LoRA are supported.
+    backbone are part of it; of what PEFT does to a head, ``modules_to_save`` and LoRA are supported. Of a
+    model with PEFT's virtual tokens (prompt, prefix and P-tuning) the results are of the caller's own tokens,
+    the first of which is not scored here either; patch it after they were added, or again.
 
     Args:
         model: a causal language model of transformers, or a PEFT, DDP or compiled wrapper around one.
@@ -122,17 +103,21 @@ def patch_model(
     run = check_execution(execution)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {ignore_index!r}, wanted an int")
-    inner: Any = unwrap(model)
+    *around, inner = wrappers_and_model(model)
+    unpatched = [w for w in around if has_virtual_tokens(w) and not is_patched_wrapper(w)]
+    for wrapper in unpatched:
+        own_forward(wrapper)  # refuses before anything is changed
     if is_patched(inner):
         hook = type(inner)._fastdpo_hook
         if (hook.execution, hook.ignore_index) != (run, ignore_index):
             raise ValueError("model: got one patched with other options, wanted unpatch_model(model) first")
-        return model
-    own = own_forward(inner)
-    original: Any = type(inner)
-    inner.__class__ = _patched_class(original, _Hook(examine(inner), run, ignore_index))
-    if own is not None:
-        setattr(inner, own, MethodType(type(inner).forward, inner))
+    else:
+        own_forward(inner)
+        original: Any = type(inner)
+        exchange_class(inner, _patched_class(original, _Hook(examine(inner), run, ignore_index)))
+    for wrapper in unpatched:
+        kind: Any = type(wrapper)
+        exchange_class(wrapper, patched_wrapper(kind))
     return model
 
 
@@ -142,20 +127,18 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: something wrapped the patched forward; the message says what to undo first.
     """
-    inner: Any = unwrap(model)
+    *around, inner = wrappers_and_model(model)
     if not is_patched(inner):
         return model
-    patched = type(inner)
-    if "_fastdpo_hook" not in vars(patched):
-        raise ValueError(
-            f"model: got a {patched.__name__} made from a patched class, wanted the patched model"
-        )
-    own = own_forward(inner)
-    inner.__class__ = patched.__mro__[1]
-    if own == "forward":
-        del inner.forward
-    elif own is not None:
-        setattr(inner, own, MethodType(type(inner).forward, inner))
+    patched = [inner, *(wrapper for wrapper in around if is_patched_wrapper(wrapper))]
+    for each in patched:
+        if not vars(type(each)).keys() & {"_fastdpo_hook", "_fastdpo_counts_virtual_tokens"}:
+            raise ValueError(
+                f"model: got a {type(each).__name__} made from a patched class, wanted the patched model"
+            )
+        own_forward(each)  # refuses before anything is changed
+    for each in patched:
+        restore_class(each)
     return model
 
 
@@ -181,76 +164,56 @@ def require_fused_output(output: Any) -> FusedLMOutput:
     )
 
 
-def own_forward(model: Any) -> str | None:
-    """The instance attribute through which calls reach the class's forward, if there is one.
-
-    accelerate's hooks (``device_map``) keep the forward they call in ``_old_forward``; unwrapping after
-    mixed precision leaves a bound method of the class's forward in ``forward``.
-    """
-    if "forward" not in vars(model):
-        return None
-    name = "_old_forward" if "_old_forward" in vars(model) else "forward"
-    if getattr(vars(model)[name], "__func__", None) is not type(model).forward:
-        raise ValueError(
-            f"model: got a {type(model).__name__} whose `{name}` was replaced on the instance (accelerate's "
-            "mixed precision does that), so its class's forward would not be reached; wanted it patched or "
-            "unpatched before accelerator.prepare, or after "
-            "accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
-        )
-    return name
-
-
 @functools.cache
 def _patched_class(original: Any, hook: _Hook) -> Any:
     """One class per original and hook, shared by all copies of a model."""
-    signature = inspect.signature(original.forward)
-    names = tuple(signature.parameters)[1:]
+    names = tuple(inspect.signature(original.forward).parameters)[1:]
 
     def forward(
         self: Any,
         *args: Any,
         return_logps: bool = False,
+        return_states: bool = False,
         logps_outputs: Sequence[str] = (),
+        logps_topk: int | None = None,
+        reference: HeadStates | None = None,
+        pair_loss: Mapping[str, Any] | None = None,
         token_layout: TokenLayout | None = None,
         row_batches: Sequence[Mapping[str, Any]] | None = None,
-        pair_loss: Mapping[str, Any] | None = None,
+        num_virtual_tokens: int | None = None,
         **kwargs: Any,
     ) -> Any:
         if not return_logps:
-            if logps_outputs:
-                raise fail("logps_outputs", repr(logps_outputs), "return_logps=True with it")
-            if token_layout is not None or row_batches is not None or pair_loss is not None:
-                raise fail("token_layout, row_batches, pair_loss", "a value", "return_logps=True with it")
-            return original.forward(self, *args, **kwargs)
+            given: dict[str, Any] = {"logps_outputs": logps_outputs or None, "logps_topk": logps_topk}
+            given |= {"reference": reference, "pair_loss": pair_loss, "token_layout": token_layout}
+            if not return_states:
+                given |= {"row_batches": row_batches, "num_virtual_tokens": num_virtual_tokens}
+            for name, value in given.items():
+                if value is not None:
+                    raise fail(name, "a value", "return_logps=True with it")
+            if not return_states:
+                return original.forward(self, *args, **kwargs)
+        elif return_states:
+            raise fail("return_states", "True with return_logps", "one of the two")
         if repeated := set(names[: len(args)]) & kwargs.keys():
             raise TypeError(f"forward() got multiple values for {sorted(repeated)}")
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        outputs = check_outputs(logps_outputs, False)
-        if pair_loss is not None and outputs:
-            raise fail("logps_outputs", repr(logps_outputs), "none with pair_loss, whose metrics have them")
+        num_virtual = num_virtual_tokens or 0
+        if return_states:
+            return _head_states(self, hook, arguments, row_batches, num_virtual)
+        request = ScoreRequest(logps_outputs, logps_topk, reference, pair_loss)  # type: ignore[arg-type]
         if token_layout is None and row_batches is None:
-            return _fused_forward(self, hook, arguments, outputs, pair_loss)
-        return _layout_forward(self, hook, arguments, outputs, token_layout, row_batches, pair_loss)
+            return _fused_forward(self, hook, arguments, request, num_virtual)
+        if arguments.get("inputs_embeds") is not None and num_virtual_tokens is None:
+            raise fail(
+                "inputs_embeds",
+                "a value together with token_layout",
+                "num_virtual_tokens with them, the number in front that token_layout does not count (PEFT's "
+                "prompt tuning adds some: patch_model(model) after it was added counts them)",
+            )
+        return _layout_forward(self, hook, arguments, request, token_layout, row_batches, num_virtual)
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        reduced = super(patched, self).__reduce_ex__(protocol)
-        return (_rebuild, (original, hook), *reduced[2:]) if type(self) is patched else reduced
-
-    # Not functools.wraps: accelerate unwraps a model by following `__wrapped__` down to the bottom.
-    forward.__qualname__ = original.forward.__qualname__
-    forward.__doc__ = original.forward.__doc__
-    forward.__module__ = original.forward.__module__
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    namespace = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "forward": forward,
-        "__reduce_ex__": __reduce_ex__,
-        "_fastdpo_hook": hook,
-    }
-    patched = type(original)(original.__name__, (original,), namespace)
-    return patched
+    return make_subclass(original, forward, (_rebuild, original, hook), _fastdpo_hook=hook)
 
 
 def _rebuild(original: Any, hook: _Hook) -> Any:
@@ -260,11 +223,7 @@ def _rebuild(original: Any, hook: _Hook) -> Any:
 
 
 def _fused_forward(
-    model: Any,
-    hook: _Hook,
-    arguments: dict[str, Any],
-    outputs: tuple[str, ...],
-    pair_loss: Mapping[str, Any] | None,
+    model: Any, hook: _Hook, arguments: dict[str, Any], request: ScoreRequest, num_virtual: int
 ) -> FusedLMOutput:
     labels = arguments.get("labels")
     if not isinstance(labels, Tensor):
@@ -273,23 +232,20 @@ def _fused_forward(
     hidden = result.last_hidden_state
     if labels.shape != hidden.shape[:-1]:
         raise fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(hidden.shape[:-1])} to match the input")
+    # Also the last virtual token's, which predicts the first own one: without an adapter nothing does.
+    hidden, labels = hidden[:, num_virtual:], labels[:, num_virtual:]
 
     head, device = _head_for(model, hidden)
+    hidden, labels = hidden.to(device), labels.to(device)
     passed = _passed_through(model, hook.tail, inputs, result)
-    if pair_loss is not None:
-        return _pair_loss(hook, hidden.to(device), head, labels.to(device), None, pair_loss, passed)
+    if request.pair_loss is not None:
+        return FusedLMOutput(**request.loss_of_pairs(hidden, head, labels, **hook.settings), **passed)
     # Position t predicts the label at t + 1; the last predicts none.
-    targets = F.pad(labels.to(device)[:, 1:], (0, 1), value=hook.ignore_index)
-    scored = linear_logprob(
-        hidden.to(device),
-        head,
-        targets,
-        ignore_index=hook.ignore_index,
-        outputs=outputs,
-        execution=hook.execution,
-    )
+    targets = F.pad(labels[:, 1:], (0, 1), value=hook.ignore_index)
+    scored: dict[str, Any] = request.run(hidden, head, targets, **hook.settings)
     return FusedLMOutput(
-        **_aligned_with_labels(scored),
+        # From where a token is predicted to where it stands; the last column, never scored, comes first.
+        **{name: value.roll(1, dims=1) for name, value in scored.items()},
         logps_mask=(targets != hook.ignore_index).roll(1, dims=1),
         **passed,
     )
@@ -299,26 +255,18 @@ def _layout_forward(
     model: Any,
     hook: _Hook,
     arguments: dict[str, Any],
-    outputs: tuple[str, ...],
+    request: ScoreRequest,
     layout: TokenLayout | None,
     row_batches: Sequence[Mapping[str, Any]] | None,
-    pair_loss: Mapping[str, Any] | None,
+    num_virtual: int,
 ) -> FusedLMOutput:
     """``(N,)`` results for the tokens that ``layout`` names, or their loss."""
     if not isinstance(layout, TokenLayout):
         raise fail("token_layout", type(layout).__name__, "a TokenLayout")
     if arguments.get("labels") is not None:
         raise fail("labels", "a value together with token_layout", "one of the two")
-    if row_batches is not None and not row_batches:
-        raise fail("row_batches", "an empty list", "at least one dict of inputs")
-    if row_batches is not None and (given := [n for n, v in arguments.items() if v is not None]):
-        raise fail("row_batches", f"a value together with {sorted(given)}", "the inputs in row_batches alone")
-    for call in row_batches or [arguments]:
-        _check_rows(call)
-    calls = [_run_backbone(model, hook.tail, dict(call)) for call in row_batches or [arguments]]
-    flat = [result.last_hidden_state.flatten(0, -2) for _, result in calls]  # (R * T, H) each
-    head, device = _head_for(model, flat[0])
-    hidden = (flat[0] if len(flat) == 1 else torch.cat(flat)).to(device)
+    calls = _backbone_calls(model, hook.tail, arguments, row_batches, are_packed=True)
+    hidden, head, device = _all_positions(model, calls, num_virtual)
     on_device = TokenLayout(
         layout.token_index.to(device, torch.int64),
         layout.target_ids.to(device),
@@ -328,16 +276,54 @@ def _layout_forward(
     if len(calls) > 1 and any(inputs.get("output_router_logits") for inputs, _ in calls):
         raise fail("output_router_logits", "True with several row_batches", "one, or False")
     passed = _passed_through(model, hook.tail, *calls[0]) if len(calls) == 1 else {}
-    if pair_loss is not None:
-        return _pair_loss(hook, hidden, head, None, on_device, pair_loss, passed)
-    scored = linear_logprob(hidden, head, on_device, outputs=outputs, execution=hook.execution)
-    values: dict[str, Any] = {name: value for name, value in scored._asdict().items() if value is not None}
+    make = request.run if request.pair_loss is None else request.loss_of_pairs
+    values: dict[str, Any] = make(hidden, head, on_device, **hook.settings)
     return FusedLMOutput(**values, **passed)
 
 
-def _check_rows(call: Mapping[str, Any]) -> None:
-    """Refuse what lets sequences of one row see each other: transformers tells them apart by positions that
-    start again, and only without a cache and without a mask of its own kind, and says nothing otherwise."""
+def _head_states(
+    model: Any,
+    hook: _Hook,
+    arguments: dict[str, Any],
+    row_batches: Sequence[Mapping[str, Any]] | None,
+    num_virtual: int,
+) -> HeadStates:
+    """What the head would see."""
+    if arguments.get("labels") is not None:
+        raise fail("labels", "a value together with return_states", "return_logps=True with it")
+    calls = _backbone_calls(model, hook.tail, arguments, row_batches, are_packed=row_batches is not None)
+    hidden, head, device = _all_positions(model, calls, num_virtual)
+    if row_batches is None:
+        hidden = calls[0][1].last_hidden_state[:, num_virtual:].to(device)
+    return HeadStates(hidden, head)
+
+
+def _backbone_calls(
+    model: Any,
+    tail: ModelTail,
+    arguments: dict[str, Any],
+    row_batches: Sequence[Mapping[str, Any]] | None,
+    *,
+    are_packed: bool,
+) -> list[tuple[dict[str, Any], Any]]:
+    """Inputs and output of each of the backbone's calls."""
+    if row_batches is not None and not row_batches:
+        raise fail("row_batches", "an empty list", "at least one dict of inputs")
+    if row_batches is not None and (given := [n for n, v in arguments.items() if v is not None]):
+        raise fail("row_batches", f"a value together with {sorted(given)}", "the inputs in row_batches alone")
+    calls = row_batches or [arguments]
+    if are_packed:
+        for call in calls:
+            _check_packed(call)
+    return [_run_backbone(model, tail, dict(call)) for call in calls]
+
+
+def _check_packed(call: Mapping[str, Any]) -> None:
+    """Refuse what lets the sequences of a row see each other.
+
+    transformers tells them apart by positions that start again, only without a cache and without a 2-D mask,
+    and is silent otherwise.
+    """
     if call.get("use_cache"):
         raise fail("use_cache", True, "False or None with token_layout: sequences of a row would mix")
     mask = call.get("attention_mask")
@@ -346,28 +332,22 @@ def _check_rows(call: Mapping[str, Any]) -> None:
         raise fail("attention_mask", "a 2-D mask together with position_ids and token_layout", wanted)
 
 
-def _pair_loss(
-    hook: _Hook,
-    hidden: Tensor,
-    head: LMHead,
-    labels: Tensor | None,
-    layout: TokenLayout | None,
-    arguments: Mapping[str, Any],
-    passed: dict[str, Any],
-) -> FusedLMOutput:
-    """The loss of a batch of pairs, made where hidden states and head are at hand."""
-    if given := {"layout", "shift", "ignore_index", "execution"} & arguments.keys():
-        raise fail("pair_loss", f"{sorted(given)}", "what the hook does not settle itself")
-    out = fused_dpo_loss(
-        hidden,
-        head,
-        labels,
-        layout=layout,
-        ignore_index=hook.ignore_index,
-        execution=hook.execution,
-        **arguments,
-    )
-    return FusedLMOutput(loss=out.loss, pair_loss=out, **passed)
+def _all_positions(
+    model: Any, calls: Sequence[tuple[dict[str, Any], Any]], num_virtual: int
+) -> tuple[Tensor, LMHead, torch.device]:
+    """``(M, H)``: the caller's positions of all calls one after the other, where the head is."""
+    states = [result.last_hidden_state[:, num_virtual:] for _, result in calls]  # (R, T, H) each
+    for (inputs, _), rows in zip(calls, states, strict=True):
+        if "input_ids" in inputs and rows.shape[:-1] != inputs["input_ids"].shape:
+            raise fail(
+                "input_ids",
+                f"shape {tuple(inputs['input_ids'].shape)}, of which the backbone made rows "
+                f"{tuple(rows.shape[:-1])}",
+                "one row for each, which token_layout counts",
+            )
+    flat = [rows.flatten(0, -2) for rows in states]
+    head, device = _head_for(model, flat[0])
+    return (flat[0] if len(flat) == 1 else torch.cat(flat)).to(device), head, device
 
 
 def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -375,8 +355,11 @@ def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:
 
     Raises:
         TypeError: its backbone does not take one of ``inputs`` as it comes.
+        ValueError: PEFT adds virtual tokens to its input.
     """
-    inner: Any = unwrap(model)
+    *around, inner = wrappers_and_model(model)
+    if any(has_virtual_tokens(wrapper) for wrapper in around):
+        refuse(inner, "PEFT adds virtual tokens to its input, which is more than its backbone is given here")
     states: Tensor = _run_backbone(inner, type(inner)._fastdpo_hook.tail, inputs)[1].last_hidden_state
     return states
 
@@ -400,12 +383,6 @@ def _passed_through(model: Any, tail: ModelTail, inputs: dict[str, Any], result:
     names = ("past_key_values", "hidden_states", "attentions", "router_logits")
     passed = {name: getattr(result, name, None) for name in names}
     return {"aux_loss": _aux_loss(model, tail, result, inputs), **passed}
-
-
-def _aligned_with_labels(scored: LinearLogprobOutput) -> dict[str, Any]:
-    """From where a token is predicted to where it stands; the last column, never scored, comes first."""
-    values = {name: value for name, value in scored._asdict().items() if value is not None}
-    return {name: value.roll(1, dims=1) for name, value in values.items()}
 
 
 def _backbone_inputs(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> dict[str, Any]:

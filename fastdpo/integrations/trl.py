@@ -9,9 +9,11 @@ of it up when it is called, so a patch also reaches trainers that were made befo
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastdpo.integrations import trl_0_24
 from fastdpo.integrations.source_patch import (
     AppliedPatch,
     Around,
@@ -80,12 +82,17 @@ def patch_trl(*, execution: Execution | None = None, experimental: bool = True) 
     ``logits/chosen`` and ``logits/rejected`` of CPO and ORPO are means over the answers' tokens, not over all
     positions. Losses, gradients and every other metric are TRL's up to rounding.
 
+    Of TRL 0.24.0, which has no such function, the DPO, KTO, CPO and ORPO trainers run without logits; the
+    rest (SFT, GRPO, RLOO, BCO ...) is left as it is, as ``use_liger_loss`` is, and KTO's ``logits/chosen``
+    and ``logits/rejected`` are sums over the answers' tokens. `doctor` lists what is replaced and what not.
+
     A head that TRL's trainers refuse (LoRA on ``lm_head``) they still refuse; one that fastdpo cannot run
     (ZeRO-3, quantised; for the experimental trainers what `patch_model` refuses) raises at the first step.
 
     Args:
         execution: how to run the head; see `Execution`.
-        experimental: also the trainers of ``trl.experimental``: CPO, ORPO and TPO. Imports them.
+        experimental: also CPO, ORPO and TPO, which are in ``trl.experimental``, and of TRL 0.24 CPO and ORPO.
+            Imports them.
 
     Returns:
         `AppliedPatch`, also a context manager: ``with patch_trl(): trainer.train()``. Patching again with the
@@ -129,15 +136,20 @@ def unpatch_trl() -> None:
     _active = None
 
 
-def trl_status() -> list[tuple[str, str]]:
-    """``(name, finding)`` lines for `fastdpo.doctor`: whether TRL is patched, can be, or would be refused."""
+def trl_status(trainer: type | None = None) -> list[tuple[str, str]]:
+    """``(name, finding)`` lines for `fastdpo.doctor`: whether TRL is patched, can be, or would be refused.
+
+    ``trainer``: of which class to say as well whether the patch reaches it.
+    """
     version = _installed_version()
     if version is None:
         return [("patch_trl", "TRL is not installed")]
     if _active is not None:
-        return [("patch_trl", f"TRL {version} is patched")] + [
-            ("replaced", entry.path) for entry in _active.replaced
-        ]
+        lines = [("patch_trl", f"TRL {version} is patched")]
+        lines += [("replaced", entry.path) for entry in _active.replaced]
+        if version == trl_0_24.VERSION:
+            lines.append(("not replaced", f"{trl_0_24.NOT_REPLACED}; use_liger_loss=True"))
+        return lines if trainer is None else [*lines, *_not_reached(_active, trainer)]
     for experimental in (True, False):
         try:
             reason = refusal(experimental=experimental)
@@ -153,6 +165,18 @@ def trl_status() -> list[tuple[str, str]]:
     return [("patch_trl", f"refused: {refused}"), ("remedy", "patch_trl(experimental=False) runs")]
 
 
+def _not_reached(active: _Active, trainer: type) -> list[tuple[str, str]]:
+    """A trainer that keeps code of its own: because it overrides what is replaced, or was never replaced."""
+    own = [entry for entry in active.replaced if entry.owner in trainer.__mro__]
+    # A replacement of ours that is another one's: LLaMA-Factory overrides DPO's, and has a patch of its own.
+    over = [e.name for e in own if not getattr(trainer, e.name).__module__.startswith("fastdpo.")]
+    if over:
+        return [("not fused", f"{trainer.__name__} has a {' and a '.join(over)} of its own")]
+    if not own and _installed_version() == trl_0_24.VERSION:
+        return [("not fused", f"{trainer.__name__} of TRL {trl_0_24.VERSION} is not one that is replaced")]
+    return []
+
+
 def refusal(*, experimental: bool = True) -> str | None:
     """Why `patch_trl` would refuse, or None.
 
@@ -166,6 +190,9 @@ def refusal(*, experimental: bool = True) -> str | None:
         raise ModuleNotFoundError(
             f"patch_trl: got no installed TRL, wanted trl >= {FIRST_VERSION}", name="trl"
         )
+    if version == trl_0_24.VERSION:
+        known = {**trl_0_24.SOURCES, **(trl_0_24.CPO_SOURCES if experimental else {})}
+        return _refusal_of_sources(version, known, trl_0_24.CPO_SOURCES)
     try:
         is_old = Version(version) < Version(FIRST_VERSION)
     except InvalidVersion:
@@ -173,7 +200,7 @@ def refusal(*, experimental: bool = True) -> str | None:
     if is_old:
         return (
             f"trl {version} has no log-prob function that its trainers share, so there is nothing to "
-            f"replace; wanted trl >= {FIRST_VERSION}"
+            f"replace; wanted trl >= {FIRST_VERSION}, or {trl_0_24.VERSION}"
         )
     try:
         owner, _, function = find(SEAM)
@@ -191,10 +218,16 @@ def refusal(*, experimental: bool = True) -> str | None:
     known = {**SEAM_SOURCES, **(EXPERIMENTAL_SOURCES if experimental else {})}
     if not hasattr(owner, "_use_triton"):
         del known[COMPACTION]
+    return _refusal_of_sources(version, known, EXPERIMENTAL_SOURCES)
+
+
+def _refusal_of_sources(
+    version: str, known: Mapping[str, Mapping[str, str]], experimental: Mapping[str, Mapping[str, str]]
+) -> str | None:
     if (unknown := unknown_source(f"trl {version}", known)) is None:
         return None
     path, reason = unknown
-    if path in EXPERIMENTAL_SOURCES:
+    if path in experimental:
         reason += "; patch_trl(experimental=False) leaves it as it is"
     return reason
 
@@ -204,6 +237,8 @@ def _installed_version() -> str | None:
 
 
 def _replacements(options: _Options) -> dict[str, Any]:
+    if _installed_version() == trl_0_24.VERSION:
+        return trl_0_24.replacements(options.execution, experimental=options.experimental)
     made: dict[str, Any] = {SEAM: FusedLogProb(options.execution)}
     if hasattr(find(SEAM)[0], "_use_triton"):
         made[COMPACTION] = Around(drop_unlabelled)

@@ -25,12 +25,17 @@ from fastdpo.types import Execution
 IGNORED = -100
 
 
-def make_methods(execution: Execution | None) -> dict[str, Callable[..., Any]]:
-    """The replacements by trainer: ``concatenated_forward`` for cpo and orpo, ``_compute_loss`` for tpo."""
+def make_methods(execution: Execution | None, *, is_0_24: bool = False) -> dict[str, Callable[..., Any]]:
+    """The replacements by trainer: ``concatenated_forward`` for cpo and orpo, ``_compute_loss`` for tpo.
+
+    ``is_0_24``: for TRL 0.24, which has no tpo, and has the label of what is not scored as a setting.
+    """
+    options = {"label_pad_token_id": IGNORED} if is_0_24 else {}
 
     def cpo_concatenated_forward(self: Any, model: Any, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         """`CPOTrainer.concatenated_forward`, from log-probabilities."""
-        inputs = _concatenated_inputs(self, batch, self.pad_token_id)
+        padding = self.padding_value if is_0_24 else self.pad_token_id
+        inputs = _concatenated_inputs(self, batch, padding, options)
         labels = inputs["labels"]
         out = _score(self, model, inputs, labels, execution)
         is_mean = self.loss_type in ("ipo", "simpo")
@@ -43,7 +48,7 @@ def make_methods(execution: Execution | None) -> dict[str, Callable[..., Any]]:
 
     def orpo_concatenated_forward(self: Any, model: Any, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         """`ORPOTrainer.concatenated_forward`, from log-probabilities; its NLL is also over the prompt."""
-        inputs = _concatenated_inputs(self, batch, self.padding_value)
+        inputs = _concatenated_inputs(self, batch, self.padding_value, options)
         labels = inputs["labels"]
         chosen = slice(0, batch["chosen_labels"].shape[0])
         is_text = inputs["attention_mask"] == 1
@@ -97,17 +102,37 @@ def make_methods(execution: Execution | None) -> dict[str, Callable[..., Any]]:
     }
 
 
-def _concatenated_inputs(trainer: Any, batch: dict[str, Any], padding_value: int) -> dict[str, Tensor]:
+def _concatenated_inputs(
+    trainer: Any, batch: dict[str, Any], padding_value: int, options: dict[str, int]
+) -> dict[str, Tensor]:
     """``input_ids``, ``attention_mask`` and ``labels`` ``(2P, T)``, chosen rows first."""
+    check_causal(trainer)
+    if options:
+        check_ignored(trainer)
+    made = trainer.concatenated_inputs(
+        batch,
+        is_encoder_decoder=False,
+        padding_value=padding_value,
+        device=trainer.accelerator.device,
+        **options,
+    )
+    return {name: made[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels")}
+
+
+def check_causal(trainer: Any) -> None:
     if trainer.is_encoder_decoder:
         raise ValueError(
             "model: got an encoder-decoder, wanted a causal language model; fastdpo.unpatch_trl() trains it "
             "with TRL's own code"
         )
-    made = trainer.concatenated_inputs(
-        batch, is_encoder_decoder=False, padding_value=padding_value, device=trainer.accelerator.device
-    )
-    return {name: made[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels")}
+
+
+def check_ignored(trainer: Any) -> None:
+    if trainer.label_pad_token_id != IGNORED:
+        raise ValueError(
+            f"label_pad_token_id: got {trainer.label_pad_token_id}, wanted {IGNORED}; fastdpo.unpatch_trl() "
+            "trains with others"
+        )
 
 
 def _score(

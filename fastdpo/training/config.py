@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.losses import LossSpec, build_objective, find_loss
+from fastdpo.losses import LossSpec, PairLogps, build_objective, find_loss
 from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
 from fastdpo.training.kinds import DataKind, kind_of
 from fastdpo.training.row_plan import ARRANGEMENTS
@@ -247,6 +247,13 @@ class PreferenceConfig(TrainingArguments):
     def needs_reference(self) -> bool:
         """Whether any loss looks at reference log-probabilities."""
         return any(loss.uses_reference for loss in self.losses)
+
+    @property
+    def makes_pair_loss(self) -> bool:
+        """Whether the head's call makes the loss itself, so that a trained head runs in mode ``pairs``."""
+        is_one_call = self.dynamic_beta_options is None and not self.gather_batch_losses and not self.fp16
+        specs = self.losses
+        return is_one_call and all(s.inputs is PairLogps and s.scope in ("pair", "token") for s in specs)
 
     def execution(self) -> Execution:
         """How the head runs."""

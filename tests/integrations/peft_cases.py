@@ -178,10 +178,31 @@ CASES = {
     "prompt": Case(
         "prompt tuning",
         lambda: with_peft("PromptTuningConfig", num_virtual_tokens=3),
-        "virtual tokens",
-        "its virtual tokens have no labels",
+        remark="results are of the caller's own tokens, the first of which is not scored",
     ),
-    "prefix": Case(
-        "prefix tuning", lambda: with_peft("PrefixTuningConfig", num_virtual_tokens=3), "virtual tokens"
+    "prompt, capped": Case(
+        "prompt tuning before a head with a softcap, tied",
+        lambda: with_peft("PromptTuningConfig", make_model("gemma2"), num_virtual_tokens=3),
+    ),
+    "prompt, bias": Case(
+        "prompt tuning before a head with a bias",
+        lambda: with_peft("PromptTuningConfig", make_model("phi"), num_virtual_tokens=5),
+    ),
+    "prompt, lora": Case(
+        "prompt tuning around LoRA on `lm_head`",
+        lambda: with_peft(
+            "PromptTuningConfig", with_lora(make_model(), target_modules=HEAD), num_virtual_tokens=3
+        ),
+    ),
+    "p-tuning": Case(
+        "P-tuning",
+        lambda: with_peft("PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=16),
+    ),
+    "prefix": Case("prefix tuning", lambda: with_peft("PrefixTuningConfig", num_virtual_tokens=3)),
+    "cpt": Case(
+        "CPT",
+        lambda: with_peft("CPTConfig", cpt_token_ids=[5, 6], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2]),
+        "CPT: its loss is its own",
+        "its loss is its own, made from logits",
     ),
 }

@@ -103,7 +103,7 @@ def test_tokens_are_dropped_on_a_cpu_and_elsewhere_as_trl_does() -> None:
     assert {d.type: utils._use_triton(d) for d in devices} == {**own, "cpu": True}
 
 
-@pytest.mark.parametrize("version", ["0.24.0", "1.0.0", "1.9.2", "1.14.1"])
+@pytest.mark.parametrize("version", ["0.23.1", "0.24.1", "1.0.0", "1.9.2", "1.14.1"])
 def test_older_trl_has_nothing_to_replace(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = objects()
     with_version(monkeypatch, version)
@@ -111,6 +111,14 @@ def test_older_trl_has_nothing_to_replace(version: str, monkeypatch: pytest.Monk
         patch_trl()
     assert all(now is then for now, then in zip(objects(), before, strict=True))
     assert ("patch_trl", f"refused: {hook.refusal()}") in fastdpo.doctor().sections["TRL"]
+
+
+def test_what_only_calls_itself_0_24_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That release itself is tested in an environment of its own, by test_trl_0_24."""
+    with_version(monkeypatch, "0.24.0")
+    with pytest.raises(RuntimeError, match=r"trl 0\.24\.0: .*concatenated_forward cannot be read"):
+        patch_trl()
+    assert fastdpo.doctor().sections["TRL"][0][1].startswith("refused: trl 0.24.0")
 
 
 def test_a_version_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

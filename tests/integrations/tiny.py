@@ -310,7 +310,8 @@ def fused(model: nn.Module, **arguments: Any) -> FusedLMOutput:
 
 def plain_logps(model: nn.Module, batch: Batch, **inputs: Any) -> Tensor:
     """``(B, T)`` log-probabilities as users make them today, from the unpatched forward's logits."""
-    logits = model(**{**batch.inputs, **inputs}).logits[:, :-1]
+    logits = model(**{**batch.inputs, **inputs}).logits
+    logits = logits[:, -batch.labels.shape[1] : -1]  # behind the virtual tokens of PEFT's prompt tuning
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     targets = batch.labels[:, 1:]
     picked = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]

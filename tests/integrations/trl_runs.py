@@ -155,8 +155,24 @@ def assert_alike(ours: Run, theirs: Run, *, but: tuple[str, ...] = ()) -> None:
                 assert_number(mine[name], value, name)
 
 
+def largest_difference(ours: Run, theirs: Run, *, but: tuple[str, ...] = ()) -> tuple[float, str]:
+    """Of all losses and logged metrics, in the measure of `assert_number`; and what it is of."""
+    found = [(_gap(a, b), "loss") for a, b in zip(ours.losses, theirs.losses, strict=True)]
+    for mine, other in zip(ours.logs, theirs.logs, strict=True):
+        found += [
+            (_gap(mine[name], value), name)
+            for name, value in other.items()
+            if not name.endswith(_CLOCK) and name.removeprefix("eval_") not in but
+        ]
+    return max(found)
+
+
+def _gap(ours: float, theirs: float) -> float:
+    return abs(ours - theirs) / max(1.0, abs(theirs))
+
+
 def assert_number(ours: float, theirs: float, name: str) -> None:
-    assert abs(ours - theirs) <= METRIC_TOLERANCE * max(1.0, abs(theirs)), (name, ours, theirs)
+    assert _gap(ours, theirs) <= METRIC_TOLERANCE, (name, ours, theirs)
 
 
 def assert_gradient(ours: Tensor, theirs: Tensor, name: str) -> None:
