@@ -20,47 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
+from fastdpo.integrations.fused_output import FusedLMOutput as FusedLMOutput
+from fastdpo.integrations.fused_output import HeadStates, ScoreRequest
 from fastdpo.integrations.lm_head import ModelTail, current_head, examine, logit_transform, unwrap
 from fastdpo.integrations.probe import HEAD_ARGUMENTS, load_balancing_loss
-from fastdpo.ops.checks import check_execution, check_outputs, fail
-from fastdpo.ops.linear_logprob import linear_logprob
-from fastdpo.types import Execution, LinearLogprobOutput, LMHead, TokenLayout
-
-
-@dataclass
-class FusedLMOutput(ModelOutput):
-    """What a patched model returns for ``return_logps=True``: ``(B, T)`` tensors aligned with ``labels``.
-
-    Entry [b, t] belongs to ``labels[b, t]`` given the tokens before t. At t = 0 and where the label is
-    ignored all are 0 (False). With a ``token_layout`` they are ``(N,)``, in its order. In nats; float32, or
-    float64 for float64 operands.
-
-    Args:
-        logps: log-probabilities of the labels, differentiable.
-        logps_mask: bool, True where a label was scored; None with a ``token_layout``.
-        lse: logsumexp of the logits, differentiable. Like the next four, None unless in ``logps_outputs``.
-        entropy: of the distribution over the vocabulary, in nats.
-        log_sum_sq_probs: log of the sum of the squared probabilities.
-        mean_logit: mean of the logits over the vocabulary.
-        is_top1: bool, whether the label has the largest logit.
-        aux_loss: load-balancing loss of a mixture of experts, where its router logits are asked for.
-        past_key_values, hidden_states, attentions, router_logits: as the backbone returned them.
-    """
-
-    logps: Tensor | None = None
-    logps_mask: Tensor | None = None
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    mean_logit: Tensor | None = None
-    is_top1: Tensor | None = None
-    aux_loss: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
+from fastdpo.ops.checks import check_execution, fail
+from fastdpo.types import Execution, LMHead, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -78,8 +44,9 @@ def patch_model(
     """Let ``model(input_ids=..., labels=labels, return_logps=True)`` return log-probabilities, not logits.
 
     A patched model takes, beside its own arguments, ``return_logps`` and ``logps_outputs``, the names of
-    further statistics (``lse``, ``entropy``, ``log_sum_sq_probs``, ``mean_logit``, ``is_top1``), and returns
-    a `FusedLMOutput`. Labels are as Hugging Face has them: ``(B, T)``, aligned with ``input_ids``; in packed
+    further statistics (``lse``, ``entropy``, ``log_sum_sq_probs``, ``mean_logit``, ``is_top1``,
+    ``topk_mass``, ``topk_entropy``; ``logps_topk`` is the k of the last two), and returns a
+    `FusedLMOutput`. Labels are as Hugging Face has them: ``(B, T)``, aligned with ``input_ids``; in packed
     rows the first token of every sequence must be ignored. The rest reaches the backbone unchanged, except
     that ``use_cache`` is False unless given: nothing will be generated from a scored sequence. Every call
     without ``return_logps`` is the unpatched model's, to the bit.
@@ -88,6 +55,11 @@ def patch_model(
     the tokens they predict; the results are then ``(N,)``. With it, ``row_batches`` may stand in for the
     inputs: a list of their dicts (``input_ids``, ``position_ids``, ``attention_mask`` ...), for each of which
     the backbone runs once; the layout counts the positions of all of them, one after the other.
+
+    With ``return_states=True`` in place of ``return_logps`` and of labels a patched model returns
+    `HeadStates`. Those of another model, or of this one without its adapter, given as ``reference`` to a call
+    with ``return_logps`` let ``logps_outputs`` name divergences from it, ``forward_kl``, ``reverse_kl`` or
+    ``jsd`` (at least one, and no statistics); ``ref_logps`` come with them. See ``token_divergence``.
 
     Patch before ``accelerator.prepare``; before or after DDP, torch.compile and PEFT. Adapters of the
     backbone are part of it; of what PEFT does to a head, ``modules_to_save`` and LoRA are supported.
@@ -201,24 +173,34 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
         self: Any,
         *args: Any,
         return_logps: bool = False,
+        return_states: bool = False,
         logps_outputs: Sequence[str] = (),
+        logps_topk: int | None = None,
+        reference: HeadStates | None = None,
         token_layout: TokenLayout | None = None,
         row_batches: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> Any:
         if not return_logps:
-            if logps_outputs:
-                raise fail("logps_outputs", repr(logps_outputs), "return_logps=True with it")
-            if token_layout is not None or row_batches is not None:
-                raise fail("token_layout, row_batches", "a value", "return_logps=True with it")
-            return original.forward(self, *args, **kwargs)
+            given: dict[str, Any] = {"logps_outputs": logps_outputs or None, "logps_topk": logps_topk}
+            given |= {"reference": reference, "token_layout": token_layout}
+            given |= {} if return_states else {"row_batches": row_batches}
+            for name, value in given.items():
+                if value is not None:
+                    raise fail(name, "a value", "return_logps=True with it")
+            if not return_states:
+                return original.forward(self, *args, **kwargs)
+        elif return_states:
+            raise fail("return_states", "True with return_logps", "one of the two")
         if repeated := set(names[: len(args)]) & kwargs.keys():
             raise TypeError(f"forward() got multiple values for {sorted(repeated)}")
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        outputs = check_outputs(logps_outputs, False)
+        if return_states:
+            return _head_states(self, hook, arguments, row_batches)
+        request = ScoreRequest(logps_outputs, logps_topk, reference)  # type: ignore[arg-type]
         if token_layout is None and row_batches is None:
-            return _fused_forward(self, hook, arguments, outputs)
-        return _layout_forward(self, hook, arguments, outputs, token_layout, row_batches)
+            return _fused_forward(self, hook, arguments, request)
+        return _layout_forward(self, hook, arguments, request, token_layout, row_batches)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         reduced = super(patched, self).__reduce_ex__(protocol)
@@ -248,7 +230,7 @@ def _rebuild(original: Any, hook: _Hook) -> Any:
 
 
 def _fused_forward(
-    model: Any, hook: _Hook, arguments: dict[str, Any], outputs: tuple[str, ...]
+    model: Any, hook: _Hook, arguments: dict[str, Any], request: ScoreRequest
 ) -> FusedLMOutput:
     labels = arguments.get("labels")
     if not isinstance(labels, Tensor):
@@ -261,16 +243,12 @@ def _fused_forward(
     head, device = _head_for(model, hidden)
     # Position t predicts the label at t + 1; the last predicts none.
     targets = F.pad(labels.to(device)[:, 1:], (0, 1), value=hook.ignore_index)
-    scored = linear_logprob(
-        hidden.to(device),
-        head,
-        targets,
-        ignore_index=hook.ignore_index,
-        outputs=outputs,
-        execution=hook.execution,
+    scored: dict[str, Any] = request.run(
+        hidden.to(device), head, targets, ignore_index=hook.ignore_index, execution=hook.execution
     )
     return FusedLMOutput(
-        **_aligned_with_labels(scored),
+        # From where a token is predicted to where it stands; the last column, never scored, comes first.
+        **{name: value.roll(1, dims=1) for name, value in scored.items()},
         logps_mask=(targets != hook.ignore_index).roll(1, dims=1),
         **_passed_through(model, hook.tail, inputs, result),
     )
@@ -280,7 +258,7 @@ def _layout_forward(
     model: Any,
     hook: _Hook,
     arguments: dict[str, Any],
-    outputs: tuple[str, ...],
+    request: ScoreRequest,
     layout: TokenLayout | None,
     row_batches: Sequence[Mapping[str, Any]] | None,
 ) -> FusedLMOutput:
@@ -289,27 +267,61 @@ def _layout_forward(
         raise fail("token_layout", type(layout).__name__, "a TokenLayout")
     if arguments.get("labels") is not None:
         raise fail("labels", "a value together with token_layout", "one of the two")
-    if row_batches is not None and not row_batches:
-        raise fail("row_batches", "an empty list", "at least one dict of inputs")
-    if row_batches is not None and (given := [n for n, v in arguments.items() if v is not None]):
-        raise fail("row_batches", f"a value together with {sorted(given)}", "the inputs in row_batches alone")
-    calls = [_run_backbone(model, hook.tail, dict(call)) for call in row_batches or [arguments]]
-    flat = [result.last_hidden_state.flatten(0, -2) for _, result in calls]  # (R * T, H) each
-    head, device = _head_for(model, flat[0])
-    hidden = (flat[0] if len(flat) == 1 else torch.cat(flat)).to(device)
+    calls = _backbone_calls(model, hook.tail, arguments, row_batches)
+    hidden, head, device = _all_positions(model, calls)
     on_device = TokenLayout(
         layout.token_index.to(device, torch.int64),
         layout.target_ids.to(device),
         layout.sequence_ids.to(device, torch.int64),
         layout.lengths,
     )
-    scored = linear_logprob(hidden, head, on_device, outputs=outputs, execution=hook.execution)
-    values: dict[str, Any] = {name: value for name, value in scored._asdict().items() if value is not None}
+    values: dict[str, Any] = request.run(
+        hidden, head, on_device, ignore_index=hook.ignore_index, execution=hook.execution
+    )
     if len(calls) == 1:
         return FusedLMOutput(**values, **_passed_through(model, hook.tail, *calls[0]))
     if any(inputs.get("output_router_logits") for inputs, _ in calls):
         raise fail("output_router_logits", "True with several row_batches", "one, or False")
     return FusedLMOutput(**values)
+
+
+def _head_states(
+    model: Any,
+    hook: _Hook,
+    arguments: dict[str, Any],
+    row_batches: Sequence[Mapping[str, Any]] | None,
+) -> HeadStates:
+    """What the head would see."""
+    if arguments.get("labels") is not None:
+        raise fail("labels", "a value together with return_states", "return_logps=True with it")
+    calls = _backbone_calls(model, hook.tail, arguments, row_batches)
+    hidden, head, device = _all_positions(model, calls)
+    if row_batches is None:
+        hidden = calls[0][1].last_hidden_state.to(device)
+    return HeadStates(hidden, head)
+
+
+def _backbone_calls(
+    model: Any,
+    tail: ModelTail,
+    arguments: dict[str, Any],
+    row_batches: Sequence[Mapping[str, Any]] | None,
+) -> list[tuple[dict[str, Any], Any]]:
+    """Inputs and output of each of the backbone's calls."""
+    if row_batches is not None and not row_batches:
+        raise fail("row_batches", "an empty list", "at least one dict of inputs")
+    if row_batches is not None and (given := [n for n, v in arguments.items() if v is not None]):
+        raise fail("row_batches", f"a value together with {sorted(given)}", "the inputs in row_batches alone")
+    return [_run_backbone(model, tail, dict(call)) for call in row_batches or [arguments]]
+
+
+def _all_positions(
+    model: Any, calls: Sequence[tuple[dict[str, Any], Any]]
+) -> tuple[Tensor, LMHead, torch.device]:
+    """``(M, H)``: the positions of all calls one after the other, where the head is."""
+    flat = [result.last_hidden_state.flatten(0, -2) for _, result in calls]
+    head, device = _head_for(model, flat[0])
+    return (flat[0] if len(flat) == 1 else torch.cat(flat)).to(device), head, device
 
 
 def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -342,12 +354,6 @@ def _passed_through(model: Any, tail: ModelTail, inputs: dict[str, Any], result:
     names = ("past_key_values", "hidden_states", "attentions", "router_logits")
     passed = {name: getattr(result, name, None) for name in names}
     return {"aux_loss": _aux_loss(model, tail, result, inputs), **passed}
-
-
-def _aligned_with_labels(scored: LinearLogprobOutput) -> dict[str, Any]:
-    """From where a token is predicted to where it stands; the last column, never scored, comes first."""
-    values = {name: value for name, value in scored._asdict().items() if value is not None}
-    return {name: value.roll(1, dims=1) for name, value in values.items()}
 
 
 def _backbone_inputs(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> dict[str, Any]:

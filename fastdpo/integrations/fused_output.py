@@ -1,0 +1,135 @@
+"""What a patched model returns, and how it is made of hidden states, the head and the labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from fastdpo.ops.checks import check_outputs, fail
+from fastdpo.ops.linear_logprob import flat_rows, linear_logprob
+from fastdpo.ops.token_divergence import token_divergence
+from fastdpo.types import Execution, LMHead, TokenLayout
+
+
+@dataclass
+class FusedLMOutput(ModelOutput):
+    """What a patched model returns for ``return_logps=True``: ``(B, T)`` tensors aligned with ``labels``.
+
+    Entry [b, t] belongs to ``labels[b, t]`` given the tokens before t. At t = 0 and where the label is
+    ignored all are 0 (False). With a ``token_layout`` they are ``(N,)``, in its order. In nats; float32, or
+    float64 for float64 operands.
+
+    Args:
+        logps: log-probabilities of the labels, differentiable.
+        logps_mask: bool, True where a label was scored; None with a ``token_layout``.
+        lse: logsumexp of the logits, differentiable. Like those up to ``jsd``, None unless in
+            ``logps_outputs``.
+        entropy: of the distribution over the vocabulary, in nats.
+        log_sum_sq_probs: log of the sum of the squared probabilities.
+        mean_logit: mean of the logits over the vocabulary.
+        is_top1: bool, whether the label has the largest logit.
+        topk_mass, topk_entropy: of the ``logps_topk`` most likely tokens, not renormalised.
+        forward_kl, reverse_kl, jsd: KL(reference || policy), KL(policy || reference), their Jensen-Shannon
+            divergence; differentiable in the policy.
+        ref_logps: log-probabilities of the labels under the ``reference``, where one is given.
+        aux_loss: load-balancing loss of a mixture of experts, where its router logits are asked for.
+        past_key_values, hidden_states, attentions, router_logits: as the backbone returned them.
+    """
+
+    logps: Tensor | None = None
+    logps_mask: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    topk_mass: Tensor | None = None
+    topk_entropy: Tensor | None = None
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    jsd: Tensor | None = None
+    ref_logps: Tensor | None = None
+    aux_loss: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class HeadStates:
+    """What a patched model returns for ``return_states=True``: what its head sees, and the head.
+
+    All that a divergence from the model needs; no logits have been made.
+
+    Args:
+        hidden: ``(B, T, H)``; with ``row_batches`` ``(M, H)``, all positions one after the other.
+        lm_head: its weights are the model's own.
+    """
+
+    hidden: Tensor
+    lm_head: LMHead
+
+
+def require_states(output: Any) -> HeadStates:
+    """``output`` if a patched model made it for ``return_states=True``. Raises TypeError otherwise."""
+    if isinstance(output, HeadStates):
+        return output
+    raise TypeError(
+        f"output: got {type(output).__name__}, wanted HeadStates: the model is not patched "
+        "(fastdpo.patch_model), or something replaced its forward after patching"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreRequest:
+    """What a call asks of the head, checked before the backbone runs.
+
+    Args:
+        outputs: ``logps_outputs``: statistics of ``linear_logprob``, or with a reference divergences of
+            ``token_divergence``.
+        topk: ``logps_topk``.
+        reference: what divergences are measured from.
+    """
+
+    outputs: tuple[str, ...] = ()
+    topk: int | None = None
+    reference: HeadStates | None = None
+
+    def __post_init__(self) -> None:
+        if self.reference is None:
+            object.__setattr__(self, "outputs", check_outputs(self.outputs, False, has_topk=True))
+        elif not isinstance(self.reference, HeadStates):
+            raise TypeError(f"reference: got {type(self.reference).__name__}, wanted HeadStates")
+        elif self.topk is not None:
+            raise fail("logps_topk", repr(self.topk), "None with a reference, beside which there are none")
+
+    def run(
+        self,
+        hidden: Tensor,
+        head: LMHead,
+        labels: Tensor | TokenLayout,
+        *,
+        ignore_index: int,
+        execution: Execution,
+    ) -> dict[str, Tensor]:
+        """Per-token results in the labels' shape, under the names of `FusedLMOutput`."""
+        settings: dict[str, Any] = {"ignore_index": ignore_index, "execution": execution}
+        scored: Any
+        if self.reference is None:
+            scored = linear_logprob(hidden, head, labels, outputs=self.outputs, topk=self.topk, **settings)
+        else:
+            states = self.reference.hidden.to(hidden.device)
+            scored = token_divergence(
+                hidden,
+                head,
+                flat_rows(states) if isinstance(labels, TokenLayout) else states,
+                labels,
+                ref_lm_head=self.reference.lm_head,
+                outputs=(*self.outputs, "logps", "ref_logps"),
+                **settings,
+            )
+        return {name: value for name, value in scored._asdict().items() if value is not None}
