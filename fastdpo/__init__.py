@@ -14,7 +14,7 @@ from fastdpo.losses import LOSSES, preference_loss
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.ops.token_divergence import token_divergence
 from fastdpo.plan import Plan, explain_plan
-from fastdpo.preference_loss import fused_preference_loss
+from fastdpo.preference_loss import fused_preference_loss, preference_loss_from_logps
 from fastdpo.types import (
     DPOLossOutput,
     Execution,
@@ -60,6 +60,7 @@ __all__ = [
     "patch_model",
     "patch_trl",
     "preference_loss",
+    "preference_loss_from_logps",
     "shift_labels",
     "token_divergence",
     "unpatch_llama_factory",

@@ -1,14 +1,14 @@
 """The losses of other data than pairs' sums: single answers, lists of candidates, steps, tokens of answers.
 
-The same way as ``functional.py``: log-probabilities per token by the op, sums per row, the objective; for
-pairs with divergences (TDPO) those of the whole vocabulary too, by their own op. What
-a row is depends on the losses named, which are of one kind; ``LOSSES[name].kind`` and ``.inputs`` say which.
+The same way as ``functional.py``: log-probabilities per token by the op, sums per row, the objective
+(``preference_rows.py``). Pairs with divergences (TDPO) get both, divergences and log-probabilities, from one
+op. What a row is depends on the losses named, which are of one kind; ``LOSSES[name].kind`` and ``.inputs``
+say which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,30 +16,23 @@ from torch import Tensor
 
 from fastdpo.batch import next_token, shift_labels
 from fastdpo.functional_checks import FLOAT_DTYPES, INT_DTYPES, check_like, check_tensor, reference_head
-from fastdpo.losses.aggregate import check_cu_seqlens, segment_sums, sequence_sums
-from fastdpo.losses.batches import DivergencePairLogps, ListLogps, StepLogps, UnpairedLogps
-from fastdpo.losses.inputs import Batch, PairLogps, PerPair
-from fastdpo.losses.metrics import list_metrics, pair_metrics, unpaired_metrics
+from fastdpo.losses.aggregate import check_cu_seqlens
+from fastdpo.losses.batches import DivergencePairLogps
+from fastdpo.losses.inputs import PerPair
 from fastdpo.losses.objective import Objective, build_objective
 from fastdpo.losses.token_batches import TokenLogps
-from fastdpo.ops.checks import as_head, check_execution, fail
+from fastdpo.ops.checks import as_head, fail
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.ops.token_divergence import token_divergence
-from fastdpo.types import Execution, LMHead, PackedLayout, PreferenceLossOutput
-
-# What each kind of batch may be told beside its tokens.
-EXTRAS: dict[type, tuple[str, ...]] = {
-    UnpairedLogps: ("is_desirable", "kl", "reward_shift"),
-    ListLogps: ("group_ids", "scores", "num_groups", "max_candidates", "segment_ids", "num_segments"),
-    StepLogps: ("segment_ids", "num_segments", "advantages"),
-    TokenLogps: ("win_rates",),
-    DivergencePairLogps: (),
-}
-REQUIRED = {
-    UnpairedLogps: ("is_desirable",),
-    ListLogps: ("group_ids",),
-    StepLogps: ("segment_ids", "advantages"),
-}
+from fastdpo.preference_rows import (
+    DATA,
+    RowSums,
+    check_divergence_pairs,
+    check_kind,
+    loss_names,
+    rows_output,
+)
+from fastdpo.types import Execution, LinearLogprobOutput, LMHead, PackedLayout, PreferenceLossOutput
 
 
 def fused_preference_loss(
@@ -77,11 +70,12 @@ def fused_preference_loss(
 
     Args:
         hidden, lm_head, labels, layout, shift, ignore_index, execution: as in ``fused_dpo_loss``, for B
-            sequences: ``(B, T, H)`` and ``(B, T)``, or packed. Divergences take of ``execution`` the mode,
-            the budgets and ``compute_dtype``; see ``token_divergence``.
+            sequences: ``(B, T, H)`` and ``(B, T)``, or packed. For pairs with divergences ``execution`` is
+            what ``token_divergence`` takes, which has no backends, no ``lean`` and no bf16 logits.
         loss_type, loss_weights: names in ``LOSSES`` of one kind other than plain pairs; their weighted sum.
             For pairs with divergences (``tdpo1``, ``tdpo2``) B = 2P, chosen answers first; the forward KL
-            from the reference to the policy is made here, of ``ref_hidden``.
+            from the reference to the policy is made here, of ``ref_hidden``, together with the
+            log-probabilities of both: in 4 products forward and backward, the head trained or not.
         is_desirable: ``(B,)`` bool, for unpaired losses (KTO, BCO).
         kl: ``()``, KTO's reference point, in nats; ``reward_shift``: ``()``, BCO's running mean.
         group_ids: ``(B,)`` int64, which list a candidate belongs to, for listwise losses.
@@ -94,8 +88,9 @@ def fused_preference_loss(
         advantages: ``(num_segments,)``, of every step.
         win_rates: ``(B,)`` in [0, 1], for token-level losses that use them.
         ref_hidden, ref_lm_head: as in ``fused_dpo_loss``.
-        ref_logps: instead of them, ``(B,)`` sums, or per token as ``linear_logprob`` returned them (the only
-            form with ``segment_ids``, ``token_weights`` or a token-level loss). TDPO needs ``ref_hidden``.
+        ref_logps: instead of them, ``(B,)`` sums (of segments where there are ``segment_ids``), or per token
+            as ``linear_logprob`` returned them (the only form with ``token_weights`` or a token-level loss).
+            TDPO needs ``ref_hidden``.
         beta: positive, a number or one per row. None: each loss's own default.
         row_weights: at least 0, a number or one per row (a list is one row, and so is a pair).
         token_weights: the labels' shape, aligned with them; weigh the log-probabilities of both models.
@@ -103,8 +98,9 @@ def fused_preference_loss(
         loss_options: options of the named losses; see ``LOSSES``.
 
     Returns:
-        ``PreferenceLossOutput``; ``metrics`` has TRL's names for unpaired answers, and for lists
-        ``rewards/best``, ``rewards/others``, ``rewards/margins`` and ``rewards/accuracies``.
+        ``PreferenceLossOutput``; ``metrics`` has ``num_tokens`` and TRL's names for unpaired answers; for
+        lists ``rewards/best``, ``rewards/others``, ``rewards/margins`` and ``rewards/accuracies``; for pairs
+        with divergences TRL's names and ``kl/chosen``, ``kl/rejected``; for others ``logps``, the rows' mean.
 
     Raises:
         ValueError: a loss of pairs, a wrong shape, dtype, device or value, data that a loss needs and lacks,
@@ -131,221 +127,150 @@ def fused_preference_loss(
         "win_rates": win_rates,
     }  # fmt: skip
     extras = {name: value for name, value in extras.items() if value is not None}
-    _check_kind(objective, extras)
-    cu_seqlens = _check_batch(hidden, labels, layout)
-    needs_tokens = token_weights is not None or segment_ids is not None or objective.inputs is TokenLogps
-    _check_reference(labels, cu_seqlens, hidden, ref_hidden, ref_lm_head, ref_logps, needs_tokens)
-    if objective.inputs is DivergencePairLogps:
-        _check_divergence_pairs(objective, labels, cu_seqlens, ref_hidden, token_weights)
-    check_like("token_weights", token_weights, labels, FLOAT_DTYPES)
-    check_like("segment_ids", segment_ids, labels, INT_DTYPES)
+    has_divergences = objective.inputs is DivergencePairLogps
+    check_kind(objective, extras, made_later=("forward_kl",))
+    check_tensor("hidden", hidden)
+    cu_seqlens = _check_tokens("labels", labels, layout, INT_DTYPES)
+    _check_reference_states(hidden, ref_hidden, ref_lm_head, ref_logps)
+    if has_divergences and ref_hidden is None:
+        wanted = f"the reference's hidden states for {loss_names(objective)}: it needs whole distributions"
+        raise fail("ref_hidden", "None", wanted)
+    sums = _row_sums(objective, labels, cu_seqlens, token_weights, extras, ref_logps)
 
     targets = shift_labels(labels, layout=layout, ignore_index=ignore_index) if shift else labels
-    if shift:
-        token_weights = None if token_weights is None else next_token(token_weights, 0, layout)
-        if segment_ids is not None:
-            extras["segment_ids"] = next_token(segment_ids, -1, layout)
+    if shift and token_weights is not None:
+        token_weights = next_token(token_weights, 0, layout)
+    if shift and segment_ids is not None:
+        extras["segment_ids"] = next_token(segment_ids, -1, layout)
     scored: dict[str, Any] = {"ignore_index": ignore_index, "execution": execution}
-    token = linear_logprob(hidden, lm_head, targets, **scored).logps
-    if ref_hidden is not None:
-        with torch.no_grad():
-            head = reference_head(as_head(lm_head, takes_adapter=True), ref_hidden, ref_lm_head)
-            ref_logps = linear_logprob(ref_hidden, head, targets, **scored).logps
-    if objective.inputs is DivergencePairLogps and ref_hidden is not None:
-        # It has no kernels to choose from, and logits of fp32 only.
-        how = replace(check_execution(execution), backend="auto", logits_dtype=None)
-        extras["token_kl"] = token_divergence(
+    head = as_head(lm_head, takes_adapter=True)
+    ref_head = reference_head(head, ref_hidden, ref_lm_head)
+    if has_divergences and ref_hidden is not None:
+        found = token_divergence(
             hidden,
-            lm_head,
+            head,
             ref_hidden,
             targets,
-            ref_lm_head=ref_lm_head,
-            ignore_index=ignore_index,
-            execution=how,
-        ).forward_kl
-    sums = _Sums(targets != ignore_index, cu_seqlens, token_weights, extras)
-    batch = _make_batch(objective.inputs, sums, token, ref_logps, extras)
-    objective.check(batch)
-    return _output(objective, batch, sums, token, ref_logps)
-
-
-@dataclass(frozen=True, eq=False)
-class _Sums:
-    """Per-token numbers to numbers per row: an answer, or a segment where there are any."""
-
-    mask: Tensor
-    cu_seqlens: Tensor | None
-    token_weights: Tensor | None
-    extras: dict[str, Any]
-
-    def logps(self, values: Tensor) -> Tensor:
-        """``(rows,)`` weighted sums; sums that are there already stay as they are."""
-        if values.shape != self.mask.shape:
-            return values
-        return self._of(self.weighted(values))
-
-    def weighted(self, values: Tensor) -> Tensor:
-        return values if self.token_weights is None else values * self.token_weights.to(values.dtype)
-
-    def plain(self, values: Tensor) -> Tensor:
-        """``(rows,)`` sums, whatever the weights of the log-probabilities."""
-        return self._of(values)
-
-    def lengths(self, dtype: torch.dtype) -> Tensor:
-        """``(rows,)`` numbers of tokens."""
-        return self._of(self.mask.to(dtype))
-
-    def _of(self, values: Tensor) -> Tensor:
-        if "segment_ids" not in self.extras:
-            return sequence_sums(values, self.mask, self.cu_seqlens)
-        ids = self.extras["segment_ids"].masked_fill(~self.mask, -1)
-        return segment_sums(values, ids, self._num_segments)
-
-    @property
-    def _num_segments(self) -> int:
-        ids = self.extras["segment_ids"]
-        if "num_segments" in self.extras:
-            return int(self.extras["num_segments"])
-        return int(ids.max()) + 1 if ids.numel() else 0
-
-
-def _make_batch(
-    kind: type, sums: _Sums, token: Tensor, ref_logps: Tensor | None, extras: dict[str, Any]
-) -> Batch:
-    """The batch that the losses take, from log-probabilities per token."""
-    if ref_logps is not None:
-        ref_logps = ref_logps.detach().to(token.dtype)
-    extras = {
-        name: value.to(token.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in extras.items()
-    }
-    if kind is TokenLogps:
-        weighted = None if ref_logps is None else sums.weighted(ref_logps)
-        return TokenLogps(
-            sums.weighted(token), sums.mask, sums.cu_seqlens, weighted, win_rates=extras.get("win_rates")
+            ref_lm_head=ref_head,
+            outputs=("forward_kl", "logps", "ref_logps"),
+            **scored,
         )
-    logps, lengths = sums.logps(token), sums.lengths(token.dtype)
-    reference = None if ref_logps is None else sums.logps(ref_logps)
-    if kind is DivergencePairLogps:
-        assert reference is not None
-        (chosen, rejected), (chosen_tokens, rejected_tokens), (ref_chosen, ref_rejected), kls = (
-            values.chunk(2) for values in (logps, lengths, reference, sums.plain(extras["token_kl"]))
-        )
-        return DivergencePairLogps(
-            chosen,
-            rejected,
-            chosen_tokens,
-            rejected_tokens,
-            ref_chosen,
-            ref_rejected,
-            chosen_kl=kls[0],
-            rejected_kl=kls[1],
-        )
-    given = {name: value for name, value in extras.items() if name not in ("segment_ids", "num_segments")}
-    if kind is UnpairedLogps:
-        return UnpairedLogps(logps, tokens=lengths, ref_logps=reference, **given)
-    if kind is StepLogps:
-        return StepLogps(logps, tokens=lengths, ref_logps=reference, **given)
-    return ListLogps(logps, lengths, ref_logps=reference, **given)
+        assert found.logps is not None
+        token, ref_logps = LinearLogprobOutput(found.logps), found.ref_logps
+        extras["forward_kl"] = found.forward_kl
+    else:
+        token = linear_logprob(hidden, head, targets, **scored)
+        if ref_hidden is not None:
+            with torch.no_grad():
+                ref_logps = linear_logprob(ref_hidden, ref_head, targets, **scored).logps
+    segments: Any = extras.get("segment_ids")
+    sums = RowSums(targets != ignore_index, cu_seqlens, token_weights, segments, num_segments)
+    return rows_output(objective, token, sums, ref_logps, extras)
 
 
-def _output(
-    objective: Objective, batch: Batch, sums: _Sums, token: Tensor, ref_logps: Tensor | None
+def preference_loss_from_logps(
+    token: LinearLogprobOutput,
+    mask: Tensor,
+    *,
+    loss_type: str | Sequence[str],
+    loss_weights: Sequence[float] | None = None,
+    ref_logps: Tensor | None = None,
+    forward_kl: Tensor | None = None,
+    beta: PerPair | None = None,
+    row_weights: PerPair | None = None,
+    token_weights: Tensor | None = None,
+    num_rows: float | Tensor | None = None,
+    layout: PackedLayout | None = None,
+    **arguments: Any,
 ) -> PreferenceLossOutput:
-    rewards, metrics = None, {}
-    if isinstance(batch, UnpairedLogps):
-        rewards = objective.answer_rewards(batch)
-        metrics = unpaired_metrics(batch, rewards)
-    elif isinstance(batch, ListLogps):
-        rewards = objective.answer_rewards(batch)
-        metrics = list_metrics(batch, rewards)
-    elif isinstance(batch, DivergencePairLogps):
-        both = objective.rewards(batch)
-        rewards = torch.cat(both)
-        metrics = pair_metrics(batch, *both)
-    lengths = sums.lengths(token.dtype)
-    return PreferenceLossOutput(
-        loss=objective.loss(batch),
-        logps=sums.logps(token).detach(),
-        ref_logps=None if ref_logps is None else sums.logps(ref_logps.detach()),
-        rewards=rewards,
-        metrics=metrics | {"num_tokens": lengths.sum()},
+    """The second half of ``fused_preference_loss``, for per-token log-probabilities that are there already.
+
+    Args:
+        token: as ``linear_logprob`` returns it, ``(B, T)`` or packed ``(N_all,)``. Where it has ``entropy``,
+            there is a metric of that name, the mean over all tokens.
+        mask: bool, the shape of ``token.logps``: the answers' tokens. Every argument here is aligned with
+            ``token.logps``, nothing is shifted: ``shift_labels(labels, ...) != ignore_index``.
+        loss_type, loss_weights, beta, row_weights, token_weights, num_rows, layout: as there.
+        ref_logps: ``(rows,)`` sums (a row is a segment where there are ``segment_ids``), or per token (the
+            only form with ``token_weights`` and for token-level losses). What has both shapes is per token.
+        forward_kl: per token, KL(reference || policy) over the vocabulary, for pairs with divergences
+            (``tdpo1``, ``tdpo2``): ``token_divergence`` gives it, and both models' log-probabilities.
+        arguments: ``is_desirable``, ``kl``, ``reward_shift``, ``group_ids``, ``scores``, ``num_groups``,
+            ``max_candidates``, ``segment_ids``, ``num_segments``, ``advantages``, ``win_rates`` as there, and
+            the losses' own options.
+
+    Returns, raises: as ``fused_preference_loss``.
+
+    Example:
+        >>> logps, mask = -torch.rand(4, 6), torch.ones(4, 6, dtype=torch.bool)
+        >>> lists = {"loss_type": "sdpo", "group_ids": torch.tensor([0, 0, 1, 1])}
+        >>> lists["scores"] = torch.tensor([1.0, 0.0, 1.0, 0.0])
+        >>> preference_loss_from_logps(LinearLogprobOutput(logps), mask, ref_logps=logps, **lists).loss
+        tensor(0.6931)
+    """
+    given = {name: arguments.pop(name) for name in DATA if name in arguments} | {"forward_kl": forward_kl}
+    extras = {name: value for name, value in given.items() if value is not None}
+    objective = build_objective(
+        loss_type, loss_weights, beta=beta, pair_weights=row_weights, num_pairs=num_rows, **arguments
     )
+    check_kind(objective, extras)
+    cu_seqlens = _check_tokens("token.logps", token.logps, layout, FLOAT_DTYPES)
+    check_like("mask", check_tensor("mask", mask), token.logps, (torch.bool,))
+    check_like("forward_kl", forward_kl, token.logps, FLOAT_DTYPES)
+    sums = _row_sums(objective, mask, cu_seqlens, token_weights, extras, ref_logps)
+    return rows_output(objective, token, sums, ref_logps, extras)
 
 
-def _check_kind(objective: Objective, extras: dict[str, Any]) -> None:
-    """A kind that is handled here, with all it needs and nothing it does not use."""
-    kind, names = objective.inputs, ", ".join(term.spec.name for term in objective.terms)
-    if kind is PairLogps:
-        raise fail("loss_type", names, "losses of another kind than pairs; for these use fused_dpo_loss")
-    if kind not in EXTRAS:
-        raise fail("loss_type", names, f"losses of {', '.join(known.__name__ for known in EXTRAS)}")
-    for name in extras:
-        if name not in EXTRAS[kind]:
-            raise ValueError(f"{name}: got a value that {names} does not use, wanted None")
-    for name in REQUIRED.get(kind, ()):
-        if name not in extras:
-            raise ValueError(f"{name}: got None, wanted a value for {names}")
-    if "num_segments" in extras and "segment_ids" not in extras:
-        raise fail("num_segments", "a value without segment_ids", "segment_ids as well")
-
-
-def _check_divergence_pairs(
+def _row_sums(
     objective: Objective,
-    labels: Tensor,
+    like: Tensor,
     cu_seqlens: Tensor | None,
-    ref_hidden: Tensor | None,
     token_weights: Tensor | None,
-) -> None:
-    names = ", ".join(term.spec.name for term in objective.terms)
-    if ref_hidden is None:
-        raise fail(
-            "ref_hidden", "None", f"the reference's hidden states for {names}: it needs whole distributions"
-        )
-    if token_weights is not None:
-        raise fail("token_weights", f"a value that {names} does not use", "None")
-    sequences = len(labels) if cu_seqlens is None else len(cu_seqlens) - 1
-    if sequences % 2:
-        raise fail("labels", f"{sequences} sequences", "chosen and rejected ones, an even number")
+    extras: dict[str, Any],
+    ref_logps: Tensor | None,
+) -> RowSums:
+    """How tokens become rows, once per-token arguments have been checked against ``like``."""
+    check_like("token_weights", token_weights, like, FLOAT_DTYPES)
+    check_like("segment_ids", extras.get("segment_ids"), like, INT_DTYPES)
+    sums = RowSums(like, cu_seqlens, token_weights, extras.get("segment_ids"), extras.get("num_segments"))
+    num_sequences = len(like) if cu_seqlens is None else len(cu_seqlens) - 1
+    if objective.inputs is DivergencePairLogps:
+        check_divergence_pairs(objective, num_sequences, token_weights)
+    if ref_logps is not None:
+        needs_tokens = token_weights is not None or objective.inputs is TokenLogps
+        is_sums = isinstance(ref_logps, Tensor) and ref_logps.shape != like.shape and not needs_tokens
+        check_like("ref_logps", ref_logps, like, FLOAT_DTYPES, (sums.num_rows,) if is_sums else None)
+    return sums
 
 
-def _check_batch(hidden: object, labels: object, layout: object) -> Tensor | None:
-    """Returns the layout's ``cu_seqlens``."""
-    tokens = check_tensor("labels", labels)
-    check_tensor("hidden", hidden)
-    check_like("labels", tokens, tokens, INT_DTYPES)
+def _check_tokens(name: str, value: object, layout: object, dtypes: tuple[torch.dtype, ...]) -> Tensor | None:
+    """The tensor that sets the batch's shape; returns the layout's ``cu_seqlens``."""
+    tokens = check_tensor(name, value)
+    check_like(name, tokens, tokens, dtypes)
     if layout is None:
         if tokens.dim() != 2:
-            raise fail("labels", f"shape {tuple(tokens.shape)}", "(B, T), or a layout")
+            raise fail(name, f"shape {tuple(tokens.shape)}", "(B, T), or a layout")
         return None
     if not isinstance(layout, PackedLayout):
         raise fail("layout", type(layout).__name__, "None or a PackedLayout")
     if tokens.dim() != 1:
-        raise fail("labels", f"shape {tuple(tokens.shape)}", "(N_all,) with a PackedLayout")
+        raise fail(name, f"shape {tuple(tokens.shape)}", "(N_all,) with a PackedLayout")
     check_tensor("layout.cu_seqlens", layout.cu_seqlens)
     check_cu_seqlens(layout.cu_seqlens, layout.lengths, tokens)
     return layout.cu_seqlens
 
 
-def _check_reference(
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    hidden: Tensor,
-    ref_hidden: Tensor | None,
-    ref_lm_head: object,
-    ref_logps: Tensor | None,
-    needs_tokens: bool,
+def _check_reference_states(
+    hidden: Tensor, ref_hidden: Tensor | None, ref_lm_head: object, ref_logps: Tensor | None
 ) -> None:
     """At most one source of reference log-probabilities, in a shape that fits."""
     if ref_lm_head is not None and ref_hidden is None:
         raise fail("ref_lm_head", "a head without ref_hidden", "ref_hidden as well")
-    if ref_hidden is not None:
-        if ref_logps is not None:
-            raise fail("ref_logps", "a value together with ref_hidden", "one of the two")
-        check_tensor("ref_hidden", ref_hidden)
-        if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-            wanted = f"(*{tuple(hidden.shape[:-1])}, H), as hidden"
-            raise fail("ref_hidden", f"shape {tuple(ref_hidden.shape)}", wanted)
-    sequences = len(labels) if cu_seqlens is None else len(cu_seqlens) - 1
-    shape = None if needs_tokens else (sequences,)
-    check_like("ref_logps", ref_logps, labels, FLOAT_DTYPES, shape)
+    if ref_hidden is None:
+        return
+    if ref_logps is not None:
+        raise fail("ref_logps", "a value together with ref_hidden", "one of the two")
+    check_tensor("ref_hidden", ref_hidden)
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        wanted = f"(*{tuple(hidden.shape[:-1])}, H), as hidden"
+        raise fail("ref_hidden", f"shape {tuple(ref_hidden.shape)}", wanted)

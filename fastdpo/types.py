@@ -163,6 +163,8 @@ class TokenDivergenceOutput(NamedTuple):
     reverse_kl: Tensor | None = None  # KL(policy || teacher)
     jsd: Tensor | None = None  # b KL(teacher || m) + (1 - b) KL(policy || m), m = b teacher + (1 - b) policy
     l1_distance: Tensor | None = None  # of two teachers, sum |p_first - p_second|; not differentiable
+    logps: Tensor | None = None  # the label's log-probability under the policy
+    ref_logps: Tensor | None = None  # and under the teacher; not differentiable
 
 
 class TeacherCombination(NamedTuple):

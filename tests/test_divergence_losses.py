@@ -21,6 +21,7 @@ from fastdpo.losses import build_objective
 from fastdpo.losses.token_batches import TokenDivergences
 from fastdpo.losses.token_level import TeacherMode, aligndistil_coefficients, aligndistil_teacher
 from fastdpo.testing import assert_close_to_fp64
+from tests.ops.test_gemm_passes import count_passes
 
 LENGTHS, H, V, IGNORED = (9, 5, 7, 8, 4, 9), 16, 53, -100
 PAIRS = len(LENGTHS) // 2
@@ -175,6 +176,42 @@ def test_both_ops_agree_on_the_reference() -> None:
     assert torch.equal(kl == 0, scored == 0)
 
 
+@pytest.mark.parametrize(
+    ("needs", "mode", "passes"),
+    [("nothing", "auto", 2), ("hidden", "auto", 4), ("both", "auto", 4), ("hidden", "recompute", 5)],
+)
+def test_gemm_passes(needs: str, mode: str, passes: int) -> None:
+    """Both streams' logits are made once: two ops made them twice, in 6 products (the head trained, in 8)."""
+    pairs = Pairs(torch.float32)
+    hidden, weight = pairs.leaves(torch.float32)
+    hidden.requires_grad_(needs != "nothing")
+    weight.requires_grad_(needs == "both")
+
+    def step() -> None:
+        out = fused_preference_loss(
+            hidden, weight, pairs.labels, ref_hidden=pairs.reference, ref_lm_head=pairs.ref_weight,
+            loss_type="tdpo2", execution=Execution(mode=mode),
+        )  # fmt: skip
+        if needs != "nothing":
+            out.loss.backward()
+
+    assert count_passes(step, int((pairs.targets >= 0).sum()), H, V) == passes
+
+
+def test_metrics() -> None:
+    """Means over the pairs of the KLs' sums, beside those of every pair."""
+    pairs = Pairs(torch.float64)
+    out = fused_preference_loss(
+        pairs.hidden, pairs.weight, pairs.labels, ref_hidden=pairs.reference, loss_type="tdpo1"
+    )
+    kl = token_divergence(pairs.hidden, pairs.weight, pairs.reference, pairs.targets).forward_kl
+    assert kl is not None
+    sums = kl.sum(1).view(2, PAIRS).mean(1)
+    for side, want in zip(("chosen", "rejected"), sums, strict=True):
+        torch.testing.assert_close(out.metrics[f"kl/{side}"], want)
+    assert {"rewards/accuracies", "rewards/margins", "logps/chosen", "num_tokens"} <= out.metrics.keys()
+
+
 BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"ref_hidden": None}, "ref_hidden: got None, wanted the reference's hidden states for tdpo1"),
     ({"ref_hidden": None, "ref_logps": torch.zeros(6)}, "ref_hidden: got None"),
@@ -182,6 +219,8 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"win_rates": torch.ones(6)}, "win_rates: got a value that tdpo1 does not use"),
     ({"loss_type": ["tdpo1", "sigmoid"]}, "loss_type"),
     ({"execution": Execution(mode="lean")}, "execution.mode: got 'lean'"),
+    ({"execution": Execution(backend="cpu")}, "execution.backend: got 'cpu'"),
+    ({"execution": Execution(logits_dtype="bf16")}, "execution.logits_dtype: got 'bf16'"),
     ({"ref_lm_head": torch.randn(V + 1, H)}, "ref_lm_head: got a vocabulary of 54"),
 ]
 

@@ -11,7 +11,9 @@ For logits z of the policy and c of a teacher, p = softmax(z), q = softmax(c), d
 
 so that nothing overflows and equal logits give exactly 0. The teacher is a constant. A probability of 0
 contributes nothing where it is the weight of a sum, masked tokens (logits of -inf) included; a token that q
-has and p masks makes KL(q || p) infinite, as it is.
+has and p masks makes KL(q || p) infinite, as it is. The label's log p and log q are read off on the way:
+
+    logps = log p_y                                        dz = onehot(y) - p
 
 The inputs are scratch: what is made beside them is ``TEMPORARIES`` times as large, so callers hand in tiles
 of rows. Any floating dtype of at least 32 bits.
@@ -27,18 +29,21 @@ from torch import Tensor
 from .contract import LogitTransform
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+DIFFERENTIABLE = (*DIVERGENCES, "logps")
 # Tensors of the tiles' size that are made at a time: p, q, what is left of a cap's slope, s and its parts,
 # the masks of a quarter of the size each.
 TEMPORARIES = 6
 
 
 class DivergenceOutputs(NamedTuple):
-    """Per-row results ``(C,)`` in nats, written; None where not wanted."""
+    """Per-row results ``(C,)`` in nats, written; None where not wanted. Differentiable ones come first."""
 
     forward_kl: Tensor | None = None  # KL(teacher || policy)
     reverse_kl: Tensor | None = None  # KL(policy || teacher)
     jsd: Tensor | None = None
+    logps: Tensor | None = None  # log p of the label; NaN where that is outside 0..V-1
     l1_distance: Tensor | None = None  # sum |p_first - p_second| of two teachers
+    ref_logps: Tensor | None = None  # log q of the label, likewise
 
 
 def to_logits(products: Tensor, transform: LogitTransform) -> Tensor:
@@ -74,11 +79,13 @@ def combine(first: Tensor, second: Tensor, coefficients: Tensor) -> Tensor:
 def divergence_rows(
     logits: Tensor,
     teacher_logits: Tensor,
+    labels: Tensor,
     transform: LogitTransform,
     outputs: DivergenceOutputs,
     *,
     jsd_beta: float = 0.5,
     d_out: Tensor | None = None,
+    logps_d_out: Tensor | None = None,
     grad_coeffs: Tensor | None = None,
 ) -> None:
     """The divergences of a tile, and D, the gradient with respect to the raw products over s / tau.
@@ -86,19 +93,25 @@ def divergence_rows(
     Args:
         logits: ``(C, V)`` of the policy, from ``to_logits`` with ``transform``; scratch.
         teacher_logits: ``(C, V)``; scratch.
+        labels: ``(C,)`` int64; looked at for ``logps`` and ``ref_logps``.
         transform: the policy's.
-        outputs: which divergences to make; ``l1_distance`` is not looked at.
+        outputs: what to make; ``l1_distance`` is not looked at.
         jsd_beta: b, between 0 and 1.
-        d_out: ``(C, V)`` receives D; it may begin at the address of ``logits``, with the byte stride of its
-            rows, or not overlap.
-        grad_coeffs: ``(3, C)``, what D is the gradient of: their combination of the three divergences, of
-            which ``outputs`` has those with coefficients other than 0. None: the one in ``outputs``.
+        d_out: ``(C, V)`` receives D. With ``logps_d_out`` None it may begin at the address of ``logits``,
+            with the byte stride of its rows, or not overlap; else at that of ``teacher_logits``.
+        logps_d_out: ``(C, V)`` receives the D of ``logps``, where ``d_out`` has that of the divergence; it
+            may begin at the address of ``logits``.
+        grad_coeffs: ``(4, C)``, what D is the gradient of: their combination of ``DIFFERENTIABLE``, of which
+            ``outputs`` has those with coefficients other than 0. None: the one divergence in ``outputs``.
     """
     cap_slope = None
     if d_out is not None and transform.softcap is not None:
         cap_slope = logits.mul(transform.temperature / transform.softcap).square_().neg_().add_(1.0)
     p = _log_softmax_(logits)
     q = _log_softmax_(teacher_logits)
+    for out, log_probs in ((outputs.logps, logits), (outputs.ref_logps, teacher_logits)):
+        if out is not None:
+            out.copy_(_at_labels(log_probs, labels))
     # Two masked logits are equal, and -inf - -inf would be NaN.
     is_equal = teacher_logits == logits
     delta = teacher_logits.sub_(logits).masked_fill_(is_equal, 0.0)
@@ -127,7 +140,7 @@ def divergence_rows(
     if d_out is None:
         return
 
-    weights = (1.0, 1.0, 1.0) if grad_coeffs is None else grad_coeffs[:, :, None]
+    weights = (1.0, 1.0, 1.0, 1.0) if grad_coeffs is None else grad_coeffs[:, :, None]
     d = scratch.zero_()
     if reverse_kl is not None:
         d.sub_(delta.add_(reverse_kl[:, None]).mul_(weights[1]))
@@ -136,11 +149,35 @@ def divergence_rows(
     if reverse_kl is not None or kl_to_mean is not None:
         d.mul_(p).masked_fill_(p == 0, 0.0)
     if outputs.forward_kl is not None:
-        d.add_(p.sub_(q).mul_(weights[0]))
+        d.sub_(q.sub_(p).mul_(weights[0]))
+    if outputs.logps is not None and grad_coeffs is not None:
+        d.sub_(p.mul_(weights[3]))
+        _add_at_labels(d, labels, grad_coeffs[3])
+    _write_d(d, cap_slope, d_out)
+    if logps_d_out is not None:
+        torch.neg(p, out=d)
+        _add_at_labels(d, labels, d.new_ones(len(d)))
+        _write_d(d, cap_slope, logps_d_out)
+
+
+def _write_d(d: Tensor, cap_slope: Tensor | None, d_out: Tensor) -> None:
     if cap_slope is not None:
         d.mul_(cap_slope)
     # D of 16 bits may lie over d: first in memory of its own.
     d_out.copy_(d if d_out.dtype == d.dtype else d.to(d_out.dtype))
+
+
+def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
+    """``(C,)``: what stands at each row's label; NaN for a label outside 0..V-1."""
+    safe = labels.clamp(0, values.shape[1] - 1)
+    return values.gather(1, safe[:, None])[:, 0].masked_fill(safe != labels, torch.nan)
+
+
+def _add_at_labels(d: Tensor, labels: Tensor, values: Tensor) -> None:
+    """Adds ``values`` ``(C,)`` at the labels, one a row and so without atomics; at bad ones nothing."""
+    safe = labels.clamp(0, d.shape[1] - 1)[:, None]
+    added = values.masked_fill(safe[:, 0] != labels, 0.0)
+    d.scatter_(1, safe, d.gather(1, safe) + added[:, None])
 
 
 def _log_softmax_(logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdpo.losses.batches import ListLogps, UnpairedLogps
+from fastdpo.losses.batches import DivergencePairLogps, ListLogps, UnpairedLogps
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.stable import masked_mean
 
@@ -28,6 +28,13 @@ def pair_metrics(pair: PairLogps, chosen_rewards: Tensor, rejected_rewards: Tens
         "logps/rejected": pair.rejected,
     }
     return {name: masked_mean(value, pair.is_scored) for name, value in values.items()}
+
+
+@torch.no_grad()
+def divergence_metrics(pair: DivergencePairLogps) -> dict[str, Tensor]:
+    """``kl/chosen``, ``kl/rejected``: the answer's sum of KL(reference || policy), a mean over the pairs."""
+    kls = {"kl/chosen": pair.chosen_kl, "kl/rejected": pair.rejected_kl}
+    return {name: masked_mean(kl, pair.is_scored) for name, kl in kls.items() if kl is not None}
 
 
 @torch.no_grad()

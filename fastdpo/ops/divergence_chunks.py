@@ -3,8 +3,9 @@
     h, h_teacher (C, H) --GEMMs--> x, x_teacher (C, V) --tiles of rows--> divergences, D --> D W (C, H)
 
 As in ``chunked.py``, with a workspace for each head's logits and D in the place of the policy's. With one
-divergence D needs no upstream gradient: modes ``stash`` and ``cache`` make it in the forward pass. With
-several it is that of their combination, which only the backward pass knows: mode ``recompute``.
+divergence D needs no upstream gradient: modes ``stash`` and ``cache`` make it in the forward pass. Beside the
+labels' log-probabilities they keep two: the divergence's and theirs. With several divergences D is that of
+their combination, which only the backward pass knows: mode ``recompute``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastdpo.kernels.contract import RowOutputs
 from fastdpo.kernels.divergence import (
-    DIVERGENCES,
+    DIFFERENTIABLE,
     TEMPORARIES,
     DivergenceOutputs,
     combine,
@@ -28,8 +29,9 @@ from fastdpo.kernels.divergence import (
 from fastdpo.kernels.matmul import SlabbedWeight, hidden_grad_into, logits_into
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.chunked import backward_stash, kept_shape
-from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads
+from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads, row_coeff
 from fastdpo.ops.head_call import HeadCall, front_of_rows
+from fastdpo.plan import Plan
 from fastdpo.schedule import MIB
 
 # A tile's tensor is no larger than this: on a CPU what caches and the allocator take well, on a GPU what
@@ -49,9 +51,24 @@ class DivergenceCall:
     jsd_beta: float
 
     @property
-    def divergences(self) -> tuple[str, ...]:
-        """The differentiable ones of the names."""
-        return tuple(name for name in DIVERGENCES if name in self.names)
+    def differentiable(self) -> tuple[str, ...]:
+        """Those of the names that have a gradient, in the order of ``DIFFERENTIABLE``."""
+        return tuple(name for name in DIFFERENTIABLE if name in self.names)
+
+    @property
+    def num_kept(self) -> int:
+        """How many D's (or products of them) the mode keeps for the backward pass."""
+        return num_kept(self.names, self.policy.plan.mode)
+
+
+def num_kept(names: tuple[str, ...], mode: str) -> int:
+    """0, or 1 for the divergence and 1 for the log-probabilities beside it."""
+    return (2 if "logps" in names else 1) if mode in ("stash", "cache") else 0
+
+
+def combined_rows(plan: Plan, operand_bytes: int) -> int:
+    """Rows of two kept D's that are made one at a time: what takes half of the workspace."""
+    return max(plan.workspace_bytes // (2 * plan.vocab_size * operand_bytes), 1)
 
 
 def workspace_units(num_teachers: int) -> int:
@@ -60,20 +77,24 @@ def workspace_units(num_teachers: int) -> int:
 
 
 def forward_divergences(call: DivergenceCall) -> tuple[DivergenceOutputs, Tensor]:
-    """The compact outputs ``(N,)``, and what the mode keeps for the backward pass, as ``forward_chunks``."""
+    """The compact outputs ``(N,)``, and what the mode keeps for the backward pass: as ``forward_chunks``, of
+    two D's one behind the other, that of the log-probabilities second."""
     policy, plan = call.policy, call.policy.plan
     outputs = _empty_outputs(call, call.names)
-    kept = policy.hidden.new_empty(kept_shape(plan), dtype=policy.operand_dtype)
+    shape = kept_shape(plan) if call.num_kept < 2 else (2, *kept_shape(plan))
+    kept = policy.hidden.new_empty(shape, dtype=policy.operand_dtype)
+    parts = kept.unbind() if call.num_kept == 2 else (kept,)
     chunks = _DivergenceChunks(call)
     for start, stop in plan.chunks():
-        d_out = None
+        d_out: tuple[Tensor, ...] = ()
         if plan.mode == "stash":
-            d_out = chunks.d_in_place(stop - start)
+            d_out = chunks.d_in_place(stop - start, call.num_kept)
         elif stop <= plan.cached_rows:
-            d_out = kept[start:stop]
+            d_out = tuple(part[start:stop] for part in parts)
         chunks.process(start, stop, _rows_of(outputs, start, stop), d_out=d_out)
-        if plan.mode == "stash" and d_out is not None:
-            hidden_grad_into(kept[start:stop], d_out, chunks.weight)
+        if plan.mode == "stash":
+            for part, d in zip(parts, d_out, strict=True):
+                hidden_grad_into(part[start:stop], d, chunks.weight)
     return outputs, kept
 
 
@@ -91,14 +112,18 @@ def backward_divergences(
     Args:
         call: the call of the forward pass.
         kept: what that kept; read, never written.
-        upstream: gradients ``(N,)`` of ``DIVERGENCES``, in their order; None for none.
+        upstream: gradients ``(N,)`` of ``DIFFERENTIABLE``, in their order; None for none.
     """
     policy = call.policy
     weight = policy.slabbed_weight()
     total = Gradients(policy, weight, hidden=needs_hidden, bias=needs_bias, dweight=needs_weight)
     grads, coeffs = _token_grads(call, upstream)
     no_outputs = RowOutputs(grads.logps, grads.logps)  # looked at with gradients of lse only
-    if policy.plan.mode == "stash":
+    if policy.plan.mode == "stash" and coeffs is not None:
+        for start, stop in policy.plan.chunks():
+            dhidden = _combined(call, kept, coeffs, start, stop)
+            total.put_hidden(start, stop, dhidden * row_coeff(policy, grads, start, stop)[:, None])
+    elif policy.plan.mode == "stash":
         backward_stash(policy, kept, no_outputs, grads, total)
     else:
         for group in _d_groups(call, weight, kept, coeffs):
@@ -109,17 +134,24 @@ def backward_divergences(
 def _token_grads(
     call: DivergenceCall, upstream: tuple[Tensor | None, ...]
 ) -> tuple[TokenGrads, Tensor | None]:
-    """What multiplies each row of D ``(N,)``, and the coefficients ``(3, N)`` that D is made with, if any.
+    """What multiplies each row of D ``(N,)``, and the coefficients ``(4, N)`` that D is made with, if any.
 
-    The largest coefficient of a row stays out of D, which is then of order 1 in 16 bits whatever the loss
-    is scaled by.
+    The size of a row's largest coefficient stays out of D, which is then of order 1 in 16 bits whatever the
+    loss is scaled by; as a power of 2, so that nothing is rounded on its way out and in.
     """
     like = next(grad for grad in upstream if grad is not None)
     stacked = torch.stack([torch.zeros_like(like) if grad is None else grad for grad in upstream])
-    if len(call.divergences) == 1:
-        return TokenGrads(stacked[DIVERGENCES.index(call.divergences[0])]), None
-    largest = stacked.abs().amax(0)
-    return TokenGrads(largest), stacked / largest.where(largest != 0, 1.0)
+    if len(call.differentiable) == 1:
+        return TokenGrads(stacked[DIFFERENTIABLE.index(call.differentiable[0])]), None
+    exponent = torch.frexp(stacked.abs().amax(0)).exponent  # 0 of 0
+    size = torch.ldexp(torch.ones_like(like), exponent)
+    return TokenGrads(size), stacked / size
+
+
+def _combined(call: DivergenceCall, kept: Tensor, coeffs: Tensor, start: int, stop: int) -> Tensor:
+    """Rows ``[start, stop)`` of two kept tensors as one, in fp32 or wider."""
+    first, second = (coeffs[DIFFERENTIABLE.index(name), start:stop, None] for name in call.differentiable)
+    return kept[0, start:stop] * first + kept[1, start:stop] * second
 
 
 def _d_groups(
@@ -127,19 +159,43 @@ def _d_groups(
 ) -> Iterator[DGroup]:
     """The rows in groups with their D: the cached ones first, then chunk by chunk what is recomputed."""
     plan = call.policy.plan
-    if plan.cached_rows:
+    if plan.cached_rows and coeffs is None:
         yield DGroup(0, plan.cached_rows, kept)
+    elif plan.cached_rows and coeffs is not None:
+        yield from _combined_groups(call, kept, coeffs)
     if plan.cached_rows == plan.num_tokens:
         return
     chunks = _DivergenceChunks(call, weight)
-    scratch = _empty_outputs(call, call.divergences)
+    scratch = _empty_outputs(call, call.differentiable)
     for start, stop in plan.chunks():
         if start < plan.cached_rows:
             continue
-        d = chunks.d_in_place(stop - start)
+        d = chunks.d_in_place(stop - start, 1)
         part = None if coeffs is None else coeffs[:, start:stop]
         rows = chunks.process(start, stop, _rows_of(scratch, start, stop), d_out=d, grad_coeffs=part)
-        yield DGroup(start, stop, d, rows)
+        yield DGroup(start, stop, d[0], rows)
+
+
+def _combined_groups(call: DivergenceCall, kept: Tensor, coeffs: Tensor) -> Iterator[DGroup]:
+    """The cached rows, of which two D's were kept, in groups of one."""
+    policy, plan = call.policy, call.policy.plan
+    step = combined_rows(plan, policy.operand_dtype.itemsize)
+    whole = kept.new_empty(min(step, plan.cached_rows), plan.vocab_size)
+    tile = tile_rows(policy)
+    for start in range(0, plan.cached_rows, step):
+        stop = min(start + step, plan.cached_rows)
+        for first in range(start, stop, tile):
+            last = min(first + tile, stop)
+            whole[first - start : last - start] = _combined(call, kept, coeffs, first, last)
+        yield DGroup(start, stop, whole[: stop - start])
+
+
+def tile_rows(policy: HeadCall) -> int:
+    """Rows of a tile: what is made beside a chunk's logits, tile by tile, takes no more than they do."""
+    plan = policy.plan
+    row_bytes = plan.vocab_size * policy.logits_dtype.itemsize
+    rows = TILE_MIB.get(policy.hidden.device.type, 32) * MIB // row_bytes
+    return max(min(plan.chunk_rows // TEMPORARIES, rows), 1)
 
 
 class _DivergenceChunks:
@@ -153,13 +209,13 @@ class _DivergenceChunks:
         shape = (plan.chunk_rows, plan.leading_dim)
         self._logits = [head.hidden.new_empty(shape, dtype=head.logits_dtype) for head in heads]
         self._teacher_weights = [teacher.slabbed_weight() for teacher in call.teachers]
-        row_bytes = plan.vocab_size * call.policy.logits_dtype.itemsize
-        tile_rows = TILE_MIB.get(call.policy.hidden.device.type, 32) * MIB // row_bytes
-        self._tile_rows = max(min(plan.chunk_rows // TEMPORARIES, tile_rows), 1)
+        self._tile_rows = tile_rows(call.policy)
 
-    def d_in_place(self, num_rows: int) -> Tensor:
-        """D's place: the front of each row of the policy's logits, in the operands' dtype."""
-        return front_of_rows(self._logits[0], num_rows, self.call.policy)
+    def d_in_place(self, num_rows: int, count: int) -> tuple[Tensor, ...]:
+        """The place of one D, or of two, in the operands' dtype: the front of each row of the policy's
+        logits; of two that is the second one's, and the first one's is the front of the teacher's."""
+        logits = self._logits[:count][::-1]
+        return tuple(front_of_rows(whole, num_rows, self.call.policy) for whole in logits)
 
     def process(
         self,
@@ -167,10 +223,13 @@ class _DivergenceChunks:
         stop: int,
         outputs: DivergenceOutputs,
         *,
-        d_out: Tensor | None = None,
+        d_out: tuple[Tensor, ...] = (),
         grad_coeffs: Tensor | None = None,
     ) -> Tensor:
-        """Labelled rows ``[start, stop)`` through products and row maths; returns the rows of hidden."""
+        """Labelled rows ``[start, stop)`` through products and row maths; returns the rows of hidden.
+
+        ``d_out``: where D goes; of two the second is that of the log-probabilities.
+        """
         call = self.call
         rows = call.policy.rows(start, stop)
         logits, *teachers = (whole[: stop - start, : call.policy.plan.vocab_size] for whole in self._logits)
@@ -180,13 +239,16 @@ class _DivergenceChunks:
         for first in range(0, stop - start, self._tile_rows):
             last = min(first + self._tile_rows, stop - start)
             part = _rows_of(outputs, first, last)
+            d, logps_d = (*(out[first:last] for out in d_out), None, None)[:2]
             divergence_rows(
                 to_logits(logits[first:last], call.policy.transform),
                 self._teacher_logits([out[first:last] for out in teachers], start + first, part.l1_distance),
+                call.policy.labels[start + first : start + last],
                 call.policy.transform,
                 part,
                 jsd_beta=call.jsd_beta,
-                d_out=None if d_out is None else d_out[first:last],
+                d_out=d,
+                logps_d_out=logps_d,
                 grad_coeffs=None if grad_coeffs is None else grad_coeffs[:, first:last],
             )
         return rows

@@ -5,20 +5,23 @@ Teachers are constants: their tensors have no gradient, whatever they require.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdpo.kernels.contract import LogitTransform
-from fastdpo.kernels.divergence import DIVERGENCES, DivergenceOutputs
+from fastdpo.kernels.divergence import DIFFERENTIABLE, DivergenceOutputs
 from fastdpo.kernels.matmul import operand_dtype
 from fastdpo.ops.backends import num_multiprocessors
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.divergence_chunks import (
     DivergenceCall,
     backward_divergences,
+    combined_rows,
     forward_divergences,
+    num_kept,
     workspace_units,
 )
 from fastdpo.ops.head_call import HeadCall
@@ -67,7 +70,7 @@ NUM_TEACHER_TENSORS = 7
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? token_index, str index_kind, "
     f"SymInt ignore_index, {TEACHERS_SCHEMA}, {OPTIONS_SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def divergence_op(
     hidden: Tensor,  # (M, H)
@@ -79,13 +82,13 @@ def divergence_op(
     ignore_index: int,
     *rest: Any,  # the teachers' tensors, (M, H'), (V, H'), (V,) each, and (2, *labels); DivergenceOptions
 ) -> tuple[Tensor, ...]:
-    """Four results of the labels' shape (those not asked for ``(0,)``), the index of labelled rows, and what
+    """Six results of the labels' shape (those not asked for ``(0,)``), the index of labelled rows, and what
     is kept for the backward pass."""
     teachers, run = rest[:NUM_TEACHER_TENSORS], DivergenceOptions(*rest[NUM_TEACHER_TENSORS:])
     index = token_index
     if index is None:
         index = (labels != ignore_index).nonzero().squeeze(1)
-    call = _divergence_call(hidden, weight, bias, index, index_kind, teachers, run)
+    call = _divergence_call(hidden, weight, bias, labels, index, index_kind, teachers, run)
     with torch.amp.autocast(hidden.device.type, enabled=False):
         compact, kept = forward_divergences(call)
 
@@ -130,6 +133,8 @@ def _(
         shape = (num_tokens, hidden.shape[1])
     elif run.run_mode == "cache":
         shape = (torch.library.get_ctx().new_dynamic_size(), weight.shape[0])
+    if num_kept(tuple(wanted), run.run_mode) == 2:
+        shape = (2, *shape)
     dtype = operand_dtype(run.compute_dtype, accumulation_dtype(run.compute_dtype), hidden.device)
     return (*results, index, hidden.new_empty(shape, dtype=dtype))
 
@@ -137,17 +142,20 @@ def _(
 @torch.library.custom_op(
     "fastdpo::token_divergence_backward",
     mutates_args=(),
-    schema="(Tensor? grad_forward_kl, Tensor? grad_reverse_kl, Tensor? grad_jsd, Tensor hidden, "
-    "Tensor weight, Tensor? bias, Tensor index, str index_kind, Tensor kept, bool needs_hidden, "
-    f"bool needs_weight, bool needs_bias, {TEACHERS_SCHEMA}, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor? grad_forward_kl, Tensor? grad_reverse_kl, Tensor? grad_jsd, Tensor? grad_logps, "
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor index, str index_kind, Tensor kept, "
+    "bool needs_hidden, bool needs_weight, bool needs_bias, "
+    f"{TEACHERS_SCHEMA}, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
 def divergence_backward_op(
     grad_forward_kl: Tensor | None,  # of the labels' shape, each; one of them at least
     grad_reverse_kl: Tensor | None,
     grad_jsd: Tensor | None,
+    grad_logps: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    labels: Tensor,
     index: Tensor,
     index_kind: str,
     kept: Tensor,
@@ -159,14 +167,14 @@ def divergence_backward_op(
     """``(dhidden, dweight, dbias)``; one that is not needed has shape ``(0,)``."""
     teachers, run = rest[:NUM_TEACHER_TENSORS], DivergenceOptions(*rest[NUM_TEACHER_TENSORS:])
     needs = {"needs_hidden": needs_hidden, "needs_weight": needs_weight, "needs_bias": needs_bias}
-    call = _divergence_call(hidden, weight, bias, index, index_kind, teachers, run, **needs)
+    call = _divergence_call(hidden, weight, bias, labels, index, index_kind, teachers, run, **needs)
 
     def compact(value: Tensor | None) -> Tensor | None:
         if value is None or call.policy.index is None or index_kind in PER_TOKEN:
             return value
         return value.index_select(0, call.policy.index)
 
-    upstream = tuple(compact(grad) for grad in (grad_forward_kl, grad_reverse_kl, grad_jsd))
+    upstream = tuple(compact(grad) for grad in (grad_forward_kl, grad_reverse_kl, grad_jsd, grad_logps))
     with torch.amp.autocast(hidden.device.type, enabled=False):
         grads = backward_divergences(call, kept, upstream, **needs)
     dhidden, dweight, dbias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
@@ -175,29 +183,29 @@ def divergence_backward_op(
 
 @divergence_backward_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, needs = arguments[3:6], arguments[9:12]
+    tensors, needs = arguments[4:7], arguments[11:14]
     dhidden, dweight, dbias = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         if is_needed
-        else arguments[3].new_empty(0)
+        else arguments[4].new_empty(0)
         for tensor, is_needed in zip(tensors, needs, strict=True)
     )
     return dhidden, dweight, dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, _, token_index, index_kind, _ = inputs[:7]
+    hidden, weight, bias, labels, token_index, index_kind, _ = inputs[:7]
     teachers = inputs[7 : 7 + NUM_TEACHER_TENSORS]
     *results, index, kept = output
     # Unused outputs would otherwise get zero gradients of their size: one of D's, with `cache`.
     ctx.set_materialize_grads(False)
     options = DivergenceOptions(*inputs[7 + NUM_TEACHER_TENSORS :])
-    ctx.is_made = [name in options.outputs.split(",") for name in DIVERGENCES]
+    ctx.is_made = [name in options.outputs.split(",") for name in DIFFERENTIABLE]
     others = [out for out, is_made in zip(results, ctx.is_made, strict=False) if not is_made]
-    ctx.mark_non_differentiable(*others, *results[len(DIVERGENCES) :], index, kept)
+    ctx.mark_non_differentiable(*others, *results[len(DIFFERENTIABLE) :], index, kept)
     ctx.index_kind = index_kind
     saved_index = index if token_index is None else token_index
-    ctx.save_for_backward(hidden, weight, bias, saved_index, kept, *teachers)
+    ctx.save_for_backward(hidden, weight, bias, labels, saved_index, kept, *teachers)
     ctx.options = options
     ctx.num_inputs = len(inputs)
 
@@ -209,9 +217,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     no_more = (None,) * (ctx.num_inputs - 3)
     if all(grad is None for grad in upstream):
         return (None, None, None, *no_more)
-    hidden, weight, bias, index, kept, *teachers = ctx.saved_tensors
+    hidden, weight, bias, labels, index, kept, *teachers = ctx.saved_tensors
     results = divergence_backward_op(
-        *upstream, hidden, weight, bias, index, ctx.index_kind, kept, *needs, *teachers, *ctx.options
+        *upstream, hidden, weight, bias, labels, index, ctx.index_kind, kept, *needs, *teachers, *ctx.options
     )
     return (*(grad if is_needed else None for grad, is_needed in zip(results, needs, strict=True)), *no_more)
 
@@ -223,6 +231,7 @@ def _divergence_call(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    labels: Tensor,
     index: Tensor,
     index_kind: str,
     teachers: tuple[Any, ...],
@@ -239,13 +248,16 @@ def _divergence_call(
     is_all = index_kind == "found" and num_tokens == hidden.shape[0]
     acc = accumulation_dtype(run.compute_dtype)
     num_teachers = 1 if coefficients is None else 2
+    names = tuple(run.outputs.split(","))
+    operand_bytes = operand_dtype(run.compute_dtype, acc, hidden.device).itemsize
+    has_two = num_kept(names, run.run_mode) == 2
     plan = make_plan(
         run.run_mode,
         num_tokens,
         hidden.shape[1],
         weight.shape[0],
         logits_bytes=acc.itemsize * workspace_units(num_teachers),
-        operand_bytes=operand_dtype(run.compute_dtype, acc, hidden.device).itemsize,
+        operand_bytes=operand_bytes * (2 if has_two else 1),  # of what is kept
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
         needs_bias=needs_bias,
@@ -254,11 +266,19 @@ def _divergence_call(
         num_multiprocessors=num_multiprocessors(hidden.device),
     )
 
+    if has_two and plan.cached_rows:
+        # The kept rows are one group no more: they are combined piece by piece.
+        pieces = -(-plan.cached_rows // combined_rows(plan, operand_bytes))
+        plan = replace(plan, weight_grad_groups=plan.weight_grad_groups - 1 + pieces)
+    targets = (labels if is_all or index_kind in PER_TOKEN else labels.index_select(0, index)).long()
+
     def head(
         states: Tensor, its_weight: Tensor, its_bias: Tensor | None, scalars: tuple[Any, ...]
     ) -> HeadCall:
         rows = None if is_all else index
-        return _head_call(states, its_weight, its_bias, rows, index_kind == "repeated", plan, scalars)
+        return _head_call(
+            states, its_weight, its_bias, rows, index_kind == "repeated", targets, plan, scalars
+        )
 
     policy = head(hidden, weight, bias, run[7:11])
     calls = [head(streams[0], streams[1], streams[2], run[11:15])]
@@ -271,7 +291,7 @@ def _divergence_call(
         tuple(calls),
         coefficients,
         (run.first_slope, run.second_slope),
-        tuple(run.outputs.split(",")),
+        names,
         run.jsd_beta,
     )
 
@@ -282,6 +302,7 @@ def _head_call(
     bias: Tensor | None,
     index: Tensor | None,
     has_repeats: bool,
+    labels: Tensor,
     plan: Plan,
     scalars: tuple[Any, ...],
 ) -> HeadCall:
@@ -293,7 +314,7 @@ def _head_call(
         bias=bias,
         index=index,
         has_repeats=has_repeats,
-        labels=hidden.new_empty(0, dtype=torch.int64),  # whole distributions are compared
+        labels=labels,
         ref_hidden=None,
         transform=LogitTransform(
             bias=None if bias is None else bias.to(acc).contiguous(),

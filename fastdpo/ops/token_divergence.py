@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.kernels.divergence import DIVERGENCES
+from fastdpo.kernels.divergence import DIVERGENCES, DivergenceOutputs
 from fastdpo.ops import checks
 from fastdpo.ops.divergence_library import DivergenceOptions, divergence_op
 from fastdpo.ops.linear_logprob import flat_rows, labelled_rows
 from fastdpo.plan import resolve_mode
 from fastdpo.types import Execution, LMHead, TeacherCombination, TokenDivergenceOutput, TokenLayout
 
-OUTPUTS = (*DIVERGENCES, "l1_distance")
+OUTPUTS = DivergenceOutputs._fields
 DEFAULT_JSD_BETA = 0.5
 MODES = ("auto", "score", "stash", "cache", "recompute")
 
@@ -50,7 +50,8 @@ def token_divergence(
     Products of 2 N H V FLOP, with one teacher: 2 without a gradient; 3 with the head frozen (``stash``, all
     in the forward pass); with the head trained 4 in ``cache`` while all of D is kept (2 and 2) and 6 in
     ``recompute`` (2 and 4; frozen 2 and 3). A second teacher adds one to each pass that makes logits.
-    Several divergences in one call take ``recompute``.
+    ``logps`` beside a divergence keep as much again: 4 with the head frozen, and trained 4 as well, while
+    ``cache_mib`` holds two D's. Several divergences in one call take ``recompute``.
 
     Args:
         hidden: ``(..., H)`` of the policy, float64, float32, bfloat16 or float16.
@@ -58,9 +59,11 @@ def token_divergence(
         ref_hidden: ``(..., H')`` of the teacher, the same positions; a constant, as all that is a teacher's:
             no gradient flows to it. H' may differ from H.
         labels: ``(...)`` int64 or int32, or a `TokenLayout`, as in ``linear_logprob``: they say which tokens
-            count, those other than ``ignore_index``.
-        outputs: what to make, from ``forward_kl``, ``reverse_kl``, ``jsd`` and, of two teachers,
-            ``l1_distance`` (sum |q_first - q_second|, never differentiable); at least one divergence.
+            count, those other than ``ignore_index``, and which the log-probabilities are of.
+        outputs: what to make, from ``forward_kl``, ``reverse_kl``, ``jsd``, at least one of them; ``logps``
+            and ``ref_logps``, log p and log q of the labels, from the same logits (the second never
+            differentiable); and of two teachers ``l1_distance`` (sum |q_first - q_second|, never
+            differentiable).
         ref_lm_head: the teacher's head; None: ``lm_head``. Its vocabulary has the same size.
         second_hidden, second_lm_head: a second teacher; its head None: the first one's.
         combination: with a second teacher, how the two make one; see `TeacherCombination`.
@@ -71,7 +74,9 @@ def token_divergence(
 
     Returns:
         `TokenDivergenceOutput` of tensors of the labels' shape, float32 (float64 for float64 operands), in
-        nats. A token that q has and p masks (a logit of -inf) makes KL(q || p) infinite.
+        nats. A token that q has and p masks (a logit of -inf) makes KL(q || p) infinite. ``logps`` are within
+        the same limits of fp64 as those of ``linear_logprob``, which has other chunks and so other bits; a
+        label outside 0..V-1 makes them NaN.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, or a combination of them that
@@ -251,7 +256,7 @@ def _settle_mode(hidden: Tensor, head: LMHead, run: Execution, outputs: tuple[st
         needs_bias=has_grad and head.bias is not None and head.bias.requires_grad,
         cache_mib=run.cache_mib,
     )
-    # What is kept for the backward pass is the gradient of one divergence.
+    # What is kept for the backward pass is the gradient of one divergence, with logps beside it or without.
     if mode in ("stash", "cache") and len(set(outputs) & set(DIVERGENCES)) > 1:
         if run.mode != "auto":
             raise checks.fail("execution.mode", f"{mode!r} with several divergences", "'recompute' or 'auto'")

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
-from fastdpo.losses import ListLogps, StepLogps, TokenLogps, UnpairedLogps
-from fastdpo.losses.aggregate import segment_sums, sequence_sums
-from fastdpo.losses.inputs import Batch as LossBatch
-from fastdpo.losses.metrics import list_metrics, unpaired_metrics
-from fastdpo.losses.objective import build_objective
-from fastdpo.losses.stable import masked_mean
+from fastdpo.preference_loss import preference_loss_from_logps
+from fastdpo.preference_rows import DATA
 from fastdpo.training.answer_collate import by_row
-from fastdpo.training.batches import Batch, completion_mask, is_filler, is_in_rows, num_labelled
+from fastdpo.training.batches import Batch, completion_mask, is_filler, num_labelled, packed_layout
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.loss_state import GetValues
 from fastdpo.training.metrics import MetricSums
 from fastdpo.training.reference import Reference
 from fastdpo.training.scoring import token_logps
-from fastdpo.types import LinearLogprobOutput, PreferenceLossOutput
+from fastdpo.types import PreferenceLossOutput
 
 STATISTICS = ("entropy",)
 
@@ -43,75 +37,24 @@ def answer_loss(
     ref_logps = reference.logps(policy, batch)
     token = token_logps(model, batch, statistics=STATISTICS)
     state = values(batch, token.logps, ref_logps).named
-    made = loss_batch(batch, token.logps, ref_logps, state)
     weights = batch.get("pair_weights")
     if weights is not None and batch["kind"] == "steps":
         weights = weights.repeat_interleave(torch.tensor(batch["num_pieces"], device=weights.device))
-    objective = build_objective(
-        args.loss_type,
-        args.loss_weights,
+    result = preference_loss_from_logps(
+        token,
+        completion_mask(batch),
+        loss_type=args.loss_type,
+        loss_weights=args.loss_weights,
+        ref_logps=ref_logps,
         beta=args.beta,
-        pair_weights=weights,
-        num_pairs=num_rows,
+        row_weights=weights,
+        num_rows=num_rows,
+        layout=packed_layout(batch),
+        **{name: batch[name] for name in DATA if name in batch},
+        **state,
         **args.options,
     )
-    objective.check(made)
-    rewards, metrics = None, {}
-    if isinstance(made, UnpairedLogps):
-        rewards = objective.answer_rewards(made)
-        metrics = unpaired_metrics(made, rewards)
-    elif isinstance(made, ListLogps):
-        rewards = objective.answer_rewards(made)
-        metrics = list_metrics(made, rewards)
-    metrics |= _token_metrics(token, batch) | {name: value.clone() for name, value in state.items()}
-    sums = made.sums(made.logps) if isinstance(made, TokenLogps) else made.logps  # type: ignore[attr-defined]
-    ref_sums = ref_logps
-    if isinstance(made, TokenLogps):
-        ref_sums = None if made.ref_logps is None else made.sums(made.ref_logps)
-    if rewards is None:
-        metrics["logps"] = masked_mean(sums.detach(), made.is_scored)
-    return PreferenceLossOutput(
-        loss=objective.loss(made), logps=sums.detach(), ref_logps=ref_sums, rewards=rewards, metrics=metrics
-    )
-
-
-def loss_batch(
-    batch: Batch, logps: Tensor, ref_logps: Tensor | None, state: Mapping[str, Tensor] | None = None
-) -> LossBatch:
-    """What the losses see of a batch.
-
-    Args:
-        logps: per token, in the shape of the batch's labels (in rows, ``(N,)``).
-        ref_logps: ``scoring.reference_values`` of the reference.
-        state: ``kl``, ``reward_shift``: what the losses carry from batch to batch.
-    """
-    mask = completion_mask(batch)
-    bounds = batch["cu_seqlens"] if is_in_rows(batch) else None
-    if batch["kind"] == "samples":
-        return TokenLogps(logps, mask, bounds, ref_logps, batch["win_rates"])
-    if "segment_ids" in batch:
-        ids = batch["segment_ids"].masked_fill(~mask, -1)
-        sums, tokens = (segment_sums(x, ids, batch["num_segments"]) for x in (logps, mask.to(logps.dtype)))
-    else:
-        sums, tokens = (sequence_sums(x, mask, bounds) for x in (logps, mask.to(logps.dtype)))
-    if batch["kind"] == "steps":
-        return StepLogps(sums, batch["advantages"], tokens, ref_logps)
-    if batch["kind"] == "unpaired":
-        return UnpairedLogps(sums, batch["is_desirable"], tokens, ref_logps, **(state or {}))
-    return ListLogps(
-        sums,
-        tokens,
-        batch["group_ids"],
-        batch.get("scores"),
-        ref_logps,
-        batch["num_groups"],
-        batch["max_candidates"],
-    )
-
-
-def _token_metrics(token: LinearLogprobOutput, batch: Batch) -> dict[str, Tensor]:
-    mask = completion_mask(batch)
-    return {name: masked_mean(getattr(token, name), mask) for name in STATISTICS}
+    return result._replace(metrics=result.metrics | {name: value.clone() for name, value in state.items()})
 
 
 def record(sums: MetricSums, batch: Batch, result: PreferenceLossOutput) -> None:
@@ -123,6 +66,8 @@ def record(sums: MetricSums, batch: Batch, result: PreferenceLossOutput) -> None
         for group in ("rewards", "logps"):
             counts |= {f"{group}/chosen": desirable, f"{group}/rejected": size - desirable}
     for name, mean in result.metrics.items():
+        if name == "num_tokens":
+            continue  # under this name TRL logs all input tokens since the start
         if name == "rewards/margins" and batch["kind"] == "unpaired":
             continue  # of the means over all batches: ``with_margins``
         count = 0 if is_filler(batch) else counts.get(name, size)

@@ -30,7 +30,11 @@ def on_cuda(head: str, dtype: torch.dtype, num_teachers: int = 1) -> DivergenceC
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("outputs", [("forward_kl",), ("reverse_kl",), ("jsd",), DIVERGENCES], ids=str)
+@pytest.mark.parametrize(
+    "outputs",
+    [("forward_kl",), ("reverse_kl",), ("jsd",), DIVERGENCES, ("forward_kl", "logps", "ref_logps")],
+    ids=str,
+)
 def test_divergences(outputs: tuple[str, ...], dtype: torch.dtype, head: str) -> None:
     assert_divergence_right(on_cuda(head, dtype), outputs, Execution(workspace_mib=1, cache_mib=1))
 
@@ -42,8 +46,9 @@ def test_two_teachers(dtype: torch.dtype) -> None:
     assert_divergence_right(case, ("reverse_kl", "l1_distance"), execution, value_factor=5.0)
 
 
+@pytest.mark.parametrize("outputs", [("forward_kl",), ("forward_kl", "logps", "ref_logps")], ids=str)
 @pytest.mark.parametrize("needs_weight", [False, True])
-def test_the_same_model_is_0_and_nothing_waits(needs_weight: bool) -> None:
+def test_the_same_model_is_0_and_nothing_waits(needs_weight: bool, outputs: tuple[str, ...]) -> None:
     """Values and gradients of equal streams, with the labelled positions given."""
     case = make_case(dtype=torch.bfloat16, softcap=20.0, has_bias=False, device="cuda")
     h, w = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(needs_weight)
@@ -51,10 +56,12 @@ def test_the_same_model_is_0_and_nothing_waits(needs_weight: bool) -> None:
     settings: dict[str, Any] = {"token_index": index, "execution": Execution(workspace_mib=1)}
 
     def step() -> None:
-        out = token_divergence(h, w, case.hidden, case.labels, **settings)
+        out = token_divergence(h, w, case.hidden, case.labels, outputs=outputs, **settings)
         assert out.forward_kl is not None
         out.forward_kl.sum().backward()
         results.append(out.forward_kl)
+        if out.logps is not None and out.ref_logps is not None:
+            results.append(out.logps - out.ref_logps)
 
     results: list[torch.Tensor] = []
     step()

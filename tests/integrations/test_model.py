@@ -63,7 +63,12 @@ def test_statistics_equal_those_of_the_logits() -> None:
     with torch.no_grad():
         z = model(**BATCH.inputs).logits.double()[:, :-1]
         out = fused(
-            patch_model(model), logps_outputs=("lse", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
+            patch_model(model),
+            logps_outputs=(
+                *("lse", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1"),
+                *("topk_mass", "topk_entropy"),
+            ),
+            logps_topk=3,
         )
     p, targets = z.softmax(-1), BATCH.labels[:, 1:]
     wanted = {
@@ -72,6 +77,8 @@ def test_statistics_equal_those_of_the_logits() -> None:
         "log_sum_sq_probs": p.square().sum(-1).log(),
         "mean_logit": z.mean(-1),
         "is_top1": z.argmax(-1) == targets,
+        "topk_mass": p.topk(3).values.sum(-1),
+        "topk_entropy": torch.special.entr(p.topk(3).values).sum(-1),
     }
     mask = out.logps_mask[:, 1:]
     for name, values in wanted.items():
@@ -273,7 +280,10 @@ def test_a_static_cache_fills_as_it_did() -> None:
         ({"return_dict": False}, ValueError, "return_dict"),
         ({"logps_outputs": "entropy"}, ValueError, "outputs: got 'entropy'"),
         ({"logps_outputs": ("entrophy",)}, ValueError, "outputs: got 'entrophy'"),
-        ({"logps_outputs": ("topk_mass",)}, ValueError, "not supported by this version"),
+        ({"logps_outputs": ("lse",), "logps_topk": 3}, ValueError, "topk: got 3, wanted None"),
+        ({"logps_outputs": ("topk_mass",), "logps_topk": 0}, ValueError, "topk: got 0"),
+        ({"logps_outputs": ("forward_kl",)}, ValueError, "outputs: got 'forward_kl'"),
+        ({"return_logps": False, "logps_topk": 3}, ValueError, "logps_topk.*wanted return_logps=True"),
         ({"logps_output": ("entropy",)}, TypeError, "logps_output.*not supported with return_logps"),
         ({"return_logps": False, "logps_outputs": ("lse",)}, ValueError, "wanted return_logps=True"),
     ],

@@ -14,6 +14,7 @@ from fastdpo.reference import combined_logits, divergences_reference, head_logit
 from fastdpo.testing import Case, assert_close_to_fp64, assert_logps_close, make_case
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+DIFFERENTIABLE = (*DIVERGENCES, "logps")
 HEADS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({"has_bias": False}, {"has_bias": False}),
     "a cap on the policy": ({"softcap": 5.0, "logit_scale": 0.3, "temperature": 1.4}, {"has_bias": False}),
@@ -25,11 +26,11 @@ MIX = TeacherCombination(1.3, -0.3, 0.8, -0.8)
 
 @dataclass(frozen=True, eq=False)
 class DivergenceCase:
-    """A policy, one teacher or two, and the gradients that come back to its three divergences."""
+    """A policy, one teacher or two, and the gradients that come back to what is made of them."""
 
     policy: Case
     teachers: tuple[Case, ...]
-    upstream: Tensor  # (3, B, T)
+    upstream: Tensor  # (4, B, T)
     combination: TeacherCombination | None = None
     jsd_beta: float = 0.3
 
@@ -56,7 +57,8 @@ def make_divergence_case(
         )
         for i in range(num_teachers)
     )
-    upstream = torch.stack((policy.upstream, policy.upstream.flip(0), policy.upstream.flip(1)))
+    turned = (policy.upstream.flip(0), policy.upstream.flip(1), policy.upstream.flip(0, 1))
+    upstream = torch.stack((policy.upstream, *turned))
     return DivergenceCase(policy, teachers, upstream, MIX if num_teachers == 2 else None)
 
 
@@ -114,6 +116,9 @@ def dense_divergence(
     if case.combination is not None:
         teachers[0], distance = combined_logits(*teachers, case.combination)
     results = divergences_reference(z, teachers[0], jsd_beta=case.jsd_beta)
+    label = case.policy.labels.clamp(min=0)[..., None]
+    logps, ref_logps = (x.log_softmax(-1).gather(-1, label)[..., 0] for x in (z, teachers[0]))
+    results = results._replace(logps=logps, ref_logps=ref_logps)
     masked = (None if value is None else value.where(case.scored, 0.0) for value in results)
     return TokenDivergenceOutput(*masked)._replace(
         l1_distance=None if distance is None else distance.where(case.scored, 0.0)
@@ -121,9 +126,9 @@ def dense_divergence(
 
 
 def weighted(case: DivergenceCase, out: TokenDivergenceOutput, outputs: tuple[str, ...]) -> Tensor:
-    """A loss: every divergence of every token has its own gradient."""
+    """A loss: every result of every token has its own gradient."""
     total = torch.zeros((), device=case.upstream.device)
-    for i, name in enumerate(DIVERGENCES):
+    for i, name in enumerate(DIFFERENTIABLE):
         if name in outputs:
             value = getattr(out, name)
             total = total + (value * case.upstream[i].to(value.dtype)).sum()

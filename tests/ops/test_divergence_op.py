@@ -15,6 +15,7 @@ from fastdpo import Execution, token_divergence
 from fastdpo.kernels.contract import LogitTransform
 from fastdpo.kernels.divergence import divergence_rows
 from tests.ops.divergence_cases import (
+    DIFFERENTIABLE,
     DIVERGENCES,
     MIX,
     make_divergence_case,
@@ -41,10 +42,17 @@ FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.flo
     ],
 )
 @pytest.mark.parametrize("num_teachers", [1, 2])
+@pytest.mark.parametrize("logps", [(), ("logps", "ref_logps")], ids=["alone", "logps"])
 def test_gemm_passes(
-    needs: str, mode: str, cache_mib: int, passes: tuple[int, int], num_teachers: int
+    needs: str, mode: str, cache_mib: int, passes: tuple[int, int], num_teachers: int, logps: tuple[str, ...]
 ) -> None:
-    """As documented; a second teacher adds one where logits are made: none to a backward pass from D kept."""
+    """As documented; a second teacher adds one where logits are made: none to a backward pass from D kept.
+
+    Log-probabilities beside the divergence add one where D W is kept, and none else.
+    """
+    outputs = ("forward_kl", *logps)
+    if logps and (needs, mode) == ("hidden", "auto"):
+        passes = (4, 0)
     case = make_divergence_case("plain", num_teachers=num_teachers)
     # One hidden size for all, so that each product counts as one.
     teachers = tuple(
@@ -61,19 +69,19 @@ def test_gemm_passes(
     made = []
 
     def forward() -> None:
-        made.append(run_divergence(case, h, w, None, ("forward_kl",), execution))
+        made.append(run_divergence(case, h, w, None, outputs, execution))
 
     extra = num_teachers - 1
     assert count_passes(forward, *sizes) == passes[0] + extra
     if needs == "nothing":
         return
-    loss = weighted(case, made[0], ("forward_kl",))
+    loss = weighted(case, made[0], outputs)
     recomputes = passes[1] > 2
     assert count_passes(loss.backward, *sizes) == passes[1] + (extra if recomputes else 0)
 
 
 @pytest.mark.parametrize("num_teachers", [1, 2])
-@pytest.mark.parametrize("outputs", [("forward_kl",), DIVERGENCES], ids=str)
+@pytest.mark.parametrize("outputs", [("forward_kl",), DIVERGENCES, ("forward_kl", "logps")], ids=str)
 @pytest.mark.parametrize("num_tokens", [64, 256])
 def test_memory_stays_in_the_workspace(num_tokens: int, outputs: tuple[str, ...], num_teachers: int) -> None:
     """Whatever N is: each head's logits take an equal share of the 1 MiB, and the tiles another."""
@@ -96,7 +104,8 @@ def test_memory_stays_in_the_workspace(num_tokens: int, outputs: tuple[str, ...]
     results = divergence_chunks.DivergenceOutputs(*(torch.empty(12) for _ in range(3)))
     d_out = torch.empty(12, vocab)
     transform = LogitTransform(softcap=30.0)
-    peak = peak_of(lambda: divergence_rows(tile[0], tile[1], transform, results, d_out=d_out))
+    labels = torch.zeros(12, dtype=torch.int64)
+    peak = peak_of(lambda: divergence_rows(tile[0], tile[1], labels, transform, results, d_out=d_out))
     of_rows = 20 * 12 * 4  # numbers per row
     assert peak <= divergence_chunks.TEMPORARIES * 12 * vocab * 4 + of_rows
 
@@ -133,7 +142,14 @@ def test_large_loss_scales() -> None:
 
 @pytest.mark.parametrize("kind", ["found", "given", "repeated"])
 @pytest.mark.parametrize(
-    ("mode", "outputs"), [("stash", "jsd"), ("cache", "forward_kl"), ("recompute", "reverse_kl,forward_kl")]
+    ("mode", "outputs"),
+    [
+        ("stash", "jsd"),
+        ("cache", "forward_kl"),
+        ("recompute", "reverse_kl,forward_kl"),
+        ("stash", "forward_kl,logps,ref_logps"),
+        ("cache", "forward_kl,logps"),
+    ],
 )
 @pytest.mark.parametrize("num_teachers", [1, 2])
 def test_opcheck(kind: str, mode: str, outputs: str, num_teachers: int) -> None:
@@ -174,9 +190,9 @@ def test_opcheck(kind: str, mode: str, outputs: str, num_teachers: int) -> None:
     )
     torch.library.opcheck(torch.ops.fastdpo.token_divergence.default, args)
     found = (labels != -100).nonzero().squeeze(1) if index is None else index
-    grads = [torch.randn(len(labels)) if name in outputs.split(",") else None for name in DIVERGENCES]
+    grads = [torch.randn(len(labels)) if name in outputs.split(",") else None for name in DIFFERENTIABLE]
     args = (
-        *grads, h.detach(), w.detach(), b.detach(), found, kind, torch.empty(0), True, True, True,
+        *grads, h.detach(), w.detach(), b.detach(), labels, found, kind, torch.empty(0), True, True, True,
         *teacher, *second, coefficients, outputs, 0.3, 0.5, 0.0, "recompute", 1, 64, *scalars,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastdpo.token_divergence_backward.default, args)
@@ -214,16 +230,17 @@ def test_autocast_and_mixed_dtypes() -> None:
     assert all(grad.dtype == FP32 for grad in torch.autograd.grad(cast.sum(), (h, w)))
 
 
+@pytest.mark.parametrize("outputs", [("jsd",), ("jsd", "logps")], ids=str)
 @pytest.mark.parametrize("mode", ["stash", "cache", "recompute"])
-def test_a_second_backward_pass_and_the_same_bits(mode: str) -> None:
+def test_a_second_backward_pass_and_the_same_bits(mode: str, outputs: tuple[str, ...]) -> None:
     """What is kept is read, not written; and the same call gives the same bits."""
     case = make_divergence_case("a cap on the policy")
     grads = []
     for _ in range(2):
         h = case.policy.hidden.clone().requires_grad_()
         w = case.policy.weight.clone().requires_grad_(mode != "stash")
-        out = run_divergence(case, h, w, case.policy.bias, ("jsd",), small(mode))
-        loss, leaves = weighted(case, out, ("jsd",)), [t for t in (h, w) if t.requires_grad]
+        out = run_divergence(case, h, w, case.policy.bias, outputs, small(mode))
+        loss, leaves = weighted(case, out, outputs), [t for t in (h, w) if t.requires_grad]
         grads += [torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2)]
     for others in grads[1:]:
         assert all(torch.equal(x, y) for x, y in zip(grads[0], others, strict=True))

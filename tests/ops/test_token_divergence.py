@@ -16,6 +16,7 @@ from fastdpo.kernels.divergence import divergence_rows, l1_distance
 from fastdpo.losses.token_level import aligndistil_coefficients, aligndistil_teacher
 from fastdpo.testing import make_case
 from tests.ops.divergence_cases import (
+    DIFFERENTIABLE,
     DIVERGENCES,
     HEADS,
     MIX,
@@ -301,7 +302,7 @@ def test_index_and_layout(kind: str) -> None:
     first, second = case.teachers
     teachers: dict[str, Any] = {
         "ref_lm_head": first.weight, "second_hidden": second.hidden, "second_lm_head": second.weight,
-        "outputs": DIVERGENCES,
+        "outputs": DIFFERENTIABLE,
     }  # fmt: skip
 
     def loss(labels: Any, mix: Tensor, upstream: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -315,7 +316,7 @@ def test_index_and_layout(kind: str) -> None:
             **teachers,
             **kwargs,
         )
-        values = torch.stack([getattr(out, name) for name in DIVERGENCES])
+        values = torch.stack([getattr(out, name) for name in DIFFERENTIABLE])
         return values.detach(), torch.autograd.grad((values * upstream).sum(), h)[0]
 
     found, grad = loss(case.policy.labels, coefficients, case.upstream.double())
@@ -324,7 +325,7 @@ def test_index_and_layout(kind: str) -> None:
         torch.testing.assert_close(ours, found)
     else:
         twice = flat.repeat(2)
-        layout = TokenLayout(twice, twice % 7, torch.zeros_like(twice))
+        layout = TokenLayout(twice, case.policy.labels.flatten()[twice], torch.zeros_like(twice))
         ours, our_grad = loss(
             layout, coefficients.flatten(1)[:, twice], case.upstream.double().flatten(1)[:, twice] / 2
         )
@@ -348,7 +349,7 @@ def test_teachers_are_constants() -> None:
 
 
 def _without_cap_slope(*args: Any, **kwargs: Any) -> None:
-    divergence_rows(*args[:2], replace(args[2], softcap=None), *args[3:], **kwargs)
+    divergence_rows(*args[:3], replace(args[3], softcap=None), *args[4:], **kwargs)
 
 
 def _exchanged_jsd(*args: Any, jsd_beta: float, **kwargs: Any) -> None:
