@@ -51,8 +51,9 @@ BETA = 0.1
 # (2^-9 of bf16 is 2e-3), twice that.
 LOGPS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float64: 1e-12}
 GRADIENT_BOUND = {torch.float32: 2**-13, torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float64: 2**-40}
-# Peers round logits to the inputs' dtype; by how much a value may be off for it says `_explained`. Their gradients are summed in bf16, over up to 64
-# chunks: 1e-2 (torch 2.13, Liger), three times that. What is scaled by 1.05 is refused all the same.
+# Peers round logits to the inputs' dtype: `_explained` says by how much a value may be off for it. Their
+# gradients are summed in bf16, over up to 64 chunks: 1e-2 (torch 2.13, Liger), three times that. What is scaled
+# by 1.05 is refused all the same.
 PEER_GRADIENT_BOUND = {
     torch.float32: 2**-11,
     torch.bfloat16: 2**-5,
@@ -289,14 +290,14 @@ class HeadProblem:
     def _explained(self, tokens: int, values: Tensor, truth: float) -> tuple[float, float]:
         """What rounding alone explains of an error, in nats: of a sum over ``tokens``, and of its result.
 
-        With M the largest |logit| and eps the dtype's spacing at 1, half a spacing is at most h = eps M / 2. A
-        token's log-probability has the label's logit off by h, the logsumexp by h (a mean of what its logits
-        are off by), and where it is itself rounded, |logp| <= 2 M, by 2 h: b = 4 h = 2 eps M at most. Roundings of
-        unlike tokens have random signs and a uniform density, so the sum of n has a standard deviation of
-        at most sqrt(n (1 + 1 + 4) / 3) h = 0.35 b sqrt(n), at M; b sqrt(n) is 2.8 of them were all logits as
-        large as M, some twenty with logits of standard deviation 3. Not random is what rounding adds to a
-        logsumexp: half the variance of a logit's rounding, h^2 / 6 a token. A result that is returned in
-        16 bits is rounded once more, by half a spacing of its own.
+        With M the largest |logit| and eps the dtype's spacing at 1, half a spacing is at most h = eps M / 2.
+        A token's log-probability has the label's logit off by h, the logsumexp by h (a mean of what its
+        logits are off by), and where it is itself rounded, |logp| <= 2 M, by 2 h: b = 4 h = 2 eps M at most.
+        Roundings of unlike tokens have random signs and a uniform density, so the sum of n has a standard
+        deviation of at most sqrt(n (1 + 1 + 4) / 3) h = 0.35 b sqrt(n); b sqrt(n) is 2.8 of them were all
+        logits as large as M, and some ten with logits of standard deviation 3. Not random is what rounding
+        adds to a logsumexp: half the variance of a logit's rounding, h^2 / 6 a token. A result that is
+        returned in 16 bits is rounded once more, by half a spacing of its own.
         """
         eps = torch.finfo(self.size.dtype).eps
         largest = self._truth["largest"].item()

@@ -85,7 +85,7 @@ class ResultFile:
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Why two environments are not of one run: what differs, or a commit that nobody knows; "" if they are."""
+    """Why two environments are not of one run: what differs, or a commit that nobody knows; else ""."""
     names = [name for name in SAME if old.get(name) != new.get(name)]
     said = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in names]
     if new.get("commit") is None:

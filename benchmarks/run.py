@@ -7,8 +7,8 @@
     fastdpo bench --compare OLD.json                         # runs what is in OLD again
     fastdpo bench --compare OLD.json --with NEW.json         # runs nothing
 
-Exit code: 0; 1 where a contender of ours is wrong, raised, is slower than the noise explains, or is gone where
-it was; 2 for a mistake in what was asked; 130 after ^C, which keeps what was measured.
+Exit code: 0; 1 where a contender of ours is wrong, raised, is slower than the noise explains, or is gone
+where it was; 2 for a mistake in what was asked; 130 after ^C, which keeps what was measured.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def run_cases(
     """Run what the file does not hold yet; every result is on disk before the next case begins.
 
     Args:
-        max_seconds: begin no case that, by the pace so far, would end after it; one that is under way then, the
-            first too, is given up, and tried last when the run is gone on with.
+        max_seconds: begin no case that, by the pace so far, would end after it; one that is under way then,
+            the first too, is given up, and tried last when the run is gone on with.
 
     Returns:
         Whether all cases are in the file now.
@@ -114,7 +114,8 @@ def run_cases(
                 bar.update(case.cost)
             if "given_up" in result:
                 print(
-                    f"stopped: the {max_seconds:.0f} s are over, {len(todo) - number} cases left; --resume goes on"
+                    f"stopped: the {max_seconds:.0f} s are over with {len(todo) - number} cases left; "
+                    "--resume goes on"
                 )
                 return False
     return True
@@ -165,7 +166,7 @@ def _run_one(case: Case, file: ResultFile, device: torch.device, left: float | N
 
 
 def _lost(case: Case, file: ResultFile, lost: DeviceLost) -> dict[str, Any]:
-    """What is kept of a case that lost the device: a new process tries it again without who it was lost to."""
+    """What is kept of a case that lost the device: a new process tries again without who lost it."""
     before = next((r.get("lost_to", {}) for r in file.results if r["key"] == case.key), {})
     reason = f"{lost.reason}; the device answered no more"
     if lost.contender in before or lost.contender not in contenders_of(case.suite):

@@ -147,8 +147,10 @@ def check_options(suites: Sequence[str], options: Options, asked: Sequence[str])
             if name not in known:
                 raise ValueError(f"contender: got {name!r}, wanted one of {', '.join(sorted(known))}")
     picks: dict[str, Callable[[Case], Any]] = {
-        "models": lambda case: case.model, "tokens": lambda case: case.num_tokens, "tasks": lambda case: case.task
-    }  # fmt: skip
+        "models": lambda case: case.model,
+        "tokens": lambda case: case.num_tokens,
+        "tasks": lambda case: case.task,
+    }
     for name, of in picks.items():
         if getattr(options, name) is None:
             continue
