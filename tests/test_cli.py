@@ -315,6 +315,24 @@ def test_doctor(model_dir: Path, capsys: pytest.CaptureFixture[str]):
         assert text in report
 
 
+def test_what_cannot_be_read_or_written_is_said_before_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["doctor", "--model", "./missing"]) == 2
+    assert "cannot be read" in capsys.readouterr().out
+    (tmp_path / "file").write_text("here")
+    words = ["train", "--model", "./missing", "--dataset", "none.jsonl", "--use_cpu", "--output_dir"]
+    for place in ("file", "file/below"):
+        assert main([*words, str(tmp_path / place)]) == 2
+        assert f"wanted a directory: {tmp_path / 'file'} is a file" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "out"), "--learning_rate", "nan"]) == 2
+    assert "learning_rate: got nan" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "out")]) == 2
+    assert "'./missing', which is no folder here, from the hub" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_doctor_refuses_what_the_hook_refuses(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
     findings = dict(doctor(str(tmp_path)).sections[f"Model {tmp_path}"])

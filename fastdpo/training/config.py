@@ -7,6 +7,7 @@ repeated at the top of the class. Every value is checked here, before a model is
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -317,6 +318,9 @@ class PreferenceConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name}: got {value!r}, wanted a whole number from {least}")
+        rate = self.learning_rate
+        if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < math.inf):
+            raise ValueError(f"learning_rate: got {rate!r}, wanted a number from 0")
         for name, (needed, reason) in _FIXED.items():
             if getattr(self, name) != needed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {needed}: {reason}")

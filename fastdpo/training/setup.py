@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", **options: Any) 
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model: could not load {name!r}: {first_line(error)}") from error
+        raise ValueError(f"model: could not load {name!r}{_where(name)}: {first_line(error)}") from error
     return model
 
 
@@ -48,7 +49,11 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer: could not load {name!r}: {first_line(error)}") from error
+        raise ValueError(f"tokenizer: could not load {name!r}{_where(name)}: {first_line(error)}") from error
+
+
+def _where(name: str) -> str:
+    return "" if Path(name).exists() else ", which is no folder here, from the hub"
 
 
 def first_line(error: BaseException) -> str:
@@ -220,15 +225,24 @@ def find_checkpoint(args: PreferenceConfig, resume: str | bool | None) -> str | 
 def is_unused(output_dir: str | None) -> bool:
     """Whether a directory does not exist or is empty."""
     path = Path(output_dir or ".")
-    return not path.exists() or not any(path.iterdir())
+    return not path.is_dir() or not any(path.iterdir())
 
 
 def check_output_dir(args: PreferenceConfig) -> None:
-    """Make sure that a fresh run mixes with no other.
+    """Make sure that a fresh run can be written, and mixes with no other. Nothing is made.
 
     Raises:
-        ValueError: the directory has content, and the run neither resumes nor overwrites.
+        ValueError: it is no directory, or one that cannot be written; or it has content, and the run neither
+            resumes nor overwrites.
     """
+    path = Path(args.output_dir or ".").absolute()
+    standing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not standing.is_dir():
+        raise ValueError(f"output_dir: got {args.output_dir}, wanted a directory: {standing} is a file")
+    if not os.access(standing, os.W_OK):
+        raise ValueError(
+            f"output_dir: got {args.output_dir}, wanted one to write to: {standing} is read-only"
+        )
     if not (is_unused(args.output_dir) or args.overwrite_output_dir or args.resume_from_checkpoint):
         raise ValueError(
             f"output_dir: {args.output_dir} is in use: choose another, continue that run with "

@@ -49,6 +49,8 @@ MakeArgs = Callable[..., PreferenceConfig]
         ({"on_bad_row": "ignore"}, "on_bad_row"),
         ({"reference": "copied"}, "reference"),
         ({"reference_batch_size": 0}, "reference_batch_size"),
+        ({"learning_rate": float("nan")}, "learning_rate: got nan"),
+        ({"learning_rate": -1e-6}, "learning_rate: got -1e-06"),
         ({"mode": "pairs"}, "mode"),
         ({"mode": "score"}, "mode"),
         ({"backend": "cutlass"}, "backend"),
