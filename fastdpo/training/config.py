@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.losses import LossSpec, build_objective, find_loss
+from fastdpo.losses import DivergencePairLogps, LossSpec, build_objective, find_loss
 from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
 from fastdpo.training.kinds import DataKind, kind_of
 from fastdpo.training.row_plan import ARRANGEMENTS
@@ -101,8 +101,8 @@ class PreferenceConfig(TrainingArguments):
     gather_batch_losses: bool = field(
         default=False,
         metadata=_help(
-            "Losses that compare a whole batch (aot) see the pairs of all ranks; else each rank sees its "
-            "own, as in TRL."
+            "Losses that compare a whole batch (aot) see the pairs of all ranks while they train; else each "
+            "rank sees its own, as in TRL and in evaluations."
         ),
     )
 
@@ -247,6 +247,11 @@ class PreferenceConfig(TrainingArguments):
     def needs_reference(self) -> bool:
         """Whether any loss looks at reference log-probabilities."""
         return any(loss.uses_reference for loss in self.losses)
+
+    @property
+    def needs_divergences(self) -> bool:
+        """Whether the losses look at the reference's distributions, not only at its log-probabilities."""
+        return any(loss.inputs is DivergencePairLogps for loss in self.losses)
 
     def execution(self) -> Execution:
         """How the head runs."""
