@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.losses import LossSpec, PairLogps, build_objective, find_loss
+from fastdpo.losses import DivergencePairLogps, LossSpec, PairLogps, build_objective, find_loss
 from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
 from fastdpo.training.kinds import DataKind, kind_of
 from fastdpo.training.row_plan import ARRANGEMENTS
@@ -102,8 +102,8 @@ class PreferenceConfig(TrainingArguments):
     gather_batch_losses: bool = field(
         default=False,
         metadata=_help(
-            "Losses that compare a whole batch (aot) see the pairs of all ranks; else each rank sees its "
-            "own, as in TRL."
+            "Losses that compare a whole batch (aot) see the pairs of all ranks while they train; else each "
+            "rank sees its own, as in TRL and in evaluations."
         ),
     )
 
@@ -255,6 +255,11 @@ class PreferenceConfig(TrainingArguments):
         is_one_call = self.dynamic_beta_options is None and not self.gather_batch_losses and not self.fp16
         specs = self.losses
         return is_one_call and all(s.inputs is PairLogps and s.scope in ("pair", "token") for s in specs)
+
+    @property
+    def needs_divergences(self) -> bool:
+        """Whether the losses look at the reference's distributions, not only at its log-probabilities."""
+        return any(loss.inputs is DivergencePairLogps for loss in self.losses)
 
     def execution(self) -> Execution:
         """How the head runs."""

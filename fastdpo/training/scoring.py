@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from fastdpo.integrations.model import FusedLMOutput, require_fused_output
+from fastdpo.integrations.fused_output import FusedLMOutput, HeadStates, require_states
+from fastdpo.integrations.model import require_fused_output
 from fastdpo.integrations.row_masks import RowMasks
 from fastdpo.losses.aggregate import segment_sums, sequence_sums
 from fastdpo.training.batches import Batch, completion_mask, is_in_rows, to_device, token_layout
@@ -24,7 +25,7 @@ def token_logps(model: nn.Module, batch: Batch, *, statistics: tuple[str, ...] =
     Raises:
         TypeError: the model is not patched, so it answered with logits.
     """
-    fused: Any = _fused(model, batch, logps_outputs=statistics)
+    fused: Any = _scored(model, batch, logps_outputs=statistics)
     return LinearLogprobOutput(fused.logps, **{name: getattr(fused, name) for name in statistics})
 
 
@@ -37,20 +38,35 @@ def fused_pair_loss(model: nn.Module, batch: Batch, **arguments: Any) -> DPOLoss
     Raises:
         TypeError: the model is not patched.
     """
-    out: Any = _fused(model, batch, pair_loss=arguments).pair_loss
+    out: Any = _scored(model, batch, pair_loss=arguments).pair_loss
     return out
 
 
-def _fused(model: nn.Module, batch: Batch, **options: Any) -> FusedLMOutput:
+def divergence_logps(model: nn.Module, batch: Batch, reference: HeadStates) -> FusedLMOutput:
+    """``logps``, ``ref_logps`` and ``forward_kl`` per token, in the shape that ``token_logps`` has.
+
+    Args:
+        reference: ``head_states`` of the same batch.
+    """
+    return _scored(model, batch, logps_outputs=("forward_kl",), reference=reference)
+
+
+def head_states(model: nn.Module, batch: Batch) -> HeadStates:
+    """What the model's head sees of a collated batch, and the head."""
+    return require_states(model(**_backbone_inputs(model, batch), return_states=True))
+
+
+def _scored(model: nn.Module, batch: Batch, **asked: Any) -> FusedLMOutput:
+    labels = {"token_layout": token_layout(batch)} if is_in_rows(batch) else {"labels": batch["labels"]}
+    inputs = _backbone_inputs(model, batch)
+    return require_fused_output(model(**inputs, **labels, return_logps=True, **asked))
+
+
+def _backbone_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     if is_in_rows(batch):
         masks = RowMasks(model)
-        inputs = {
-            "row_batches": [masks.inputs(call) for call in batch["calls"]],
-            "token_layout": token_layout(batch),
-        }
-    else:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    return require_fused_output(model(**inputs, return_logps=True, **options))
+        return {"row_batches": [masks.inputs(call) for call in batch["calls"]]}
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from fastdpo.training.answer_encode import AnswerOptions, encode_answers
-from fastdpo.training.answers import AnswerDataset
+from fastdpo.training.answer_reference import reference_columns
+from fastdpo.training.answers import REFERENCE, AnswerDataset
 from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
 from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, RowSource, read_rows, row_list
@@ -127,12 +129,20 @@ def tokenized_pairs(source: RowSource, tokenizer: Any, args: PreferenceConfig) -
 
 def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> RowDataset:
     options = args.encoding_options()
+
+    def has(names: tuple[str, ...]) -> bool:
+        """Whether the reference is to be read, and is there; losses with divergences have no use for it."""
+        reads = args.needs_reference and not args.needs_divergences
+        is_wanted = reads and args.reference in ("auto", "precomputed")
+        return is_wanted and len(source) > 0 and all(name in source.rows[0] for name in names)
+
     if args.data_kind is not None:
-        return encode_answers(source, tokenizer, options, answer_options(args))
+        wanted = answer_options(args)
+        names = reference_columns(has_mismatched=wanted.has_mismatched)
+        return encode_answers(source, tokenizer, options, replace(wanted, has_reference=has(names)))
     columns = dict(options.columns)
-    if args.needs_reference and args.reference in ("auto", "precomputed") and len(source):
-        if all(name in source.rows[0] for name in REF_COLUMNS):
-            columns |= {name: name for name in REF_COLUMNS}
+    if has(REF_COLUMNS):
+        columns |= {name: name for name in REF_COLUMNS}
     options = EncodingOptions(options.max_length, options.truncation_mode, options.on_bad_row, columns)
     return encode_rows(source, tokenizer, options)
 
@@ -189,6 +199,13 @@ def _check_answers(dataset: AnswerDataset, args: PreferenceConfig) -> None:
     if "scores" in dataset.numbers and not options.has_scores:
         raise ValueError(
             f"dataset: the tokenised rows carry scores, which {', '.join(args.loss_type)} does not use"
+        )
+    is_part = REFERENCE in dataset.numbers and not dataset.has_reference
+    if is_part and dataset.has_mismatched and args.reference == "auto":
+        raise ValueError(
+            "dataset: got rows with reference log-probabilities, but not of the answers that their prompts "
+            "are mismatched with, which are others in a part of a data set (held_out); wanted both: score "
+            "each part by itself, or say which reference ('copy', 'adapter' or 'precomputed')"
         )
     if dataset.has_mismatched != options.has_mismatched:
         got, wanted = ("with", "without") if dataset.has_mismatched else ("without", "with")

@@ -34,10 +34,10 @@ class KeepGradients(TrainerCallback):
             }
 
 
-def pairs(count: int, seed: int) -> PreferenceDataset:
-    """Random pairs of unlike length."""
+def pairs(count: int, seed: int, *, is_even: bool = False) -> PreferenceDataset:
+    """Random pairs of unlike length, or of one."""
     torch.manual_seed(seed)
-    sizes = torch.randint(1, 9, (count, 3))
+    sizes = torch.full((count, 3), 6) if is_even else torch.randint(1, 9, (count, 3))
     ends = sizes.flatten().cumsum(0).view(-1, 3)
     bounds = torch.column_stack([torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, 2]]), ends])
     tokens = torch.randint(3, 300, (int(ends[-1, 2]),), dtype=torch.int32)
@@ -156,14 +156,17 @@ def answers(kind: str, count: int, seed: int) -> AnswerDataset:
     )
 
 
-# Loss, data, how many micro-batches a rank's step is, further settings. AOT compares what is there at once.
+# Loss, data, how many micro-batches a rank's step is, further settings. AOT compares what is there at once;
+# two models rank pairs of unlike length alike, by length, and then a part is matched as the whole is.
 STATES: dict[str, tuple[str, str | None, int, dict[str, Any]]] = {
     "kto": ("kto", "unpaired", 2, {}),
     "bco": ("bco", "unpaired", 2, {}),
     "lists": ("sdpo", "listwise", 2, {}),
+    "tdpo": ("tdpo2", None, 2, {}),
     "beta": ("sigmoid", None, 2, {"dynamic_beta": {"rho": 0.3}}),
     "beta at once": ("sigmoid", None, 1, {"dynamic_beta": {"rho": 0.3}}),
-    "aot": ("aot", None, 1, {"gather_batch_losses": True}),
+    "aot": ("aot", "even", 1, {"gather_batch_losses": True}),
+    "aot unpaired": ("aot_unpaired", "even", 1, {"gather_batch_losses": True}),
 }
 
 
@@ -192,10 +195,11 @@ def run_state(folder: Path, name: str) -> None:
         disable_tqdm=True,
         **changes,
     )
-    data = [
-        _without_mismatched(answers(kind, *size), loss_type) if kind else pairs(*size)
-        for size in ((16, 0), (7, 1))
-    ]
+    data: list[Any]
+    if kind in (None, "even"):
+        data = [pairs(*size, is_even=kind == "even") for size in ((16, 0), (7, 1))]
+    else:
+        data = [_without_mismatched(answers(kind, *size), loss_type) for size in ((16, 0), (7, 1))]
     trainer = PreferenceTrainer(
         tiny_llama(1),
         args,
