@@ -122,6 +122,10 @@ def _line(result: dict[str, Any], said: set[tuple[str, str]]) -> str:
         if (name, reason) not in said:
             said.add((name, reason))
             lines.append(f"  {name:<22} not run: {reason}")
+    if result.get("losses"):
+        from benchmarks.step import loss_table  # of a suite whose trainers take seconds to import
+
+        lines += [f"  {line}" for line in loss_table(result["losses"]).splitlines()]
     return "\n".join(lines)
 
 
@@ -241,7 +245,7 @@ def is_ours(name: str) -> bool:
     return name.startswith("fastdpo") or name in ("triton", "cuda", "cpu", "reference") or name in OUR_LAYOUTS
 
 
-OUR_LAYOUTS = ("padded", "packed", "shared_prompt")
+OUR_LAYOUTS = ("padded", "packed", "shared_prompt", "auto")
 
 
 def _device(name: str | None) -> torch.device:

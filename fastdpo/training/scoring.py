@@ -111,15 +111,22 @@ def score_dataset(
     rank: int = 0,
     num_ranks: int = 1,
     show_progress: bool = False,
+    is_done: Tensor | None = None,
+    keep: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Score this rank's share of the pairs.
 
     Pairs of like length go into one batch, which keeps padding small; the order of the result is the
     data set's. A ``budget`` takes the place of ``batch_size``.
 
+    Args:
+        is_done: ``(P,)`` bool, pairs to leave out. Batches are cut as without it: those that are left hold
+            what they would have held, so that rounding is the same.
+        keep: gets each batch's pairs and scores, as soon as they are there.
+
     Returns:
         fp32 on the CPU, in the data set's ``score_shape``: for pairs ``(P, 2)``, log-probabilities of chosen
-        and rejected; 0 for other ranks' rows.
+        and rejected; 0 for other ranks' rows, and for those left out.
     """
     order = dataset.lengths.argsort(descending=True, stable=True)[rank::num_ranks]
     scores = torch.zeros(dataset.score_shape)
@@ -127,7 +134,14 @@ def score_dataset(
     model.eval()
     batches = list(order.split(batch_size) if budget is None else budget.cut(dataset, order))
     for places in tqdm(batches, desc="Scoring", disable=not show_progress, leave=False):
+        if is_done is not None:
+            places = places[~is_done[places]]
+            if not len(places):
+                continue
         batch = to_device(collator([dataset[i] for i in places.tolist()]), device)
-        dataset.put_scores(scores, places, batch_scores(model, batch).cpu())
+        values = batch_scores(model, batch).cpu()
+        dataset.put_scores(scores, places, values)
+        if keep is not None:
+            keep(places, values)
     model.train(was_training)
     return scores

@@ -12,6 +12,7 @@ import transformers
 from packaging.version import Version
 from transformers import TrainerCallback
 
+from fastdpo.training import scoring
 from fastdpo.training.answers import AnswerDataset, Ragged
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.data import DataReport, PreferenceDataset
@@ -217,6 +218,43 @@ def _without_mismatched(data: AnswerDataset, loss_type: str) -> AnswerDataset:
     return data
 
 
+def resume_scoring(folder: Path) -> None:
+    """A scoring that breaks off on both ranks, and another run that goes on with it; then the whole alone."""
+    score, left = scoring.batch_scores, 2
+    counts: list[int] = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal left
+        if left == 0:
+            raise InterruptedError
+        left, counts[-1] = left - 1, counts[-1] + 1
+        return score(*args)
+
+    scoring.batch_scores = counted
+    data = pairs(24, 0)
+    for name, allowed in (("cache", 2), ("cache", 99), ("whole", 99)):
+        left = allowed
+        counts.append(0)
+        args = PreferenceConfig(
+            output_dir=str(folder / "unused"),
+            use_cpu=True,
+            ddp_backend="gloo",
+            reference="precomputed",
+            reference_cache_dir=str(folder / "scoring" / name),
+            per_device_eval_batch_size=4,
+            disable_tqdm=True,
+        )
+        trainer = PreferenceTrainer(tiny_llama(1), args)
+        try:
+            scored = trainer._precomputed.add_to(data)
+        except InterruptedError:
+            trainer.accelerator.wait_for_everyone()
+            continue
+        rank = trainer.accelerator.process_index
+        torch.save((scored.columns, list(counts)), folder / "scoring" / f"{name}{rank}.pt")
+    scoring.batch_scores = score
+
+
 class StopAfterSaving(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         control.should_training_stop = True
@@ -251,6 +289,7 @@ def interrupt_and_resume(folder: Path, prefix: str, **changes: Any) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(Path(sys.argv[1]), per_device=2, accumulate=2)
+    resume_scoring(Path(sys.argv[1]))
     for case in BUDGETS:
         run_budget(Path(sys.argv[1]), case)
     for case in STATES:

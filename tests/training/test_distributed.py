@@ -141,6 +141,18 @@ def test_each_rank_keeps_its_part_of_the_progress(two_ranks: Path):
 
 
 @pytest.mark.distributed
+def test_two_ranks_go_on_with_an_interrupted_scoring(two_ranks: Path):
+    """Of 24 pairs each rank has three batches of four; two were done before the interruption."""
+    folder = two_ranks / "scoring"
+    for rank in range(2):
+        columns, counts = torch.load(folder / f"cache{rank}.pt")
+        assert counts == [2, 1]
+        for name, values in torch.load(folder / f"whole{rank}.pt")[0].items():
+            assert torch.equal(columns[name], values), name
+    assert [path.suffix for path in (folder / "cache").iterdir()] == [".npz"]
+
+
+@pytest.mark.distributed
 @pytest.mark.skipif(not CPU_RANKS_CAN_RESUME, reason="transformers before 5.23 cannot resume ranks on a CPU")
 @pytest.mark.parametrize("prefix", ["", "packed_"])
 def test_two_ranks_resume_as_if_nothing_had_happened(two_ranks: Path, prefix: str):
