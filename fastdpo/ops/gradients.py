@@ -25,10 +25,8 @@ from fastdpo.kernels.matmul import (
 )
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.head_call import HeadCall
-from fastdpo.plan import MAX_LOW_PRECISION_GROUPS, MIB
-
-# Bounds the (rows, H) product of a group. Large, because a product of few rows fills fewer of a GPU's waves.
-HIDDEN_SCRATCH_MIB = 64
+from fastdpo.plan import MAX_LOW_PRECISION_GROUPS
+from fastdpo.plan_memory import hidden_scratch_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +91,12 @@ class Gradients:
             self._add_hidden(group, coeff, outputs, grads if adds_label_rows else None)
         if self.dweight is not None:
             rows = call.rows(group.start, group.stop) if group.rows is None else group.rows
-            # Not in place, for rows may be a view of the caller's; one rounding, no wider copy on the way.
-            scaled = rows if group.is_scaled else torch.mul(rows, coeff[:, None], out=torch.empty_like(rows))
+            # In place only where rows are no view of the caller's; one rounding, no wider copy on the way.
+            is_own = group.rows is None and call.index is not None
+            if group.is_scaled:
+                scaled = rows
+            else:
+                scaled = torch.mul(rows, coeff[:, None], out=rows if is_own else torch.empty_like(rows))
             add_weight_grad(self.dweight, group.d, scaled, is_first=self._is_first_product)
             self._is_first_product = False
         if self.dbias is not None:
@@ -109,7 +111,7 @@ class Gradients:
         """dhidden of a group, in pieces so that a large cache needs no (N, H) scratch."""
         call = self.call
         row_bytes = call.plan.hidden_size * call.operand_dtype.itemsize
-        step = max(call.plan.chunk_rows, HIDDEN_SCRATCH_MIB * MIB // row_bytes, 1)
+        step = hidden_scratch_rows(call.plan.block_rows, row_bytes)
         for start in range(group.start, group.stop, step):
             stop = min(start + step, group.stop)
             local = slice(start - group.start, stop - group.start)

@@ -331,6 +331,9 @@ def head_call(
         pair_rows=pair_rows,
         needs_bias=needs_bias,
         lean_logit_bytes=logit_bytes(backend, run.compute_dtype),
+        joins_chunks=True,
+        hidden_bytes=hidden.element_size(),
+        weight_bytes=weight.element_size(),
     )
     return HeadCall(
         hidden=hidden,

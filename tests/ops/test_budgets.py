@@ -85,12 +85,12 @@ def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch, mode: str,
     right = LogitChunks.fill
     seen: list[Any] = []
 
-    def failing(self: LogitChunks, start: int, rows: Tensor) -> None:
+    def failing(self: LogitChunks, start: int, rows: Tensor, at: int = 0) -> None:
         if len(seen) == when:
             seen.append(weakref.ref(self._logits))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
         seen.append(None)
-        right(self, start, rows)
+        right(self, start, rows, at)
 
     monkeypatch.setattr(LogitChunks, "fill", failing)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
