@@ -106,7 +106,8 @@ def _enable_checkpointing(trainer: PreferenceTrainer) -> None:
     """What ``Trainer.train`` does at its beginning, by the names of transformers since 5.23 and before."""
     args, model = trainer.args, trainer.model
     if getattr(args, "activation_checkpointing", None):
-        options = dict(args.activation_checkpointing_kwargs or {})
+        given: Any = args.activation_checkpointing_kwargs
+        options = dict(given or {})
         own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **own)
     elif args.gradient_checkpointing:
