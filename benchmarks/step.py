@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import statistics
 import sys
 import time
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import environment, peak_mib, summarise
+from benchmarks.harness import environment, even_steps, peak_mib, summarise
 from benchmarks.results import RESULTS, ResultFile
 from benchmarks.step_contenders import CONTENDERS, OURS, SIZES, Contender, Size
 from benchmarks.step_data import MADE_UP, made_up_rows, make_data
@@ -52,9 +53,10 @@ class Run:
         device: torch.device,
         precision: str,
         steps: int,
+        attention: str = "sdpa",
     ) -> None:
         self.size, self.data, self.tokenizer = size, data, tokenizer
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.attention = device, precision, attention
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
         needed = size.pairs * steps
         order = (order * -(-needed // len(order)))[:needed]
@@ -62,13 +64,18 @@ class Run:
 
     def once(self, name: str, steps: int, *, measure_peak: bool = False) -> dict[str, Any]:
         """Losses, milliseconds, tokens and peak memory of the first ``steps`` steps of a new contender."""
-        contender = Contender(name, self.size, self.data, self.tokenizer, self.device, self.precision)
-        found = self._steps(contender, steps, measure_peak)
-        del contender
-        gc.collect()  # trainers and models refer to each other
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return found
+        contender = None
+        try:
+            contender = Contender(
+                name, self.size, self.data, self.tokenizer, self.device, self.precision, self.attention
+            )
+            return self._steps(contender, steps, measure_peak)
+        finally:
+            # Also of one that failed: what it holds would be missing for the next.
+            del contender
+            gc.collect()  # trainers and models refer to each other
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _steps(self, contender: Contender, steps: int, measure_peak: bool) -> dict[str, Any]:
         # Collated beforehand: loaders do it in processes of their own while the device computes.
@@ -111,15 +118,14 @@ def compare(run: Run, names: Sequence[str], *, check_steps: int, steps: int, rou
             checked[name] = run.once(name, check_steps, measure_peak=True)
         except ImportError as error:
             not_run[name] = f"not installed: {error}"
-        except (RuntimeError, ValueError) as error:
-            # A peer that does not fit is a result; whatever else is raised, and ours, is a mistake to mend.
+        except Exception as error:  # whatever a peer does, the others are measured
+            # One that does not fit is a result; whatever else is raised, and ours, is a mistake to mend.
             is_result = isinstance(error, torch.OutOfMemoryError) and name not in OURS
-            said = (str(error).splitlines() or [""])[0][:200]
-            (not_run if is_result else failed)[name] = f"{type(error).__name__}: {said}"
+            (not_run if is_result else failed)[name] = _said(error)
     bound = LOSS_BOUND[run.precision]
-    middle = [
-        statistics.median(losses) for losses in zip(*(c["losses"] for c in checked.values()), strict=True)
-    ]
+    # One NaN would make the middle of all of them NaN.
+    finite = [c["losses"] for c in checked.values() if all(map(math.isfinite, c["losses"]))]
+    middle = [statistics.median(losses) for losses in zip(*finite, strict=True)] or [math.nan] * check_steps
     for name, found in checked.items():
         gap = max(abs(a - b) for a, b in zip(found["losses"], middle, strict=True))
         if not gap <= bound:
@@ -128,10 +134,23 @@ def compare(run: Run, names: Sequence[str], *, check_steps: int, steps: int, rou
     for number in range(rounds):
         turn = list(samples)
         for name in turn[number % max(len(turn), 1) :] + turn[: number % max(len(turn), 1)]:
-            samples[name].append(run.once(name, steps + 1))
-    contenders = {name: _summary(run, rounds_of, checked[name]) for name, rounds_of in samples.items()}
+            if name in failed:
+                continue
+            try:
+                samples[name].append(run.once(name, steps + 1))
+            except Exception as error:
+                failed[name] = f"in round {number + 1}: {_said(error)}"
+    contenders = {
+        name: _summary(run, rounds_of, checked[name])
+        for name, rounds_of in samples.items()
+        if name not in failed
+    }
     losses = {name: contenders.get(name, found)["losses"] for name, found in checked.items()}
     return {"failed": failed, "not_run": not_run, "contenders": contenders, "losses": losses}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _summary(run: Run, rounds: Sequence[dict[str, Any]], checked: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +160,7 @@ def _summary(run: Run, rounds: Sequence[dict[str, Any]], checked: dict[str, Any]
     tokens = sum(count for found in rounds for count in found["tokens"][1:])
     positions = sum(count for found in rounds for count in found["positions"][1:])
     return {
-        **summarise(times),
+        **summarise(even_steps(times, len(rounds[0]["samples_ms"]) - 1)),
         "useful_tokens_per_s": tokens / seconds,
         "backbone_positions_per_pair": positions / (run.size.pairs * len(times)),
         "peak_mib": checked.get("peak_mib"),
@@ -170,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=LOSS_BOUND, default="fp32", help="bf16 is autocast")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=None)
+    parser.add_argument("--attention", default="sdpa", help="attn_implementation of every model")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--pairs", type=int, default=None, help="pairs a step; default: the size's own")
     parser.add_argument("--check_steps", type=int, default=3)
@@ -185,7 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = ResultFile(args.results, environment(device), {"suites": ["step"]})
         result = bench_step(
             args.size, device, args.precision, data=args.data, contenders=args.contenders, pairs=args.pairs,
-            max_length=args.max_length, check_steps=args.check_steps, steps=args.steps, rounds=args.rounds,
+            attention=args.attention, max_length=args.max_length, check_steps=args.check_steps,
+            steps=args.steps, rounds=args.rounds,
         )  # fmt: skip
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -213,6 +234,7 @@ def bench_step(
     data: Path | None = None,
     contenders: Sequence[str] | None = None,
     pairs: int | None = None,
+    attention: str = "sdpa",
     max_length: int = 1024,
     check_steps: int = 3,
     steps: int = 5,
@@ -225,18 +247,29 @@ def bench_step(
     size = replace(size, pairs=pairs or size.pairs)
     count = size.pairs * max(steps + 1, check_steps)
     pairs_data, tokenizer = make_data(data or made_up_rows(count), size.vocab, max_length)
-    run = Run(size, pairs_data, tokenizer, device, precision, max(steps + 1, check_steps))
+    run = Run(size, pairs_data, tokenizer, device, precision, max(steps + 1, check_steps), attention)
     compared = compare(run, names, check_steps=check_steps, steps=steps, rounds=rounds)
     return {
-        "suite": "step", "key": step_key(size_name, precision), "model": size_name, "size": vars(size),
+        "suite": "step", "key": step_key(size_name, precision, data, size.pairs, max_length, attention),
+        "attention": attention, "model": size_name, "size": vars(size),
         "precision": precision, "max_length": max_length, "steps": steps, "rounds": rounds,
         "data": data.name if data else MADE_UP, "equal": "token ids, weights, optimiser, order of batches",
         **compared,
     }  # fmt: skip
 
 
-def step_key(size_name: str, precision: str) -> str:
-    return f"step/{size_name}/{precision}"
+def step_key(
+    size_name: str,
+    precision: str,
+    data: Path | None = None,
+    pairs: int | None = None,
+    max_length: int = 1024,
+    attention: str = "sdpa",
+) -> str:
+    """What must be equal for two results to be of one case."""
+    source = "made-up" if data is None else data.stem
+    batch = f"{pairs or SIZES[size_name].pairs}x{max_length}"
+    return f"step/{size_name}/{precision}/{source}/{batch}/{attention}"
 
 
 if __name__ == "__main__":

@@ -59,18 +59,20 @@ class Contender:
         tokenizer: Any,
         device: torch.device,
         precision: str,
+        attention: str,
     ) -> None:
         self.name, self.size, self.data = name, size, data
         self.device, self.precision = device, precision
-        self.model = make_model(size, tokenizer, seed=0)
+        dtype = torch.bfloat16 if size.is_adapted and precision == "bf16" else torch.float32
+        # Made where they run: billions of weights take minutes to draw on a CPU.
+        how = {"device": device, "dtype": dtype, "attention": attention}
+        self.model = make_model(size, tokenizer, seed=0, **how)
         self.peft_config: Any = None
         # Of another seed, so that losses differ from ln 2 and from batch to batch.
-        self.reference = None if size.is_adapted else make_model(size, tokenizer, seed=1)
+        self.reference = None if size.is_adapted else make_model(size, tokenizer, seed=1, **how)
         if size.is_adapted:
             from peft import LoraConfig
 
-            if precision == "bf16":
-                self.model = self.model.to(torch.bfloat16)
             names = ["q_proj", "k_proj", "v_proj", "o_proj"]
             self.peft_config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=names)
         builders = {"plain": self._build_plain, **dict.fromkeys(OURS, self._build_ours)}
@@ -199,9 +201,11 @@ def _move_adapter(model: nn.Module) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
-def make_model(size: Size, tokenizer: Any, *, seed: int) -> nn.Module:
-    """A Llama with random weights, the same for every contender."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_model(
+    size: Size, tokenizer: Any, *, seed: int, device: torch.device, dtype: torch.dtype, attention: str
+) -> nn.Module:
+    """A Llama with random weights, the same for every contender on a device."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -210,4 +214,8 @@ def make_model(size: Size, tokenizer: Any, *, seed: int) -> nn.Module:
         max_position_embeddings=32768, tie_word_embeddings=size.hidden < 2048,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+    with device:
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
+    return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import step, step_contenders
+from benchmarks.harness import even_steps
 from benchmarks.results import read_results
 from benchmarks.run import _line
 from fastdpo.training.trainer import PreferenceTrainer
@@ -110,3 +112,60 @@ def test_the_suite_prints_the_curves():
         "             1  0.70000  0.70000",
         "             2  0.61235",
     ]
+
+
+@pytest.mark.parametrize("when", ["check", "round"])
+def test_a_contender_that_raises_costs_the_others_nothing(
+    when: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever it raises, and then its model is gone."""
+    right, held, calls = step_contenders.Contender.step, [], []
+
+    def raises(self: Any, inputs: Any) -> torch.Tensor:
+        if self.name == "packed":
+            calls.append(self.name)
+            if when == "check" or len(calls) > 3:  # two steps of the check and its peak
+                held.append(weakref.ref(self.model))
+                raise AttributeError("no such kernel")
+        return right(self, inputs)
+
+    monkeypatch.setattr(step_contenders.Contender, "step", raises)
+    names = ["--contenders", "padded", "packed", "shared_prompt"]
+    assert step.main(["--data", data, *OPTIONS, *names, "--results", str(tmp_path / "results")]) == 1
+    (result,) = read_results(tmp_path / "results")[0]["results"]
+    assert set(result["contenders"]) == {"padded", "shared_prompt"}
+    where = "" if when == "check" else "in round 1: "
+    assert result["failed"] == {"packed": f"{where}AttributeError: no such kernel"}
+    assert held and held[0]() is None
+
+
+def test_a_contender_of_nan_takes_no_other_with_it(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    right = step_contenders.Contender.step
+    monkeypatch.setattr(
+        step_contenders.Contender,
+        "step",
+        lambda self, inputs: right(self, inputs) * (float("nan") if self.name == "packed" else 1.0),
+    )
+    names = ["--contenders", "padded", "packed", "shared_prompt"]
+    assert step.main(["--data", data, *OPTIONS, *names, "--results", str(tmp_path / "results")]) == 1
+    (result,) = read_results(tmp_path / "results")[0]["results"]
+    assert set(result["contenders"]) == {"padded", "shared_prompt"} and set(result["failed"]) == {"packed"}
+
+
+def test_results_on_other_data_or_batches_are_other_cases():
+    keys = {
+        step.step_key("tiny", "fp32"),
+        step.step_key("tiny", "fp32", Path("a/pairs.jsonl")),
+        step.step_key("tiny", "fp32", Path("a/other.jsonl")),
+        step.step_key("tiny", "fp32", pairs=3),
+        step.step_key("tiny", "fp32", max_length=512),
+        step.step_key("tiny", "fp32", attention="eager"),
+    }
+    assert len(keys) == 6
+
+
+def test_steps_of_unlike_size_are_no_noise():
+    # Two rounds of a short and a long step, the second round a tenth slower.
+    assert even_steps([1.0, 3.0, 1.1, 3.3], 2) == pytest.approx([2.0, 2.0, 2.2, 2.2])
