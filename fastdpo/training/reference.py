@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.integrations.fused_output import HeadStates
+from fastdpo.integrations.head_adapter import has_adapter
+from fastdpo.integrations.lm_head import head_module, unwrap
 from fastdpo.training.answers import REF_MISMATCHED
 from fastdpo.training.batches import Batch, completion_mask
 from fastdpo.training.config import PreferenceConfig
@@ -50,6 +52,11 @@ def choose_reference(
         ValueError: the losses and the reference asked for do not go together.
     """
     wanted, losses = args.reference, ", ".join(args.loss_type)
+    if args.needs_divergences and has_adapter(head_module(unwrap(model))):
+        raise ValueError(
+            f"lm_head: got LoRA on it with {losses}, wanted none: divergences over the vocabulary are made "
+            "without; take lm_head out of target_modules, or train it whole (modules_to_save)"
+        )
     if not args.needs_reference:
         if has_ref_model or wanted not in ("auto", "none"):
             got = "a ref_model" if has_ref_model else repr(wanted)

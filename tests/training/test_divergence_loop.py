@@ -27,7 +27,7 @@ from fastdpo.types import DPOLossOutput
 from tests.integrations.tiny import make_model
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
 from tests.training.kinds_data import real_rows
-from tests.training.layout_cases import PAIRS, ROW_CASES, make_batch
+from tests.training.layout_cases import PAIRS, ROW_CASES, make_batch, make_pairs
 from tests.training.test_trainer import KeepGradients
 
 MakeArgs = Callable[..., PreferenceConfig]
@@ -126,6 +126,29 @@ def test_a_reference_of_another_pair_would_show() -> None:
     args = PreferenceConfig(output_dir="unused", use_cpu=True, loss_type="tdpo2", beta=BETA)
     wrong = batch_loss(model, model, batch, BatchCounts(len(PAIRS), 40), args, turned).loss
     assert abs(wrong.item() - right.loss.item()) > 100 * LOSS_LIMIT
+
+
+@pytest.mark.parametrize("case", ROW_CASES, ids="-".join)
+def test_empty_prompts_and_answers_are_as_in_padded_batches(case: tuple[str, str]) -> None:
+    model, reference = (patch_model(make_model("llama", seed=seed)) for seed in (0, 1))
+    pairs = make_pairs([(0, 3, 4), (4, 0, 3), (3, 5, 0), (0, 1, 2), (2, 3, 1), (4, 0, 0)])
+    padded = looped(model, reference, make_batch("padded", pairs=pairs), "tdpo1")
+    ours = looped(model, reference, make_batch(*case, pairs), "tdpo1")
+    assert abs(ours.loss.item() - padded.loss.item()) < LOSS_LIMIT
+    for name, gradient in padded.grads.items():
+        torch.testing.assert_close(ours.grads[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_in_bfloat16(make_args: MakeArgs, tokenizer: Any, tmp_path: Path) -> None:
+    """Under autocast a copy still is its policy, to the bit, whatever accelerate casts on the way."""
+    for layout in LAYOUTS:
+        args = make_args(
+            output_dir=str(tmp_path / layout), loss_type="tdpo2", batch_layout=layout, bf16=True, max_steps=2
+        )
+        made_trainer(args, make_rows(8), tokenizer).train()
+        first, second = read_metrics(args.output_dir)
+        assert first["kl/chosen"] == first["kl/rejected"] == first["rewards/margins"] == 0.0
+        assert second["kl/chosen"] > 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -304,6 +327,12 @@ def test_batches_of_so_many_tokens_on_real_rows(make_args: MakeArgs, tokenizer: 
     trainer.train()
     assert trainer.state.global_step > 1
     assert all(entry["loss"] > 0 for entry in read_metrics(args.output_dir))
+
+
+def test_an_adapter_on_the_head_is_refused(make_args: MakeArgs, tokenizer: Any) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="lm_head: got LoRA on it with tdpo1, wanted none"):
+        made_trainer(make_args(loss_type="tdpo1"), make_rows(4), tokenizer, peft_config=lora)
 
 
 def test_a_vocabulary_of_another_size_is_refused(make_args: MakeArgs, tokenizer: Any) -> None:
