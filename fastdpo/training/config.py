@@ -35,6 +35,7 @@ _FIXED = {
     "label_smoothing_factor": (0, "use the loss option label_smoothing"),
     "use_liger_kernel": (False, "it replaces the forward pass that the fused head lives in"),
     "auto_find_batch_size": (False, "not supported by this version"),
+    "length_column_name": ("length", "lengths are counted in the tokenised rows, not read from a column"),
 }
 
 
@@ -356,6 +357,11 @@ class PreferenceConfig(TrainingArguments):
                     f"accelerator_config.{name}: got True, wanted False: batches of batch_layout="
                     f"{self.batch_layout!r}, with max_tokens_per_batch or of no pairs cannot be cut up"
                 )
+        if self.max_tokens_per_batch is not None and self.dataloader_drop_last:
+            raise ValueError(
+                "dataloader_drop_last: got True with max_tokens_per_batch, wanted False: batches of so many "
+                "tokens are filled alike, and no last one is short"
+            )
 
     def _check_losses(self) -> None:
         kind_of(self.losses)  # raises for losses that want unlike data
