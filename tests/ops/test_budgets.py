@@ -21,14 +21,14 @@ SMALL = {"workspace_mib": 1, "cache_mib": 1}
 MODES = ("score", "stash", "cache", "recompute", "pairs")
 
 
-def make_step(mode: str, dtype: torch.dtype = torch.float32) -> Callable[[], tuple[Tensor, ...]]:
+def make_step(mode: str, dtype: torch.dtype = torch.float32, vocab: int = VOCAB) -> Callable[[], tuple[Tensor, ...]]:
     """One forward and backward pass of 12 pairs of 4 and 4 tokens: the loss and its gradients."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype)
-    weight = torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype)
+    weight = torch.randn(vocab, HIDDEN, generator=generator).to(dtype)
     index = torch.arange(TOKENS)
     sequence = index // 4 % 2 * (TOKENS // 8) + index // 8
-    labels = torch.randint(VOCAB, (TOKENS,), generator=generator)
+    labels = torch.randint(vocab, (TOKENS,), generator=generator)
     layout = TokenLayout(index, labels, sequence, (4,) * (TOKENS // 4))
     execution = Execution(mode=mode, **SMALL)  # type: ignore[arg-type]
     ref_logps = torch.full((TOKENS // 4,), -30.0)
@@ -44,10 +44,13 @@ def make_step(mode: str, dtype: torch.dtype = torch.float32) -> Callable[[], tup
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_no_hidden_copy_or_zero_fill_of_a_large_matrix(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("vocab", [VOCAB, VOCAB - 1])
+def test_no_hidden_copy_or_zero_fill_of_a_large_matrix(
+    mode: str, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of (C, V) and (V, H) matrices only products and row kernels write; seen by the profiler, op by op."""
     monkeypatch.undo()  # the poison of uninitialised memory is a fill
-    step = make_step(mode)
+    step = make_step(mode, vocab=vocab)
     step()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
