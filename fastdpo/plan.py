@@ -213,7 +213,7 @@ def make_plan(
         rows, block_rows = chunk_and_block_rows(*sizes, **device)
     else:
         rows = block_rows = chunk_rows(*sizes, **device)
-    d_row_bytes = vocab_size * operand_bytes
+    d_row_bytes = leading_dim(vocab_size) * operand_bytes  # padded, as rows of logits are
     cached = _cached_rows(num_tokens, rows, d_row_bytes, cache_mib) if mode == "cache" else 0
     groups: tuple[PairGroup, ...] = ()
     if mode == "pairs":

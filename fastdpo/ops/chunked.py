@@ -19,6 +19,7 @@ from fastdpo.ops.head_call import (
     HeadCall,
     LogitChunks,
     TopkOutputs,
+    empty_d,
     empty_outputs,
     empty_topk,
     slice_outputs,
@@ -47,7 +48,7 @@ def forward_chunks(
     ref_outputs = None if call.ref_hidden is None else empty_outputs(call, ())
     is_stash = plan.mode == "stash"
     chunks = LogitChunks(call, keeps_d=is_stash)
-    kept = call.hidden.new_empty(kept_shape(plan), dtype=call.operand_dtype)
+    kept = empty_kept(call)
     for block in plan.blocks() if is_stash else [[chunk] for chunk in plan.chunks()]:
         first, last = block[0][0], block[-1][1]
         if is_stash:
@@ -65,6 +66,13 @@ def forward_chunks(
             for start, stop in block:
                 chunks.score_reference(start, stop, slice_outputs(ref_outputs, start, stop))
     return outputs, topk, kept, None if ref_outputs is None else ref_outputs.logps
+
+
+def empty_kept(call: HeadCall) -> Tensor:
+    """Memory for what ``forward_chunks`` keeps; rows of D are further apart than V where V is odd."""
+    if call.plan.mode == "cache":
+        return empty_d(call, call.plan.cached_rows)
+    return call.hidden.new_empty(kept_shape(call.plan), dtype=call.operand_dtype)
 
 
 def kept_shape(plan: Plan) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from fastdpo.kernels.matmul import (
     LOW_PRECISION,
     SlabbedWeight,
     add_bias_grad,
+    add_in_slabs,
     add_weight_grad,
     hidden_grad_into,
 )
@@ -72,13 +73,16 @@ class Gradients:
         self.dbias = call.hidden.new_zeros(call.plan.vocab_size, dtype=acc) if bias else None
         self.dweight = weight_out
         self._weight_out = weight_out
-        if dweight and weight_out is None:
-            # Rows added one by one are many roundings too: an lse gradient also sums in fp32.
-            many = adds_label_rows or call.plan.weight_grad_groups > MAX_LOW_PRECISION_GROUPS
-            dtype = acc if many and call.weight.dtype in LOW_PRECISION else call.weight.dtype
-            make = torch.empty_like if call.plan.weight_grad_groups else torch.zeros_like
-            self.dweight = make(call.weight, dtype=dtype, memory_format=torch.contiguous_format)
-        self._is_first_product = weight_out is None
+        self._is_first_product = False
+        # Rows added one by one are many roundings too: an lse gradient also sums in fp32.
+        num_groups = call.plan.weight_grad_groups
+        many = adds_label_rows or num_groups > MAX_LOW_PRECISION_GROUPS
+        into = call.weight if weight_out is None else weight_out
+        if dweight and (weight_out is None or (many and weight_out.dtype in LOW_PRECISION)):
+            dtype = acc if many and into.dtype in LOW_PRECISION else into.dtype
+            make = torch.empty_like if num_groups else torch.zeros_like
+            self.dweight = make(into, dtype=dtype, memory_format=torch.contiguous_format)
+            self._is_first_product = True
 
     def add_group(self, group: DGroup, outputs: RowOutputs, grads: TokenGrads) -> None:
         """All that a group gives: one product for dhidden, one for dweight."""
@@ -148,8 +152,12 @@ class Gradients:
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """``(dhidden, dweight, dbias)`` in their inputs' dtypes; None where there is none."""
         dweight = None
-        if self._weight_out is None and self.dweight is not None:
+        if self.dweight is not None and self._weight_out is None:
             dweight = self.dweight.to(self.call.weight.dtype)
+        elif (
+            self.dweight is not None and self._weight_out is not None and self.dweight is not self._weight_out
+        ):
+            add_in_slabs(self._weight_out, self.dweight)
         dbias = self.dbias
         if dbias is not None and self.call.bias is not None:
             dbias = dbias.to(self.call.bias.dtype)

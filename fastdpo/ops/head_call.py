@@ -13,6 +13,7 @@ from fastdpo.kernels.topk import chunk_top_sums, write_top
 from fastdpo.ops.backends import load_row_kernel
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.plan import Plan
+from fastdpo.schedule import leading_dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +210,13 @@ def front_of_rows(logits: Tensor, num_rows: int, call: HeadCall) -> Tensor:
     flat = logits.view(-1).view(call.operand_dtype)
     stride = flat.numel() // max(logits.shape[0], 1)
     return flat.as_strided((num_rows, call.plan.vocab_size), (stride, 1))
+
+
+def empty_d(call: HeadCall, num_rows: int) -> Tensor:
+    """``(num_rows, V)`` for a compact D; its rows start where wide accesses can, also if V is odd."""
+    vocab_size = call.plan.vocab_size
+    padded = call.hidden.new_empty((num_rows, leading_dim(vocab_size)), dtype=call.operand_dtype)
+    return padded[:, :vocab_size]
 
 
 def empty_outputs(call: HeadCall, statistics: tuple[str, ...]) -> RowOutputs:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastdpo.kernels.contract import RowOutputs
 from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads
-from fastdpo.ops.head_call import HeadCall, LogitChunks, empty_outputs, slice_outputs
+from fastdpo.ops.head_call import HeadCall, LogitChunks, empty_d, empty_outputs, slice_outputs
 from fastdpo.schedule import PairGroup
 
 # The loss of some pairs, given (logps (n,), reference's logps (n,) or None, their group):
@@ -81,7 +81,7 @@ def _run(
 ) -> None:
     """All chunks and groups; nothing of the size of logits or D outlives it."""
     call, plan = chunks.call, chunks.call.plan
-    held = call.hidden.new_empty((plan.group_rows, plan.vocab_size), dtype=call.operand_dtype)
+    held = empty_d(call, plan.group_rows)
     for start, stop in plan.chunks():
         if ref_outputs is not None:
             chunks.score_reference(start, stop, slice_outputs(ref_outputs, start, stop))
