@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -231,6 +231,13 @@ def free_bytes(device: torch.device) -> int:
         return int(text.split("MemAvailable:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def even_steps(samples: Sequence[float], num_steps: int) -> list[float]:
+    """Rounds of steps of unlike size, as if all were of the mean size: each by its own median over rounds."""
+    medians = [statistics.median(samples[i::num_steps]) for i in range(num_steps)]
+    mean = statistics.fmean(medians)
+    return [sample / medians[i % num_steps] * mean for i, sample in enumerate(samples)]
 
 
 def summarise(samples: list[float]) -> dict[str, float]:

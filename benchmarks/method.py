@@ -38,6 +38,7 @@ class Method:
     is_exact: bool = False
 
 
+WHOLE = "the whole case"  # what failed where no contender did
 OUR_LAYOUTS = ("padded", "packed", "shared_prompt", "auto")
 
 

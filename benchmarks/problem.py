@@ -52,8 +52,8 @@ BETA = 0.1
 LOGPS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float64: 1e-12}
 GRADIENT_BOUND = {torch.float32: 2**-13, torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float64: 2**-40}
 # Peers round logits to the inputs' dtype: `_explained` says by how much a value may be off for it. Their
-# gradients are summed in bf16, over up to 64 chunks: 1e-2 (torch 2.13, Liger), three times that. What is scaled
-# by 1.05 is refused all the same.
+# gradients are summed in bf16, over up to 64 chunks: 1e-2 (torch 2.13, Liger), three times that. What is
+# scaled by 1.05 is refused all the same.
 PEER_GRADIENT_BOUND = {
     torch.float32: 2**-11,
     torch.bfloat16: 2**-5,

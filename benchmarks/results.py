@@ -40,7 +40,7 @@ class ResultFile:
         self.part = part
         self.payload: dict[str, Any] = {
             "schema": SCHEMA, "environment": environment, "settings": settings, "runs": [settings],
-            "results": [],
+            **({} if part is None else {"part": part}), "results": [],
         }  # fmt: skip
         check_writable(self.folder)
 

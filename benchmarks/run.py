@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.compare import compare_results, report
 from benchmarks.harness import DeviceLost, environment, free_bytes, recover, why
-from benchmarks.method import is_ours
+from benchmarks.method import WHOLE, is_ours
 from benchmarks.problem import MODELS, TASKS, problem_of
 from benchmarks.results import RESULTS, ROOT, ResultFile, read_result, runs_of
 from benchmarks.suites import PRESETS, SUITES, Case, Options, check_options, contenders_of, make_cases
@@ -43,7 +43,6 @@ except ImportError:  # a GPU image's Python runs the suites with what it has
 
 # What is kept of a request, and may be asked for otherwise when a file is gone on with or compared.
 SETTINGS = ("preset", "repeats", "seconds", "models", "tokens", "tasks", "contenders", "without", "data")
-WHOLE = "the whole case"
 
 
 class TimeUp(KeyboardInterrupt):
@@ -202,6 +201,10 @@ def _line(result: dict[str, Any], said: set[tuple[str, str]]) -> str:
         if (name, reason) not in said:
             said.add((name, reason))
             lines.append(f"  {name:<22} not run: {reason}")
+    if result.get("losses"):
+        from benchmarks.step import loss_table  # of a suite whose trainers take seconds to import
+
+        lines += [f"  {line}" for line in loss_table(result["losses"]).splitlines()]
     return "\n".join(lines)
 
 

@@ -327,12 +327,12 @@ def step_cases(options: Options) -> list[Case]:
         names.remove("trl-compacted")  # there TRL drops unlabelled tokens by itself
     brief = {"check_steps": 2, "steps": 1, "rounds": 1} if options.preset == "tiny" else {}
     cases = []
+    data = None if options.data is None else Path(options.data)
     for model, precision in STEPS.get(options.preset, STEPS["gpu"]):
         if options.models is not None and model not in options.models:
             continue
 
         def run(model: str = model, precision: str = precision) -> dict[str, Any]:
-            data = None if options.data is None else Path(options.data)
             return step.bench_step(model, options.device, precision, data=data, contenders=names, **brief)
 
         size = step.SIZES[model]
@@ -343,7 +343,7 @@ def step_cases(options: Options) -> list[Case]:
         held = weights * (2 if size.is_adapted and precision == "bf16" else 20)
         # Forward and backward of the policy, forward of the reference: 8 FLOP a weight and token.
         cost = 30 + options.seconds_of(8 * weights * size.pairs * 1500 * (10 if brief else 70))
-        cases.append(Case(step.step_key(model, precision), "step", run, cost, held, model))
+        cases.append(Case(step.step_key(model, precision, data), "step", run, cost, held, model))
     return cases
 
 

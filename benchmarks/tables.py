@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import even_steps, summarise
 from benchmarks.plots import PLOTS, check_plots, write_plots
 from benchmarks.problem import PASSES, TASKS
 from benchmarks.results import RESULTS, ROOT, is_gpu, read_results
@@ -134,11 +135,13 @@ def steps_table(results: Sequence[Result]) -> str:
             # On a GPU TRL drops unlabelled tokens by itself.
             rival = seconds.get("trl-compacted", seconds.get("trl"))
             for name, cell in case["contenders"].items():
+                # From the samples: steps are of unlike size.
+                times = summarise(even_steps(cell["samples_ms"], case["steps"]))
                 ratio = NOT_RUN if rival is None else f"{rival / seconds[name]:.2f} x"
                 peak = "" if cell.get("peak_mib") is None else f"{cell['peak_mib']:.0f}"
                 lines.append(
                     f"| {case['environment']['device']} | {case['model']} | `{name}` | {seconds[name]:.2f} | "
-                    f"{cell['median_ms'] / 1e3:.2f} +- {100 * cell['noise']:.0f} % | {ratio} | "
+                    f"{times['median_ms'] / 1e3:.2f} +- {100 * times['noise']:.0f} % | {ratio} | "
                     f"{cell['backbone_positions_per_pair']:.0f} | {peak} |"
                 )
     source = ", ".join(f"`benchmarks/results/{name}`" for name in sorted(files))

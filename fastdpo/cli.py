@@ -168,8 +168,10 @@ def diagnose(argv: Sequence[str]) -> int:
     options, others = parser.parse_known_args(list(argv))
     if options.dataset is not None or others:
         return _diagnose_run(argv)
-    print(doctor(options.model))
-    return 0
+    found = doctor(options.model)
+    print(found)
+    of_model = found.sections.get(f"Model {options.model}", [])
+    return 2 if any(name == "model" or text.startswith("refused") for name, text in of_model) else 0
 
 
 def _diagnose_run(argv: Sequence[str]) -> int:

@@ -337,7 +337,8 @@ def _memory_lines(trainer: Any) -> Lines:
         ("weights", _mib(sum(p.numel() * p.element_size() for p in model.parameters()))),
         ("gradients", _mib(sum(p.numel() * p.element_size() for p in trained))),
     ]
-    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    optimizer = getattr(trainer.args, "optim", "")
+    optimizer = str(getattr(optimizer, "value", optimizer))
     if optimizer.startswith("adamw_torch") and "bit" not in optimizer:
         lines.append(
             (optimizer, f"{_mib(2 * sum(p.numel() * p.element_size() for p in trained))}, two moments")

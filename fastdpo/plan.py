@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from fastdpo.plan_lean import make_lean_plan
-from fastdpo.schedule import GROUP_ROWS, MIB, PairGroup, chunk_rows, group_pairs, leading_dim
+from fastdpo.plan_memory import peak_bytes
+from fastdpo.schedule import (
+    GROUP_ROWS,
+    MIB,
+    PairGroup,
+    chunk_and_block_rows,
+    chunk_rows,
+    group_pairs,
+    leading_dim,
+)
 
 # Up to this many products may be summed in a 16-bit gradient: measured error 2.4 to 2.9e-3, against
 # 1.7e-3 for a single rounding; more than that and the sum is fp32 (DESIGN section 3).
@@ -27,6 +36,7 @@ class Plan:
     hidden_size: int
     vocab_size: int
     chunk_rows: int
+    block_rows: int  # of the chunks whose D, where it stays in the workspace, is one product's operand
     leading_dim: int
     cached_rows: int
     gemm_passes_forward: float
@@ -34,6 +44,8 @@ class Plan:
     weight_grad_groups: int
     workspace_bytes: int
     kept_bytes: int
+    weight_sum_bytes: int  # of dW in the dtype it is summed in, where that is not the dtype it is returned in
+    peak_bytes: int  # the most that is allocated at once, gradients included: see `fastdpo.plan_memory`
     groups: tuple[PairGroup, ...]  # of mode `pairs`
     group_rows: int  # of the longest of them that is not recomputed: the buffer for its D
 
@@ -46,6 +58,14 @@ class Plan:
         """Row ranges ``[start, stop)`` of the chunks, in order."""
         step = max(self.chunk_rows, 1)
         return [(start, min(start + step, self.num_tokens)) for start in range(0, self.num_tokens, step)]
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> list[list[tuple[int, int]]]:
+        """Row ranges of the chunks of ``[start, stop)``, block by block; by default of all rows."""
+        stop = self.num_tokens if stop is None else stop
+        step = max(self.chunk_rows, 1)
+        chunks = [(first, min(first + step, stop)) for first in range(start, stop, step)]
+        joined = max(self.block_rows // step, 1)
+        return [chunks[i : i + joined] for i in range(0, len(chunks), joined)]
 
     def __str__(self) -> str:
         kept = {
@@ -65,6 +85,9 @@ class Plan:
             f"workspace     {self.workspace_bytes / MIB:.1f} MiB of logits",
             f"kept          {self.kept_bytes / MIB:.1f} MiB ({kept})",
         ]
+        if self.weight_sum_bytes:
+            lines.append(f"fp32 sum      {self.weight_sum_bytes / MIB:.1f} MiB of dweight, cast at the end")
+        lines.append(f"peak          {self.peak_bytes / MIB:.1f} MiB at once, gradients included")
         if self.mode == "cache":
             lines.append(f"cached rows   {self.cached_rows} of {self.num_tokens}; the rest is recomputed")
         if self.mode == "pairs":
@@ -139,12 +162,20 @@ def make_plan(
     pair_rows: Sequence[int] = (0,),
     needs_bias: bool = False,
     lean_logit_bytes: int = 4,
+    joins_chunks: bool = False,
+    hidden_bytes: int | None = None,
+    weight_bytes: int | None = None,
 ) -> Plan:
     """The plan for a mode that ``resolve_mode`` has settled; sizes in elements, budgets in MiB.
 
     ``num_multiprocessors``: of the GPU, 0 for a CPU. ``pair_rows``: for ``pairs``, pair p fills labelled rows
     ``[pair_rows[p], pair_rows[p + 1])``. ``lean_logit_bytes``: see ``plan_lean.lean_blocks``.
+    ``joins_chunks``: whether D may stay in the workspace for several chunks. ``hidden_bytes`` and
+    ``weight_bytes``: of an element of these and of their gradients; None: as of the operands.
     """
+    hidden_bytes, weight_bytes = hidden_bytes or operand_bytes, weight_bytes or operand_bytes
+    gradient_bytes = needs_hidden * num_tokens * hidden_size * hidden_bytes
+    gradient_bytes += needs_weight * vocab_size * hidden_size * weight_bytes
     if mode == "lean":
         lean = make_lean_plan(
             num_tokens,
@@ -163,6 +194,7 @@ def make_plan(
             hidden_size=hidden_size,
             vocab_size=vocab_size,
             chunk_rows=lean.row_block,
+            block_rows=lean.row_block,
             leading_dim=lean.slab,
             cached_rows=0,
             gemm_passes_forward=lean.gemm_passes_forward,
@@ -170,18 +202,18 @@ def make_plan(
             weight_grad_groups=1,
             workspace_bytes=lean.workspace_bytes,
             kept_bytes=lean.sum_bytes,
+            weight_sum_bytes=0,
+            peak_bytes=lean.workspace_bytes + lean.sum_bytes + gradient_bytes,
             groups=(),
             group_rows=0,
         )
-    rows = chunk_rows(
-        num_tokens,
-        vocab_size,
-        logits_bytes,
-        workspace_mib,
-        hidden_size=hidden_size,
-        num_multiprocessors=num_multiprocessors,
-    )
-    d_row_bytes = vocab_size * operand_bytes
+    sizes = (num_tokens, vocab_size, logits_bytes, workspace_mib)
+    device = {"hidden_size": hidden_size, "num_multiprocessors": num_multiprocessors}
+    if joins_chunks:
+        rows, block_rows = chunk_and_block_rows(*sizes, **device)
+    else:
+        rows = block_rows = chunk_rows(*sizes, **device)
+    d_row_bytes = leading_dim(vocab_size) * operand_bytes  # padded, as rows of logits are
     cached = _cached_rows(num_tokens, rows, d_row_bytes, cache_mib) if mode == "cache" else 0
     groups: tuple[PairGroup, ...] = ()
     if mode == "pairs":
@@ -200,29 +232,57 @@ def make_plan(
         forward += needs_hidden + needs_weight + share
     elif mode in ("cache", "recompute") and num_tokens:
         backward = needs_hidden + needs_weight + share
+    num_groups = (
+        (cached > 0)
+        + sum(not group.is_recomputed and group.stop > group.start for group in groups)
+        + sum(-(-piece // block_rows) for piece in again)
+    )
     kept_bytes = {
         "stash": num_tokens * hidden_size * operand_bytes,
         "cache": cached * d_row_bytes,
         "pairs": group_rows * d_row_bytes,
-    }
+    }.get(mode, 0)
+    workspace_rows = block_rows if mode == "stash" or again else rows
+    workspace_bytes = workspace_rows * leading_dim(vocab_size) * logits_bytes
+    weight_sum_bytes = 0
+    if needs_weight and sums_in_fp32(num_groups, weight_bytes):
+        weight_sum_bytes = vocab_size * hidden_size * 4
     return Plan(
         mode=mode,
         num_tokens=num_tokens,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
         chunk_rows=rows,
+        block_rows=block_rows,
         leading_dim=leading_dim(vocab_size),
         cached_rows=cached,
         gemm_passes_forward=forward,
         gemm_passes_backward=backward,
-        weight_grad_groups=(cached > 0)
-        + sum(not group.is_recomputed and group.stop > group.start for group in groups)
-        + sum(-(-piece // rows) for piece in again),
-        workspace_bytes=rows * leading_dim(vocab_size) * logits_bytes,
-        kept_bytes=kept_bytes.get(mode, 0),
+        weight_grad_groups=num_groups,
+        workspace_bytes=workspace_bytes,
+        kept_bytes=kept_bytes,
+        weight_sum_bytes=weight_sum_bytes,
+        peak_bytes=peak_bytes(
+            mode,
+            workspace_bytes=workspace_bytes,
+            kept_bytes=kept_bytes,
+            row_bytes=hidden_size * operand_bytes,
+            chunk_rows=rows,
+            # A group of D, or of recomputed rows, as many as there are.
+            group_rows=max(cached, group_rows, min(block_rows, max(again, default=0))),
+            hidden_grad_bytes=needs_hidden * num_tokens * hidden_size * hidden_bytes,
+            weight_grad_bytes=needs_weight * vocab_size * hidden_size * weight_bytes,
+            weight_sum_bytes=weight_sum_bytes,
+            recomputes=bool(again),
+        ),
         groups=groups,
         group_rows=group_rows,
     )
+
+
+def sums_in_fp32(num_groups: int, weight_bytes: int) -> bool:
+    """Whether dW of a 16-bit weight is summed in fp32: more roundings than its accuracy allows."""
+    return weight_bytes == 2 and num_groups > MAX_LOW_PRECISION_GROUPS
 
 
 def _cached_rows(num_tokens: int, rows: int, d_row_bytes: int, cache_mib: int) -> int:
@@ -293,6 +353,7 @@ def explain_plan(
         cache_mib=cache_mib,
         num_multiprocessors=num_multiprocessors,
         pair_rows=tuple(accumulate(pair_lengths or (), initial=0)),
+        joins_chunks=True,
     )
     print(plan)
     return plan

@@ -7,7 +7,7 @@ activation checkpointing, gets logits of the same bits (DESIGN section 3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,6 +37,53 @@ def leading_dim(vocab_size: int) -> int:
 def holds_a_chunk_row(vocab_size: int, logits_bytes: int, workspace_mib: int) -> bool:
     """Whether the workspace holds one row of logits, which every mode but ``lean`` needs."""
     return leading_dim(vocab_size) * logits_bytes <= workspace_mib * MIB
+
+
+@lru_cache(maxsize=1024)
+def chunk_and_block_rows(
+    num_tokens: int,
+    vocab_size: int,
+    logits_bytes: int,
+    workspace_mib: int,
+    *,
+    hidden_size: int = 0,
+    num_multiprocessors: int = 0,
+) -> tuple[int, int]:
+    """Rows of a chunk, whose logits are one product, and of a block, the chunks whose D is one product.
+
+    On a GPU a block fills the workspace, so that D W of it fills the waves, while a chunk takes at most half
+    of it where that still is ``WANTED_CHUNK_ROWS``: modes that do not leave D in the workspace then hold one
+    chunk of logits only, and the logits are the same products in every mode. On a CPU a block is a chunk.
+
+    Raises:
+        ValueError: the workspace does not hold a single row.
+    """
+    sizes = (num_tokens, vocab_size, logits_bytes, workspace_mib)
+    limit = workspace_mib * MIB // (leading_dim(vocab_size) * logits_bytes)
+    limit -= limit % CHUNK_ROWS_MULTIPLE
+    half = limit // 2 // CHUNK_ROWS_MULTIPLE * CHUNK_ROWS_MULTIPLE
+    rows = chunk_rows(*sizes, hidden_size=hidden_size, num_multiprocessors=num_multiprocessors)
+    if num_multiprocessors == 0 or rows == num_tokens or half < WANTED_CHUNK_ROWS:
+        return rows, rows
+
+    def cost(sizes: tuple[int, int]) -> tuple[float, float, int, int]:
+        rows, block_rows = sizes
+        device = (hidden_size, vocab_size, num_multiprocessors)
+        total = _cost_of_all(num_tokens, rows, _logits_cost, device)
+        total += _cost_of_all(num_tokens, block_rows, _hidden_grad_cost, device)
+        # Of equal ones those that need no split sum, then the smaller workspace, then the longer chunks.
+        tiles = block_rows // TILE_ROWS * -(-hidden_size // TILE_COLUMNS)
+        whole_waves = -(-tiles // num_multiprocessors) / block_rows
+        return round(total), whole_waves, block_rows, -rows
+
+    # From half of the limits on: anything smaller could be doubled.
+    smallest = -(-half // (2 * CHUNK_ROWS_MULTIPLE)) * CHUNK_ROWS_MULTIPLE
+    candidates = [
+        (rows, joined * rows)
+        for rows in range(smallest, half + 1, CHUNK_ROWS_MULTIPLE)
+        for joined in range(-(-limit // (2 * rows)), limit // rows + 1)
+    ]
+    return min(candidates, key=cost)
 
 
 @lru_cache(maxsize=1024)
@@ -73,11 +120,9 @@ def chunk_rows(
     candidates = range(smallest, limit + 1, CHUNK_ROWS_MULTIPLE)
 
     def cost(rows: int) -> tuple[float, int]:
-        full, rest = divmod(num_tokens, rows)
-        total = full * _chunk_cost(rows, hidden_size, vocab_size, num_multiprocessors)
-        if rest:
-            total += _chunk_cost(rest, hidden_size, vocab_size, num_multiprocessors)
-        return total, -rows
+        device = (hidden_size, vocab_size, num_multiprocessors)
+        total = _cost_of_all(num_tokens, rows, _logits_cost, device)
+        return total + _cost_of_all(num_tokens, rows, _hidden_grad_cost, device), -rows
 
     return min(candidates, key=cost)
 
@@ -88,17 +133,36 @@ def _even_share(num_tokens: int, limit: int, multiple: int) -> int:
     return min(limit, -(-even // multiple) * multiple)
 
 
-def _chunk_cost(rows: int, hidden_size: int, vocab_size: int, num_multiprocessors: int) -> float:
-    """Time of a chunk's two products, logits and D W, in units of one wave over one element of the sum."""
+def _cost_of_all(
+    num_tokens: int, rows: int, cost: Callable[[int, int, int, int], float], device: tuple[int, int, int]
+) -> float:
+    """The cost of products of ``rows`` rows each, and of what is left."""
+    full, rest = divmod(num_tokens, rows)
+    return full * cost(rows, *device) + (cost(rest, *device) if rest else 0.0)
 
-    def waves(columns: int) -> float:
-        tiles = -(-rows // TILE_ROWS) * -(-columns // TILE_COLUMNS)
-        return min(-(-tiles // num_multiprocessors), tiles / (num_multiprocessors * SPLIT_SUM_EFFICIENCY))
 
+# Times of a product of some rows in units of one wave over one element of the sum.
+
+
+def _logits_cost(rows: int, hidden_size: int, vocab_size: int, num_multiprocessors: int) -> float:
+    waves = _waves(rows, vocab_size, num_multiprocessors)
+    return max(waves * hidden_size, _weight_cost(hidden_size, vocab_size, num_multiprocessors))
+
+
+def _hidden_grad_cost(rows: int, hidden_size: int, vocab_size: int, num_multiprocessors: int) -> float:
+    waves = _waves(rows, hidden_size, num_multiprocessors)
+    return max(waves * vocab_size, _weight_cost(hidden_size, vocab_size, num_multiprocessors))
+
+
+def _waves(rows: int, columns: int, num_multiprocessors: int) -> float:
+    tiles = -(-rows // TILE_ROWS) * -(-columns // TILE_COLUMNS)
+    return min(-(-tiles // num_multiprocessors), tiles / (num_multiprocessors * SPLIT_SUM_EFFICIENCY))
+
+
+def _weight_cost(hidden_size: int, vocab_size: int, num_multiprocessors: int) -> float:
+    """The time that reading the weight takes."""
     weight_bytes = 2 * vocab_size * hidden_size
-    read_weight = weight_bytes * FLOP_PER_BYTE / (2 * TILE_ROWS * TILE_COLUMNS * num_multiprocessors)
-    logits = max(waves(vocab_size) * hidden_size, read_weight)
-    return logits + max(waves(hidden_size) * vocab_size, read_weight)
+    return weight_bytes * FLOP_PER_BYTE / (2 * TILE_ROWS * TILE_COLUMNS * num_multiprocessors)
 
 
 @dataclass(frozen=True)

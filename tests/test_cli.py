@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fastdpo
 from fastdpo.cli import main
 from fastdpo.doctor import doctor
-from fastdpo.losses import LOSSES, PairLogps
+from fastdpo.losses import LOSSES
 from fastdpo.training.arguments import ArgumentError, parse_score, parse_train
-from fastdpo.training.kinds import KINDS
+from fastdpo.training.kinds import KINDS, PAIRED
 from tests.conftest import SHARED_DATA
 from tests.training.conftest import (  # noqa: F401  (fixtures)
     curves,
@@ -134,8 +134,9 @@ def test_single_answers_are_scored_and_trained_on(
     words = f"--model {model_dir} --dataset {dataset} --use_cpu --reference_cache_dir {tmp_path / 'cache'}"
     assert main(["score", *words.split(), "--loss_type", "kto", "--output", str(scored)]) == 0
     lines = [json.loads(line) for line in scored.read_text().splitlines()]
-    assert [{k: v for k, v in row.items() if k != "ref_logps"} for row in lines] == rows
-    assert all(len(row["ref_logps"]) == 1 and row["ref_logps"][0] < 0 for row in lines)
+    assert [{k: v for k, v in row.items() if not k.startswith("ref_")} for row in lines] == rows
+    for name in ("ref_logps", "ref_mismatched_logps"):
+        assert all(len(row[name]) == 1 and row[name][0] < 0 for row in lines)
 
     def unexpected(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("scored again")
@@ -143,8 +144,29 @@ def test_single_answers_are_scored_and_trained_on(
     monkeypatch.setattr("fastdpo.training.precompute.score_dataset", unexpected)
     kto = ("--loss_type", "kto", "--desirable_weight", "1.5", "--reference", "precomputed")
     assert train(*kto, dataset=dataset) == 0
+    # From the columns: numbers are written to the last bit, so it is the same run.
+    assert train(*kto[:4], dataset=scored, output="columns") == 0
+    assert read_metrics(tmp_path / "columns") == read_metrics(tmp_path / "out")
     log = read_metrics(tmp_path / "out")[0]
     assert log["kl"] == pytest.approx(0.0, abs=1e-4) and 0.5 <= log["loss"] <= 0.75
+
+
+def test_tdpo_from_the_command_line(
+    train: Callable[..., int],
+    pairs: Path,
+    model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    tdpo = ("--loss_type", "tdpo2", "--kl_weight", "0.7", "--batch_layout", "shared_prompt")
+    assert train(*tdpo) == 0
+    log = read_metrics(tmp_path / "out")[0]
+    assert log["kl/chosen"] == 0.0 and log["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert train(*tdpo, "--reference", "precomputed", output="refused") == 2
+    assert "tdpo2 needs the reference's whole distribution" in capsys.readouterr().err
+    words = f"--model {model_dir} --dataset {pairs} --use_cpu --loss_type tdpo1"
+    assert main(["score", *words.split()]) == 2
+    assert "--loss_type: got tdpo1, which has no use for" in capsys.readouterr().err
 
 
 def test_columns_that_the_losses_lack_are_one_line(
@@ -156,7 +178,7 @@ def test_columns_that_the_losses_lack_are_one_line(
 
 
 def test_every_option_of_every_loss_of_the_loop_is_a_flag():
-    kinds = {PairLogps, *(kind.inputs for kind in KINDS.values())}
+    kinds = {*PAIRED, *(kind.inputs for kind in KINDS.values())}
     for spec in (spec for spec in LOSSES.values() if spec.inputs in kinds):
         words = ["--model", "m", "--dataset", "d", "--use_cpu", "--loss_type", spec.name]
         for option in spec.options:
@@ -313,6 +335,24 @@ def test_doctor(model_dir: Path, capsys: pytest.CaptureFixture[str]):
         "chat template",
     ):
         assert text in report
+
+
+def test_what_cannot_be_read_or_written_is_said_before_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["doctor", "--model", "./missing"]) == 2
+    assert "cannot be read" in capsys.readouterr().out
+    (tmp_path / "file").write_text("here")
+    words = ["train", "--model", "./missing", "--dataset", "none.jsonl", "--use_cpu", "--output_dir"]
+    for place in ("file", "file/below"):
+        assert main([*words, str(tmp_path / place)]) == 2
+        assert f"wanted a directory: {tmp_path / 'file'} is a file" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "out"), "--learning_rate", "nan"]) == 2
+    assert "learning_rate: got nan" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "out")]) == 2
+    assert "'./missing', which is no folder here, from the hub" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_doctor_refuses_what_the_hook_refuses(tmp_path: Path):

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fastdpo"
 # stand side by side and do not know each other.
 LAYERS = (
     {"types", "_C", "schedule"},
-    {"plan_lean"},
+    {"plan_lean", "plan_memory"},
     {"reference", "reference_sequence", "plan"},
     {"kernels"},
     {"ops"},
@@ -34,8 +34,9 @@ LAYERS = (
 ONLY = {
     "losses": set(),
     "schedule": set(),
-    "plan": {"plan_lean", "schedule"},
+    "plan": {"plan_lean", "plan_memory", "schedule"},
     "plan_lean": {"schedule"},
+    "plan_memory": {"schedule"},
     "testing": {"types", "reference", "kernels"},
 }
 
@@ -47,6 +48,7 @@ LIBRARIES = {
     "plan": set(),
     "schedule": set(),
     "plan_lean": set(),
+    "plan_memory": set(),
     "kernels": {"triton"},
     "ops": set(),
     "losses": set(),

@@ -12,7 +12,7 @@ import pytest
 import fastdpo.plan
 from fastdpo import explain_plan
 from fastdpo.plan import MAX_LOW_PRECISION_GROUPS, make_plan, resolve_mode
-from fastdpo.schedule import MIB, chunk_rows, group_pairs, leading_dim
+from fastdpo.schedule import MIB, chunk_and_block_rows, chunk_rows, group_pairs, leading_dim
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,47 @@ def test_chunks_of_a_gpu_are_no_sliver(num_tokens: int, num_multiprocessors: int
     assert num_tokens % rows == 0 or num_tokens % rows >= 128
 
 
+@pytest.mark.parametrize(
+    ("hidden_size", "vocab", "logits_bytes", "num_tokens", "rows", "block"),
+    [
+        (4096, 128256, 4, 16384, 512, 1024),  # 1024 rows of D W fill the waves, logits are made 512 at a time
+        (4096, 128256, 2, 16384, 1024, 1024),
+        (2048, 128256, 4, 16384, 512, 1024),
+        (3584, 152064, 2, 16384, 512, 1024),  # as good as 768 and 1536, in less memory
+        (3584, 152064, 4, 16384, 768, 768),  # half of the 882 rows that fit would be too few
+        (4096, 128256, 4, 1000, 1000, 1000),  # one chunk holds all
+    ],
+)
+def test_blocks_of_a_gpu(
+    hidden_size: int, vocab: int, logits_bytes: int, num_tokens: int, rows: int, block: int
+) -> None:
+    sizes = (num_tokens, vocab, logits_bytes, 512)
+    got = chunk_and_block_rows(*sizes, hidden_size=hidden_size, num_multiprocessors=132)
+    assert got == (rows, block)
+    on_a_cpu = chunk_and_block_rows(*sizes, hidden_size=hidden_size)
+    assert on_a_cpu == (chunk_rows(*sizes),) * 2
+
+
+@pytest.mark.parametrize("num_tokens", [1047, 1100, 2049, 5000, 16384, 65536])
+def test_blocks_of_a_gpu_are_no_sliver_either(num_tokens: int) -> None:
+    sizes = (num_tokens, 128256, 4, 512)
+    rows, block = chunk_and_block_rows(*sizes, hidden_size=4096, num_multiprocessors=132)
+    assert 256 <= rows <= 512 and block % rows == 0 and block <= 1046
+    assert num_tokens % rows == 0 or num_tokens % rows >= 128
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5, 3000, 4096])
+def test_blocks_are_chunks_in_order(num_tokens: int) -> None:
+    plan = make_plan(
+        "stash", num_tokens, 16, 250, workspace_mib=1, num_multiprocessors=132, joins_chunks=True
+    )
+    assert [chunk for block in plan.blocks() for chunk in block] == plan.chunks()
+    assert all(block[-1][1] - block[0][0] <= plan.block_rows for block in plan.blocks())
+    assert num_tokens < 3000 or plan.block_rows >= 2 * plan.chunk_rows
+    first = plan.chunk_rows
+    assert [chunk for block in plan.blocks(first) for chunk in block] == plan.chunks()[1:]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_groups_hold_whole_pairs_in_order(seed: int) -> None:
     generator = random.Random(seed)
@@ -140,16 +181,32 @@ def test_groups_are_about_equally_long() -> None:
     assert [group.stop - group.start for group in groups] == [1000, 1000]
 
 
-def test_pairs_of_the_headline_size() -> None:
-    """Llama-3-8B, 16384 tokens in pairs of 512: three passes, dweight of few enough groups to stay bf16."""
+@pytest.mark.parametrize("pair_length", [64, 300, 512, 800])
+@pytest.mark.parametrize("logits_bytes", [2, 4])
+def test_pairs_of_the_headline_size(pair_length: int, logits_bytes: int) -> None:
+    """Llama-3-8B, 16384 tokens: three passes, dweight of few enough groups to stay bf16, 2.4 GiB in all."""
     plan = make_plan(
-        "pairs", 16384, 4096, 128256, needs_weight=True, num_multiprocessors=132,
-        pair_rows=range(0, 16385, 512),
+        "pairs", 16384, 4096, 128256, needs_weight=True, num_multiprocessors=132, joins_chunks=True,
+        logits_bytes=logits_bytes, pair_rows=[*range(0, 16384, pair_length), 16384],
     )  # fmt: skip
     assert plan.gemm_passes == 3 and plan.gemm_passes_backward == 0
     assert plan.weight_grad_groups == len(plan.groups) <= MAX_LOW_PRECISION_GROUPS
     gradients = 2 * 4096 * (16384 + 128256)
-    assert plan.workspace_bytes + plan.kept_bytes + gradients <= 2.6 * 1024 * MIB
+    assert plan.weight_sum_bytes == 0
+    assert plan.workspace_bytes + plan.kept_bytes + gradients < plan.peak_bytes <= 2.4 * 1024 * MIB
+
+
+def test_a_smaller_cache_does_not_make_pairs_lighter() -> None:
+    """768 MiB of D are 6 groups, one too many for bf16: dweight in fp32 and its cast are 3 GiB."""
+    plan = make_plan(
+        "pairs", 16384, 4096, 128256, needs_weight=True, num_multiprocessors=132, joins_chunks=True,
+        pair_rows=range(0, 16385, 512), cache_mib=768,
+    )  # fmt: skip
+    assert plan.weight_grad_groups == 6 and plan.weight_sum_bytes == 4 * 4096 * 128256
+    # Once the sum is whole, D and the logits are given back before it is cast.
+    assert 3.0 * 1024 * MIB < plan.peak_bytes <= 3.1 * 1024 * MIB
+    assert f"peak          {plan.peak_bytes / MIB:.1f} MiB at once" in str(plan)
+    assert "fp32 sum      2004.0 MiB" in str(plan)
 
 
 def test_pairs_must_have_all_tokens() -> None:
@@ -179,5 +236,5 @@ def test_the_plan_imports_no_torch() -> None:
     tree = ast.parse(Path(fastdpo.plan.__file__).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    ours = {"fastdpo.plan_lean", "fastdpo.schedule"}
+    ours = {"fastdpo.plan_lean", "fastdpo.plan_memory", "fastdpo.schedule"}
     assert modules <= {"__future__", "collections.abc", "dataclasses", "itertools"} | ours

@@ -124,6 +124,27 @@ def test_weights_counts_and_options() -> None:
         assert torch.equal(whole.loss, half.loss)
 
 
+def test_sums_of_rows_are_those_of_their_tokens() -> None:
+    """Added up by hand: of answers, of steps, and of a batch of samples, whose mean is a metric."""
+    answers = Answers(torch.float64)
+    targets = shift_labels(answers.labels)
+    steps = shifted(answers.steps, -1, answers, False).masked_fill(targets == IGNORED, -1)
+    for states, field in ((answers.hidden, "logps"), (answers.ref_hidden, "ref_logps")):
+        tokens = linear_logprob(states, answers.weight, targets).logps
+        by_step = torch.stack([tokens[steps == step].sum() for step in range(18)])
+        for name, wanted in (
+            ("kto", tokens.sum(1)),
+            ("nash_md", tokens.sum(1)),
+            ("direct_advantage", by_step),
+        ):
+            _, half, *_ = both(answers, name)
+            torch.testing.assert_close(getattr(half, field), wanted)
+            assert half.metrics["num_tokens"] == (targets != IGNORED).sum()
+            if name != "kto" and field == "logps":
+                scored = wanted[wanted != 0]
+                torch.testing.assert_close(half.metrics["logps"], scored.mean())
+
+
 def test_entropy_is_a_mean_over_tokens() -> None:
     answers = Answers(torch.float64)
     targets = shift_labels(answers.labels)

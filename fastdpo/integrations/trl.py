@@ -191,6 +191,8 @@ def refusal(*, experimental: bool = True) -> str | None:
             f"patch_trl: got no installed TRL, wanted trl >= {FIRST_VERSION}", name="trl"
         )
     if version == trl_0_24.VERSION:
+        if reason := trl_0_24.why_not_importable():
+            return reason
         known = {**trl_0_24.SOURCES, **(trl_0_24.CPO_SOURCES if experimental else {})}
         return _refusal_of_sources(version, known, trl_0_24.CPO_SOURCES)
     try:

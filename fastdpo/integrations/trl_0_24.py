@@ -13,6 +13,7 @@ answers' tokens. Theirs are over prompts and padding as well, whose logits are w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
@@ -84,6 +85,23 @@ def replacements(execution: Execution | None, *, experimental: bool) -> dict[str
         made = trl_trainers.make_methods(execution, is_0_24=True)
         methods |= {CPO: made["cpo"], ORPO: made["orpo"]}
     return methods
+
+
+def why_not_importable() -> str | None:
+    """Why importing TRL 0.24 would fail now, found without trying: TRL would stay broken in this process.
+
+    It asks transformers which packages are there, and transformers >= 5.3 answers with a pair, which is true
+    whatever it says. LLaMA-Factory repairs that before it imports TRL.
+    """
+    if "trl.import_utils" in sys.modules:
+        return None
+    utils: Any = import_module("transformers.utils.import_utils")
+    if not bool(utils._is_package_available("no_package_of_this_name")):
+        return None
+    return (
+        f"trl {VERSION} does not import with this transformers, whose answers about packages it takes for "
+        "yes; import llamafactory.extras.packages first, which repairs that"
+    )
 
 
 def make_dpo(execution: Execution | None) -> Callable[..., Any]:

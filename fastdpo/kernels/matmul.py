@@ -112,6 +112,13 @@ def add_weight_grad(total: Tensor, d: Tensor, scaled_rows: Tensor, *, is_first: 
             slab.add_(product)
 
 
+def add_in_slabs(total: Tensor, wide: Tensor) -> None:
+    """``total += wide``, both (V, H), rounded once; a slab at a time, for what is made of it on the way."""
+    step = max(SLAB_MIB * 2**20 // (wide.shape[1] * wide.element_size()), 1)
+    for start in range(0, wide.shape[0], step):
+        total[start : start + step].add_(wide[start : start + step])
+
+
 def _has_wide_sums(out: Tensor, operand: Tensor) -> bool:
     """Whether this device's GEMM writes fp32 sums of 16-bit operands."""
     return out.device.type == "cuda" and out.dtype == torch.float32 and operand.dtype in LOW_PRECISION

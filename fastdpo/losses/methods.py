@@ -150,7 +150,7 @@ D1 | DAPO (direct advantage) | 2412.18279 | loss
     `direct_advantage`
     -> Steps
 D2 | TDPO | 2404.11999 | loss
-    `tdpo1`, `tdpo2`, through `fused_preference_loss`
+    `tdpo1`, `tdpo2`, through `fused_preference_loss` and the loop
     -> Divergences over the vocabulary
 D3 | MCTS-DPO, Step-DPO | 2405.00451 | recipe
     `suffix_weights` and `search_soft_labels`

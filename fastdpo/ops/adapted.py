@@ -32,6 +32,7 @@ from fastdpo.ops.library import (
     PER_TOKEN,
     CallOptions,
     empty_output,
+    fake_cache,
     head_call,
     raise_on_bad_labels,
     topk_results,
@@ -181,11 +182,11 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     ]
     num_tokens = 0 if token_index is not None else torch.library.get_ctx().new_dynamic_size()
     index = labels.new_empty(num_tokens, dtype=torch.int64)
-    shape: tuple[Any, ...] = (0,)
-    if run.run_mode == "cache":
-        shape = (torch.library.get_ctx().new_dynamic_size(), weight.shape[0])
     dtype = operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device)
-    return (*results, index, hidden.new_empty(shape, dtype=dtype))
+    kept = hidden.new_empty(0, dtype=dtype)
+    if run.run_mode == "cache":
+        kept = fake_cache(hidden, weight.shape[0], dtype)
+    return (*results, index, kept)
 
 
 @torch.library.custom_op(

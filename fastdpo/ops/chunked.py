@@ -7,7 +7,7 @@ written into the cache. The algebra is in DESIGN section 2; what becomes of D is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fastdpo.ops.head_call import (
     HeadCall,
     LogitChunks,
     TopkOutputs,
+    empty_d,
     empty_outputs,
     empty_topk,
     slice_outputs,
@@ -45,26 +46,33 @@ def forward_chunks(
     outputs = empty_outputs(call, statistics)
     topk = empty_topk(call, k)
     ref_outputs = None if call.ref_hidden is None else empty_outputs(call, ())
-    chunks = LogitChunks(call)
-    kept = call.hidden.new_empty(kept_shape(plan), dtype=call.operand_dtype)
-    for start, stop in plan.chunks():
-        d_out = None
-        if plan.mode == "stash":
-            d_out = chunks.d_in_place(stop - start)
-        elif stop <= plan.cached_rows:
-            d_out = kept[start:stop]
-        chunks.process(
-            start,
-            stop,
-            slice_outputs(outputs, start, stop),
-            d_out=d_out,
-            topk=None if topk is None else topk.slice(start, stop),
-        )
-        if plan.mode == "stash" and d_out is not None:
-            hidden_grad_into(kept[start:stop], d_out, chunks.weight)
+    is_stash = plan.mode == "stash"
+    chunks = LogitChunks(call, keeps_d=is_stash)
+    kept = empty_kept(call)
+    for block in plan.blocks() if is_stash else [[chunk] for chunk in plan.chunks()]:
+        first, last = block[0][0], block[-1][1]
+        if is_stash:
+            d = chunks.gradient_block(block, outputs, topk=topk)
+            hidden_grad_into(kept[first:last], d, chunks.weight)
+        else:
+            chunks.process(
+                first,
+                last,
+                slice_outputs(outputs, first, last),
+                d_out=kept[first:last] if last <= plan.cached_rows else None,
+                topk=None if topk is None else topk.slice(first, last),
+            )
         if ref_outputs is not None:
-            chunks.score_reference(start, stop, slice_outputs(ref_outputs, start, stop))
+            for start, stop in block:
+                chunks.score_reference(start, stop, slice_outputs(ref_outputs, start, stop))
     return outputs, topk, kept, None if ref_outputs is None else ref_outputs.logps
+
+
+def empty_kept(call: HeadCall) -> Tensor:
+    """Memory for what ``forward_chunks`` keeps; rows of D are further apart than V where V is odd."""
+    if call.plan.mode == "cache":
+        return empty_d(call, call.plan.cached_rows)
+    return call.hidden.new_empty(kept_shape(call.plan), dtype=call.operand_dtype)
 
 
 def kept_shape(plan: Plan) -> tuple[int, ...]:
@@ -102,9 +110,14 @@ def backward_chunks(
     if call.plan.mode == "stash":
         backward_stash(call, kept, outputs, grads, total)
     else:
-        for group in d_groups(call, weight, kept, grads):
-            total.add_group(group, outputs, grads)
+        add_groups(total, d_groups(call, weight, kept, grads), outputs, grads)
     return total.results()
+
+
+def add_groups(total: Gradients, groups: Iterable[DGroup], outputs: RowOutputs, grads: TokenGrads) -> None:
+    """All groups of a call. On return nothing refers to their D: its memory is free for the results."""
+    for group in groups:
+        total.add_group(group, outputs, grads)
 
 
 def backward_stash(
@@ -120,23 +133,18 @@ def backward_stash(
 
 
 def d_groups(call: HeadCall, weight: SlabbedWeight, kept: Tensor, grads: TokenGrads) -> Iterator[DGroup]:
-    """The rows in groups with their D: the cached ones first, then chunk by chunk what is recomputed."""
+    """The rows in groups with their D: the cached ones first, then block by block what is recomputed."""
     plan = call.plan
     if plan.cached_rows:
         yield DGroup(0, plan.cached_rows, kept)
     if plan.cached_rows == plan.num_tokens:
         return
-    chunks = LogitChunks(call, weight)
+    chunks = LogitChunks(call, weight, keeps_d=True)
     scratch = empty_outputs(call, ("entropy",) if grads.entropy is not None else ())
-    for start, stop in plan.chunks():
-        if start < plan.cached_rows:
-            continue
-        coeffs = None
-        if grads.entropy is not None:
-            lse = torch.zeros_like(grads.logps) if grads.lse is None else grads.lse
-            stacked = torch.stack((grads.logps[start:stop], lse[start:stop], grads.entropy[start:stop]))
-            coeffs = stacked * call.transform.grad_scale
-        d = chunks.d_in_place(stop - start)
-        out = slice_outputs(scratch, start, stop)
-        rows = chunks.process(start, stop, out, d_out=d, grad_coeffs=coeffs)
-        yield DGroup(start, stop, d, rows, is_scaled=coeffs is not None)
+    coeffs = None
+    if grads.entropy is not None:
+        lse = torch.zeros_like(grads.logps) if grads.lse is None else grads.lse
+        coeffs = torch.stack((grads.logps, lse, grads.entropy)) * call.transform.grad_scale
+    for block in plan.blocks(plan.cached_rows):
+        d = chunks.gradient_block(block, scratch, grad_coeffs=coeffs)
+        yield DGroup(block[0][0], block[-1][1], d, is_scaled=coeffs is not None)

@@ -20,15 +20,14 @@ from fastdpo.kernels.matmul import (
     LOW_PRECISION,
     SlabbedWeight,
     add_bias_grad,
+    add_in_slabs,
     add_weight_grad,
     hidden_grad_into,
 )
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.head_call import HeadCall
-from fastdpo.plan import MAX_LOW_PRECISION_GROUPS, MIB
-
-# Bounds the (rows, H) product of a group. Large, because a product of few rows fills fewer of a GPU's waves.
-HIDDEN_SCRATCH_MIB = 64
+from fastdpo.plan import MAX_LOW_PRECISION_GROUPS
+from fastdpo.plan_memory import hidden_scratch_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +73,16 @@ class Gradients:
         self.dbias = call.hidden.new_zeros(call.plan.vocab_size, dtype=acc) if bias else None
         self.dweight = weight_out
         self._weight_out = weight_out
-        if dweight and weight_out is None:
-            # Rows added one by one are many roundings too: an lse gradient also sums in fp32.
-            many = adds_label_rows or call.plan.weight_grad_groups > MAX_LOW_PRECISION_GROUPS
-            dtype = acc if many and call.weight.dtype in LOW_PRECISION else call.weight.dtype
-            make = torch.empty_like if call.plan.weight_grad_groups else torch.zeros_like
-            self.dweight = make(call.weight, dtype=dtype, memory_format=torch.contiguous_format)
-        self._is_first_product = weight_out is None
+        self._is_first_product = False
+        # Rows added one by one are many roundings too: an lse gradient also sums in fp32.
+        num_groups = call.plan.weight_grad_groups
+        many = adds_label_rows or num_groups > MAX_LOW_PRECISION_GROUPS
+        into = call.weight if weight_out is None else weight_out
+        if dweight and (weight_out is None or (many and weight_out.dtype in LOW_PRECISION)):
+            dtype = acc if many and into.dtype in LOW_PRECISION else into.dtype
+            make = torch.empty_like if num_groups else torch.zeros_like
+            self.dweight = make(into, dtype=dtype, memory_format=torch.contiguous_format)
+            self._is_first_product = True
 
     def add_group(self, group: DGroup, outputs: RowOutputs, grads: TokenGrads) -> None:
         """All that a group gives: one product for dhidden, one for dweight."""
@@ -93,8 +95,12 @@ class Gradients:
             self._add_hidden(group, coeff, outputs, grads if adds_label_rows else None)
         if self.dweight is not None:
             rows = call.rows(group.start, group.stop) if group.rows is None else group.rows
-            # Not in place, for rows may be a view of the caller's; one rounding, no wider copy on the way.
-            scaled = rows if group.is_scaled else torch.mul(rows, coeff[:, None], out=torch.empty_like(rows))
+            # In place only where rows are no view of the caller's; one rounding, no wider copy on the way.
+            is_own = group.rows is None and call.index is not None
+            if group.is_scaled:
+                scaled = rows
+            else:
+                scaled = torch.mul(rows, coeff[:, None], out=rows if is_own else torch.empty_like(rows))
             add_weight_grad(self.dweight, group.d, scaled, is_first=self._is_first_product)
             self._is_first_product = False
         if self.dbias is not None:
@@ -109,7 +115,7 @@ class Gradients:
         """dhidden of a group, in pieces so that a large cache needs no (N, H) scratch."""
         call = self.call
         row_bytes = call.plan.hidden_size * call.operand_dtype.itemsize
-        step = max(call.plan.chunk_rows, HIDDEN_SCRATCH_MIB * MIB // row_bytes, 1)
+        step = hidden_scratch_rows(call.plan.block_rows, row_bytes)
         for start in range(group.start, group.stop, step):
             stop = min(start + step, group.stop)
             local = slice(start - group.start, stop - group.start)
@@ -146,8 +152,12 @@ class Gradients:
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """``(dhidden, dweight, dbias)`` in their inputs' dtypes; None where there is none."""
         dweight = None
-        if self._weight_out is None and self.dweight is not None:
+        if self.dweight is not None and self._weight_out is None:
             dweight = self.dweight.to(self.call.weight.dtype)
+        elif (
+            self.dweight is not None and self._weight_out is not None and self.dweight is not self._weight_out
+        ):
+            add_in_slabs(self._weight_out, self.dweight)
         dbias = self.dbias
         if dbias is not None and self.call.bias is not None:
             dbias = dbias.to(self.call.bias.dtype)

@@ -13,6 +13,7 @@ from fastdpo.kernels.topk import chunk_top_sums, write_top
 from fastdpo.ops.backends import load_row_kernel
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.plan import Plan
+from fastdpo.schedule import leading_dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +89,16 @@ class HeadCall:
 class LogitChunks:
     """One workspace that every chunk of logits goes through: ``fill`` it, then run the kernel on its rows."""
 
-    def __init__(self, call: HeadCall, weight: SlabbedWeight | None = None) -> None:
+    def __init__(self, call: HeadCall, weight: SlabbedWeight | None = None, *, keeps_d: bool = False) -> None:
+        """``keeps_d``: D stays in the workspace, which then holds a block of chunks and not one chunk."""
         self.call = call
         self.weight = call.slabbed_weight() if weight is None else weight
         plan = call.plan
         self._kernel: RowKernel = load_row_kernel(call.backend)
-        self._logits = call.hidden.new_empty((plan.chunk_rows, plan.leading_dim), dtype=call.logits_dtype)
-        self._start = 0
+        num_rows = plan.block_rows if keeps_d else plan.chunk_rows
+        self._logits = call.hidden.new_empty((num_rows, plan.leading_dim), dtype=call.logits_dtype)
+        self._start = 0  # the labelled row that row 0 of the workspace is for
+        self._first = 0  # the labelled row that the last product began with
         self._rows = call.hidden.new_empty(0)
 
     def process(
@@ -106,10 +110,14 @@ class LogitChunks:
         d_out: Tensor | None = None,
         grad_coeffs: Tensor | None = None,
         topk: TopkOutputs | None = None,
+        at: int = 0,
     ) -> Tensor:
-        """Rows ``[start, stop)`` through the product and the kernel; returns the rows of hidden."""
+        """Rows ``[start, stop)`` through the product and the kernel; returns the rows of hidden.
+
+        ``at``: where in the workspace, behind the D of a block's earlier chunks.
+        """
         rows = self.call.rows(start, stop)
-        self.fill(start, rows)
+        self.fill(start, rows, at)
         self.run_kernel(start, stop, outputs, d_out=d_out, grad_coeffs=grad_coeffs, topk=topk)
         return rows
 
@@ -122,10 +130,10 @@ class LogitChunks:
         self.fill(start, self.call.ref_rows(start, stop))
         self.run_kernel(start, stop, outputs)
 
-    def fill(self, start: int, rows: Tensor) -> None:
-        """The logits of ``rows``, of which the first is labelled row ``start``."""
-        self._start, self._rows = start, rows
-        logits = self._logits[: len(rows), : self.call.plan.vocab_size]
+    def fill(self, start: int, rows: Tensor, at: int = 0) -> None:
+        """The logits of ``rows``, the first of them labelled row ``start``, from row ``at`` on."""
+        self._start, self._first, self._rows = start - at, start, rows
+        logits = self._logits[at : at + len(rows), : self.call.plan.vocab_size]
         logits_into(logits, rows, self.weight)
         if (low_rank := self.call.low_rank) is not None:
             # Second, so that an adapter whose B is still 0 adds exact zeros to the bits of the plain head.
@@ -148,7 +156,8 @@ class LogitChunks:
         target = None
         if call.logits_dtype == torch.bfloat16:
             target_rows = self.weight.rows(call.safe_labels(start, stop))
-            target = (self._rows[local].float() * target_rows.float()).sum(-1)
+            rows = self._rows[start - self._first : stop - self._first]
+            target = (rows.float() * target_rows.float()).sum(-1)
         logits, labels = self._logits[local, : call.plan.vocab_size], call.labels[start:stop]
         top_sums = None
         if topk is not None:  # first: the kernel may overwrite the logits
@@ -165,6 +174,32 @@ class LogitChunks:
         if topk is not None and top_sums is not None:
             write_top(top_sums, outputs.lse, topk.mass, topk.entropy)
 
+    def gradient_block(
+        self,
+        block: list[tuple[int, int]],
+        outputs: RowOutputs,
+        *,
+        grad_coeffs: Tensor | None = None,
+        topk: TopkOutputs | None = None,
+    ) -> Tensor:
+        """D ``(R, V)`` of a block's R rows, in the workspace; ``block`` are the row ranges of its chunks.
+
+        ``outputs``, ``grad_coeffs (3, N)`` and ``topk`` are those of all N rows.
+        """
+        first = block[0][0]
+        d = self.d_in_place(block[-1][1] - first)
+        for start, stop in block:
+            self.process(
+                start,
+                stop,
+                slice_outputs(outputs, start, stop),
+                d_out=d[start - first : stop - first],
+                grad_coeffs=None if grad_coeffs is None else grad_coeffs[:, start:stop].contiguous(),
+                topk=None if topk is None else topk.slice(start, stop),
+                at=start - first,
+            )
+        return d
+
     def d_in_place(self, num_rows: int) -> Tensor:
         """D's place in the workspace: the front of each logits row, in the operands' dtype."""
         return front_of_rows(self._logits, num_rows, self.call)
@@ -175,6 +210,13 @@ def front_of_rows(logits: Tensor, num_rows: int, call: HeadCall) -> Tensor:
     flat = logits.view(-1).view(call.operand_dtype)
     stride = flat.numel() // max(logits.shape[0], 1)
     return flat.as_strided((num_rows, call.plan.vocab_size), (stride, 1))
+
+
+def empty_d(call: HeadCall, num_rows: int) -> Tensor:
+    """``(num_rows, V)`` for a compact D; its rows start where wide accesses can, also if V is odd."""
+    vocab_size = call.plan.vocab_size
+    padded = call.hidden.new_empty((num_rows, leading_dim(vocab_size)), dtype=call.operand_dtype)
+    return padded[:, :vocab_size]
 
 
 def empty_outputs(call: HeadCall, statistics: tuple[str, ...]) -> RowOutputs:

@@ -24,6 +24,7 @@ from fastdpo.ops.gradients import TokenGrads
 from fastdpo.ops.head_call import HeadCall, TopkOutputs
 from fastdpo.ops.lean import backward_lean, forward_lean, logit_bytes
 from fastdpo.plan import make_plan
+from fastdpo.schedule import leading_dim
 from fastdpo.types import TOPK_STATISTICS
 
 # What the index of labelled rows is, and so which shape labels and outputs have:
@@ -147,16 +148,21 @@ def _(
     else:
         num_tokens = token_index.shape[0]
         index = labels.new_empty(0, dtype=torch.int64)
+    dtype = operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device)
+    if run.run_mode == "cache":
+        return (*results, index, fake_cache(hidden, weight.shape[0], dtype))
     shape: tuple[Any, ...] = (0,)
     if run.run_mode == "stash":
         shape = (num_tokens, hidden.shape[1])
-    elif run.run_mode == "cache":
-        shape = (torch.library.get_ctx().new_dynamic_size(), weight.shape[0])
-    dtype = operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device)
-    if run.run_mode == "lean" and entropy_requires_grad:
+    elif run.run_mode == "lean" and entropy_requires_grad:
         shape, dtype = (num_tokens,), accumulation_dtype(run.compute_dtype)
-    kept = hidden.new_empty(shape, dtype=dtype)
-    return (*results, index, kept)
+    return (*results, index, hidden.new_empty(shape, dtype=dtype))
+
+
+def fake_cache(hidden: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """What ``head_call.empty_d`` gives, of rows that only the call knows the number of."""
+    num_rows = torch.library.get_ctx().new_dynamic_size()
+    return hidden.new_empty((num_rows, leading_dim(vocab_size)), dtype=dtype)[:, :vocab_size]
 
 
 @torch.library.custom_op(
@@ -331,6 +337,9 @@ def head_call(
         pair_rows=pair_rows,
         needs_bias=needs_bias,
         lean_logit_bytes=logit_bytes(backend, run.compute_dtype),
+        joins_chunks=True,
+        hidden_bytes=hidden.element_size(),
+        weight_bytes=weight.element_size(),
     )
     return HeadCall(
         hidden=hidden,

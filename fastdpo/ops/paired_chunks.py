@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastdpo.kernels.contract import RowOutputs
 from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads
-from fastdpo.ops.head_call import HeadCall, LogitChunks, empty_outputs, slice_outputs
+from fastdpo.ops.head_call import HeadCall, LogitChunks, empty_d, empty_outputs, slice_outputs
 from fastdpo.schedule import PairGroup
 
 # The loss of some pairs, given (logps (n,), reference's logps (n,) or None, their group):
@@ -51,13 +51,11 @@ def paired_chunks(
     needs_bias: bool,
 ) -> PairedResults:
     """All of a batch whose labelled rows come pair by pair, as ``call.plan.groups`` has them."""
-    plan = call.plan
-    chunks = LogitChunks(call)
     outputs = empty_outputs(call, statistics)
     ref_outputs = None if call.ref_hidden is None else empty_outputs(call, ())
     grads = TokenGrads(torch.empty_like(outputs.logps))
-    total = Gradients(call, chunks.weight, hidden=needs_hidden, bias=needs_bias, dweight=needs_weight)
-    held = call.hidden.new_empty((plan.group_rows, plan.vocab_size), dtype=call.operand_dtype)
+    weight = call.slabbed_weight()
+    total = Gradients(call, weight, hidden=needs_hidden, bias=needs_bias, dweight=needs_weight)
     loss = outputs.logps.new_zeros((), dtype=torch.float64)  # rounded once, as in every other mode
 
     def settle(group: PairGroup) -> None:
@@ -66,6 +64,24 @@ def paired_chunks(
         share, grads.logps[rows] = group_loss(outputs.logps[rows], ref_logps, group)
         loss.add_(share)
 
+    _run(LogitChunks(call, weight, keeps_d=_recomputes(call)), outputs, ref_outputs, grads, settle, total)
+    # Only now, with D and the logits given back: a sum in fp32 is cast to a second (V, H) matrix.
+    dhidden, dweight, dbias = total.results()
+    ref_logps = None if ref_outputs is None else ref_outputs.logps
+    return PairedResults(loss.to(grads.logps.dtype), outputs, ref_logps, grads.logps, dhidden, dweight, dbias)
+
+
+def _run(
+    chunks: LogitChunks,
+    outputs: RowOutputs,
+    ref_outputs: RowOutputs | None,
+    grads: TokenGrads,
+    settle: Callable[[PairGroup], None],
+    total: Gradients,
+) -> None:
+    """All chunks and groups; nothing of the size of logits or D outlives it."""
+    call, plan = chunks.call, chunks.call.plan
+    held = empty_d(call, plan.group_rows)
     for start, stop in plan.chunks():
         if ref_outputs is not None:
             chunks.score_reference(start, stop, slice_outputs(ref_outputs, start, stop))
@@ -84,9 +100,6 @@ def paired_chunks(
                 total.add_group(DGroup(group.start, group.stop, d), outputs, grads)
         for group in ended_long_pairs:  # only now: they need the workspace
             _recompute(chunks, group, outputs, grads, total)
-    dhidden, dweight, dbias = total.results()
-    ref_logps = None if ref_outputs is None else ref_outputs.logps
-    return PairedResults(loss.to(grads.logps.dtype), outputs, ref_logps, grads.logps, dhidden, dweight, dbias)
 
 
 def _pieces(groups: tuple[PairGroup, ...], start: int, stop: int) -> Iterator[tuple[PairGroup, int, int]]:
@@ -97,14 +110,15 @@ def _pieces(groups: tuple[PairGroup, ...], start: int, stop: int) -> Iterator[tu
             yield group, first, last
 
 
+def _recomputes(call: HeadCall) -> bool:
+    return any(group.is_recomputed for group in call.plan.groups)
+
+
 def _recompute(
     chunks: LogitChunks, group: PairGroup, outputs: RowOutputs, grads: TokenGrads, total: Gradients
 ) -> None:
-    """The gradients of a pair whose D was not held, a chunk at a time."""
-    call = chunks.call
-    scratch = empty_outputs(call, ())
-    for start in range(group.start, group.stop, call.plan.chunk_rows):
-        stop = min(start + call.plan.chunk_rows, group.stop)
-        d = chunks.d_in_place(stop - start)
-        rows = chunks.process(start, stop, slice_outputs(scratch, start, stop), d_out=d)
-        total.add_group(DGroup(start, stop, d, rows), outputs, grads)
+    """The gradients of a pair whose D was not held, a block at a time."""
+    scratch = empty_outputs(chunks.call, ())
+    for block in chunks.call.plan.blocks(group.start, group.stop):
+        d = chunks.gradient_block(block, scratch)
+        total.add_group(DGroup(block[0][0], block[-1][1], d), outputs, grads)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.training.answer_formats import EMPTY, ONE_CANDIDATE, AnswerTexts, render_answers
+from fastdpo.training.answer_formats import EMPTY, NOT_FINITE, ONE_CANDIDATE, AnswerTexts, render_answers
+from fastdpo.training.answer_reference import RowReferences
 from fastdpo.training.answers import AnswerDataset, Ragged
 from fastdpo.training.data import DataReport, RowSource
 from fastdpo.training.encode import BATCH_ROWS, EncodingOptions, RowTokenizer, common_prefix, truncate
@@ -36,12 +37,14 @@ class AnswerOptions:
         list_size: how many candidates a list must have; None for any number from two.
         has_scores: whether the losses use scores.
         has_mismatched: whether rows come with another row's answer.
+        has_reference: whether the rows' reference log-probabilities are read (``answer_reference.py``).
     """
 
     kind: DataKind
     list_size: int | None = None
     has_scores: bool = True
     has_mismatched: bool = False
+    has_reference: bool = False
 
 
 def encode_answers(
@@ -54,8 +57,12 @@ def encode_answers(
             under ``on_bad_row="error"``, or no row left.
     """
     encoder = _Encoder(tokenizer, options, wanted)
+    if wanted.has_reference:
+        encoder.references = RowReferences(source.name, has_mismatched=wanted.has_mismatched)
     rows = iter(source)
     while batch := list(islice(rows, BATCH_ROWS)):
+        for number, row in batch if encoder.references is not None else ():
+            encoder.references.expect(number, row)  # type: ignore[union-attr]
         encoder.add(
             [
                 texts
@@ -83,6 +90,7 @@ class _Encoder:
     skipped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     merged: list[int] = field(default_factory=list)
     truncated: int = 0
+    references: RowReferences | None = None
 
     def __post_init__(self) -> None:
         self.tokenizer = RowTokenizer(self.raw_tokenizer)
@@ -99,8 +107,11 @@ class _Encoder:
     def _add_row(
         self, row: AnswerTexts, prompt: list[int], texts: list[list[int]], beginnings: list[list[int]]
     ) -> None:
-        if row.problem is not None:
-            self.skipped[row.problem].append(row.row)
+        problem = row.problem
+        if problem is None and self.references is not None and not self.references.are_finite(row.row):
+            problem = NOT_FINITE
+        if problem is not None:
+            self.skipped[problem].append(row.row)
             return
         prompt, answers, is_merged = self.tokenizer.split(row.prompt, prompt, texts, is_chat=row.is_chat)
         problem = self._why_bad(prompt, answers)
@@ -123,6 +134,9 @@ class _Encoder:
             return
         if is_merged:
             self.merged.append(row.row)
+        if self.references is not None:
+            counts = {"answer": len(kept_answers), "piece": len(pieces), "token": len(kept_answers[0])}
+            self.references.take(row.row, counts[self.wanted.kind.reference_per])
         self.truncated += sum(map(len, (kept, *kept_answers))) < sum(map(len, (prompt, *answers)))
         self.tokens.append(
             torch.tensor([x for part in (kept, *kept_answers) for x in part], dtype=torch.int32)
@@ -164,7 +178,7 @@ class _Encoder:
             for name, values in self.numbers.items()
         }
         prompts, answers, pieces = zip(*self.sizes, strict=True)
-        return AnswerDataset(
+        dataset = AnswerDataset(
             self.wanted.kind,
             torch.cat(self.tokens),
             lengths.cumsum(0) - lengths,
@@ -177,6 +191,7 @@ class _Encoder:
             has_mismatched=self.wanted.has_mismatched,
             max_length=self.options.max_length,
         )
+        return dataset if self.references is None else self.references.added_to(dataset)
 
 
 def _piece_lengths(ends: Sequence[int], whole: int, kept: int) -> tuple[list[int], str | None]:

@@ -16,6 +16,7 @@ from fastdpo.training.kinds import DataKind
 
 REFERENCE = "ref_logps"
 REF_MISMATCHED = "ref_mismatched_logps"
+REF_MISMATCHED_OF = "ref_mismatched_of"
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +177,11 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 found[here] = other
         return torch.tensor(found)
 
+    def mismatched_digests(self) -> list[str]:
+        """Of each row a short hash of the answer that its prompt is mismatched with."""
+        answers = (self._mismatched_answer(index) for index in range(len(self)))
+        return [hashlib.blake2b(ids.numpy().tobytes(), digest_size=8).hexdigest() for ids in answers]
+
     @property
     def lengths(self) -> Tensor:
         """``(R,)``: tokens of the row's longest sequence, prompt included."""
@@ -299,11 +305,17 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return self._with(numbers, self.starts, self.prompt_lengths, self.answers, self.rows, self.pieces)
 
     def scores_by_row(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Each row, and its reference log-probabilities: a list, one for each answer, piece or token."""
+        """Each row, and the columns of its reference log-probabilities (``answer_reference.py``): lists."""
         scores = self.numbers[REFERENCE]
         assert isinstance(scores, Ragged)
+        mismatched: Any = self.numbers.get(REF_MISMATCHED)
+        digests = self.mismatched_digests() if self.has_mismatched else []
         for place, row in enumerate(self.rows.tolist()):
-            yield row, {REFERENCE: scores[place].tolist()}
+            columns: dict[str, Any] = {REFERENCE: scores[place].tolist()}
+            if self.has_mismatched:
+                columns[REF_MISMATCHED] = [mismatched[place].item()]
+                columns[REF_MISMATCHED_OF] = [digests[place]]
+            yield row, columns
 
     def rows_not_finite(self, scores: Tensor) -> list[int]:
         """Rows with a score that is NaN or infinite."""

@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from fastdpo.losses import PairLogps, loss_options
+from fastdpo.losses import loss_options
 from fastdpo.losses.registry import LossOption
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.kinds import KINDS
+from fastdpo.training.kinds import KINDS, PAIRED
 from fastdpo.training.setup import load_tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -171,7 +171,11 @@ def parse_train(argv: Sequence[str]) -> RunArguments:
 def parse_score(argv: Sequence[str]) -> tuple[RunArguments, Path | None]:
     """The arguments of ``fastdpo score``, and where to write the scored rows."""
     *run, extra = Parser((*_RUN_TYPES, ScoreArguments), prog="fastdpo score").parse(argv)
-    return _checked(*run), None if extra.output is None else Path(extra.output)
+    arguments = _checked(*run)
+    if arguments.config.needs_divergences:
+        names = ", ".join(arguments.config.loss_type)
+        raise ArgumentError(f"--loss_type: got {names}, which has no use for reference log-probabilities")
+    return arguments, None if extra.output is None else Path(extra.output)
 
 
 def _checked(
@@ -251,7 +255,7 @@ class Parser(HfArgumentParser):
 def _all_loss_options() -> dict[str, dict[str, LossOption]]:
     """Every option of the losses that the loop takes: option -> loss -> option."""
     options: dict[str, dict[str, LossOption]] = {}
-    for inputs in dict.fromkeys((PairLogps, *(kind.inputs for kind in KINDS.values()))):
+    for inputs in dict.fromkeys((*PAIRED, *(kind.inputs for kind in KINDS.values()))):
         for name, takers in loss_options(inputs).items():
             options.setdefault(name, {}).update(takers)
     return options

@@ -7,13 +7,14 @@ repeated at the top of the class. Every value is checked here, before a model is
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.losses import LossSpec, PairLogps, build_objective, find_loss
+from fastdpo.losses import DivergencePairLogps, LossSpec, PairLogps, build_objective, find_loss
 from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
 from fastdpo.training.kinds import DataKind, kind_of
 from fastdpo.training.row_plan import ARRANGEMENTS
@@ -34,6 +35,7 @@ _FIXED = {
     "label_smoothing_factor": (0, "use the loss option label_smoothing"),
     "use_liger_kernel": (False, "it replaces the forward pass that the fused head lives in"),
     "auto_find_batch_size": (False, "not supported by this version"),
+    "length_column_name": ("length", "lengths are counted in the tokenised rows, not read from a column"),
 }
 
 
@@ -101,8 +103,8 @@ class PreferenceConfig(TrainingArguments):
     gather_batch_losses: bool = field(
         default=False,
         metadata=_help(
-            "Losses that compare a whole batch (aot) see the pairs of all ranks; else each rank sees its "
-            "own, as in TRL."
+            "Losses that compare a whole batch (aot) see the pairs of all ranks while they train; else each "
+            "rank sees its own, as in TRL and in evaluations."
         ),
     )
 
@@ -255,6 +257,11 @@ class PreferenceConfig(TrainingArguments):
         specs = self.losses
         return is_one_call and all(s.inputs is PairLogps and s.scope in ("pair", "token") for s in specs)
 
+    @property
+    def needs_divergences(self) -> bool:
+        """Whether the losses look at the reference's distributions, not only at its log-probabilities."""
+        return any(loss.inputs is DivergencePairLogps for loss in self.losses)
+
     def execution(self) -> Execution:
         """How the head runs."""
         return Execution(
@@ -317,6 +324,9 @@ class PreferenceConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name}: got {value!r}, wanted a whole number from {least}")
+        rate = self.learning_rate
+        if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < math.inf):
+            raise ValueError(f"learning_rate: got {rate!r}, wanted a number from 0")
         for name, (needed, reason) in _FIXED.items():
             if getattr(self, name) != needed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {needed}: {reason}")
@@ -347,6 +357,11 @@ class PreferenceConfig(TrainingArguments):
                     f"accelerator_config.{name}: got True, wanted False: batches of batch_layout="
                     f"{self.batch_layout!r}, with max_tokens_per_batch or of no pairs cannot be cut up"
                 )
+        if self.max_tokens_per_batch is not None and self.dataloader_drop_last:
+            raise ValueError(
+                "dataloader_drop_last: got True with max_tokens_per_batch, wanted False: batches of so many "
+                "tokens are filled alike, and no last one is short"
+            )
 
     def _check_losses(self) -> None:
         kind_of(self.losses)  # raises for losses that want unlike data

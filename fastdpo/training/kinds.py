@@ -14,7 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastdpo.losses import ListLogps, LossSpec, PairLogps, StepLogps, TokenLogps, UnpairedLogps
+from fastdpo.losses import (
+    DivergencePairLogps,
+    ListLogps,
+    LossSpec,
+    PairLogps,
+    StepLogps,
+    TokenLogps,
+    UnpairedLogps,
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,8 @@ KINDS = {
         DataKind("samples", TokenLogps, ("prompt", "completion", "win_rate"), False, "token"),
     )
 }
+# What losses of pairs take; those of the second kind look at the reference's distributions too.
+PAIRED = (PairLogps, DivergencePairLogps)
 # Losses of lists whose items are pieces of one answer.
 _WITHIN_AN_ANSWER = ("in_context_ranking",)
 # Losses of lists of exactly so many candidates, in an order that says what each is.
@@ -74,7 +84,7 @@ def list_size(losses: Sequence[LossSpec]) -> int | None:
 
 
 def _kind_of_loss(spec: LossSpec) -> DataKind | None:
-    if spec.inputs is PairLogps:
+    if spec.inputs in PAIRED:
         return None
     if spec.name in _WITHIN_AN_ANSWER:
         return KINDS["ranking"]
@@ -82,6 +92,7 @@ def _kind_of_loss(spec: LossSpec) -> DataKind | None:
         if spec.inputs is kind.inputs:
             return kind
     raise ValueError(
-        f"loss_type: got {spec.name!r}, which takes {spec.inputs.__name__}: divergences over the vocabulary, "
-        "which the loop does not compute in this version"
+        f"loss_type: got {spec.name!r}, which takes {spec.inputs.__name__}, wanted another: the loop has no "
+        "place for its two teachers. docs/methods.md has the lines for a loop of your own, under "
+        "'Divergences over the vocabulary'"
     )

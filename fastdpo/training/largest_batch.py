@@ -1,4 +1,7 @@
-"""Try the largest batch before the first step: what does not fit fails in the first minute, with numbers."""
+"""Try the largest batch before the first step: what does not fit fails in the first minute, with numbers.
+
+Where the data set's references are still to be scored, which may take hours, it is tried before that too.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fastdpo.training.data import row_list
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.layouts import layout_of, token_budget
 from fastdpo.training.step import BatchCounts, batch_loss
-from fastdpo.training.token_budget import pair_tokens
+from fastdpo.training.token_budget import pair_tokens, training_sampler
 
 if TYPE_CHECKING:
     from fastdpo.training.trainer import PreferenceTrainer
@@ -26,15 +29,30 @@ class BatchTooLargeError(RuntimeError):
     """The largest batch does not fit into the device's memory."""
 
 
+def try_before_scoring(trainer: PreferenceTrainer) -> None:
+    """`try_largest_batch` before the data set has its references, and so before ``Trainer.train`` begins.
+
+    The optimiser is made and checkpointing switched on, as ``Trainer.train`` would. What that wraps the model
+    in is not there yet, so the batch is tried once more, with it, before the first step.
+    """
+    if trainer.optimizer is None:
+        trainer.create_optimizer()
+    _enable_checkpointing(trainer)
+    try_largest_batch(trainer)
+
+
 def try_largest_batch(trainer: PreferenceTrainer) -> None:
     """One forward and backward pass over the largest batch; gradients and random numbers are as before.
 
-    Room is kept for the state that Adam makes in the first step.
+    Room is kept for the state that Adam makes in the first step, and for the gradients of the micro-batches
+    before it where there are any. References that are not known yet are taken for 0, which costs as much.
 
     Raises:
         BatchTooLargeError: on every rank, when it does not fit on one; says what to lower.
     """
     dataset: Any = trainer.train_dataset
+    if trainer.reference.kind == "precomputed" and not dataset.has_reference:
+        dataset = dataset.with_reference(torch.zeros(dataset.score_shape))
     pairs = largest_batch(trainer, dataset)
     inputs = trainer._prepare_inputs(trainer.data_collator([dataset[i] for i in pairs]))
     device = trainer.accelerator.device
@@ -53,12 +71,13 @@ def try_largest_batch(trainer: PreferenceTrainer) -> None:
 
 
 def largest_batch(trainer: PreferenceTrainer, dataset: RowDataset) -> list[int]:
-    """The pairs of a batch than which none is larger."""
+    """The pairs of a batch than which none is larger; under a token budget, none of the first epoch.
+
+    Later epochs draw batches anew. None is beyond the budget, which the largest of an epoch all but fills.
+    """
     budget = token_budget(trainer.args, trainer.data_collator)
     if budget is not None:
-        return budget.sampler(
-            dataset, strategy=trainer.args.train_sampling_strategy, seed=trainer.args.seed
-        ).most_expensive()
+        return training_sampler(dataset, budget, trainer.args).most_expensive()
     sizes = pair_tokens(dataset, layout_of(trainer.data_collator))
     if layout_of(trainer.data_collator) == "padded":
         sizes = sizes * dataset.num_sequences
@@ -69,16 +88,48 @@ def largest_batch(trainer: PreferenceTrainer, dataset: RowDataset) -> list[int]:
 def _forward_and_backward(trainer: PreferenceTrainer, inputs: Any) -> None:
     model = trainer.model_wrapped
     model.train()
-    reserved = _adam_state(trainer)
+    _hold_gradients(trainer)
+    reserved = _adam_state(trainer) + _buckets(trainer)
     counts = BatchCounts(max(num_rows(inputs), 1), max(int(sequence_tokens(inputs)), 1))
     # Not reduced over the ranks: these gradients are thrown away.
     unsynchronised = getattr(model, "no_sync", contextlib.nullcontext)
-    with unsynchronised(), trainer.compute_loss_context_manager():
+    # Autocast is part of the wrapped model's forward pass, and not of the bare one's.
+    with unsynchronised(), trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         policy = trainer.accelerator.unwrap_model(model)
         frozen = trainer.loss_state.frozen
         result = batch_loss(model, policy, inputs, counts, trainer.args, trainer.reference, frozen)
         trainer.accelerator.backward(result.loss)
     del reserved
+
+
+def _enable_checkpointing(trainer: PreferenceTrainer) -> None:
+    """What ``Trainer.train`` does at its beginning, by the names of transformers since 5.23 and before."""
+    args, model = trainer.args, trainer.model
+    if getattr(args, "activation_checkpointing", None):
+        given: Any = args.activation_checkpointing_kwargs
+        options = dict(given or {})
+        own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **own)
+    elif args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+
+
+def _hold_gradients(trainer: PreferenceTrainer) -> None:
+    """From the second micro-batch of a step on, a backward pass adds to gradients that are there."""
+    if trainer.args.gradient_accumulation_steps > 1:
+        for parameter in _trained(trainer):
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _trained(trainer: PreferenceTrainer) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+
+def _buckets(trainer: PreferenceTrainer) -> list[torch.Tensor]:
+    """Memory of the size of DDP's buckets, where the ranks' gradients will meet and DDP is not there yet."""
+    if trainer.accelerator.num_processes == 1 or trainer.model_wrapped is not trainer.model:
+        return []
+    return [torch.empty_like(parameter) for parameter in _trained(trainer)]
 
 
 def _adam_state(trainer: PreferenceTrainer) -> list[torch.Tensor]:

@@ -1,4 +1,7 @@
-"""Reference log-probabilities scored once, before training, and kept on disk."""
+"""Reference log-probabilities scored once, before training, and kept on disk.
+
+An interrupted scoring goes on where it stopped (``reference_shards.py``), with as many ranks as there are.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from fastdpo.training.dataset import RowDataset
 from fastdpo.training.layouts import layout_of, token_budget
 from fastdpo.training.reference import adapter_off
 from fastdpo.training.reference_cache import ReferenceCache, cache_key, fingerprint_model
+from fastdpo.training.reference_shards import ScoreShards
 from fastdpo.training.scoring import score_dataset
 
 logger = logging.getLogger(__name__)
@@ -93,6 +97,30 @@ class PrecomputedReference:
                 "the model before it: give the data to the trainer at the start, or a ref_model"
             )
         accelerator = self.accelerator
+        shards = self.cache.shards(key, len(dataset))
+        with shards:
+            scores = self._score(dataset, shards)
+        # Every rank has scored its share and left the rest 0.
+        scores = accelerator.reduce(scores.to(accelerator.device), reduction="sum").cpu()
+        self._check(scores, dataset, shards)
+        if accelerator.is_main_process:
+            path = self.cache.save(key, scores)
+            logger.info("reference log-probabilities of %d rows kept in %s", len(dataset), path)
+            shards.remove()
+        return scores
+
+    def _score(self, dataset: RowDataset, shards: ScoreShards) -> Tensor:
+        """This rank's share of what no interrupted run has left; on the main process, with what one has."""
+        accelerator = self.accelerator
+        # Read by one, as ranks on other machines may see another disk: they must agree on what is left.
+        kept = shards.load() if accelerator.is_main_process else []
+        found = [torch.cat([torch.zeros(0, dtype=torch.int64), *(batch.rows for batch in kept)])]
+        if accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(found)
+        is_done = torch.zeros(len(dataset), dtype=torch.bool)
+        is_done[found[0]] = True
+        if kept:
+            logger.info("%d of %d rows were scored by an interrupted run", int(is_done.sum()), len(dataset))
         without_adapter = adapter_off(self.model) if self.is_base else contextlib.nullcontext()
         with accelerator.autocast(), without_adapter:
             scores = score_dataset(
@@ -105,16 +133,15 @@ class PrecomputedReference:
                 rank=accelerator.process_index,
                 num_ranks=accelerator.num_processes,
                 show_progress=not self.args.disable_tqdm and accelerator.is_main_process,
+                is_done=is_done,
+                keep=shards.add,
             )
-        # Every rank has scored its share and left the rest 0.
-        scores = accelerator.reduce(scores.to(accelerator.device), reduction="sum").cpu()
-        self._check(scores, dataset)
-        if accelerator.is_main_process:
-            path = self.cache.save(key, scores)
-            logger.info("reference log-probabilities of %d rows kept in %s", len(dataset), path)
+        for batch in kept:
+            dataset.put_scores(scores, *batch)
         return scores
 
-    def _check(self, scores: Tensor, dataset: RowDataset) -> None:
+    def _check(self, scores: Tensor, dataset: RowDataset, shards: ScoreShards) -> None:
         bad = dataset.rows_not_finite(scores)
         if bad:
+            shards.remove()  # nothing of a scoring that failed is built upon
             raise ValueError(f"reference: log-probabilities are not finite in {row_list(bad)}")

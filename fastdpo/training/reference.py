@@ -9,15 +9,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastdpo.integrations.fused_output import HeadStates
+from fastdpo.integrations.head_adapter import has_adapter
+from fastdpo.integrations.lm_head import head_module, unwrap
 from fastdpo.training.answers import REF_MISMATCHED
 from fastdpo.training.batches import Batch, completion_mask
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.scoring import reference_values, sequence_logps
+from fastdpo.training.scoring import head_states, reference_values, sequence_logps
+
+Result = TypeVar("Result")
 
 
 def is_adapter_model(model: nn.Module) -> bool:
@@ -47,6 +52,11 @@ def choose_reference(
         ValueError: the losses and the reference asked for do not go together.
     """
     wanted, losses = args.reference, ", ".join(args.loss_type)
+    if args.needs_divergences and has_adapter(head_module(unwrap(model))):
+        raise ValueError(
+            f"lm_head: got LoRA on it with {losses}, wanted none: divergences over the vocabulary are made "
+            "without; take lm_head out of target_modules, or train it whole (modules_to_save)"
+        )
     if not args.needs_reference:
         if has_ref_model or wanted not in ("auto", "none"):
             got = "a ref_model" if has_ref_model else repr(wanted)
@@ -68,11 +78,12 @@ def choose_reference(
         )
     if wanted != "auto":
         return wanted
-    if has_columns:
-        return "precomputed"
+    kept = "copy" if args.needs_divergences else "precomputed"
+    if has_columns and not args.needs_divergences:
+        return kept
     if is_adapter_model(model):
         # The reference is the policy as training finds it; a trained adapter is part of that.
-        return "adapter" if is_fresh_adapter(model) else "precomputed"
+        return "adapter" if is_fresh_adapter(model) else kept
     return "copy"
 
 
@@ -141,7 +152,12 @@ class Reference:
             return given
         return self._run(sequence_logps, policy, batch["mismatched"])
 
-    def _run(self, score: Callable[[nn.Module, Batch], Tensor], policy: nn.Module, batch: Batch) -> Tensor:
+    @torch.no_grad()
+    def states(self, policy: nn.Module, batch: Batch) -> HeadStates:
+        """What the reference's head sees, for losses with divergences; of a copy or without the adapter."""
+        return self._run(head_states, policy, batch)
+
+    def _run(self, score: Callable[[nn.Module, Batch], Result], policy: nn.Module, batch: Batch) -> Result:
         if self.kind == "copy":
             assert self.model is not None
             return score(self.model, batch)

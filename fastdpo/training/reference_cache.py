@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdpo.training.reference_shards import ScoreShards
+
 FORMAT_VERSION = 1
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,10 @@ class ReferenceCache:
     def path(self, key: str) -> Path:
         """Where the scores of ``key`` are kept."""
         return self.directory / f"{key}.npz"
+
+    def shards(self, key: str, num_rows: int) -> ScoreShards:
+        """What is scored of ``key`` before all of it is."""
+        return ScoreShards(self.directory / f"{key}.partial", key, num_rows)
 
     def load(self, key: str, shape: tuple[int, ...]) -> Tensor | None:
         """fp32 of that shape (``(P, 2)`` for pairs), or None where there is no readable file for ``key``."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from fastdpo.integrations.model import FusedLMOutput, require_fused_output
+from fastdpo.integrations.fused_output import FusedLMOutput, HeadStates, require_states
+from fastdpo.integrations.model import require_fused_output
 from fastdpo.integrations.row_masks import RowMasks
 from fastdpo.losses.aggregate import segment_sums, sequence_sums
 from fastdpo.training.batches import Batch, completion_mask, is_in_rows, to_device, token_layout
@@ -24,7 +25,7 @@ def token_logps(model: nn.Module, batch: Batch, *, statistics: tuple[str, ...] =
     Raises:
         TypeError: the model is not patched, so it answered with logits.
     """
-    fused: Any = _fused(model, batch, logps_outputs=statistics)
+    fused: Any = _scored(model, batch, logps_outputs=statistics)
     return LinearLogprobOutput(fused.logps, **{name: getattr(fused, name) for name in statistics})
 
 
@@ -37,20 +38,35 @@ def fused_pair_loss(model: nn.Module, batch: Batch, **arguments: Any) -> DPOLoss
     Raises:
         TypeError: the model is not patched.
     """
-    out: Any = _fused(model, batch, pair_loss=arguments).pair_loss
+    out: Any = _scored(model, batch, pair_loss=arguments).pair_loss
     return out
 
 
-def _fused(model: nn.Module, batch: Batch, **options: Any) -> FusedLMOutput:
+def divergence_logps(model: nn.Module, batch: Batch, reference: HeadStates) -> FusedLMOutput:
+    """``logps``, ``ref_logps`` and ``forward_kl`` per token, in the shape that ``token_logps`` has.
+
+    Args:
+        reference: ``head_states`` of the same batch.
+    """
+    return _scored(model, batch, logps_outputs=("forward_kl",), reference=reference)
+
+
+def head_states(model: nn.Module, batch: Batch) -> HeadStates:
+    """What the model's head sees of a collated batch, and the head."""
+    return require_states(model(**_backbone_inputs(model, batch), return_states=True))
+
+
+def _scored(model: nn.Module, batch: Batch, **asked: Any) -> FusedLMOutput:
+    labels = {"token_layout": token_layout(batch)} if is_in_rows(batch) else {"labels": batch["labels"]}
+    inputs = _backbone_inputs(model, batch)
+    return require_fused_output(model(**inputs, **labels, return_logps=True, **asked))
+
+
+def _backbone_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     if is_in_rows(batch):
         masks = RowMasks(model)
-        inputs = {
-            "row_batches": [masks.inputs(call) for call in batch["calls"]],
-            "token_layout": token_layout(batch),
-        }
-    else:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    return require_fused_output(model(**inputs, return_logps=True, **options))
+        return {"row_batches": [masks.inputs(call) for call in batch["calls"]]}
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 @torch.no_grad()
@@ -95,15 +111,22 @@ def score_dataset(
     rank: int = 0,
     num_ranks: int = 1,
     show_progress: bool = False,
+    is_done: Tensor | None = None,
+    keep: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Score this rank's share of the pairs.
 
     Pairs of like length go into one batch, which keeps padding small; the order of the result is the
     data set's. A ``budget`` takes the place of ``batch_size``.
 
+    Args:
+        is_done: ``(P,)`` bool, pairs to leave out. Batches are cut as without it: those that are left hold
+            what they would have held, so that rounding is the same.
+        keep: gets each batch's pairs and scores, as soon as they are there.
+
     Returns:
         fp32 on the CPU, in the data set's ``score_shape``: for pairs ``(P, 2)``, log-probabilities of chosen
-        and rejected; 0 for other ranks' rows.
+        and rejected; 0 for other ranks' rows, and for those left out.
     """
     order = dataset.lengths.argsort(descending=True, stable=True)[rank::num_ranks]
     scores = torch.zeros(dataset.score_shape)
@@ -111,7 +134,14 @@ def score_dataset(
     model.eval()
     batches = list(order.split(batch_size) if budget is None else budget.cut(dataset, order))
     for places in tqdm(batches, desc="Scoring", disable=not show_progress, leave=False):
+        if is_done is not None:
+            places = places[~is_done[places]]
+            if not len(places):
+                continue
         batch = to_device(collator([dataset[i] for i in places.tolist()]), device)
-        dataset.put_scores(scores, places, batch_scores(model, batch).cpu())
+        values = batch_scores(model, batch).cpu()
+        dataset.put_scores(scores, places, values)
+        if keep is not None:
+            keep(places, values)
     model.train(was_training)
     return scores

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from fastdpo.training.answer_encode import AnswerOptions, encode_answers
-from fastdpo.training.answers import AnswerDataset
+from fastdpo.training.answer_reference import reference_columns
+from fastdpo.training.answers import REFERENCE, AnswerDataset
 from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
 from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, RowSource, read_rows, row_list
@@ -37,7 +40,7 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", **options: Any) 
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model: could not load {name!r}: {first_line(error)}") from error
+        raise ValueError(f"model: could not load {name!r}{_where(name)}: {first_line(error)}") from error
     return model
 
 
@@ -48,7 +51,11 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer: could not load {name!r}: {first_line(error)}") from error
+        raise ValueError(f"tokenizer: could not load {name!r}{_where(name)}: {first_line(error)}") from error
+
+
+def _where(name: str) -> str:
+    return "" if Path(name).exists() else ", which is no folder here, from the hub"
 
 
 def first_line(error: BaseException) -> str:
@@ -122,12 +129,20 @@ def tokenized_pairs(source: RowSource, tokenizer: Any, args: PreferenceConfig) -
 
 def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> RowDataset:
     options = args.encoding_options()
+
+    def has(names: tuple[str, ...]) -> bool:
+        """Whether the reference is to be read, and is there; losses with divergences have no use for it."""
+        reads = args.needs_reference and not args.needs_divergences
+        is_wanted = reads and args.reference in ("auto", "precomputed")
+        return is_wanted and len(source) > 0 and all(name in source.rows[0] for name in names)
+
     if args.data_kind is not None:
-        return encode_answers(source, tokenizer, options, answer_options(args))
+        wanted = answer_options(args)
+        names = reference_columns(has_mismatched=wanted.has_mismatched)
+        return encode_answers(source, tokenizer, options, replace(wanted, has_reference=has(names)))
     columns = dict(options.columns)
-    if args.needs_reference and args.reference in ("auto", "precomputed") and len(source):
-        if all(name in source.rows[0] for name in REF_COLUMNS):
-            columns |= {name: name for name in REF_COLUMNS}
+    if has(REF_COLUMNS):
+        columns |= {name: name for name in REF_COLUMNS}
     options = EncodingOptions(options.max_length, options.truncation_mode, options.on_bad_row, columns)
     return encode_rows(source, tokenizer, options)
 
@@ -185,6 +200,13 @@ def _check_answers(dataset: AnswerDataset, args: PreferenceConfig) -> None:
         raise ValueError(
             f"dataset: the tokenised rows carry scores, which {', '.join(args.loss_type)} does not use"
         )
+    is_part = REFERENCE in dataset.numbers and not dataset.has_reference
+    if is_part and dataset.has_mismatched and args.reference == "auto":
+        raise ValueError(
+            "dataset: got rows with reference log-probabilities, but not of the answers that their prompts "
+            "are mismatched with, which are others in a part of a data set (held_out); wanted both: score "
+            "each part by itself, or say which reference ('copy', 'adapter' or 'precomputed')"
+        )
     if dataset.has_mismatched != options.has_mismatched:
         got, wanted = ("with", "without") if dataset.has_mismatched else ("without", "with")
         raise ValueError(f"dataset: got rows {got} mismatched answers, wanted them {wanted}")
@@ -220,15 +242,24 @@ def find_checkpoint(args: PreferenceConfig, resume: str | bool | None) -> str | 
 def is_unused(output_dir: str | None) -> bool:
     """Whether a directory does not exist or is empty."""
     path = Path(output_dir or ".")
-    return not path.exists() or not any(path.iterdir())
+    return not path.is_dir() or not any(path.iterdir())
 
 
 def check_output_dir(args: PreferenceConfig) -> None:
-    """Make sure that a fresh run mixes with no other.
+    """Make sure that a fresh run can be written, and mixes with no other. Nothing is made.
 
     Raises:
-        ValueError: the directory has content, and the run neither resumes nor overwrites.
+        ValueError: it is no directory, or one that cannot be written; or it has content, and the run neither
+            resumes nor overwrites.
     """
+    path = Path(args.output_dir or ".").absolute()
+    standing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not standing.is_dir():
+        raise ValueError(f"output_dir: got {args.output_dir}, wanted a directory: {standing} is a file")
+    if not os.access(standing, os.W_OK):
+        raise ValueError(
+            f"output_dir: got {args.output_dir}, wanted one to write to: {standing} is read-only"
+        )
     if not (is_unused(args.output_dir) or args.overwrite_output_dir or args.resume_from_checkpoint):
         raise ValueError(
             f"output_dir: {args.output_dir} is in use: choose another, continue that run with "

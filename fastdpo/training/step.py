@@ -30,6 +30,7 @@ from fastdpo.training.batches import (
     packed_layout,
 )
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
+from fastdpo.training.divergence_step import divergence_loss
 from fastdpo.training.loss_state import GetValues, StepValues
 from fastdpo.training.metrics import MetricSums
 from fastdpo.training.reference import Reference
@@ -102,6 +103,8 @@ def pair_loss(
     over_ranks: bool = False,
 ) -> DPOLossOutput:
     """``batch_loss`` of pairs."""
+    if args.needs_divergences:
+        return divergence_loss(model, policy, batch, counts.pairs, args, reference)
     # The reference first: its activations are gone before the policy's are made.
     ref_logps = reference.logps(policy, batch)
     is_gathered = args.gather_batch_losses and over_ranks

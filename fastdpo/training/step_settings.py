@@ -30,12 +30,34 @@ def check_step_settings(args: PreferenceConfig) -> None:
         if not 0 < args.ref_model_mixup_alpha <= 1:
             got = repr(args.ref_model_mixup_alpha)
             raise ValueError(f"ref_model_mixup_alpha: got {got}, wanted a number in (0, 1]")
+    if args.needs_divergences:
+        _check_divergences(args)
     if args.gather_batch_losses:
         if all(spec.scope != "batch" for spec in args.losses):
             raise ValueError("gather_batch_losses: got True, wanted a loss that compares a whole batch (aot)")
         for column in COLUMN_FIELDS.values():
             if getattr(args, column):
                 raise ValueError(f"{column}: got a value with gather_batch_losses, wanted None")
+
+
+def _check_divergences(args: PreferenceConfig) -> None:
+    """Raise ValueError for a way to run the head, or a reference, that gives no divergences."""
+    names = ", ".join(args.loss_type)
+    if args.reference == "precomputed":
+        raise ValueError(
+            f"reference: got 'precomputed', wanted 'auto', 'copy' or 'adapter': {names} needs the "
+            "reference's whole distribution at every token, which log-probabilities do not tell"
+        )
+    for name, wanted in (
+        ("mode", ("auto", "stash", "cache", "recompute")),
+        ("backend", ("auto", "reference")),
+        ("logits_dtype", (None, "fp32")),
+    ):
+        if getattr(args, name) not in wanted:
+            raise ValueError(
+                f"{name}: got {getattr(args, name)!r} with {names}, wanted one of {wanted}: divergences over "
+                "the vocabulary have no other"
+            )
 
 
 def _check_dynamic_beta(options: dict[str, Any], losses: list[LossSpec], beta: float | None) -> None:

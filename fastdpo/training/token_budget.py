@@ -242,19 +242,23 @@ class _Collate:
         return self.collator(pairs) if pairs else {**self.collator([self.filler]), "is_filler": True}
 
 
-def budget_dataloader(
-    dataset: RowDataset, budget: TokenBudget, collator: Any, args: PreferenceConfig
-) -> DataLoader[dict[str, Any]]:
-    """The training batches of a budget, for accelerate to hand out to the ranks."""
-    sampler = budget.sampler(
+def training_sampler(dataset: RowDataset, budget: TokenBudget, args: PreferenceConfig) -> TokenBudgetSampler:
+    """The batches of a run, of all its ranks."""
+    return budget.sampler(
         dataset,
         num_ranks=args.world_size,
         strategy=args.train_sampling_strategy,
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
+
+
+def budget_dataloader(
+    dataset: RowDataset, budget: TokenBudget, collator: Any, args: PreferenceConfig
+) -> DataLoader[dict[str, Any]]:
+    """The training batches of a budget, for accelerate to hand out to the ranks."""
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=training_sampler(dataset, budget, args),
         collate_fn=_Collate(collator, dataset[int(dataset.batch_tokens(budget.layout).argmin())]),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,

@@ -33,6 +33,7 @@ from fastdpo.training.config import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, P
 from fastdpo.training.data import row_list
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.evaluation import EvaluatingTrainer
+from fastdpo.training.largest_batch import try_before_scoring
 from fastdpo.training.layouts import choose_collator, token_budget
 from fastdpo.training.loss_state import LossState
 from fastdpo.training.metrics import MetricSums
@@ -207,6 +208,9 @@ class PreferenceTrainer(EvaluatingTrainer):
             )
         return self._precomputed.add_to(data)
 
+    def _will_score(self, data: Any) -> bool:
+        return self._precomputed is not None and data is not None and not data.has_reference
+
     def get_train_dataloader(self) -> Any:
         """As ``Trainer.get_train_dataloader``, with batches of so many tokens where the settings say so."""
         budget = token_budget(self.args, self.data_collator)
@@ -248,6 +252,8 @@ class PreferenceTrainer(EvaluatingTrainer):
             check_output_dir(self.args)
             clear_output_dir(self.args)
         self._owns_output_dir = True
+        if self.args.longest_batch_first and self._will_score(self.train_dataset):
+            try_before_scoring(self)
         self.train_dataset = self._with_reference(self.train_dataset)
         self.eval_dataset = self._with_reference(self.eval_dataset)
         if self._precomputed is not None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -214,6 +216,26 @@ def test_only_this_release(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hook, "_installed_version", lambda: other)
     with pytest.raises(RuntimeError, match=rf"trl {other} has no log-prob function .*1\.15, or 0\.24\.0"):
         patch_trl()
+
+
+def test_a_look_at_a_trl_that_does_not_import_leaves_it_importable() -> None:
+    """TRL 0.24 remembers what a first import found; LLaMA-Factory has to come before it."""
+    source = """
+import fastdpo
+try:
+    fastdpo.patch_trl()
+except RuntimeError as error:
+    assert "does not import with this transformers" in str(error)
+else:
+    raise AssertionError
+assert "llamafactory.extras.packages first" in dict(fastdpo.doctor().sections["TRL"])["patch_trl"]
+import llamafactory.extras.packages
+from trl import DPOTrainer
+with fastdpo.patch_trl():
+    assert DPOTrainer.concatenated_forward.__module__ == "fastdpo.integrations.trl_0_24"
+"""
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 # DPO

@@ -31,14 +31,12 @@ STATISTICS = ("lse", "entropy", "mean_logit", "is_top1")
 
 
 def filled(kind: str, model: Any = None) -> Any:
-    """With virtual tokens as large as the model's own, so that they are seen."""
-    options = {"num_virtual_tokens": NUM_VIRTUAL}
     names = {
         "prompt": "PromptTuningConfig",
         "p-tuning": "PromptEncoderConfig",
         "prefix": "PrefixTuningConfig",
     }
-    return with_peft(names[kind], model, **options)
+    return with_peft(names[kind], model, num_virtual_tokens=NUM_VIRTUAL)
 
 
 @pytest.mark.parametrize("kind", KINDS)

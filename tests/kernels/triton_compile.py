@@ -13,10 +13,13 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastdpo.ops.head_call import empty_d
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -45,6 +48,11 @@ CASES = {
     "D fp32 in place, coefficients": CompileCase(128256, d_dtype=FP32, in_place=True, has_coeffs=True),
     "D bf16 in place, target": CompileCase(128256, BF16, in_place=True, has_target=True),
     "D fp16 in place, coefficients": CompileCase(128256, FP16, FP16, in_place=True, has_coeffs=True),
+    # Held by `cache` and `pairs` (`empty_d`): apart from the logits, padded as they are.
+    "held ragged D": CompileCase(50257),
+    "held ragged D, statistics": CompileCase(50257, has_statistics=True),
+    "held odd D": CompileCase(128257),
+    "held odd D bf16, target": CompileCase(128257, BF16, has_target=True),
     "short D in place": CompileCase(32000, in_place=True),
     "heavy D in place, statistics": CompileCase(256000, in_place=True, has_statistics=True, is_heavy=True),
     "heavy D bf16, coefficients, target": CompileCase(
@@ -94,6 +102,14 @@ class StubDriver:
         return 0
 
 
+def held_d(vocab: int, dtype: torch.dtype) -> Tensor:
+    """Two rows of D as modes `cache` and `pairs` hold them: the ops' own layout."""
+    call: Any = SimpleNamespace(
+        plan=SimpleNamespace(vocab_size=vocab), hidden=torch.empty(0), operand_dtype=dtype
+    )
+    return empty_d(call, 2)
+
+
 def compile_case(case: CompileCase) -> Compiled:
     from fastdpo.kernels import triton as backend
     from fastdpo.kernels.contract import LogitTransform, RowOutputs
@@ -105,8 +121,10 @@ def compile_case(case: CompileCase) -> Compiled:
         return torch.empty(2, dtype=dtype)
 
     logits = rows(case.logits_dtype)
-    if case.d_dtype is None or not case.in_place:
-        d = None if case.d_dtype is None else rows(case.d_dtype)
+    if case.d_dtype is None:
+        d = None
+    elif not case.in_place:
+        d = held_d(case.vocab, case.d_dtype)
     else:
         d = torch.as_strided(logits, (2, logits.stride(0)), logits.stride()).view(case.d_dtype)[
             :, : case.vocab

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import fastdpo.kernels.divergence as kernel
+import fastdpo.ops.divergence_chunks as divergence_chunks
 from fastdpo import linear_logprob, token_divergence
+from fastdpo.ops.gradients import DGroup, Gradients
 from fastdpo.testing import assert_logps_close, make_case
 from tests.ops.divergence_cases import (
     DIVERGENCES,
@@ -58,6 +60,29 @@ def test_with_the_head_frozen(outputs: tuple[str, ...]) -> None:
     for ours, other in zip(results[0][:-1], results[1][:-1], strict=True):
         assert torch.equal(ours, other)  # no bit depends on the mode
     torch.testing.assert_close(results[0][-1], results[1][-1], atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cache_mib", [1, 2, 64])
+def test_groups_are_as_many_as_the_plan_says(cache_mib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On their number depends in which dtype dW is summed; two D's are combined in several."""
+    groups: list[DGroup] = []
+    planned: list[int] = []
+
+    class Counted(Gradients):
+        def add_group(self, group: DGroup, *args: Any) -> None:
+            groups.append(group)
+            planned.append(self.call.plan.weight_grad_groups)
+            super().add_group(group, *args)
+
+    monkeypatch.setattr(divergence_chunks, "Gradients", Counted)
+    case, outputs = make_divergence_case("plain", length=200), ("forward_kl", "logps")
+    h, w = case.policy.hidden.clone().requires_grad_(), case.policy.weight.clone().requires_grad_()
+    out = run_divergence(case, h, w, None, outputs, small("cache", cache_mib=cache_mib))
+    torch.autograd.grad(weighted(case, out, outputs), (h, w))
+    assert len(groups) == planned[0] > 2
+    bounds = [(group.start, group.stop) for group in groups]
+    assert bounds[0][0] == 0 and bounds[-1][1] == int(case.scored.sum())
+    assert all(before[1] == after[0] for before, after in zip(bounds, bounds[1:], strict=False))
 
 
 @pytest.mark.parametrize("num_teachers", [1, 2])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_inductor_cache
 
 from fastdpo import Execution, LMHead, linear_logprob
 from fastdpo.ops.library import INDEX_KINDS, PER_TOKEN
@@ -70,6 +72,14 @@ def test_opcheck_of_the_backward_op(kind: str, has_out: bool) -> None:
     torch.library.opcheck(torch.ops.fastdpo.linear_logprob_backward.default, args)
 
 
+@pytest.fixture
+def fresh_compile_cache() -> Iterator[None]:
+    """torch caches compiled graphs by the names of ops: it would go on with the strides of an older fake."""
+    with fresh_inductor_cache():
+        yield
+
+
+@pytest.mark.usefixtures("fresh_compile_cache")
 @pytest.mark.parametrize("mode", ["stash", "cache"])
 def test_compile_without_a_graph_break(mode: str) -> None:
     """Whole graph, shapes and numbers of labelled tokens that change, the same bits as eager."""

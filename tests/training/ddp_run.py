@@ -12,6 +12,7 @@ import transformers
 from packaging.version import Version
 from transformers import TrainerCallback
 
+from fastdpo.training import scoring
 from fastdpo.training.answers import AnswerDataset, Ragged
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.data import DataReport, PreferenceDataset
@@ -34,10 +35,10 @@ class KeepGradients(TrainerCallback):
             }
 
 
-def pairs(count: int, seed: int) -> PreferenceDataset:
-    """Random pairs of unlike length."""
+def pairs(count: int, seed: int, *, is_even: bool = False) -> PreferenceDataset:
+    """Random pairs of unlike length, or of one."""
     torch.manual_seed(seed)
-    sizes = torch.randint(1, 9, (count, 3))
+    sizes = torch.full((count, 3), 6) if is_even else torch.randint(1, 9, (count, 3))
     ends = sizes.flatten().cumsum(0).view(-1, 3)
     bounds = torch.column_stack([torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, 2]]), ends])
     tokens = torch.randint(3, 300, (int(ends[-1, 2]),), dtype=torch.int32)
@@ -156,14 +157,17 @@ def answers(kind: str, count: int, seed: int) -> AnswerDataset:
     )
 
 
-# Loss, data, how many micro-batches a rank's step is, further settings. AOT compares what is there at once.
+# Loss, data, how many micro-batches a rank's step is, further settings. AOT compares what is there at once;
+# two models rank pairs of unlike length alike, by length, and then a part is matched as the whole is.
 STATES: dict[str, tuple[str, str | None, int, dict[str, Any]]] = {
     "kto": ("kto", "unpaired", 2, {}),
     "bco": ("bco", "unpaired", 2, {}),
     "lists": ("sdpo", "listwise", 2, {}),
+    "tdpo": ("tdpo2", None, 2, {}),
     "beta": ("sigmoid", None, 2, {"dynamic_beta": {"rho": 0.3}}),
     "beta at once": ("sigmoid", None, 1, {"dynamic_beta": {"rho": 0.3}}),
-    "aot": ("aot", None, 1, {"gather_batch_losses": True}),
+    "aot": ("aot", "even", 1, {"gather_batch_losses": True}),
+    "aot unpaired": ("aot_unpaired", "even", 1, {"gather_batch_losses": True}),
 }
 
 
@@ -192,10 +196,11 @@ def run_state(folder: Path, name: str) -> None:
         disable_tqdm=True,
         **changes,
     )
-    data = [
-        _without_mismatched(answers(kind, *size), loss_type) if kind else pairs(*size)
-        for size in ((16, 0), (7, 1))
-    ]
+    data: list[Any]
+    if kind in (None, "even"):
+        data = [pairs(*size, is_even=kind == "even") for size in ((16, 0), (7, 1))]
+    else:
+        data = [_without_mismatched(answers(kind, *size), loss_type) for size in ((16, 0), (7, 1))]
     trainer = PreferenceTrainer(
         tiny_llama(1),
         args,
@@ -211,6 +216,43 @@ def run_state(folder: Path, name: str) -> None:
 def _without_mismatched(data: AnswerDataset, loss_type: str) -> AnswerDataset:
     data.has_mismatched = loss_type == "kto"
     return data
+
+
+def resume_scoring(folder: Path) -> None:
+    """A scoring that breaks off on both ranks, and another run that goes on with it; then the whole alone."""
+    score, left = scoring.batch_scores, 2
+    counts: list[int] = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        nonlocal left
+        if left == 0:
+            raise InterruptedError
+        left, counts[-1] = left - 1, counts[-1] + 1
+        return score(*args)
+
+    scoring.batch_scores = counted
+    data = pairs(24, 0)
+    for name, allowed in (("cache", 2), ("cache", 99), ("whole", 99)):
+        left = allowed
+        counts.append(0)
+        args = PreferenceConfig(
+            output_dir=str(folder / "unused"),
+            use_cpu=True,
+            ddp_backend="gloo",
+            reference="precomputed",
+            reference_cache_dir=str(folder / "scoring" / name),
+            per_device_eval_batch_size=4,
+            disable_tqdm=True,
+        )
+        trainer = PreferenceTrainer(tiny_llama(1), args)
+        try:
+            scored = trainer._precomputed.add_to(data)
+        except InterruptedError:
+            trainer.accelerator.wait_for_everyone()
+            continue
+        rank = trainer.accelerator.process_index
+        torch.save((scored.columns, list(counts)), folder / "scoring" / f"{name}{rank}.pt")
+    scoring.batch_scores = score
 
 
 class StopAfterSaving(TrainerCallback):
@@ -247,6 +289,7 @@ def interrupt_and_resume(folder: Path, prefix: str, **changes: Any) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(Path(sys.argv[1]), per_device=2, accumulate=2)
+    resume_scoring(Path(sys.argv[1]))
     for case in BUDGETS:
         run_budget(Path(sys.argv[1]), case)
     for case in STATES:

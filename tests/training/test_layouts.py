@@ -20,7 +20,7 @@ from fastdpo.training.reference import Reference
 from fastdpo.training.step import BatchCounts, pair_loss
 from fastdpo.training.trainer import PreferenceTrainer
 from tests.integrations.tiny import make_model
-from tests.training.conftest import make_rows, read_metrics, tiny_llama
+from tests.training.conftest import VOCABULARY, make_rows, read_metrics, tiny_llama
 from tests.training.layout_cases import PAIRS, ROW_CASES, Step, make_batch, make_pairs, run_step
 
 MakeArgs = Callable[..., PreferenceConfig]
@@ -186,13 +186,26 @@ def train(args: PreferenceConfig, tokenizer: Any, count: int = 24, **options: An
     return trainer
 
 
-def test_the_curve_of_fifty_steps_is_the_same(make_args: MakeArgs, tokenizer: Any, tmp_path: Any):
+@pytest.mark.parametrize(
+    "family",
+    ["llama", pytest.param("qwen2", marks=pytest.mark.slow), pytest.param("gemma2", marks=pytest.mark.slow)],
+)
+def test_the_curve_of_fifty_steps_is_the_same(
+    make_args: MakeArgs, tokenizer: Any, tmp_path: Any, family: str
+):
+    # A window that no sequence fits into: they have 9 to 20 tokens.
+    window = {"sliding_window": 6} if family == "gemma2" else {}
     curves = {}
     for layout in ("padded", "packed", "shared_prompt"):
         args = make_args(
             output_dir=str(tmp_path / layout), batch_layout=layout, max_steps=50, learning_rate=3e-3
         )
-        train(args, tokenizer)
+        model = tiny_llama()
+        if family != "llama":
+            model = make_model(family, vocab_size=VOCABULARY, max_position_embeddings=2048, **window)
+        trainer = PreferenceTrainer(model, args, train_dataset=make_rows(24), processing_class=tokenizer)
+        assert trainer.train_dataset.lengths.min() > window.get("sliding_window", 0)
+        trainer.train()
         curves[layout] = read_metrics(args.output_dir)
     assert curves["padded"][-1]["loss"] < 0.1  # it has learnt, so the curves had something to differ in
     for layout in LAYOUTS:

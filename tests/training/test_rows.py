@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdpo.training.data import read_rows
+from benchmarks.step_contenders import SIZES
+from benchmarks.step_data import make_data
+from fastdpo.training.collate import IGNORE_INDEX
+from fastdpo.training.data import PreferenceDataset, read_rows
 from fastdpo.training.row_plan import (
     ARRANGEMENTS,
     RowCosts,
@@ -22,6 +26,7 @@ from fastdpo.training.rows import PADDING, Unit, build_rows
 from fastdpo.training.setup import tokenized_pairs
 from tests.training.layout_cases import COSTS, PAIRS, make_batch, row_collator
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = RowCosts(call_tokens=5.0, pair_tokens=0.002, skips_masked=False)
 GPU = RowCosts(call_tokens=300.0, pair_tokens=0.0002, skips_masked=True)
 
@@ -177,26 +182,56 @@ def sizes(pair: Any) -> tuple[int, list[int]]:
     return len(pair["prompt_ids"]), [len(pair["chosen_ids"]), len(pair["rejected_ids"])]
 
 
-def test_tokens_of_the_backbone_on_real_pairs(preference_path: Any, tokenizer: Any, make_args: Any):
-    """8 pairs a batch over the shared file: what each layout makes the backbone compute, counted."""
-    source = read_rows(preference_path)
-    data = tokenized_pairs(source, tokenizer, make_args(max_length=0))
-    counted = dict.fromkeys(["padded", "packed", "shared_prompt"], 0)
-    for start in range(0, len(data), 8):
-        pairs = [data[i] for i in range(start, min(start + 8, len(data)))]
+def backbone_tokens(data: PreferenceDataset, pairs_per_batch: int) -> dict[str, int]:
+    """Positions that each layout makes the backbone compute, and labelled tokens, in the file's order."""
+    counted = dict.fromkeys(["padded", "packed", "shared_prompt", "labelled"], 0)
+    for start in range(0, len(data), pairs_per_batch):
+        pairs = [data[i] for i in range(start, min(start + pairs_per_batch, len(data)))]
         padded = make_batch("padded", pairs=pairs)
         counted["padded"] += padded["input_ids"].numel()
+        counted["labelled"] += int((padded["labels"] != IGNORE_INDEX).sum())
         for layout in ("packed", "shared_prompt"):
             counted[layout] += make_batch(layout, "one_row", pairs)["backbone_tokens"]
-    exact = {
-        "packed": int((data.bounds[:, 3] - 2 * data.bounds[:, 0] + data.bounds[:, 1]).sum()),
-        "shared_prompt": int((data.bounds[:, 3] - data.bounds[:, 0]).sum()),
-    }
-    assert {name: counted[name] for name in exact} == exact
-    print({name: round(value / len(data), 1) for name, value in counted.items()})
-    # Counted: 13856, 5963 and 4306 tokens a pair with this byte-level tokenizer, in the file's order.
-    assert counted["packed"] < 0.5 * counted["padded"]
-    assert counted["shared_prompt"] < 0.8 * counted["packed"]
+    start, prompt, _, end = data.bounds.unbind(1)
+    assert counted["shared_prompt"] == int((end - start).sum())
+    assert counted["packed"] == int((end - start + prompt - start).sum())
+    assert counted["labelled"] == int((end - prompt).sum())
+    return counted
+
+
+def test_tokens_of_the_backbone_on_real_pairs(preference_path: Any, tokenizer: Any, make_args: Any):
+    """README's numbers: batches of 8 pairs of the shared file, with these tests' byte-level tokenizer."""
+    data = tokenized_pairs(read_rows(preference_path), tokenizer, make_args(max_length=0))
+    counted = backbone_tokens(data, 8)
+    per_pair = [round(counted[layout] / len(data)) for layout in ("padded", "packed", "shared_prompt")]
+    assert (len(data), per_pair) == (240, [13855, 5963, 4306])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for said in (
+        "240 real pairs in batches of 8",
+        "13855 positions a pair padded",
+        "5963 packed and 4306 with",
+    ):
+        assert said in " ".join(readme.split()), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("max_length", "row"),
+    [
+        (1024, "| 1024 | 215 | 1819 | 28.1 % | 58.6 % | 43.3 % |"),
+        (2048, "| 2048 | 240 | 2522 | 24.0 % | 54.2 % | 39.1 % |"),
+    ],
+)
+def test_tokens_of_the_backbone_in_the_benchmark(preference_path: Any, max_length: int, row: str):
+    """The table of docs/training.md: batches of 4 pairs, with the tokenizer that `bench step` trains."""
+    data, _ = make_data(preference_path, SIZES["small-llama"].vocab, max_length)
+    counted = backbone_tokens(data, 4)
+    shares = [
+        f"{100 * counted[n] / counted['padded']:.1f} %" for n in ("labelled", "packed", "shared_prompt")
+    ]
+    cells = [str(max_length), str(len(data)), f"{counted['padded'] / len(data):.0f}", *shares]
+    assert f"| {' | '.join(cells)} |" == row
+    assert row in (ROOT / "docs" / "training.md").read_text(encoding="utf-8").splitlines()
 
 
 def test_costs_of_padding():

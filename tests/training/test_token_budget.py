@@ -203,3 +203,36 @@ def test_what_would_cut_up_a_batch_is_refused(make_args: MakeArgs, name: str):
         with pytest.raises(ValueError, match=f"accelerator_config.{name}: got True"):
             make_args(**changes, accelerator_config={name: True})
     assert make_args(accelerator_config={name: True}).batch_layout == "padded"
+
+
+def test_dropping_the_last_batch_is_refused(make_args: MakeArgs):
+    with pytest.raises(ValueError, match="dataloader_drop_last: got True with max_tokens_per_batch"):
+        make_args(max_tokens_per_batch=100, dataloader_drop_last=True)
+    assert make_args(dataloader_drop_last=True).dataloader_drop_last
+    with pytest.raises(ValueError, match="length_column_name: got 'tokens', wanted length"):
+        make_args(length_column_name="tokens", train_sampling_strategy="group_by_length")
+
+
+def test_the_loader_s_settings_are_honoured(make_args: MakeArgs):
+    data = pairs(12, 0)
+
+    def loader(**changes: Any) -> Any:
+        args = make_args(batch_layout="packed", max_tokens_per_batch=60, **changes)
+        return PreferenceTrainer(tiny_llama(), args, train_dataset=data).get_train_dataloader()
+
+    settings = {
+        "dataloader_num_workers": 1,
+        "dataloader_prefetch_factor": 3,
+        "dataloader_persistent_workers": True,
+        "dataloader_pin_memory": False,
+        "accelerator_config": {"even_batches": False},
+    }
+    plain, changed = loader(), loader(**settings)
+    assert (changed.num_workers, changed.prefetch_factor, changed.persistent_workers) == (1, 3, True)
+    assert [batch["rows"].tolist() for batch in changed] == [batch["rows"].tolist() for batch in plain]
+    orders = []
+    for strategy in STRATEGIES:
+        sampler = loader(train_sampling_strategy=strategy, data_seed=3).batch_sampler
+        assert (sampler.strategy, sampler.seed) == (strategy, 3)
+        orders.append(list(sampler))
+    assert orders[1][0] == sorted(orders[1][0]) and len({str(order) for order in orders}) == 3

@@ -1,0 +1,42 @@
+"""What the plan says of memory is what the op takes, at sizes of real heads, on meta tensors."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastdpo.schedule import MIB
+from tests.ops.meta_gpu import LiveBytes, make_call, meta_gpu, run_call
+
+__all__ = ["meta_gpu"]
+
+LLAMA = (16384, 4096, 128256)  # N, H, V
+# Vectors of N numbers, and what rounds sizes up.
+SMALL_BYTES = 4 * MIB
+
+
+@pytest.mark.usefixtures("meta_gpu")
+@pytest.mark.parametrize(
+    ("mode", "cache_mib", "pair_length", "gib"),
+    [
+        ("score", 1024, 512, 0.5),
+        ("stash", 1024, 512, 0.65),
+        # 4 groups, summed in bf16; no more with pairs of any other length.
+        ("pairs", 1024, 512, 2.4),
+        ("pairs", 1024, 700, 2.4),
+        # 6 groups: the sum is fp32, and D and logits are gone before it is cast. V x H in 4 and in 2
+        # bytes are 3 GiB.
+        ("pairs", 768, 512, 3.1),
+        ("pairs", 256, 1500, 3.8),  # all pairs recomputed
+        ("cache", 1024, 512, 4.1),
+        ("recompute", 1024, 512, 3.1),
+    ],
+)
+def test_peak_of_the_headline_size(mode: str, cache_mib: int, pair_length: int, gib: float) -> None:
+    needs = {"needs_hidden": mode != "score", "needs_weight": mode not in ("score", "stash")}
+    call = make_call(mode, *LLAMA, cache_mib=cache_mib, pair_length=pair_length, **needs)
+    with LiveBytes() as live:
+        result = run_call(call)
+    del result
+    assert live.peak <= call.plan.peak_bytes + SMALL_BYTES
+    assert live.peak >= 0.97 * call.plan.peak_bytes
+    assert live.peak <= gib * 1024 * MIB
