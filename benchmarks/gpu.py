@@ -94,7 +94,7 @@ def _run(part: int, words: list[str], args: argparse.Namespace, rest: list[str],
 def _wait(process: subprocess.Popen[bytes], until: float) -> int:
     """Its exit code; one that does not end by itself is asked to, then made to: measured cases are kept."""
     left = max(until - RESERVE / 4 - time.time(), 0.1)
-    for stop in (lambda: process.send_signal(signal.SIGINT), process.kill):
+    for last_word in (signal.SIGINT, signal.SIGKILL):
         ends = time.monotonic() + left
         while time.monotonic() < ends:
             try:
@@ -103,7 +103,7 @@ def _wait(process: subprocess.Popen[bytes], until: float) -> int:
                 continue
             except subprocess.TimeoutExpired:
                 break
-        stop()
+        process.send_signal(last_word)
         left = RESERVE / 8
     return process.wait()
 

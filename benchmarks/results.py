@@ -167,6 +167,8 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def _lacking(payload: dict[str, Any]) -> str | None:
     """What a payload of this schema does not have, in words."""
+    name: str
+    kind: type
     for name, kind in (("environment", dict), ("settings", dict), ("results", list)):
         if not isinstance(payload.get(name), kind):
             return f"{name}: got {type(payload.get(name)).__name__}, wanted {kind.__name__}"
