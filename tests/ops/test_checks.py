@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastdpo import Execution, LMHead, linear_logprob
+from fastdpo.ops import backends
 
 H, V = 8, 11
 HIDDEN = torch.randn(2, 5, H)
@@ -159,3 +160,16 @@ def test_good_labels_pass_the_check() -> None:
     labels = LABELS.clone()
     labels[0, 0] = -100
     assert torch.equal(call(labels=labels, check_labels=True).logps, call(labels=labels).logps)
+
+
+def test_a_machine_without_kernels_is_told_once(monkeypatch: pytest.MonkeyPatch, recwarn: Any) -> None:
+    monkeypatch.setattr(backends, "unavailable_reason", lambda name, *_: f"{name} was not built")
+    backends._warn_of_no_kernel.cache_clear()
+    cpu = torch.device("cpu")
+    assert backends.resolve_backend("auto", cpu, torch.float64) == "reference" and not recwarn.list
+    for _ in range(2):
+        assert backends.resolve_backend("auto", cpu) == "reference"
+    (warning,) = recwarn.list
+    assert "no kernel of fastdpo runs on cpu" in str(warning.message)
+    assert "cpu: cpu was not built" in str(warning.message)
+    backends._warn_of_no_kernel.cache_clear()
