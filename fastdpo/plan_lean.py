@@ -19,6 +19,17 @@ from fastdpo.schedule import CHUNK_ROWS_MULTIPLE, LEADING_DIM_MULTIPLE, MIB
 # fills a GPU, and every further slab reads and writes the sum of dhidden once more.
 WANTED_SLAB = 1024
 
+# Bytes of workspace for one logit of a slab: its own, and in plain torch half as much for temporaries.
+KERNEL_LOGIT_BYTES = 4
+TORCH_LOGIT_BYTES = 6
+
+
+def logit_bytes(is_store_free: bool, operand_bytes: int) -> int:
+    """``logit_bytes`` of `lean_blocks`: with kernels whose forward pass stores no logits, or without."""
+    if is_store_free:
+        return KERNEL_LOGIT_BYTES
+    return 2 * TORCH_LOGIT_BYTES if operand_bytes == 8 else TORCH_LOGIT_BYTES
+
 
 @dataclass(frozen=True)
 class LeanPlan:

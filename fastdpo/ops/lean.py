@@ -25,6 +25,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastdpo import plan_lean
 from fastdpo.kernels import slab as torch_slab
 from fastdpo.kernels.contract import RowOutputs
 from fastdpo.kernels.matmul import LOW_PRECISION, add_bias_grad
@@ -35,16 +36,10 @@ from fastdpo.ops.gradients import TokenGrads, add_rows_in_order
 from fastdpo.ops.head_call import HeadCall, TopkOutputs, empty_outputs, empty_topk
 from fastdpo.schedule import MIB
 
-# Bytes of workspace for one logit of a slab: its own, and in plain torch half as much for temporaries.
-KERNEL_LOGIT_BYTES = 4
-TORCH_LOGIT_BYTES = 6
-
 
 def logit_bytes(backend: str, compute_dtype: torch.dtype) -> int:
     """``logit_bytes`` of `fastdpo.plan_lean.lean_blocks` for a resolved backend."""
-    if compute_dtype == torch.float64:
-        return 2 * TORCH_LOGIT_BYTES
-    return KERNEL_LOGIT_BYTES if _is_store_free(backend, compute_dtype) else TORCH_LOGIT_BYTES
+    return plan_lean.logit_bytes(_is_store_free(backend, compute_dtype), compute_dtype.itemsize)
 
 
 def _is_store_free(backend: str, compute_dtype: torch.dtype) -> bool:

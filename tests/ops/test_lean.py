@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo import Execution, linear_logprob
-from fastdpo.ops.lean import TORCH_LOGIT_BYTES
 from fastdpo.plan import resolve_mode
 from fastdpo.plan_lean import (
+    TORCH_LOGIT_BYTES,
     lean_blocks,
     make_lean_plan,
 )
