@@ -2,7 +2,8 @@
 
 Where both have the floor, what is compared is the ratio to it, in which the clock of the day cancels. The
 noise of a change is the root of the squares of its medians' noises (`harness.summarise`), at least
-``MIN_NOISE``: what no run of its own shows, another allocation, another placement.
+``MIN_NOISE``: what no run of its own shows, another allocation, another placement. All is shown; fastdpo
+alone decides: a peer that became slower, or is no longer installed, is no regression of ours.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.method import WHOLE, is_ours
 from benchmarks.results import SAME
 
 MIN_NOISE = 0.02
 FLOORS = ("gemm", "copy")
-NOT_ALIKE = tuple(name for name in SAME if name in ("device", "threads", "cuda"))
+NOT_ALIKE = tuple(name for name in SAME if name in ("device", "cpu", "driver", "threads", "cuda"))
+LEFT_OUT = "left out"  # how a reason begins where nobody asked for a contender
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All changes; what only one of the two has; what stopped working; and why they are not of one kind."""
+    """All changes; what stopped working; what of ours no longer runs; what else the new one does not have;
+    and why the two are not of one kind."""
 
     changes: list[Change]
-    broken: list[str]
+    broken: list[tuple[str, str]]  # contender, what is said of it
+    vanished: list[str]
     missing: list[str]
     circumstances: list[str]
 
@@ -54,31 +59,39 @@ def compare_results(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
         ValueError: they have no timed case in common.
     """
     changes: list[Change] = []
-    broken: list[str] = []
+    broken: list[tuple[str, str]] = []
+    vanished: list[str] = []
     missing: list[str] = []
     fresh = {result["key"]: result for result in new["results"]}
     for before in old["results"]:
         after = fresh.get(before["key"])
-        timed = [name for name, cell in before["contenders"].items() if "median_ms" in cell]
-        if after is None or "skipped" in after:
+        timed = [
+            name for name, cell in before["contenders"].items() if "median_ms" in cell and name not in FLOORS
+        ]
+        if after is None:  # nobody asked for it
             missing += [before["key"]] if timed else []
             continue
         for name in timed:
-            if name in FLOORS:
-                continue
+            what = f"{before['key']}: {name}"
             if name in after["failed"]:
-                broken.append(f"{before['key']}: {name} failed: {after['failed'][name]}")
-            elif "median_ms" not in after["contenders"].get(name, {}):
-                missing.append(f"{before['key']}: {name}")
-            else:
+                broken.append((name, f"{what} failed: {after['failed'][name]}"))
+            elif "median_ms" in after["contenders"].get(name, {}):
                 changes.append(_change(before, after, name))
-    if not changes and not broken:
+            else:
+                reason = after.get("skipped") or after["not_run"].get(name, "it is not among the contenders")
+                is_gone = is_ours(name) and not reason.startswith(LEFT_OUT)
+                (vanished if is_gone else missing).append(f"{what}: {reason}")
+        for name in (name for name in after["failed"] if name == WHOLE):
+            broken.append((name, f"{before['key']}: {after['failed'][name]}"))
+    if not changes and not broken and not vanished:
         raise ValueError(f"compare: {old.get('file')} and {new.get('file')} have no timed case in common")
     circumstances = [
         f"{name}: {old['environment'].get(name)} and {new['environment'].get(name)}"
         for name in NOT_ALIKE if old["environment"].get(name) != new["environment"].get(name)
+        # A file of before these were kept says nothing of them.
+        and (name not in ("cpu", "driver") or old["environment"].get(name) is not None)
     ]  # fmt: skip
-    return Comparison(changes, broken, missing, circumstances)
+    return Comparison(changes, broken, vanished, missing, circumstances)
 
 
 def _change(before: dict[str, Any], after: dict[str, Any], name: str) -> Change:
@@ -98,17 +111,28 @@ def _change(before: dict[str, Any], after: dict[str, Any], name: str) -> Change:
 
 
 def report(compared: Comparison) -> int:
-    """Print it, the worst change first; 1 where something is slower than the noise explains, or broke."""
+    """Print it, the worst change first; 1 where one of ours is slower than the noise explains, broke, or is
+    gone. On unlike machines only what broke counts."""
     for line in compared.circumstances:
         print(f"not alike, so no regression is told from it: {line}")
     for change in sorted(compared.changes, key=lambda change: -change.ratio):
-        verdict = "SLOWER" if change.is_regression else "faster" if change.is_improvement else "same"
+        slow = "SLOWER" if is_ours(change.name) else "slower"
+        verdict = slow if change.is_regression else "faster" if change.is_improvement else "same"
         what = "x of the old ratio to the floor" if change.per_floor else "x of the old time"
         print(f"{verdict:<7} {change.ratio:6.3f} +-{change.noise:.3f} {what}  {change.key}: {change.name}")
-    for line in compared.broken:
-        print(f"BROKEN  {line}")
+    for name, line in compared.broken:
+        print(f"{'BROKEN' if _decides(name) else 'broken':<7} {line}")
+    for line in compared.vanished:
+        print(f"GONE    {line}")
     for line in compared.missing:
         print(f"not in the new file: {line}")
-    slower = sum(change.is_regression for change in compared.changes)
-    print(f"{len(compared.changes)} compared, {slower} slower beyond noise, {len(compared.broken)} broken")
-    return int((slower > 0 and not compared.circumstances) or bool(compared.broken))
+    slower = sum(change.is_regression and is_ours(change.name) for change in compared.changes)
+    broken = sum(_decides(name) for name, _ in compared.broken)
+    gone = len(compared.vanished)
+    of_ours = f"{slower} slower beyond noise, {broken} broken, {gone} gone"
+    print(f"{len(compared.changes)} compared; of ours {of_ours}")
+    return int(bool(slower or gone) and not compared.circumstances or broken > 0)
+
+
+def _decides(name: str) -> bool:
+    return is_ours(name) or name == WHOLE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import math
 import os
 import platform
@@ -41,6 +42,34 @@ class Contender:
     prepare: Callable[[], object] | None = None
 
 
+class DeviceLost(RuntimeError):
+    """A CUDA error that stays: every later call of this process fails too, and only a new one helps."""
+
+    def __init__(self, contender: str, reason: str) -> None:
+        super().__init__(f"{contender}: {reason}")
+        self.contender, self.reason = contender, reason
+
+
+def why(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def recover(device: torch.device, contender: str, reason: str) -> None:
+    """Give back what a contender that raised had held; outside its ``except``, whose traceback holds it.
+
+    Raises:
+        DeviceLost: the device answers no more.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        except Exception as error:
+            raise DeviceLost(contender, reason) from error
+
+
 def _command(*words: str) -> str | None:
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT, timeout=30)
@@ -58,23 +87,42 @@ def package_version(package: str) -> str | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions that a number depends on."""
+    """The machine and the versions that a number depends on; what cannot be found out is None.
+
+    ``commit`` is git's; where there is no git, that of the environment variable ``FASTDPO_COMMIT``.
+    ``changes`` is "" for a clean tree, else a hash of ``git diff HEAD``.
+    """
+    in_git = (ROOT / ".git").exists()  # not a checkout that this one happens to lie in
+    # Results of an earlier run lie about untracked and change no number.
+    diff = _command("git", "diff", "HEAD", "--binary") if in_git else None
     info: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
-        "commit": _command("git", "rev-parse", "HEAD"),
-        # Results of an earlier run lie about untracked and change no number.
-        "has_uncommitted_changes": bool(_command("git", "status", "--porcelain", "--untracked-files=no")),
+        "commit": (in_git and _command("git", "rev-parse", "HEAD"))
+        or os.environ.get("FASTDPO_COMMIT")
+        or None,
+        "has_uncommitted_changes": None if diff is None else bool(diff),
+        "changes": diff and hashlib.sha256(diff.encode()).hexdigest()[:16],
+        "cpu": _cpu_model(),
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
         info["device"] = torch.cuda.get_device_name(device)
         info["nvidia_smi"] = {"query": SMI_QUERY, "value": smi()}
+        info["driver"] = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     else:
         info["device"] = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     return info
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def smi() -> str | None:
@@ -89,6 +137,7 @@ def time_interleaved(
     repeats: int = 20,
     warmup: int = 3,
     seconds: float | None = None,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of every run of every contender; they take turns, so that drift hits all alike.
 
@@ -96,15 +145,33 @@ def time_interleaved(
         repeats: runs of each contender.
         warmup: runs before, which do not count.
         seconds: about how long all of it may take; then fewer repeats, but ``MIN_REPEATS`` at least.
+        failed: where the reason of a contender that raises, or runs out of memory, is put; it alone is out
+            of the turns then. None: it raises.
+
+    Returns:
+        Samples by name, of those that ran to the end.
+
+    Raises:
+        DeviceLost: after an error the device answers no more.
     """
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     start, round_ = time.perf_counter(), 0
-    while round_ < warmup + repeats:
-        for contender in contenders:
-            if contender.prepare is not None:
-                contender.prepare()
-            elapsed = _time_once(contender.run, device)
-            if round_ >= warmup:
+    while round_ < warmup + repeats and samples:
+        for contender in [contender for contender in contenders if contender.name in samples]:
+            reason = None
+            try:
+                if contender.prepare is not None:
+                    contender.prepare()
+                elapsed = _time_once(contender.run, device)
+            except Exception as error:
+                if failed is None:
+                    raise
+                reason = f"raised while it was timed: {why(error)}"
+            if reason is not None and failed is not None:
+                failed[contender.name] = reason
+                del samples[contender.name]
+                recover(device, contender.name, reason)
+            elif round_ >= warmup:
                 samples[contender.name].append(elapsed)
         round_ += 1
         if seconds is not None and time.perf_counter() - start > seconds:

@@ -1,8 +1,9 @@
 """Suite ``memory``: peak memory of a DPO loss with its gradients, against N, V and T.
 
 On a CPU every method is measured in a process of its own, by the ``VmHWM`` of that process, which earlier
-work cannot have raised; on a GPU by what torch allocated, above inputs. Gradients that are returned count.
-What is measured is checked against fp64 as well, after it.
+work cannot have raised and which imports no other peer; on a GPU in this process, by what torch allocated
+above inputs. Gradients that are returned count. What is measured is checked against fp64 as well, after it.
+A point that lies on several curves is measured once, and named after the first.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from benchmarks.harness import package_version, peak_mib
+from benchmarks.harness import package_version, peak_mib, recover
 from benchmarks.method import Method
-from benchmarks.op import METHODS, reason_not_to_run
-from benchmarks.problem import HeadProblem, Size, Wrong
+from benchmarks.op import METHODS, checked, reason_not_to_run
+from benchmarks.problem import HeadProblem, Outcome, Size, problem_of
 from benchmarks.results import ROOT
 
 CHILD_SECONDS = 900
@@ -31,47 +32,64 @@ def memory_key(axis: str, size: Size, task: str) -> str:
 
 
 def bench_memory(
-    axis: str, size: Size, task: str, device: torch.device, left_out: Mapping[str, str] | None = None
+    axes: Sequence[str],
+    size: Size,
+    task: str,
+    device: torch.device,
+    left_out: Mapping[str, str] | None = None,
+    lost_to: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """One point of a curve over ``axis`` (``N``, ``V`` or ``T``) for every method."""
-    left_out = left_out or {}
-    wanted = [m for m in METHODS if task in m.tasks]
-    reasons = {m.name: left_out.get(m.name) or m.unavailable(device, size.dtype) for m in wanted}
-    not_run = {name: reason for name, reason in reasons.items() if reason is not None}
-    names = [name for name in reasons if name not in not_run]
-    # On a GPU torch's own counters are per run, and a process a method would mostly start CUDA.
-    batches = [names] if device.type == "cuda" else [[name] for name in names]
+    """One point of the curves over ``axes`` (of ``N``, ``V`` and ``T``) for every method.
+
+    Args:
+        left_out: reasons for methods that are not to run, by name.
+        lost_to: reasons for methods that took the device with them in an earlier process: they failed.
+
+    Raises:
+        DeviceLost: after an error of a method the device answers no more.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for batch in batches:
-        found |= _in_a_process(size, task, device, batch)
+    for method in METHODS:
+        if task not in method.tasks:
+            continue
+        reason = (left_out or {}).get(method.name) or method.unavailable(device, size.dtype)
+        if reason is not None:
+            found[method.name] = {"not_run": reason}
+        elif method.name in (lost_to or {}):
+            found[method.name] = {"failed": (lost_to or {})[method.name]}
+        elif device.type == "cuda":  # torch's own counters are per run: a process would mostly start CUDA
+            found[method.name] = measure(method, size, task, device)
+            recover(device, method.name, found[method.name].get("failed", "the device was lost after it"))
+        else:
+            found[method.name] = _in_a_process(size, task, device, method.name)
+    not_run = {name: cell["not_run"] for name, cell in found.items() if "not_run" in cell}
     return {
-        "suite": "memory", "key": memory_key(axis, size, task), "axis": axis, "model": size.model,
+        "suite": "memory", "key": memory_key(axes[0], size, task), "axes": list(axes), "model": size.model,
         "task": task, "dtype": size.dtype_name, "num_tokens": size.num_tokens, "vocab_size": size.vocab_size,
         "hidden_size": size.hidden_size, "length": size.length, "num_labelled": size.num_labelled,
         "failed": {name: cell["failed"] for name, cell in found.items() if "failed" in cell},
-        "not_run": not_run | {name: cell["not_run"] for name, cell in found.items() if "not_run" in cell},
+        "not_run": not_run,
         "contenders": {name: cell for name, cell in found.items() if "peak_mib" in cell},
     }  # fmt: skip
 
 
-def _in_a_process(size: Size, task: str, device: torch.device, names: list[str]) -> dict[str, dict[str, Any]]:
+def _in_a_process(size: Size, task: str, device: torch.device, name: str) -> dict[str, Any]:
     job = {
         "size": {**asdict(size), "dtype": size.dtype_name},
         "task": task,
         "device": device.type,
-        "names": names,
+        "name": name,
     }
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(job)]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=CHILD_SECONDS)
     except subprocess.TimeoutExpired:
-        return {name: {"failed": f"took longer than {CHILD_SECONDS} s"} for name in names}
+        return {"failed": f"took longer than {CHILD_SECONDS} s"}
     lines = done.stdout.splitlines()
     if done.returncode != 0 or not lines:
         why = (done.stderr.strip().splitlines() or [""])[-1][:200]
-        reason = f"its process ended with {done.returncode}: {why}"
-        return {name: {"failed": reason} for name in names}
-    found: dict[str, dict[str, Any]] = json.loads(lines[-1])
+        return {"failed": f"its process ended with {done.returncode}: {why}"}
+    found: dict[str, Any] = json.loads(lines[-1])
     return found
 
 
@@ -79,36 +97,35 @@ def measure(method: Method, size: Size, task: str, device: torch.device) -> dict
     """One method at one size, in this process."""
     # Libraries, thread pools and handles come with the first call, of whatever size.
     small = replace(size, model="tiny", num_tokens=64, vocab=None, sequence_length=None)
-    problem = HeadProblem(size, device)
+    problem = problem_of(size, device)
     reason = reason_not_to_run(method, problem)
     if reason is not None:
         return {"not_run": reason}
-    try:
-        method.run(HeadProblem(small, device), task)
-        peak = peak_mib(lambda: method.run(problem, task), device)
-        errors = problem.check(task, method.run(problem, task), is_exact=method.is_exact)
-    except Wrong as wrong:
-        return {"failed": str(wrong)}
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+    peak: float | None = None
+
+    def run(of: HeadProblem, its_task: str) -> Outcome:
+        # Before the check, whose fp64 is more than any method's.
+        nonlocal peak
+        method.run(HeadProblem(small, device), its_task)
+        peak = peak_mib(lambda: method.run(of, its_task), device)
+        return method.run(of, its_task)
+
+    found = checked(replace(method, run=run), problem, task, with_peak=False)
+    if "failed" in found or "not_run" in found:
+        return found
     if peak is None:
         return {"not_run": "this system does not let a process reset its peak (/proc/self/clear_refs)"}
     version = package_version(method.package)
-    return {"peak_mib": peak, "package": method.package, "version": version, "rows": method.rows, **errors}
+    return {"peak_mib": peak, "package": method.package, "version": version, "rows": method.rows, **found}
 
 
 def main(argv: list[str]) -> int:
-    """The child: a job as JSON, the results as the last line of what it prints."""
+    """The child: a job as JSON, the result as the last line of what it prints."""
     job = json.loads(argv[0])
     size = Size(**{**job["size"], "dtype": getattr(torch, job["size"]["dtype"])})
     device = torch.device(job["device"])
-    methods = {method.name: method for method in METHODS}
-    found = {}
-    for name in job["names"]:
-        found[name] = measure(methods[name], size, job["task"], device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    print(json.dumps(found))
+    (method,) = (method for method in METHODS if method.name == job["name"])
+    print(json.dumps(measure(method, size, job["task"], device)))
     return 0
 
 

@@ -36,3 +36,12 @@ class Method:
     bytes_needed: Callable[[Size], int] = lambda size: 0
     is_compiled: bool = False
     is_exact: bool = False
+
+
+WHOLE = "the whole case"  # what failed where no contender did
+OUR_LAYOUTS = ("padded", "packed", "shared_prompt", "auto")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contender is fastdpo: a peer that fails is a result, ours is a mistake to mend."""
+    return name.startswith("fastdpo") or name in ("triton", "cuda", "cpu", "reference") or name in OUR_LAYOUTS

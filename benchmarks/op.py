@@ -19,9 +19,11 @@ from benchmarks.harness import (
     free_bytes,
     package_version,
     peak_mib,
+    recover,
     smi,
     summarise,
     time_interleaved,
+    why,
 )
 from benchmarks.method import Method
 from benchmarks.ours import OURS
@@ -46,6 +48,7 @@ def bench_task(
     seconds: float | None = None,
     is_timed: bool = True,
     left_out: Mapping[str, str] | None = None,
+    lost_to: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """One task by every method that computes it: errors, milliseconds, peak memory.
 
@@ -53,39 +56,42 @@ def bench_task(
         repeats, seconds: as in ``time_interleaved``.
         is_timed: False for errors alone.
         left_out: reasons for methods that are not to run, by name.
+        lost_to: reasons for methods that took the device with them in an earlier process: they failed.
 
     Returns:
         ``contenders``, and with a reason each ``failed`` (raised, or is wrong) and ``not_run`` (cannot run
         here, does not fit, or was left out).
+
+    Raises:
+        DeviceLost: after an error of a contender the device answers no more.
     """
     cells: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     not_run: dict[str, str] = {}
     turns: list[Contender] = []
+    floor_bytes = problem.size.floor_bytes(task) if is_timed else 0
     for method in methods:
         if task not in method.tasks:
             continue
-        reason = (left_out or {}).get(method.name) or reason_not_to_run(method, problem)
+        if method.name in (lost_to or {}):
+            failed[method.name] = (lost_to or {})[method.name]
+            continue
+        reason = (left_out or {}).get(method.name) or reason_not_to_run(method, problem, floor_bytes)
         if reason is not None:
             not_run[method.name] = reason
             continue
-        try:
-            errors = problem.check(task, method.run(problem, task), is_exact=method.is_exact)
-        except Wrong as wrong:
-            failed[method.name] = str(wrong)
+        found = checked(method, problem, task, with_peak=is_timed and problem.device.type == "cuda")
+        recover(problem.device, method.name, found.get("failed", "the device was lost after its check"))
+        if "failed" in found:
+            failed[method.name] = found["failed"]
             continue
-        except Exception as error:  # whatever a peer raises is its result, and no reason to lose the others'
-            failed[method.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        if "not_run" in found:
+            not_run[method.name] = found["not_run"]
             continue
-        finally:
-            if problem.device.type == "cuda":
-                torch.cuda.empty_cache()
         cells[method.name] = {
             "rows": method.rows, "what": method.what, "package": method.package,
-            "version": package_version(method.package), **errors,
+            "version": package_version(method.package), **found,
         }  # fmt: skip
-        if is_timed and problem.device.type == "cuda":  # a CPU's needs a process of its own: suite `memory`
-            cells[method.name]["peak_mib"] = peak_mib(lambda m=method: m.run(problem, task), problem.device)  # type: ignore[misc]
         turns.append(Contender(method.name, lambda m=method: m.run(problem, task)))  # type: ignore[misc]
     size, suite = problem.size, "op" if is_timed else "accuracy"
     result = {
@@ -99,26 +105,53 @@ def bench_task(
     if not is_timed or not cells:
         return result
     before = smi() if problem.device.type == "cuda" else None
+    reason = None
+    try:
+        turns.insert(0, problem.floor(task))
+    except torch.OutOfMemoryError as error:  # without its floor a time is still a time
+        reason = failed["gemm"] = why(error)
+    if reason is not None:
+        recover(problem.device, "gemm", reason)
     samples = time_interleaved(
-        [problem.floor(task), *turns],
-        problem.device,
-        repeats=repeats,
-        warmup=min(3, repeats),
-        seconds=seconds,
+        turns, problem.device, repeats=repeats, warmup=min(3, repeats), seconds=seconds, failed=failed
     )
     after = smi() if problem.device.type == "cuda" else None
-    floor = summarise(samples["gemm"])["median_ms"]
-    cells["gemm"] = {"rows": "labelled", "what": "the products alone"}
+    for name in failed:
+        cells.pop(name, None)
+    if "gemm" in samples:
+        cells["gemm"] = {"rows": "labelled", "what": "the products alone"}
     for name, values in samples.items():
-        summary = summarise(values)
-        cells[name] |= {**summary, "ratio_to_gemm": summary["median_ms"] / floor, "samples_ms": values}
+        cells[name] |= {**summarise(values), "samples_ms": values}
+        if "gemm" in samples:
+            cells[name]["ratio_to_gemm"] = cells[name]["median_ms"] / summarise(samples["gemm"])["median_ms"]
     return {**result, "smi": [before, after]}
 
 
-def reason_not_to_run(method: Method, problem: HeadProblem) -> str | None:
-    """Why a method cannot run this problem here, with the bytes it would need; None if it can."""
+def checked(method: Method, problem: HeadProblem, task: str, *, with_peak: bool) -> dict[str, Any]:
+    """A method's errors against fp64, and its peak memory on a GPU; or ``failed`` or ``not_run`` with why."""
+    try:
+        errors: dict[str, Any] = problem.check(task, method.run(problem, task), is_exact=method.is_exact)
+        if with_peak:  # a CPU's needs a process of its own: suite `memory`
+            errors["peak_mib"] = peak_mib(lambda: method.run(problem, task), problem.device)
+        return errors
+    except Wrong as wrong:
+        return {"failed": str(wrong)}
+    except Exception as error:  # whatever a peer raises is its result, and no reason to lose the others'
+        if isinstance(error, ModuleNotFoundError) and method.package != "fastdpo":
+            return {"not_run": f"not installed: no module {error.name}"}  # imported only when it is called
+        return {"failed": why(error)}
+
+
+def reason_not_to_run(method: Method, problem: HeadProblem, beside: int = 0) -> str | None:
+    """Why a method cannot run this problem here, with the bytes it would need; None if it can.
+
+    Args:
+        beside: bytes that will be held while it runs, for what it takes turns with.
+    """
     reason = method.unavailable(problem.device, problem.size.dtype)
     needed = method.bytes_needed(problem.size)
+    needed += beside if needed else 0
     if reason is None and needed > (free := free_bytes(problem.device)):
-        return f"does not fit: needs about {needed} bytes ({needed / 2**30:.1f} GiB), {free} are free"
+        of = f", {beside} of them for the floor" if beside else ""
+        return f"does not fit: needs about {needed} bytes ({needed / 2**30:.1f} GiB){of}, {free} are free"
     return reason

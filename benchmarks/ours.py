@@ -83,7 +83,8 @@ def _in_mode(name: str, what: str, tasks: tuple[str, ...], execution: Execution)
 OURS: tuple[Method, ...] = (
     *(_on(backend) for backend in (*DEVICE_TYPE, "reference")),
     _on("auto", logits_dtype="bf16"),
-    _in_mode("fastdpo-default", "Execution(): D kept up to 1 GiB", ("cache", "ce"), Execution()),
+    # What a user gets who sets nothing: mode and backend auto, D kept up to 1 GiB.
+    _in_mode("fastdpo-default", "Execution(), nothing set", tuple(MODE), Execution()),
     _in_mode("fastdpo-recompute", "mode recompute", OF_TOKENS[1:], Execution(mode="recompute", cache_mib=0)),
     _in_mode("fastdpo-lean", "mode lean", OF_TOKENS, Execution(mode="lean")),
 )

@@ -207,7 +207,8 @@ PEERS: tuple[Method, ...] = (
     ),
     Method(
         "trl", "trl", "ChunkedLogProbFunction, as TRL's trainers call it on a GPU", "labelled", _trl,
-        _needs("trl.kernels", package="trl==1.16.0"),
+        # The second wants `datasets`, which the first does without.
+        _needs("trl.kernels", "trl.trainer.utils", package="trl==1.16.0"),
     ),
     Method(
         "liger-dpo", "liger-kernel", "LigerFusedLinearDPOLoss", "all", _liger_dpo,

@@ -1,7 +1,9 @@
 """Result files: written case by case, never overwritten, taken up again where a run stopped.
 
-``{"schema": 2, "environment": ..., "settings": ..., "results": [...]}``; every result carries the ``key``
-of its case, and every raw sample. A run that stops, for whatever reason, leaves the cases it measured.
+``{"schema": 2, "environment": ..., "settings": ..., "runs": [...], "results": [...]}``; every result carries
+the ``key`` of its case, the ``settings`` it was measured with, and every raw sample. ``settings`` is what the
+file was begun with, ``runs`` that and what it was gone on with. A run that stops, for whatever reason, leaves
+the cases it measured.
 """
 
 from __future__ import annotations
@@ -16,41 +18,47 @@ SCHEMA = 2
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # What two parts of one result file must have in common: numbers made otherwise are of another run.
-SAME = ("device", "commit", "has_uncommitted_changes", "packages", "cuda", "threads")
+SAME = ("device", "driver", "cpu", "commit", "changes", "packages", "cuda", "threads")
 
 
 class ResultFile:
     """One run's results; made with the first one."""
 
-    def __init__(self, folder: Path, environment: dict[str, Any], settings: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, environment: dict[str, Any], settings: dict[str, Any], *, part: int | None = None
+    ) -> None:
         """
+        Args:
+            part: of ``benchmarks.gpu``; its number and the time of day are in the file's name, so that parts
+                made in folders of their own can lie together.
+
         Raises:
             ValueError: the folder cannot be written to. Better before the first measurement than after it.
         """
         self.folder = Path(folder)
         self.path: Path | None = None
+        self.part = part
         self.payload: dict[str, Any] = {
-            "schema": SCHEMA, "environment": environment, "settings": settings, "results": []
+            "schema": SCHEMA, "environment": environment, "settings": settings, "runs": [settings],
+            **({} if part is None else {"part": part}), "results": [],
         }  # fmt: skip
         check_writable(self.folder)
 
     @classmethod
     def resume(cls, path: Path, environment: dict[str, Any], settings: dict[str, Any]) -> ResultFile:
-        """Go on in a file of the same machine, commit and packages.
+        """Go on in a file of the same machine, commit, changes and packages.
 
         Raises:
             ValueError: no such file, another schema, or other circumstances; with what differs.
         """
         payload = read_result(path)
-        old = payload["environment"]
-        differing = [name for name in SAME if old.get(name) != environment.get(name)]
-        if differing:
-            said = "; ".join(f"{name} was {old.get(name)}, is {environment.get(name)}" for name in differing)
+        if said := differing(payload["environment"], environment):
             raise ValueError(f"resume: {path} is of another run, begin a new file: {said}")
         file = cls(Path(path).parent, environment, settings)
         file.path = Path(path)
-        suites = {*payload["settings"].get("suites", ()), *settings.get("suites", ())}
-        file.payload = {**payload, "settings": {**settings, "suites": sorted(suites)}}
+        runs = runs_of(payload)
+        file.payload = {**payload, "runs": runs if settings in runs else [*runs, settings]}
+        file.payload.pop("file")
         return file
 
     @property
@@ -65,14 +73,32 @@ class ResultFile:
     def add(self, result: dict[str, Any]) -> Path:
         """Keep a result on disk, in one step: a reader never sees half a file."""
         self.payload["results"] = [r for r in self.results if r["key"] != result["key"]] + [result]
-        if self.path is None:
-            self.path = _new_path(self.folder, self.payload["environment"])
         text = json.dumps(self.payload, indent=1) + "\n"
-        with tempfile.NamedTemporaryFile("w", dir=self.folder, suffix=".part", delete=False) as part:
-            part.write(text)
-        os.replace(part.name, self.path)
-        self.path.chmod(0o644)  # a temporary file is its owner's alone
+        with tempfile.NamedTemporaryFile("w", dir=self.folder, suffix=".part", delete=False) as written:
+            written.write(text)
+        os.chmod(written.name, 0o644)  # a temporary file is its owner's alone
+        if self.path is None:
+            self.path = _put(Path(written.name), self.folder, self.payload["environment"], self.part)
+        else:
+            os.replace(written.name, self.path)
         return self.path
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Why two environments are not of one run: what differs, or a commit that nobody knows; else ""."""
+    names = [name for name in SAME if old.get(name) != new.get(name)]
+    said = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in names]
+    if new.get("commit") is None:
+        said.append(
+            "the commit is not known: there is no git here; FASTDPO_COMMIT in the environment names it"
+        )
+    return "; ".join(said)
+
+
+def runs_of(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a file was asked for, one after the other."""
+    runs: list[dict[str, Any]] = payload.get("runs", [payload["settings"]])
+    return runs
 
 
 def check_writable(folder: Path) -> None:
@@ -88,37 +114,72 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"results: cannot write to {folder}: {error.strerror or error}") from error
 
 
-def _new_path(folder: Path, environment: dict[str, Any]) -> Path:
-    device = environment["device"].replace("NVIDIA", "").strip().lower()
-    slug = "-".join("".join(c if c.isalnum() else " " for c in device).split())
-    day = environment["date"][:10]
+def slug(device: str) -> str:
+    """A device's name as part of a file's."""
+    words = device.replace("NVIDIA", "").lower()
+    return "-".join("".join(c if c.isalnum() else " " for c in words).split())
+
+
+def _put(written: Path, folder: Path, environment: dict[str, Any], part: int | None) -> Path:
+    """Give a written file a name that is free: it is there whole or not at all."""
+    date = environment["date"]
+    stem = f"{slug(environment['device'])}-{date[:10]}"
+    if part is not None:
+        stem += f"-{date[11:19].replace(':', '')}-part{part}"
     number = 1
     while True:
-        path = folder / (f"{slug}-{day}.json" if number == 1 else f"{slug}-{day}-{number}.json")
+        path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
         try:
-            path.open("x").close()  # ours from now on, also where two runs start at once
-            return path
+            os.link(written, path)  # refuses a name that is taken, also where two runs start at once
         except FileExistsError:
             number += 1
+            continue
+        except OSError:  # a file system without hard links
+            if path.exists():
+                number += 1
+                continue
+            os.replace(written, path)
+            return path
+        written.unlink()
+        return path
 
 
 def read_result(path: Path) -> dict[str, Any]:
     """One result file, with its name as ``file``.
 
     Raises:
-        ValueError: there is none, it is no JSON, or it is of another schema; by name.
+        ValueError: there is none, it is no JSON, of another schema, or lacks what a file has; by name.
     """
     path = Path(path)
     try:
         payload = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path.name}: is no result file: {error}") from error
     schema = payload.get("schema") if isinstance(payload, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path.name}: schema {schema!r}, this version reads {SCHEMA}")
-    return {"file": path.name, **payload}
+    if lacking := _lacking(payload):
+        raise ValueError(f"{path.name}: is no result file: {lacking}")
+    return {**payload, "file": path.name}
+
+
+def _lacking(payload: dict[str, Any]) -> str | None:
+    """What a payload of this schema does not have, in words."""
+    for name, kind in (("environment", dict), ("settings", dict), ("results", list)):
+        if not isinstance(payload.get(name), kind):
+            return f"{name}: got {type(payload.get(name)).__name__}, wanted {kind.__name__}"
+    for name, kind in (("date", str), ("device", str), ("packages", dict)):
+        if not isinstance(payload["environment"].get(name), kind):
+            return f"environment: got no {name}"
+    for number, result in enumerate(payload["results"]):
+        for name, kind in (
+            ("suite", str), ("key", str), ("contenders", dict), ("failed", dict), ("not_run", dict)
+        ):  # fmt: skip
+            if not isinstance(result, dict) or not isinstance(result.get(name), kind):
+                return f"result {number}: got no {name}"
+    return None
 
 
 def read_results(folder: Path = RESULTS) -> list[dict[str, Any]]:

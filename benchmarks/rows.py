@@ -6,11 +6,12 @@ reads a row twice from memory therefore shows as slower, not as busier.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from benchmarks.harness import Contender, smi, summarise, time_interleaved
+from benchmarks.harness import Contender, recover, smi, summarise, time_interleaved, why
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
 from fastdpo.ops.backends import load_row_kernel
 from fastdpo.plan import leading_dim
@@ -75,21 +76,34 @@ def bench_rows(
     rows: int,
     repeats: int,
     seconds: float | None = None,
+    lost_to: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """One chunk through every backend, beside a copy of it."""
+    """One chunk through every backend, beside a copy of it.
+
+    Args:
+        lost_to: reasons for backends that took the device with them in an earlier process: they failed.
+
+    Raises:
+        DeviceLost: after an error of a backend the device answers no more.
+    """
     problem = RowProblem(device, vocab, logits_dtype, rows)
     contenders = [Contender("copy", problem.refill)]
-    failed = {}
-    for backend in backends:
-        if (reason := problem.wrong(backend)) is not None:
+    failed = {name: reason for name, reason in (lost_to or {}).items() if name in backends}
+    for backend in [name for name in backends if name not in failed]:
+        try:
+            reason = problem.wrong(backend)
+        except Exception as error:  # its result, and no reason to lose the others'
+            reason = why(error)
+        if reason is not None:
             failed[backend] = reason
+            recover(device, backend, reason)
             continue
         # D overwrites the logits, so each run gets them anew.
         contenders.append(
             Contender(backend, lambda backend=backend: problem.run(backend), prepare=problem.refill)  # type: ignore[misc]
         )
     before = smi() if device.type == "cuda" else None
-    samples = time_interleaved(contenders, device, repeats=repeats, seconds=seconds)
+    samples = time_interleaved(contenders, device, repeats=repeats, seconds=seconds, failed=failed)
     after = smi() if device.type == "cuda" else None
     copied = 2 * problem.source.numel() * logits_dtype.itemsize
     cells = {}

@@ -7,27 +7,33 @@
     fastdpo bench --compare OLD.json                         # runs what is in OLD again
     fastdpo bench --compare OLD.json --with NEW.json         # runs nothing
 
-Exit code: 0; 1 where a contender of ours is wrong or raised, or a case is slower than the noise explains; 2
-for a mistake in what was asked; 130 after ^C, which keeps what was measured.
+Exit code: 0; 1 where a contender of ours is wrong, raised, is slower than the noise explains, or is gone
+where it was; 2 for a mistake in what was asked; 130 after ^C, which keeps what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.compare import compare_results, report
-from benchmarks.harness import environment, free_bytes
-from benchmarks.problem import MODELS, TASKS
-from benchmarks.results import RESULTS, ResultFile, read_result
-from benchmarks.suites import PRESETS, SUITES, Case, Options, make_cases
+from benchmarks.harness import DeviceLost, environment, free_bytes, recover, why
+from benchmarks.method import WHOLE, is_ours
+from benchmarks.problem import MODELS, TASKS, problem_of
+from benchmarks.results import RESULTS, ROOT, ResultFile, read_result, runs_of
+from benchmarks.suites import PRESETS, SUITES, Case, Options, check_options, contenders_of, make_cases
 from fastdpo.ops.backends import backend_report
 
 try:
@@ -35,7 +41,31 @@ try:
 except ImportError:  # a GPU image's Python runs the suites with what it has
     tqdm = None
 
+# What is kept of a request, and may be asked for otherwise when a file is gone on with or compared.
 SETTINGS = ("preset", "repeats", "seconds", "models", "tokens", "tasks", "contenders", "without", "data")
+
+
+class TimeUp(KeyboardInterrupt):
+    """The time is over: no `Exception`, because it is no contender's mistake."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raises TimeUp in what is under way after ``seconds``; no limit outside the main thread."""
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(signum: int, frame: object) -> None:
+        raise TimeUp
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def run_cases(
@@ -44,14 +74,20 @@ def run_cases(
     """Run what the file does not hold yet; every result is on disk before the next case begins.
 
     Args:
-        max_seconds: begin no case that, by the pace so far, would end after it.
+        max_seconds: begin no case that, by the pace so far, would end after it; one that is under way then,
+            the first too, is given up, and tried last when the run is gone on with.
 
     Returns:
         Whether all cases are in the file now.
+
+    Raises:
+        DeviceLost: a CUDA error that stays; what it cost is in the file, and a new process can go on.
     """
     todo = [case for case in cases if case.key not in file.done]
     if len(todo) < len(cases):
         print(f"{len(cases) - len(todo)} of {len(cases)} cases are measured already")
+    tried = {result["key"] for result in file.results}
+    todo.sort(key=lambda case: case.key in tried)
     start, spent = time.monotonic(), 0.0
     said: set[tuple[str, str]] = set()
     form = "{percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left {postfix}"
@@ -60,39 +96,82 @@ def run_cases(
         for number, case in enumerate(todo):
             gone = time.monotonic() - start
             expected = gone / spent * case.cost if spent else 0.0
-            if max_seconds is not None and gone + expected > max_seconds:
+            left = None if max_seconds is None else max_seconds - gone
+            if left is not None and expected > left:
                 print(f"stopped after {gone:.0f} s with {len(todo) - number} cases left; --resume goes on")
                 return False
             if bar is not None:
                 bar.set_postfix_str(case.key)
-            line = _line(_run_one(case, file, device), said)
+            result = _run_one(case, file, device, left)
+            line = _line(result, said)
             spent += case.cost
             if bar is None:
-                left = (time.monotonic() - start) / spent * (total - spent)
-                print(f"{line}\n{100 * spent / total:.0f} %, about {left:.0f} s left")
+                remaining = (time.monotonic() - start) / spent * (total - spent)
+                print(f"{line}\n{100 * spent / total:.0f} %, about {remaining:.0f} s left")
             else:
                 tqdm.write(line, file=sys.stdout)
                 bar.update(case.cost)
+            if "given_up" in result:
+                print(
+                    f"stopped: the {max_seconds:.0f} s are over with {len(todo) - number} cases left; "
+                    "--resume goes on"
+                )
+                return False
     return True
 
 
-def _run_one(case: Case, file: ResultFile, device: torch.device) -> dict[str, Any]:
+def _run_one(case: Case, file: ResultFile, device: torch.device, left: float | None = None) -> dict[str, Any]:
+    """One case, kept in the file whatever becomes of it.
+
+    Raises:
+        DeviceLost: as `run_cases`; the contender that it was lost to has failed in the file.
+    """
     free = free_bytes(device)
+    sizes = {"bytes_needed": case.bytes_needed, "bytes_free": free}
+    result: dict[str, Any] = {}
+    reason, lost = None, None
     if case.bytes_needed > free:
         needed = f"{case.bytes_needed} bytes ({_gib(case.bytes_needed)})"
-        said = f"does not fit: needs at least {needed}, {_gib(free)} are free"
-        result: dict[str, Any] = {"skipped": said, "bytes_needed": case.bytes_needed, "bytes_free": free}
+        result = {"skipped": f"does not fit: needs at least {needed}, {_gib(free)} are free", **sizes}
     else:
         try:
-            result = case.run()
+            with time_limit(left):
+                result = case.run()
         except torch.OutOfMemoryError as error:
-            said = f"out of memory, {_gib(free)} were free: {str(error).splitlines()[0]}"
-            result = {"skipped": said, "bytes_needed": case.bytes_needed, "bytes_free": free}
+            reason = f"out of memory, {_gib(free)} were free: {str(error).splitlines()[0]}"
+            result = {"skipped": reason, **sizes}
+        except DeviceLost as error:
+            lost = error
+        except TimeUp:
+            result = {"skipped": f"given up: the {left:.0f} s that were left are over", "given_up": True}
+        except Exception as error:  # of no contender's own: the others' cases are still to be had
+            reason = why(error)
+            result = {"failed": {WHOLE: reason}}
+    if reason is not None or "given_up" in result:
+        problem_of.cache_clear()
+        try:
+            recover(device, WHOLE, reason or "given up")
+        except DeviceLost as error:
+            lost = error
+    if lost is not None:
+        result = _lost(case, file, lost)
     result = {"suite": case.suite, "key": case.key, "failed": {}, "not_run": {}, "contenders": {}} | result
-    file.add(result)
+    file.add({**result, "settings": dict(case.settings)})
+    if lost is not None:
+        raise lost
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return result
+
+
+def _lost(case: Case, file: ResultFile, lost: DeviceLost) -> dict[str, Any]:
+    """What is kept of a case that lost the device: a new process tries again without who lost it."""
+    before = next((r.get("lost_to", {}) for r in file.results if r["key"] == case.key), {})
+    reason = f"{lost.reason}; the device answered no more"
+    if lost.contender in before or lost.contender not in contenders_of(case.suite):
+        return {"failed": {**before, lost.contender: reason}}
+    said = f"the device was lost to {lost.contender}: {lost.reason}; to be tried again without it"
+    return {"skipped": said, "lost_to": {**before, lost.contender: reason}}
 
 
 def _gib(count: int) -> str:
@@ -145,13 +224,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS)
     parser.add_argument("--contenders", nargs="+", help="only these; the floor runs always")
     parser.add_argument("--without", nargs="+", default=[], help="all but these")
-    parser.add_argument("--repeats", type=int, help="of each contender; default: 20, on `tiny` 3")
-    parser.add_argument("--seconds", type=float, help="about how long to time one case; default: 12")
+    parser.add_argument("--repeats", type=int, help="op, row: of each contender; default: 20, on `tiny` 3")
+    parser.add_argument("--seconds", type=float, help="op, row: about how long to time a case; default: 12")
     parser.add_argument(
-        "--max_seconds", type=float, help="begin no case that would end later; --resume goes on"
+        "--max_seconds", type=float, help="begin no case that would end later, give up one that does"
     )
     parser.add_argument("--data", help="suite step: preference pairs, JSONL; default: pairs made up")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--part", type=int, help="number that the result file's name says")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="a result file to go on with")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="a result file to compare with")
     parser.add_argument("--with", type=Path, metavar="NEW", dest="new", help="compare this file; run nothing")
@@ -163,54 +243,112 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--with is for --compare OLD")
     if not (args.suites or args.resume or args.compare):
         parser.error(f"name a suite: {', '.join(SUITES)}")
+    if args.repeats is not None and args.repeats < 1:
+        parser.error(f"--repeats: got {args.repeats}, wanted 1 at least")
+    for name in ("seconds", "max_seconds"):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            parser.error(f"--{name}: got {value}, wanted a number of seconds above 0")
+    if args.new is not None:
+        for name in ("suites", "resume", "device", "max_seconds", *SETTINGS):
+            if getattr(args, name) not in (None, []):
+                parser.error(f"--{name}: got {getattr(args, name)}, but --with runs nothing")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
     try:
-        return _main(args)
+        return _main(args, argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    start = time.monotonic()
     old = read_result(args.compare) if args.compare else None
     if args.new is not None:
         assert old is not None
         return report(compare_results(old, read_result(args.new)))
-    before = old or (read_result(args.resume) if args.resume else None)
+    resumed = read_result(args.resume) if args.resume else None
+    asked = {name: value for name in SETTINGS if (value := getattr(args, name)) not in (None, [])}
+    plans: list[dict[str, Any]] = [{"suites": args.suites}]
+    before = old or resumed
     if before is not None and not args.suites:
-        # The same settings again, but for what is asked for otherwise.
-        args.suites = before["settings"].get("suites", [])
-        for name in SETTINGS:
-            if getattr(args, name, None) in (None, [], ()) and name in before["settings"]:
-                setattr(args, name, before["settings"][name])
-        args.device = args.device or before["settings"].get("device")
+        plans = plans_of_results(before) if before is old else runs_of(before)
+        args.device = args.device or plans[0].get("device")
     device = _device(args.device)
-    args.preset = args.preset or ("gpu" if device.type == "cuda" else "small")
-    args.repeats = args.repeats or (3 if args.preset == "tiny" else 20)
-    args.seconds = args.seconds or 12.0
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    options = Options(device=device, **settings)
-    cases = [case for suite in args.suites for case in make_cases(suite, options)]
-    if old is not None:
-        measured = {result["key"] for result in old["results"] if "skipped" not in result}
-        cases = [case for case in cases if case.key in measured]
+    # Of an older file: what each plan measured there; of suites that were named: whatever it measured.
+    keys = [set(plan.get("keys", _measured(old))) for plan in plans]
+    plans = [_filled({**plan, **asked}, device) for plan in plans]
+    lost = {result["key"]: result.get("lost_to", {}) for result in (resumed or {}).get("results", ())}
+    cases: dict[str, Case] = {}
+    every = list(dict.fromkeys(suite for plan in plans for suite in plan["suites"]))
+    for plan, wanted in zip(plans, keys, strict=True):
+        options = Options(device=device, lost=lost, **{name: plan[name] for name in SETTINGS})
+        check_options(every, options, list(asked))
+        for case in (case for suite in plan["suites"] for case in make_cases(suite, options)):
+            if old is None or case.key in wanted:
+                cases.setdefault(case.key, case)
     if not cases:
         raise ValueError("compare: no case of the older file is among those asked for")
-    info, settings = environment(device), {**settings, "suites": list(args.suites), "device": device.type}
-    file = (
-        ResultFile.resume(args.resume, info, settings)
-        if args.resume
-        else ResultFile(args.results, info, settings)
-    )
+    info = environment(device)
+    file = ResultFile(args.results, info, plans[0], part=args.part)
+    if args.resume:
+        file = ResultFile.resume(args.resume, info, plans[0])
+    elif len(plans) > 1:
+        file.payload["runs"] = plans
     print(f"{info['device']}, torch {info['packages']['torch']}; {len(cases)} cases")
     for name, reason in backend_report().items():
         if reason:
             print(f"  backend {name} does not run here: {reason}")
-    return _run_and_report(cases, file, device, args, old)
+    try:
+        return _run_and_report(list(cases.values()), file, device, args, old)
+    except DeviceLost as error:
+        print(f"{error}\nthe device answers no more in this process; a new one goes on", flush=True)
+        assert file.path is not None
+        left = None if args.max_seconds is None else args.max_seconds - (time.monotonic() - start)
+        if left is not None and left <= 0:
+            return 1
+        return go_on_in_a_new_process(argv, file.path, left)
+
+
+def _filled(plan: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A request with the defaults of the device for what it leaves open."""
+    preset = plan.get("preset") or ("gpu" if device.type == "cuda" else "small")
+    defaults = {
+        "preset": preset, "repeats": 3 if preset == "tiny" else 20, "seconds": 12.0, "without": [],
+        "suites": [], "device": device.type,
+    }  # fmt: skip
+    given = {name: plan.get(name) for name in (*SETTINGS, "suites")}
+    return {**given, **{name: given.get(name) or value for name, value in defaults.items()}}
+
+
+def _measured(payload: Mapping[str, Any] | None) -> set[str]:
+    return {result["key"] for result in (payload or {}).get("results", ()) if "skipped" not in result}
+
+
+def plans_of_results(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What would measure a file's results again: their settings, less what picks cases, each once."""
+    found: dict[str, dict[str, Any]] = {}
+    for result in payload["results"]:
+        plan = dict(result.get("settings") or payload["settings"])
+        plan |= {"models": None, "tokens": None, "tasks": None, "suites": []}
+        plan = found.setdefault(json.dumps(plan, sort_keys=True), {**plan, "keys": []})
+        plan["suites"] += [] if result["suite"] in plan["suites"] else [result["suite"]]
+        plan["keys"] += [] if "skipped" in result else [result["key"]]
+    return [{"device": payload["settings"].get("device"), **plan} for plan in found.values()]
+
+
+def go_on_in_a_new_process(argv: Sequence[str], path: Path, left: float | None) -> int:
+    """Never returns where it works: this process becomes one with no CUDA in it yet."""
+    words = [sys.executable, "-m", "benchmarks.run", *argv, "--resume", str(path)]
+    words += [] if left is None else ["--max_seconds", f"{left:.0f}"]
+    places = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.stdout.flush()
+    os.execve(words[0], words, {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))})
 
 
 def _run_and_report(
@@ -231,21 +369,13 @@ def _run_and_report(
     wrong = [
         f"{result['key']}: {name} FAILED: {reason}"
         for result in file.results if result["key"] in keys
-        for name, reason in result["failed"].items() if is_ours(name)
+        for name, reason in result["failed"].items() if is_ours(name) or name == WHOLE
     ]  # fmt: skip
     print("\n".join(wrong), end="\n" if wrong else "")
     code = 0
     if old is not None and is_complete:
         code = report(compare_results(old, {"file": file.path and file.path.name, **file.payload}))
     return 1 if wrong else code
-
-
-def is_ours(name: str) -> bool:
-    """Whether a contender is fastdpo: a peer that fails is a result, ours is a mistake to mend."""
-    return name.startswith("fastdpo") or name in ("triton", "cuda", "cpu", "reference") or name in OUR_LAYOUTS
-
-
-OUR_LAYOUTS = ("padded", "packed", "shared_prompt", "auto")
 
 
 def _device(name: str | None) -> torch.device:

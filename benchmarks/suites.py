@@ -8,8 +8,7 @@ share.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 
 from benchmarks.memory import bench_memory, memory_key
 from benchmarks.op import METHODS, bench_task, op_key
-from benchmarks.problem import MODELS, PASSES, HeadProblem, Size
+from benchmarks.problem import MODELS, PASSES, Size, problem_of
 from benchmarks.rows import VOCABULARIES, bench_rows, row_key
 from fastdpo.ops.backends import DEVICE_TYPE, unavailable_reason
 
@@ -39,8 +38,10 @@ class Case:
 
     Args:
         key: its name in result files.
-        cost: seconds it may take; only their proportions matter, for the time left.
+        cost: seconds it may take; their proportions matter for the time left, their size for the first case.
         bytes_needed: of memory, at least; a case that does not fit is skipped.
+        model, num_tokens, task: what ``--models``, ``--tokens`` and ``--tasks`` pick it by; None: nothing.
+        settings: what it was asked for with, which its result keeps.
     """
 
     key: str
@@ -48,11 +49,19 @@ class Case:
     run: Callable[[], dict[str, Any]]
     cost: float
     bytes_needed: int = 0
+    model: str | None = None
+    num_tokens: int | None = None
+    task: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line narrows a suite to."""
+    """What the command line narrows a suite to.
+
+    Args:
+        lost: key of a case -> contender -> reason: who took the device with it in an earlier process.
+    """
 
     device: torch.device
     preset: str
@@ -64,6 +73,11 @@ class Options:
     contenders: Sequence[str] | None = None
     without: Sequence[str] = ()
     data: str | None = None
+    lost: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """As they are kept in a result file: all but the device and what happened."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("device", "lost")}
 
     def seconds_of(self, flop: float) -> float:
         """Of products, guessed: a GPU's tensor cores, or one CPU thread."""
@@ -73,12 +87,12 @@ class Options:
 def make_cases(suite: str, options: Options) -> list[Case]:
     """
     Raises:
-        ValueError: nothing is left of the suite, or of a name that there is not.
+        ValueError: nothing is left of the suite, or it has no contender of those asked for.
     """
-    known = {method.name for method in METHODS}
-    for name in (*(options.contenders or ()), *options.without):
-        if name not in known and suite in ("op", "accuracy", "memory"):
-            raise ValueError(f"contender: got {name!r}, wanted one of {', '.join(sorted(known))}")
+    known = contenders_of(suite)
+    if options.contenders is not None and not set(options.contenders) & set(known):
+        got = ", ".join(map(repr, options.contenders))
+        raise ValueError(f"contender: got {got}, wanted of {suite} some of {', '.join(known)}")
     makers = {
         "op": op_cases,
         "accuracy": accuracy_cases,
@@ -86,10 +100,66 @@ def make_cases(suite: str, options: Options) -> list[Case]:
         "row": row_cases,
         "step": step_cases,
     }
-    cases = makers[suite](options)
+    cases = [replace(case, settings=options.settings()) for case in makers[suite](options)]
     if not cases:
         raise ValueError(f"{suite}: no size of {options.preset!r} is left of those asked for")
     return cases
+
+
+def contenders_of(suite: str) -> tuple[str, ...]:
+    """Names that ``--contenders`` and ``--without`` of a suite may have."""
+    if suite == "row":
+        return (*DEVICE_TYPE, "reference")
+    if suite == "step":
+        return _step().CONTENDERS
+    return tuple(method.name for method in METHODS)
+
+
+# What a suite takes beyond --preset, --contenders and --without.
+TAKES = {
+    "op": ("models", "tokens", "tasks", "repeats", "seconds"),
+    "accuracy": ("models", "tokens", "tasks"),
+    "memory": ("models", "tokens", "tasks"),
+    "row": ("repeats", "seconds"),
+    "step": ("models", "data"),
+}
+
+
+def check_options(suites: Sequence[str], options: Options, asked: Sequence[str]) -> None:
+    """Refuse what no suite would take notice of.
+
+    Args:
+        asked: names of the options that were given.
+
+    Raises:
+        ValueError: an option that none of the suites takes, or a value that none has; with what they have.
+    """
+    for name in asked:
+        takers = [suite for suite, taken in TAKES.items() if name in taken]
+        if takers and not set(takers) & set(suites):
+            got = getattr(options, name)
+            raise ValueError(
+                f"--{name}: got {got} for {', '.join(suites)}, wanted a suite of {', '.join(takers)}"
+            )
+    for names in (options.contenders or (), options.without):
+        known = {name for suite in suites for name in contenders_of(suite)}
+        for name in names:
+            if name not in known:
+                raise ValueError(f"contender: got {name!r}, wanted one of {', '.join(sorted(known))}")
+    picks: dict[str, Callable[[Case], Any]] = {
+        "models": lambda case: case.model,
+        "tokens": lambda case: case.num_tokens,
+        "tasks": lambda case: case.task,
+    }
+    for name, of in picks.items():
+        if getattr(options, name) is None:
+            continue
+        every = replace(options, models=None, tokens=None, tasks=None)
+        have = {of(case) for suite in suites for case in make_cases(suite, every)} - {None}
+        for value in getattr(options, name):
+            if value not in have:
+                wanted = ", ".join(map(str, sorted(have)))
+                raise ValueError(f"--{name}: got {value!r}, wanted some of {wanted} at {options.preset!r}")
 
 
 def op_sizes(preset: str) -> list[tuple[Size, tuple[str, ...]]]:
@@ -131,12 +201,6 @@ def accuracy_cases(options: Options) -> list[Case]:
     return _head_cases(options, sizes[options.preset], is_timed=False)
 
 
-@lru_cache(maxsize=1)
-def problem_of(size: Size, device: torch.device) -> HeadProblem:
-    """One problem at a time: the tasks of a size follow each other."""
-    return HeadProblem(size, device)
-
-
 def _head_cases(
     options: Options, sizes: Sequence[tuple[Size, tuple[str, ...]]], *, is_timed: bool
 ) -> list[Case]:
@@ -149,22 +213,23 @@ def _head_cases(
         tasks = [task for task in of_size if task in (options.tasks or of_size)]
         for task in tasks:
             left_out = _left_out(options, keeps_compiled=size in (CENTRE, Size("small", 1024, torch.float32)))
+            suite = "op" if is_timed else "accuracy"
+            key = op_key(suite, size, task)
 
             def run(
-                size: Size = size, task: str = task, left_out: Mapping[str, str] = left_out
+                size: Size = size, task: str = task, left_out: Mapping[str, str] = left_out, key: str = key
             ) -> dict[str, Any]:  # fmt: skip
                 return bench_task(
                     problem_of(size, options.device), task, repeats=options.repeats, seconds=options.seconds,
-                    is_timed=is_timed, left_out=left_out,
+                    is_timed=is_timed, left_out=left_out, lost_to=options.lost.get(key),
                 )  # fmt: skip
 
-            key = op_key("op" if is_timed else "accuracy", size, task)
-            suite = "op" if is_timed else "accuracy"
             once = options.seconds_of(12 * size.flop(task))  # of some twelve contenders
             cost = 1 + 2 * once
             if is_timed:
                 cost += max(min(options.seconds, (options.repeats + 3) * once), 8 * once)
-            cases.append(Case(key, suite, run, cost, size.bytes_needed(task)))
+            needed = size.bytes_needed(task) if is_timed else size.bytes_held
+            cases.append(Case(key, suite, run, cost, needed, size.model, size.num_tokens, task))
     return cases
 
 
@@ -185,8 +250,9 @@ def memory_cases(options: Options) -> list[Case]:
         }  # fmt: skip
     # The frozen head over N alone: its curves over V and T are those of the trained one less dweight.
     tasks = [task for task in ("pairs", "pairs-frozen") if task in (options.tasks or PASSES)]
-    left_out = _left_out(options, keeps_compiled=False)
-    cases = []
+    if options.models is not None and base.model not in options.models:
+        return []
+    axes_of: dict[tuple[Size, str], list[str]] = {}
     for axis, values in points.items():
         for value in values:
             size = {
@@ -194,17 +260,26 @@ def memory_cases(options: Options) -> list[Case]:
                 "V": replace(base, vocab=value),
                 "T": replace(base, sequence_length=value),
             }[axis]
+            size = replace(
+                size, vocab=size.vocab_size, sequence_length=size.length
+            )  # written out: comparable
+            if options.tokens is not None and size.num_tokens not in options.tokens:
+                continue
             for task in tasks if axis == "N" and options.preset != "tiny" else tasks[:1]:
+                axes_of.setdefault((size, task), []).append(axis)
+    return [_memory_case(axes, size, task, options) for (size, task), axes in axes_of.items()]
 
-                def run(axis: str = axis, size: Size = size, task: str = task) -> dict[str, Any]:
-                    return bench_memory(axis, size, task, options.device, left_out)
 
-                # Starting a process takes longer than what it measures; on a CPU every method has its own.
-                cost = (10 if options.device.type == "cuda" else 40) + options.seconds_of(
-                    30 * size.flop(task)
-                )
-                cases.append(Case(memory_key(axis, size, task), "memory", run, cost, size.bytes_held))
-    return cases
+def _memory_case(axes: list[str], size: Size, task: str, options: Options) -> Case:
+    key = memory_key(axes[0], size, task)
+    left_out = _left_out(options, keeps_compiled=False)
+
+    def run() -> dict[str, Any]:
+        return bench_memory(axes, size, task, options.device, left_out, options.lost.get(key))
+
+    # Starting a process takes longer than what it measures; on a CPU every method has its own.
+    cost = (3 if options.device.type == "cuda" else 40) + options.seconds_of(30 * size.flop(task))
+    return Case(key, "memory", run, cost, size.bytes_held, size.model, size.num_tokens, task)
 
 
 def row_cases(options: Options) -> list[Case]:
@@ -214,17 +289,21 @@ def row_cases(options: Options) -> list[Case]:
     backends = [name for name in DEVICE_TYPE if unavailable_reason(name, options.device) is None] or [
         "reference"
     ]
+    backends = [name for name in backends if name in (options.contenders or backends)]
+    backends = [name for name in backends if name not in options.without]
+    if not backends:
+        return []
     cases = []
     for vocab in vocabularies:
         for dtype in (torch.float32, torch.bfloat16):
+            key = row_key(vocab, rows, dtype)
 
-            def run(vocab: int = vocab, dtype: torch.dtype = dtype) -> dict[str, Any]:
+            def run(vocab: int = vocab, dtype: torch.dtype = dtype, key: str = key) -> dict[str, Any]:
                 return bench_rows(
                     options.device, backends, vocab=vocab, logits_dtype=dtype, rows=rows,
-                    repeats=options.repeats, seconds=options.seconds,
+                    repeats=options.repeats, seconds=options.seconds, lost_to=options.lost.get(key),
                 )  # fmt: skip
 
-            key = row_key(vocab, rows, dtype)
             cases.append(Case(key, "row", run, 1 + rows * vocab / 1e8, 3 * rows * vocab * 4))
     return cases
 
@@ -239,16 +318,12 @@ STEPS = {
 
 def step_cases(options: Options) -> list[Case]:
     """Whole steps; ``repeats`` is of a GPU's kernels, not of steps, which have their own."""
-    try:
-        from benchmarks.step import CONTENDERS, SIZES, bench_step, step_key  # trainers take seconds to import
-    except ImportError as error:
-        raise ValueError(f"step: cannot run here: {error}") from error
-
-    names = [name for name in CONTENDERS if name in (options.contenders or CONTENDERS)]
+    step = _step()
+    names = [name for name in step.CONTENDERS if name in (options.contenders or step.CONTENDERS)]
     names = [name for name in names if name not in options.without]
     if not names:
-        raise ValueError(f"contender: got {options.contenders}, wanted names from {', '.join(CONTENDERS)}")
-    if options.device.type == "cuda" and options.contenders is None:
+        return []
+    if options.device.type == "cuda" and options.contenders is None and "trl-compacted" in names:
         names.remove("trl-compacted")  # there TRL drops unlabelled tokens by itself
     brief = {"check_steps": 2, "steps": 1, "rounds": 1} if options.preset == "tiny" else {}
     cases = []
@@ -258,9 +333,9 @@ def step_cases(options: Options) -> list[Case]:
             continue
 
         def run(model: str = model, precision: str = precision) -> dict[str, Any]:
-            return bench_step(model, options.device, precision, data=data, contenders=names, **brief)
+            return step.bench_step(model, options.device, precision, data=data, contenders=names, **brief)
 
-        size = SIZES[model]
+        size = step.SIZES[model]
         weights = (
             size.layers * size.hidden * (4 * size.hidden + 3 * size.intermediate) + size.vocab * size.hidden
         )
@@ -268,8 +343,16 @@ def step_cases(options: Options) -> list[Case]:
         held = weights * (2 if size.is_adapted and precision == "bf16" else 20)
         # Forward and backward of the policy, forward of the reference: 8 FLOP a weight and token.
         cost = 30 + options.seconds_of(8 * weights * size.pairs * 1500 * (10 if brief else 70))
-        cases.append(Case(step_key(model, precision, data), "step", run, cost, held))
+        cases.append(Case(step.step_key(model, precision, data), "step", run, cost, held, model))
     return cases
+
+
+def _step() -> Any:
+    try:
+        from benchmarks import step  # trainers take seconds to import
+    except ImportError as error:
+        raise ValueError(f"step: cannot run here: {error}") from error
+    return step
 
 
 def _left_out(options: Options, *, keeps_compiled: bool) -> dict[str, str]:

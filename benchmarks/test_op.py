@@ -13,8 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.conftest import FLOOR
 from benchmarks.harness import free_bytes, package_version, peak_mib
 from benchmarks.op import METHODS, reason_not_to_run
-from benchmarks.problem import PASSES, Size
-from benchmarks.suites import problem_of
+from benchmarks.problem import PASSES, Size, problem_of
 
 BY_NAME = {method.name: method for method in METHODS}
 
