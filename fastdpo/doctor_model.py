@@ -60,7 +60,12 @@ def trainer_sections(trainer: Any) -> dict[str, Lines]:
     data, largest, longest = _data_lines(trainer, head)
     sections["Data"] = data
     sections["Memory but for activations and the head"] = _memory_lines(trainer)
-    if head is not None:
+    if getattr(trainer.args, "needs_divergences", False):
+        sections["Plan"] = [
+            ("op", "token_divergence, of policy and reference: 4 products of the head, 2 without gradients"),
+            ("memory of the head", "not planned here: the chunks of two heads, within workspace_mib each"),
+        ]
+    elif head is not None:
         execution = _execution_of(trainer)
         what = "the largest batch" if largest else f"{DEFAULT_TOKENS} labelled tokens"
         has_pair_loss = bool(getattr(trainer.args, "makes_pair_loss", False))

@@ -129,6 +129,15 @@ def test_a_preference_trainer(
     assert lines["mode"] in {plan.mode for plan in seen}
 
 
+def test_a_trainer_of_divergences(make_args: Callable[..., Any], tokenizer: Any) -> None:  # noqa: F811
+    """Its op is another one: a plan of `linear_logprob` would be wrong."""
+    args = make_args(loss_type="tdpo2")
+    trainer = PreferenceTrainer(tiny_llama(), args, train_dataset=make_rows(8), processing_class=tokenizer)
+    diagnosis = fastdpo.doctor(trainer)
+    assert "token_divergence" in section(diagnosis, "Plan")["op"]
+    assert not any(title.startswith("Plan for") for title in diagnosis.sections)
+
+
 def test_a_trl_trainer(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     from tests.integrations import trl_runs
