@@ -36,8 +36,8 @@ class _Forward:
     def __init__(self, backbone: nn.Module) -> None:
         tensors = [*backbone.parameters(), *backbone.buffers()]
         self.kept = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        # Layers save one tensor several times (queries, keys and values come of the same states). Weak: only
-        # a storage that is still there is the one that was copied.
+        # Layers save one tensor several times (queries, keys and values come of the same states). The weak
+        # reference frees the tensor's memory, and keeps its key from becoming another's.
         self.copies: dict[Any, tuple[StorageWeakRef, _Packed]] = {}
         self.hooks: Any = saved_tensors_hooks(self.pack, self.unpack)
 
@@ -48,7 +48,7 @@ class _Forward:
         reference = StorageWeakRef(storage)
         view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         key = (reference.cdata, *view, tensor._version)
-        if key in self.copies and not self.copies[key][0].expired():
+        if key in self.copies:
             return self.copies[key][1]
         on_device = tensor.device.type != "cpu"
         copy = torch.empty_like(tensor, device="cpu", pin_memory=on_device, requires_grad=False)

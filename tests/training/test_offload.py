@@ -86,13 +86,10 @@ def test_a_storage_used_again_is_copied_again():
     first.mul_(2)
     changed = forward.pack(first)
     assert changed.tensor.tolist() == [2.0] * 8 and before.tensor.tolist() == [1.0] * 8
-    address = first.data_ptr()
     del first
-    for value in range(3, 50):
+    for value in range(3, 100):  # each in the memory, and as the storage object, of the one before
         again = torch.full((8,), float(value))
         assert forward.pack(again).tensor.tolist() == [float(value)] * 8
-        if again.data_ptr() == address:
-            break
         del again
 
 
