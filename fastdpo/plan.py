@@ -46,6 +46,7 @@ class Plan:
     workspace_bytes: int
     kept_bytes: int
     weight_sum_bytes: int  # of dW in the dtype it is summed in, where that is not the dtype it is returned in
+    score_rows: int  # of `lean` with a kernel that stores no logits: rows of one launch; else 0
     peak_bytes: int  # the most that is allocated at once, gradients included: see `fastdpo.plan_memory`
     groups: tuple[PairGroup, ...]  # of mode `pairs`
     group_rows: int  # of the longest of them that is not recomputed: the buffer for its D
@@ -80,7 +81,8 @@ class Plan:
             f"tokens        {self.num_tokens} labelled",
             f"head          hidden {self.hidden_size}, vocabulary {self.vocab_size}",
             f"chunks        {len(self.chunks())} of up to {self.chunk_rows} rows"
-            + (f", {self.leading_dim} vocabulary entries at a time" if self.mode == "lean" else ""),
+            + (f", {self.leading_dim} vocabulary entries at a time" if self.mode == "lean" else "")
+            + (f"; forward {self.score_rows} rows" if self.score_rows else ""),
             f"GEMM passes   {self.gemm_passes:.2f} (forward {self.gemm_passes_forward:.2f}, "
             f"backward {self.gemm_passes_backward:.2f})",
             f"workspace     {self.workspace_bytes / MIB:.1f} MiB of logits",
@@ -204,6 +206,7 @@ def make_plan(
             workspace_bytes=lean.workspace_bytes,
             kept_bytes=lean.sum_bytes,
             weight_sum_bytes=0,
+            score_rows=lean.score_rows,
             peak_bytes=lean.workspace_bytes + lean.sum_bytes + gradient_bytes,
             groups=(),
             group_rows=0,
@@ -263,6 +266,7 @@ def make_plan(
         workspace_bytes=workspace_bytes,
         kept_bytes=kept_bytes,
         weight_sum_bytes=weight_sum_bytes,
+        score_rows=0,
         peak_bytes=peak_bytes(
             mode,
             workspace_bytes=workspace_bytes,

@@ -33,7 +33,7 @@ from fastdpo.kernels.slab import SlabGradient, SlabSums
 from fastdpo.kernels.topk import merge_top, no_top, top_sums, write_top
 from fastdpo.ops.checks import accumulation_dtype, fail
 from fastdpo.ops.gradients import TokenGrads, add_rows_in_order
-from fastdpo.ops.head_call import HeadCall, TopkOutputs, empty_outputs, empty_topk
+from fastdpo.ops.head_call import HeadCall, TopkOutputs, empty_outputs, empty_topk, slice_outputs
 from fastdpo.schedule import MIB
 
 
@@ -91,7 +91,19 @@ def _score(call: HeadCall, statistics: tuple[str, ...], topk: TopkOutputs | None
             matrix.to(call.compute_dtype) if matrix.dtype == torch.float64 else matrix
             for matrix in (call.hidden, call.weight)
         )
-        lean_logprobs(hidden, weight, call.index, call.labels, call.transform, outputs, call.compute_dtype)
+        if hidden.stride(1) != 1:
+            hidden = hidden.contiguous()  # once, and not for every launch
+        for start in range(0, call.plan.num_tokens, call.plan.score_rows):
+            rows = slice(start, min(start + call.plan.score_rows, call.plan.num_tokens))
+            lean_logprobs(
+                hidden if call.index is not None else hidden[rows],
+                weight,
+                None if call.index is None else call.index[rows],
+                call.labels[rows],
+                call.transform,
+                slice_outputs(outputs, rows.start, rows.stop),
+                call.compute_dtype,
+            )
         return outputs
 
     _, slope = torch_slab.value_and_slope(call.transform)
@@ -265,11 +277,13 @@ class _HiddenGrad:
     def finish(self, scale: Tensor) -> None:
         self.total.mul_(scale[self.start : self.stop, None])
         if self.call.index is not None:
-            index, total = self.call.index[self.start : self.stop], self.total.to(self.out.dtype)
+            index, dtype = self.call.index[self.start : self.stop], self.out.dtype
             if self.call.has_repeats:
-                add_rows_in_order(self.out, index, total)
-            else:
-                self.out.index_copy_(0, index, total)
+                add_rows_in_order(self.out, index, self.total.to(dtype))
+            else:  # in blocks, as there is no room for all rows cast
+                step = self.call.plan.chunk_rows
+                for rows, part in zip(index.split(step), self.total.split(step), strict=True):
+                    self.out.index_copy_(0, rows, part.to(dtype))
         elif self.out.dtype != self.dtype:
             self.out[self.start : self.stop] = self.total
         del self.total
