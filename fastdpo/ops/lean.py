@@ -124,8 +124,8 @@ def _score(call: HeadCall, statistics: tuple[str, ...], topk: TopkOutputs | None
     torch_slab.write_outputs(whole, call.labels, call.plan.vocab_size, slope, outputs)
     if topk is not None and top is not None:
         for start, stop in blocks:  # one at a time, for what is made of the k values
-            rows, best = topk.slice(start, stop), top_sums(top[start:stop], call.transform)
-            write_top(best, outputs.lse[start:stop], rows.mass, rows.entropy)
+            part_of, best = topk.slice(start, stop), top_sums(top[start:stop], call.transform)
+            write_top(best, outputs.lse[start:stop], part_of.mass, part_of.entropy)
     return outputs
 
 
