@@ -45,6 +45,7 @@ class Plan:
     weight_grad_groups: int
     workspace_bytes: int
     kept_bytes: int
+    weight_copy_bytes: int  # of the weight in the operands' dtype, on a GPU: made forward and again backward
     weight_sum_bytes: int  # of dW in the dtype it is summed in, where that is not the dtype it is returned in
     score_rows: int  # of `lean` with a kernel that stores no logits: rows of one launch; else 0
     peak_bytes: int  # the most that is allocated at once, gradients included: see `fastdpo.plan_memory`
@@ -88,6 +89,8 @@ class Plan:
             f"workspace     {self.workspace_bytes / MIB:.1f} MiB of logits",
             f"kept          {self.kept_bytes / MIB:.1f} MiB ({kept})",
         ]
+        if self.weight_copy_bytes:
+            lines.append(f"weight copy   {self.weight_copy_bytes / MIB:.1f} MiB, in the products' dtype")
         if self.weight_sum_bytes:
             lines.append(f"fp32 sum      {self.weight_sum_bytes / MIB:.1f} MiB of dweight, cast at the end")
         lines.append(f"peak          {self.peak_bytes / MIB:.1f} MiB at once, gradients included")
@@ -168,6 +171,7 @@ def make_plan(
     joins_chunks: bool = False,
     hidden_bytes: int | None = None,
     weight_bytes: int | None = None,
+    copies_weight: bool = False,
 ) -> Plan:
     """The plan for a mode that ``resolve_mode`` has settled; sizes in elements, budgets in MiB.
 
@@ -175,6 +179,7 @@ def make_plan(
     ``[pair_rows[p], pair_rows[p + 1])``. ``lean_logit_bytes``: see ``plan_lean.lean_blocks``.
     ``joins_chunks``: whether D may stay in the workspace for several chunks. ``hidden_bytes`` and
     ``weight_bytes``: of an element of these and of their gradients; None: as of the operands.
+    ``copies_weight``: whether products need the weight in another dtype, and all of it at once.
     """
     hidden_bytes, weight_bytes = hidden_bytes or operand_bytes, weight_bytes or operand_bytes
     gradient_bytes = needs_hidden * num_tokens * hidden_size * hidden_bytes
@@ -205,6 +210,7 @@ def make_plan(
             weight_grad_groups=1,
             workspace_bytes=lean.workspace_bytes,
             kept_bytes=lean.sum_bytes,
+            weight_copy_bytes=0,  # its slabs are converted within the workspace
             weight_sum_bytes=0,
             score_rows=lean.score_rows,
             peak_bytes=lean.workspace_bytes + lean.sum_bytes + gradient_bytes,
@@ -248,6 +254,7 @@ def make_plan(
     }.get(mode, 0)
     workspace_rows = block_rows if mode == "stash" or again else rows
     workspace_bytes = workspace_rows * leading_dim(vocab_size) * logits_bytes
+    weight_copy_bytes = copies_weight * vocab_size * hidden_size * operand_bytes
     weight_sum_bytes = 0
     if needs_weight and sums_in_fp32(num_groups, weight_bytes):
         weight_sum_bytes = vocab_size * hidden_size * 4
@@ -265,6 +272,7 @@ def make_plan(
         weight_grad_groups=num_groups,
         workspace_bytes=workspace_bytes,
         kept_bytes=kept_bytes,
+        weight_copy_bytes=weight_copy_bytes,
         weight_sum_bytes=weight_sum_bytes,
         score_rows=0,
         peak_bytes=peak_bytes(
@@ -279,6 +287,7 @@ def make_plan(
             weight_grad_bytes=needs_weight * vocab_size * hidden_size * weight_bytes,
             weight_sum_bytes=weight_sum_bytes,
             recomputes=bool(again),
+            weight_copy_bytes=weight_copy_bytes,
         ),
         groups=groups,
         group_rows=group_rows,
@@ -376,6 +385,8 @@ def explain_plan(
         joins_chunks=True,
         hidden_bytes=hidden_bytes,
         weight_bytes=weight_bytes,
+        # On a CPU, slab by slab.
+        copies_weight=num_multiprocessors > 0 and weight_bytes not in (None, operand_bytes),
     )
     print(plan)
     return plan

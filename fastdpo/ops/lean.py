@@ -94,14 +94,14 @@ def _score(call: HeadCall, statistics: tuple[str, ...], topk: TopkOutputs | None
         if hidden.stride(1) != 1:
             hidden = hidden.contiguous()  # once, and not for every launch
         for start in range(0, call.plan.num_tokens, call.plan.score_rows):
-            rows = slice(start, min(start + call.plan.score_rows, call.plan.num_tokens))
+            stop = min(start + call.plan.score_rows, call.plan.num_tokens)
             lean_logprobs(
-                hidden if call.index is not None else hidden[rows],
+                hidden if call.index is not None else hidden[start:stop],
                 weight,
-                None if call.index is None else call.index[rows],
-                call.labels[rows],
+                None if call.index is None else call.index[start:stop],
+                call.labels[start:stop],
                 call.transform,
-                slice_outputs(outputs, rows.start, rows.stop),
+                slice_outputs(outputs, start, stop),
                 call.compute_dtype,
             )
         return outputs
