@@ -93,16 +93,19 @@ def _run(part: int, words: list[str], args: argparse.Namespace, rest: list[str],
 
 def _wait(process: subprocess.Popen[bytes], until: float) -> int:
     """Its exit code; one that does not end by itself is asked to, then made to: measured cases are kept."""
-    asked = False
-    while True:
-        try:
-            # It gets a ^C of the terminal as well, and keeps what it measured.
-            return process.wait(timeout=max(until - RESERVE / 4 - time.time(), 5.0))
-        except KeyboardInterrupt:
-            continue
-        except subprocess.TimeoutExpired:
-            process.kill() if asked else process.send_signal(signal.SIGINT)
-            asked = True
+    left = max(until - RESERVE / 4 - time.time(), 0.1)
+    for stop in (lambda: process.send_signal(signal.SIGINT), process.kill):
+        ends = time.monotonic() + left
+        while time.monotonic() < ends:
+            try:
+                return process.wait(timeout=max(ends - time.monotonic(), 0.0))
+            except KeyboardInterrupt:  # the process got it too, and keeps what it measured
+                continue
+            except subprocess.TimeoutExpired:
+                break
+        stop()
+        left = RESERVE / 8
+    return process.wait()
 
 
 def _newest(folder: Path, part: int, device: torch.device) -> str | None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import slug
+
 Result = dict[str, Any]
 # panel -> contender -> points
 Panels = dict[str, dict[str, list[tuple[float, float]]]]
@@ -20,7 +22,7 @@ Panels = dict[str, dict[str, list[tuple[float, float]]]]
 
 @dataclass(frozen=True)
 class Plot:
-    """What one file shows, from the newest results of one kind of device."""
+    """What one file shows, from the newest results of one device."""
 
     name: str
     title: str
@@ -44,16 +46,23 @@ def time_data(cases: Sequence[Result]) -> Panels:
     return _sorted(_largest(panels, 6))
 
 
+def axes_of(case: Result) -> Sequence[str]:
+    """The curves that a point of memory lies on; older files name one, a case that was skipped none."""
+    axes: Sequence[str] = case.get("axes", [case["axis"]] if "axis" in case else [])
+    return axes
+
+
 def memory_data(cases: Sequence[Result]) -> Panels:
     panels: Panels = {}
     along = {"N": "num_tokens", "V": "vocab_size", "T": "length"}
     for case in cases:
         if case["suite"] != "memory" or "skipped" in case:
             continue
-        panel = f"{case['task']} against {case['axis']}, {case['model']}"
-        for name, cell in case["contenders"].items():
-            series = panels.setdefault(panel, {}).setdefault(name, [])
-            series.append((case[along[case["axis"]]], cell["peak_mib"]))
+        for axis in axes_of(case):
+            panel = f"{case['task']} against {axis}, {case['model']}"
+            for name, cell in case["contenders"].items():
+                series = panels.setdefault(panel, {}).setdefault(name, [])
+                series.append((case[along[axis]], cell["peak_mib"]))
     return _sorted(panels)
 
 
@@ -106,13 +115,15 @@ def digest(plot: Plot, panels: Panels) -> str:
 
 
 def plot_files(cases: dict[str, list[Result]]) -> dict[str, tuple[Plot, Panels]]:
-    """File name -> what it shows, for kinds of devices (``gpu``, ``cpu``) that have results."""
-    files = {}
-    for kind, found in cases.items():
-        for plot in PLOTS:
-            if panels := plot.data(found):
-                files[f"{kind}-{plot.name}.svg"] = (plot, panels)
-    return files
+    """File name -> what it shows, for devices that have results."""
+    return {name: (plot, panels) for name, (plot, panels, _) in _files(cases).items()}
+
+
+def _files(cases: dict[str, list[Result]]) -> dict[str, tuple[Plot, Panels, str]]:
+    return {
+        f"{slug(device)}-{plot.name}.svg": (plot, panels, device)
+        for device, found in cases.items() for plot in PLOTS if (panels := plot.data(found))
+    }  # fmt: skip
 
 
 def write_plots(cases: dict[str, list[Result]], folder: Path) -> list[Path]:
@@ -121,16 +132,16 @@ def write_plots(cases: dict[str, list[Result]], folder: Path) -> list[Path]:
     Raises:
         ValueError: there is something to draw, and no matplotlib.
     """
-    files = plot_files(cases)
+    files = _files(cases)
     for path in folder.glob("*.svg"):
         if path.name not in files and "fastdpo benchmarks" in path.read_text():
             path.unlink()
     written = []
-    for name, (plot, panels) in files.items():
+    for name, (plot, panels, device) in files.items():
         path = folder / name
         if not _is_current(path, plot, panels):
             folder.mkdir(parents=True, exist_ok=True)
-            _draw(path, plot, panels, name.split("-")[0].upper())
+            _draw(path, plot, panels, device)
             written.append(path)
     return written
 
@@ -148,7 +159,7 @@ def _is_current(path: Path, plot: Plot, panels: Panels) -> bool:
     return path.is_file() and digest(plot, panels) in path.read_text()
 
 
-def _draw(path: Path, plot: Plot, panels: Panels, kind: str) -> None:
+def _draw(path: Path, plot: Plot, panels: Panels, device: str) -> None:
     try:
         import matplotlib
     except ImportError as error:
@@ -185,7 +196,7 @@ def _draw(path: Path, plot: Plot, panels: Panels, kind: str) -> None:
         label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=8)
-    figure.suptitle(f"{plot.title} ({kind})")
+    figure.suptitle(f"{plot.title} ({device})")
     figure.tight_layout(rect=(0, 0.04 + 0.16 / rows, 1, 1))
     about = f"fastdpo benchmarks, numbers {digest(plot, panels)}"
     figure.savefig(path, format="svg", metadata={"Date": None, "Description": about})

@@ -201,6 +201,14 @@ def write_results(payload: dict[str, Any], folder: Path = RESULTS) -> Path:
     return file.path
 
 
+def label(environment: dict[str, Any]) -> str:
+    """A device as tables name it: numbers of two never share a table."""
+    cpu = environment.get("cpu")
+    return (
+        environment["device"] if "nvidia_smi" in environment or not cpu else f"{environment['device']}, {cpu}"
+    )
+
+
 def is_gpu(payload: dict[str, Any]) -> bool:
     """Whether a file's numbers are of a GPU; those of a CPU never stand in a GPU's table."""
     return "nvidia_smi" in payload["environment"]

@@ -334,7 +334,8 @@ def plans_of_results(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What would measure a file's results again: their settings, less what picks cases, each once."""
     found: dict[str, dict[str, Any]] = {}
     for result in payload["results"]:
-        plan = dict(result.get("settings") or payload["settings"])
+        settings = result.get("settings") or payload["settings"]
+        plan = {name: settings.get(name) or None for name in SETTINGS}
         plan |= {"models": None, "tokens": None, "tasks": None, "suites": []}
         plan = found.setdefault(json.dumps(plan, sort_keys=True), {**plan, "keys": []})
         plan["suites"] += [] if result["suite"] in plan["suites"] else [result["suite"]]

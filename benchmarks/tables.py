@@ -3,7 +3,7 @@
 python -m benchmarks.tables          # rewrites README.md between its markers, docs/benchmarks.md and plots
 python -m benchmarks.tables --check  # fails when they are not what the results give
 
-Results of GPUs and of CPUs never share a table; what no GPU has measured says *not run*.
+Results of two devices never share a table; what no GPU has measured says *not run*.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import even_steps, summarise
-from benchmarks.plots import PLOTS, check_plots, write_plots
+from benchmarks.plots import PLOTS, axes_of, check_plots, write_plots
 from benchmarks.problem import PASSES, TASKS
-from benchmarks.results import RESULTS, ROOT, is_gpu, read_results
+from benchmarks.results import RESULTS, ROOT, is_gpu, label, read_results, slug
 from fastdpo.losses import losses_table
 
 # DESIGN section 6, fp32 logits: the time allowed, as a ratio to the task's products in plain cuBLAS.
@@ -35,18 +35,26 @@ PEER_TARGETS = (
     ("torch", "pairs", 1.0),
 )
 NOT_RUN = "*not run*"
+# The contender that sets nothing, and what is said of it.
+DEFAULT = "fastdpo-default"
+DEFAULT_FIRST = "first what a user gets who sets nothing, then the best of ours where that is another"
 Result = dict[str, Any]
 
 
-def newest(results: Sequence[Result], *, of_gpu: bool) -> dict[str, Result]:
-    """The newest result of every case, with its file, of GPUs or of CPUs."""
-    found: dict[str, Result] = {}
+def newest(results: Sequence[Result], *, of_gpu: bool) -> dict[str, dict[str, Result]]:
+    """Device -> case -> its newest result, with its file; of GPUs or of CPUs.
+
+    What was measured stands until it is measured anew: a case skipped later does not take its place.
+    """
+    found: dict[str, dict[str, Result]] = {}
     for payload in results:
         if is_gpu(payload) == of_gpu:
+            cases = found.setdefault(label(payload["environment"]), {})
             for result in payload["results"]:
                 where = {"file": payload["file"], "environment": payload["environment"]}
-                found[result["key"]] = {**result, **where}
-    return found
+                if "skipped" not in result or "skipped" in cases.get(result["key"], result):
+                    cases[result["key"]] = {**result, **where}
+    return dict(sorted(found.items()))
 
 
 def ours_of(result: Result) -> dict[str, Result]:
@@ -58,9 +66,16 @@ def ours_of(result: Result) -> dict[str, Result]:
 
 
 def head_table(results: Sequence[Result]) -> str:
-    """Ratio to the task's own GEMMs on GPUs; *not run* where there is none."""
+    """Ratio to the task's own GEMMs, a table for every GPU; *not run* where there is none."""
+    devices = newest(results, of_gpu=True)
+    if not devices:
+        return f"{_head_of({})}\n\nNo GPU result has been recorded yet; `make gpu` makes one."
+    return "\n\n".join(f"**{device}**\n\n{_head_of(cases)}" for device, cases in devices.items())
+
+
+def _head_of(cases: dict[str, Result]) -> str:
     cells: dict[tuple[str, str], Result] = {}
-    for result in newest(results, of_gpu=True).values():
+    for result in cases.values():
         if result["suite"] == "op" and "skipped" not in result and not result["ignored_percent"]:
             if result["num_tokens"] == TARGET_TOKENS.get(result["task"]) and result["dtype"] == "bfloat16":
                 cells[result["model"], result["task"]] = result
@@ -69,37 +84,56 @@ def head_table(results: Sequence[Result]) -> str:
         "|---|---|---|---|" + "---|" * len(GPU_MODELS),
     ]
     for task, target in TARGETS.items():
-        measured = [_best(cells.get((model, task))) for model in GPU_MODELS]
+        measured = [_to_floor(cells.get((model, task))) for model in GPU_MODELS]
         head = f"| `{task}` | {PASSES[task]} | {TARGET_TOKENS[task]} | {target:.2f} x {PASSES[task]} GEMM"
         lines.append(f"{head} | " + " | ".join(measured) + " |")
     files = sorted({cell["file"] for cell in cells.values()})
     source = ", ".join(f"`benchmarks/results/{name}`" for name in files)
-    note = f"Measured: {source}." if files else "No GPU result has been recorded yet; `make gpu` makes one."
-    return "\n".join([*lines, "", note])
+    note = f"Measured: {source}; {DEFAULT_FIRST}." if files else ""
+    return "\n".join([*lines, "", note]).rstrip()
 
 
-def _best(result: Result | None) -> str:
-    if result is None:
-        return NOT_RUN
+def _default_and_best(result: Result, say: Callable[[str, Result], str]) -> str:
+    """What a user gets who sets nothing, and beside it the best of ours, where that is another."""
     ours = ours_of(result)
+    reasons = {**result["not_run"], **result["failed"]}
     if not ours:
         return "failed: " + "; ".join(result["failed"].values())
-    best = min(ours, key=lambda name: ours[name]["ratio_to_gemm"])
-    peak = ours[best].get("peak_mib")
-    memory = "" if peak is None else f", {peak / 1024:.2f} GiB"
-    return f"{ours[best]['ratio_to_gemm']:.3f} ({best}, {ours[best]['median_ms']:.1f} ms{memory})"
+    best = min(ours, key=lambda name: ours[name]["median_ms"])
+    said = [] if best == DEFAULT else [f"best {say(best, ours[best])}"]
+    if DEFAULT in ours:
+        said.insert(0, say(DEFAULT, ours[DEFAULT]))
+    elif DEFAULT in reasons:
+        said.insert(0, f"{DEFAULT} failed: {reasons[DEFAULT]}")
+    return "; ".join(said)
+
+
+def _to_floor(result: Result | None) -> str:
+    if result is None:
+        return NOT_RUN
+
+    def say(name: str, cell: Result) -> str:
+        peak = cell.get("peak_mib")
+        memory = "" if peak is None else f", {peak / 1024:.2f} GiB"
+        return f"{cell['ratio_to_gemm']:.3f} ({name}, {cell['median_ms']:.1f} ms{memory})"
+
+    return _default_and_best(result, say)
 
 
 def peer_targets_table(results: Sequence[Result]) -> str:
-    """How many times faster than each peer on a GPU, side by side in one run."""
+    """How many times faster than each peer, side by side in one run; a column for every GPU."""
+    devices = newest(results, of_gpu=True) or {"measured": {}}
     cells = {
-        result["task"]: result for result in newest(results, of_gpu=True).values()
-        if result["suite"] == "op" and "skipped" not in result and result["model"] == GPU_MODELS[0]
-        and result["num_tokens"] == 16384 and not result["ignored_percent"]
+        device: {
+            result["task"]: result for result in cases.values()
+            if result["suite"] == "op" and "skipped" not in result and result["model"] == GPU_MODELS[0]
+            and result["num_tokens"] == 16384 and not result["ignored_percent"]
+        } for device, cases in devices.items()
     }  # fmt: skip
-    lines = ["| peer | task | target | measured |", "|---|---|---|---|"]
+    lines = ["| peer | task | target | " + " | ".join(cells) + " |", "|---|---|---|" + "---|" * len(cells)]
     for peer, task, target in PEER_TARGETS:
-        lines.append(f"| `{peer}` | `{task}` | {target:.2f} x | {_speedup(cells.get(task), peer)} |")
+        measured = " | ".join(_speedup(of_device.get(task), peer) for of_device in cells.values())
+        lines.append(f"| `{peer}` | `{task}` | {target:.2f} x | {measured} |")
     return "\n".join(lines)
 
 
@@ -108,13 +142,14 @@ def _speedup(result: Result | None, peer: str) -> str:
         return NOT_RUN
     if peer not in result["contenders"]:
         return {**result["not_run"], **result["failed"]}.get(peer, NOT_RUN)
-    ours, cell = ours_of(result), result["contenders"][peer]
-    if not ours:
-        return "ours failed"
-    best = min(ours, key=lambda name: ours[name]["median_ms"])
-    ratio = cell["median_ms"] / ours[best]["median_ms"]
-    noise = (cell["noise"] ** 2 + ours[best]["noise"] ** 2) ** 0.5
-    return f"{ratio:.2f} +- {ratio * noise:.2f} ({best})"
+    peers = result["contenders"][peer]
+
+    def say(name: str, cell: Result) -> str:
+        ratio = peers["median_ms"] / cell["median_ms"]
+        noise = (peers["noise"] ** 2 + cell["noise"] ** 2) ** 0.5
+        return f"{ratio:.2f} +- {ratio * noise:.2f} ({name})"
+
+    return _default_and_best(result, say) if ours_of(result) else "ours failed"
 
 
 def steps_table(results: Sequence[Result]) -> str:
@@ -125,7 +160,8 @@ def steps_table(results: Sequence[Result]) -> str:
     ]
     files = set()
     for of_gpu in (True, False):
-        cases = [r for r in newest(results, of_gpu=of_gpu).values() if r["suite"] == "step"]
+        devices = newest(results, of_gpu=of_gpu).values()
+        cases = [r for of_device in devices for r in of_device.values() if r["suite"] == "step"]
         cases = [case for case in cases if case.get("contenders")]
         if not cases:
             lines.append(f"| {'GPU' if of_gpu else 'CPU'} | {NOT_RUN} | | | | | | |")
@@ -172,40 +208,55 @@ def document(results: Sequence[Result]) -> str:
         + "\n".join(f"| `{task}` | {what} |" for task, what in TASKS.items()),
     ]
     for of_gpu in (True, False):
-        parts += _chapter(newest(results, of_gpu=of_gpu), of_gpu)
+        devices = newest(results, of_gpu=of_gpu)
+        parts.append("## On a GPU" if of_gpu else "## On a CPU")
+        if not devices:
+            makes = "`make gpu`" if of_gpu else "`fastdpo bench op memory accuracy --device cpu`"
+            parts.append(f"{NOT_RUN}: {makes} makes these tables.")
+        elif not of_gpu:
+            parts.append("These are numbers of a CPU. They say nothing about a GPU.")
+        for device, cases in devices.items():
+            parts += _chapter(device, cases)
     return "\n\n".join(parts) + "\n"
 
 
-def _chapter(cases: dict[str, Result], of_gpu: bool) -> list[str]:
-    kind = "gpu" if of_gpu else "cpu"
-    parts = ["## On a GPU" if of_gpu else "## On a CPU"]
-    if not cases:
-        makes = "`make gpu`" if of_gpu else "`fastdpo bench op memory accuracy --device cpu`"
-        return [*parts, f"{NOT_RUN}: {makes} makes these tables."]
-    if not of_gpu:
-        parts.append("These are numbers of a CPU. They say nothing about a GPU.")
+def _chapter(device: str, cases: dict[str, Result]) -> list[str]:
+    """All of one device."""
+    parts = [f"### {device}"]
     files = {case["file"]: case["environment"] for case in cases.values()}
     parts.append("\n".join(_source(file, environment) for file, environment in sorted(files.items())))
+    missing: list[str] = []
     for suite, title, cell in SECTIONS:
         groups: dict[str, list[Result]] = {}
         for case in cases.values():
             if case["suite"] == suite:
-                groups.setdefault(_group(case), []).append(case)
+                for view in _views(case):
+                    groups.setdefault(_group(view), []).append(view)
         if not groups:
-            parts += [f"### {title}", NOT_RUN]
+            missing.append(f"`{suite}`")
             continue
-        parts.append(f"### {title}")
+        parts.append(f"#### {title}")
         for name, group in groups.items():
             parts.append(_grid(name, group, cell))
+    parts += [f"{NOT_RUN} on this device: {', '.join(missing)}."] if missing else []
     for plot in PLOTS:
         if (written := plot.data(list(cases.values()))) is not None and written:
-            parts.append(f"![{plot.title}, {kind}](plots/{kind}-{plot.name}.svg)")
+            parts.append(f"![{plot.title}, {device}](plots/{slug(device)}-{plot.name}.svg)")
     return parts
+
+
+def _views(case: Result) -> list[Result]:
+    """A point of memory once for every curve it lies on."""
+    axes = axes_of(case) if case["suite"] == "memory" else ()
+    return [{**case, "axis": axis} for axis in axes] or [case]
 
 
 def _source(file: str, environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in environment["packages"].items() if number)
-    dirty = " with uncommitted changes" if environment["has_uncommitted_changes"] else ""
+    is_dirty = environment["has_uncommitted_changes"]
+    dirty = (
+        " with uncommitted changes" if is_dirty else ", not known whether changed" if is_dirty is None else ""
+    )
     commit = (environment["commit"] or "unknown")[:12]
     return f"* `benchmarks/results/{file}`: {environment['device']}; {versions}; commit {commit}{dirty}"
 
@@ -316,8 +367,8 @@ def main(argv: list[str] | None = None) -> int:
         old = args.readme.read_text()
         new, page = render(old, results), document(results)
         path, plots = args.docs / "benchmarks.md", args.docs / "plots"
-        kinds = {"gpu": newest(results, of_gpu=True), "cpu": newest(results, of_gpu=False)}
-        cases = {kind: list(found.values()) for kind, found in kinds.items()}
+        devices = {**newest(results, of_gpu=True), **newest(results, of_gpu=False)}
+        cases = {device: list(found.values()) for device, found in devices.items()}
         if not args.check:
             args.readme.write_text(new)
             path.parent.mkdir(parents=True, exist_ok=True)

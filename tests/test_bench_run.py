@@ -77,7 +77,7 @@ def test_a_run_of_other_circumstances_is_not_mixed_in(tmp_path: Path) -> None:
 
 def test_a_run_that_has_no_time_left_stops_before_a_case(tmp_path: Path) -> None:
     file = new_file(tmp_path)
-    assert not run.run_cases([case("a"), case("b")], file, CPU, max_seconds=-1.0)
+    assert not run.run_cases([case("a"), case("b")], file, CPU, max_seconds=0.0)
     assert not file.results
     assert run.run_cases([case("a"), case("b")], file, CPU, max_seconds=60.0)
     assert file.done == {"a", "b"}
@@ -183,31 +183,23 @@ def test_every_suite_has_cases_at_every_preset() -> None:
     assert [key.split("/")[:3] for key in steps] == [["step", model, "bf16"] for model in models]
 
 
+def test_no_point_of_memory_is_measured_twice() -> None:
+    for preset, count in (("small", 14), ("gpu", 14)):
+        cases = make_cases("memory", Options(CPU, preset, 3, 1.0))
+        assert len(cases) == count
+        points = [case.key.split("/", 2)[2] for case in cases]
+        assert len(set(points)) == len(points)
+
+
 def test_the_parts_on_a_gpu_are_the_whole_preset() -> None:
     everything, parts = set(), []
     for suite in SUITES:
         everything |= {case.key for case in make_cases(suite, Options(CPU, "gpu", 3, 1.0))}
     for words in gpu.PARTS.values():
         args = run.parse(words)
-        options = Options(CPU, "gpu", 3, 1.0, models=args.models)
+        options = Options(CPU, "gpu", 3, 1.0, models=args.models, tokens=args.tokens)
         parts += [case.key for suite in args.suites for case in make_cases(suite, options)]
     assert sorted(parts) == sorted(everything)
-
-
-def test_a_part_goes_on_in_the_file_of_the_part_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--device", "cpu", "--quick", "--repeats", "1", "--results", str(tmp_path), "--part", "3"]
-    brief = ["--tasks", "score", "--contenders", "fastdpo-cpu"]
-    (tmp_path / "notes.txt").write_text("kept")
-    assert gpu.main([*words, *brief]) == 2  # the curves of memory are of losses with gradients
-    assert "memory: no size" in capsys.readouterr().err
-    brief[1] = "pairs"
-    for expected in ("wrote", "5 of 5 cases are measured already"):
-        assert gpu.main([*words, *brief]) == 0
-        assert expected in capsys.readouterr().out
-    (path,) = tmp_path.glob("*.json")
-    assert len(read_result(path)["results"]) == 5
 
 
 def test_without_tqdm_the_time_left_is_printed(
@@ -292,7 +284,8 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
     size = Size("tiny", 1024, torch.float32, vocab=8000)
     names = ("fastdpo-cpu", "torch")
     left_out = {m.name: "left out" for m in run_methods() if m.name not in names}
-    found = bench_memory("N", size, "pairs", CPU, left_out)
+    found = bench_memory(["N", "V"], size, "pairs", CPU, left_out)
+    assert found["axes"] == ["N", "V"] and found["key"].startswith("memory/N/")
     if set(found["not_run"]) & set(names):
         pytest.skip("this system does not let a process reset its peak")
     assert not found["failed"] and set(found["contenders"]) == set(names)

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import run, tables
+from benchmarks import gpu, run, tables
 from benchmarks.op import METHODS
-from benchmarks.plots import PLOTS, check_plots, plot_files, write_plots
-from benchmarks.results import read_results, write_results
+from benchmarks.plots import PLOTS, check_plots, memory_data, plot_files, write_plots
+from benchmarks.problem import PASSES
+from benchmarks.results import label, read_results, slug, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("losses", "results", "peers", "steps")
@@ -52,11 +53,102 @@ def test_the_table_shows_the_newest_measurement_and_what_was_not_run(tmp_path: P
     results = read_results(tmp_path)
     table = tables.head_table(results)
     # The opt-in for rounded logits is faster, and not what the table is about.
-    assert "1.125 (fastdpo-triton, 10.0 ms, 0.50 GiB)" in table and "1.500" not in table
+    assert "| best 1.125 (fastdpo-triton, 10.0 ms, 0.50 GiB) |" in table and "1.500" not in table
     assert table.count("*not run*") == 11
     peers = tables.peer_targets_table(results)
-    assert "| `trl` | `stash` | 1.45 x | 1.50 +- 0.02 (fastdpo-triton) |" in peers
+    assert "| `trl` | `stash` | 1.45 x | best 1.50 +- 0.02 (fastdpo-triton) |" in peers
     assert "| `cce-exact` | `stash` | 3.00 x | not installed |" in peers
+
+
+def test_two_gpus_do_not_share_a_table(tmp_path: Path) -> None:
+    """The same case, measured later on another GPU, takes nothing away from the first."""
+    write_results(payload(1.1, "2026-01-01T00:00:00+00:00"), tmp_path)
+    later = payload(1.3, "2026-01-02T00:00:00+00:00")
+    later["environment"]["device"] = "NVIDIA OTHER"
+    write_results(later, tmp_path)
+    results = read_results(tmp_path)
+    other, test = tables.head_table(results).split("**NVIDIA TEST**")
+    assert "**NVIDIA OTHER**" in other and "1.300" in other and "1.100" not in other
+    assert "1.100" in test and "1.300" not in test
+    peers = tables.peer_targets_table(results)
+    assert "| peer | task | target | NVIDIA OTHER | NVIDIA TEST |" in peers
+    page = tables.document(results)
+    assert (
+        page.index("### NVIDIA OTHER")
+        < page.index("1.30 x")
+        < page.index("### NVIDIA TEST")
+        < page.index("1.10 x")
+    )
+    found = {device: list(cases.values()) for device, cases in tables.newest(results, of_gpu=True).items()}
+    assert set(plot_files(found)) == {"other-time.svg", "test-time.svg"}
+
+
+def test_the_head_tables_report_what_a_user_gets_who_sets_nothing(tmp_path: Path) -> None:
+    """The best backend stands beside it, and does not stand in for it."""
+    result = payload(1.125)
+    cells = result["results"][0]["contenders"]
+    cells["fastdpo-default"] = {**cells["fastdpo-triton"], "ratio_to_gemm": 1.25, "median_ms": 12.0}
+    write_results(result, tmp_path)
+    results = read_results(tmp_path)
+    said = "1.250 (fastdpo-default, 12.0 ms, 0.50 GiB); best 1.125 (fastdpo-triton, 10.0 ms, 0.50 GiB)"
+    assert said in tables.head_table(results)
+    said = "1.25 +- 0.02 (fastdpo-default); best 1.50 +- 0.02 (fastdpo-triton)"
+    assert said in tables.peer_targets_table(results)
+    for method in METHODS:
+        if method.name == "fastdpo-default":
+            assert set(method.tasks) == set(PASSES)
+
+    del cells["fastdpo-default"]
+    result["results"][0]["failed"] = {"fastdpo-default": "dhidden is off"}
+    write_results({**result, "environment": {**result["environment"], "date": "2026-01-02"}}, tmp_path)
+    assert "fastdpo-default failed: dhidden is off; best" in tables.head_table(read_results(tmp_path))
+
+
+def test_a_case_skipped_later_does_not_hide_its_measurement(tmp_path: Path) -> None:
+    write_results(payload(1.1, "2026-01-01T00:00:00+00:00"), tmp_path)
+    write_results(payload(1.1, "2026-01-02T00:00:00+00:00", skipped="given up", contenders={}), tmp_path)
+    assert "1.100" in tables.head_table(read_results(tmp_path))
+
+
+def test_a_point_measured_once_lies_on_every_curve_it_is_of() -> None:
+    case = {
+        "suite": "memory", "key": "memory/N", "axes": ["N", "V", "T"], "model": "small", "task": "pairs",
+        "dtype": "float32", "num_tokens": 64, "vocab_size": 99, "length": 16, "failed": {}, "not_run": {},
+        "contenders": {"torch": {"peak_mib": 3.0}},
+    }  # fmt: skip
+    panels = memory_data([case])
+    assert {panel: series["torch"] for panel, series in panels.items()} == {
+        "pairs against N, small": [(64, 3.0)],
+        "pairs against V, small": [(99, 3.0)],
+        "pairs against T, small": [(16, 3.0)],
+    }
+    del case["axes"]
+    assert set(memory_data([{**case, "axis": "N"}])) == {"pairs against N, small"}  # an older file
+    environment = {
+        "date": "2026", "device": "CPU", "packages": {}, "commit": None, "has_uncommitted_changes": None
+    }  # fmt: skip
+    results = [{"file": "a.json", "environment": environment, "results": [{**case, "axes": ["N", "T"]}]}]
+    page = tables.document(results)
+    assert "| N = 64 |" in page and "| T = 16 |" in page and "V = 99 |" not in page
+    assert "commit unknown, not known whether changed" in page
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 2, "environment": {}}'])
+def test_a_file_that_is_no_result_file_is_named(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "foreign.json").write_text(text)
+    readme = tmp_path / "README.md"
+    readme.write_text(MARKERS)
+    folders = ["--readme", str(readme), "--docs", str(tmp_path / "docs"), "--results", str(tmp_path)]
+    assert tables.main(folders) == 2
+    assert "error: foreign.json: " in capsys.readouterr().err
+    for words in (["--resume"], ["--compare"]):
+        assert run.main([*words, str(tmp_path / "foreign.json")]) == 2
+        assert "error: foreign.json: " in capsys.readouterr().err
+    words = ["--device", "cpu", "--quick", "--part", "1", "--results", str(tmp_path)]
+    assert gpu.main(words) == 2
+    assert "error: foreign.json: " in capsys.readouterr().err
 
 
 def test_a_cpu_result_does_not_fill_a_gpu_table(tmp_path: Path) -> None:
@@ -133,10 +225,11 @@ def test_one_command_gives_json_tables_and_plots(tmp_path: Path, capsys: pytest.
     assert tables.main([*places, "--check"]) == 1
     assert tables.main(places) == 0 and tables.main([*places, "--check"]) == 0
     page = (docs / "benchmarks.md").read_text()
+    device = slug(label(result["environment"]))
     for plot in PLOTS:
-        assert f"plots/cpu-{plot.name}.svg" in page
-        assert "</svg>" in (docs / "plots" / f"cpu-{plot.name}.svg").read_text()
-    assert not list((docs / "plots").glob("gpu-*"))
+        assert f"plots/{device}-{plot.name}.svg" in page
+        assert "</svg>" in (docs / "plots" / f"{device}-{plot.name}.svg").read_text()
+    assert len(list((docs / "plots").iterdir())) == len(PLOTS)
 
     # One number changed by hand, in the results or in the page, is found.
     (docs / "benchmarks.md").write_text(page.replace("ms", "s", 1))
@@ -150,7 +243,7 @@ def test_one_command_gives_json_tables_and_plots(tmp_path: Path, capsys: pytest.
     path.write_text(json.dumps(changed))
     capsys.readouterr()
     assert tables.main([*places, "--check"]) == 1
-    assert "cpu-time.svg" in capsys.readouterr().err
+    assert f"{device}-time.svg" in capsys.readouterr().err
 
 
 def test_a_plot_of_results_that_are_gone_is_removed_and_others_are_left(tmp_path: Path) -> None:

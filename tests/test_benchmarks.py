@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -140,6 +141,46 @@ def test_a_wrong_gradient_of_a_peer_is_refused_in_pairs(task: str, dtype: torch.
         problem.check(task, right._replace(dhidden=right.dhidden * 1.05), is_exact=False)
 
 
+@pytest.mark.parametrize(
+    ("task", "mistake"),
+    [
+        ("ce", lambda values: values + 0.2),
+        ("score", lambda values: values + 0.05),  # within a token's rounding, never their mean's
+        ("pairs", lambda values: torch.cat(values.chunk(2)[::-1])),  # chosen and rejected swapped
+        ("pairs", lambda values: values + 100.0),
+        ("pairs", lambda values: values - torch.tensor([100.0] + [0.0] * (len(values) - 1))),
+    ],
+)
+def test_a_wrong_value_of_a_peer_is_told_from_rounding_in_bf16(
+    task: str, mistake: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Rounding has random signs: a sum is off by the root of its length, not by its length."""
+    problem = HeadProblem(Size("tiny", 2048), CPU)
+    for name in ("torch", "torch-linear-ce", "fastdpo-bf16-logits"):
+        right = BY_NAME[name].run(problem, task)
+        problem.check(task, right, is_exact=False)
+        with pytest.raises(Wrong, match=r"off by .* nats"):
+            problem.check(task, right._replace(values=mistake(right.values.float())), is_exact=False)
+
+
+def test_what_a_peer_imports_only_when_it_is_called_is_not_installed_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TRL's kernels load without `datasets`; the chunk size its trainers call them with does not."""
+    pytest.importorskip("trl", minversion="1.16")
+    monkeypatch.setitem(sys.modules, "trl.trainer.utils", None)
+
+    def lazy(problem: HeadProblem, task: str) -> Outcome:
+        raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+
+    methods = [*here("trl"), replace(BY_NAME["torch"], name="lazy", run=lazy)]
+    methods.append(replace(BY_NAME["fastdpo-reference"], run=lazy))
+    result = bench_task(HeadProblem(TINY, CPU), "score", methods, repeats=1, is_timed=False)
+    assert "not installed" in result["not_run"]["trl"] and "trl==1.16.0" in result["not_run"]["trl"]
+    assert result["not_run"]["lazy"] == "not installed: no module datasets"
+    assert "ModuleNotFoundError" in result["failed"]["fastdpo-reference"]  # ours has no such excuse
+
+
 def test_a_gradient_at_an_ignored_label_is_refused() -> None:
     problem = HeadProblem(TINY, CPU)
     right = BY_NAME["torch"].run(problem, "stash")
@@ -162,7 +203,8 @@ def test_a_peer_that_raises_is_shown_as_such() -> None:
 def test_a_peer_that_does_not_fit_is_listed_with_its_bytes() -> None:
     huge = replace(BY_NAME["torch"], bytes_needed=lambda size: 2**60)
     result = bench_task(HeadProblem(TINY, CPU), "score", [huge], repeats=1)
-    assert f"needs about {2**60} bytes" in result["not_run"]["torch"]
+    needed = 2**60 + TINY.floor_bytes("score")
+    assert f"needs about {needed} bytes" in result["not_run"]["torch"]
 
 
 def test_a_peer_that_is_not_installed_or_does_not_run_here_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
