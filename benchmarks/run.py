@@ -32,7 +32,7 @@ from benchmarks.compare import compare_results, report
 from benchmarks.harness import DeviceLost, environment, free_bytes, recover, why
 from benchmarks.method import WHOLE, is_ours
 from benchmarks.problem import MODELS, TASKS, problem_of
-from benchmarks.results import RESULTS, ROOT, ResultFile, read_result, runs_of
+from benchmarks.results import RESULTS, ROOT, ResultFile, is_gpu, read_result, runs_of
 from benchmarks.suites import PRESETS, SUITES, Case, Options, check_options, contenders_of, make_cases
 from fastdpo.ops.backends import backend_report
 
@@ -330,8 +330,12 @@ def _measured(payload: Mapping[str, Any] | None) -> set[str]:
     return {result["key"] for result in (payload or {}).get("results", ()) if "skipped" not in result}
 
 
-def plans_of_results(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What would measure a file's results again: their settings, less what picks cases, each once."""
+def plans_of_results(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """What would measure a file's results again: their settings, less what picks cases, each once.
+
+    Raises:
+        ValueError: it has none.
+    """
     found: dict[str, dict[str, Any]] = {}
     for result in payload["results"]:
         settings = result.get("settings") or payload["settings"]
@@ -340,7 +344,9 @@ def plans_of_results(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
         plan = found.setdefault(json.dumps(plan, sort_keys=True), {**plan, "keys": []})
         plan["suites"] += [] if result["suite"] in plan["suites"] else [result["suite"]]
         plan["keys"] += [] if "skipped" in result else [result["key"]]
-    return [{"device": payload["settings"].get("device"), **plan} for plan in found.values()]
+    if not found:
+        raise ValueError(f"{payload['file']}: got no results, wanted some to compare with")
+    return [{"device": "cuda" if is_gpu(payload) else "cpu", **plan} for plan in found.values()]
 
 
 def go_on_in_a_new_process(argv: Sequence[str], path: Path, left: float | None) -> int:

@@ -37,7 +37,7 @@ def commands_of(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def start(command: list[str], cwd: Path) -> Any:
         started.append(command)
-        return SimpleNamespace(wait=lambda timeout: 0)
+        return SimpleNamespace(wait=lambda timeout: 0, kill=None)
 
     monkeypatch.setattr(
         gpu, "subprocess", SimpleNamespace(Popen=start, TimeoutExpired=subprocess.TimeoutExpired)

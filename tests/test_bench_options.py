@@ -247,3 +247,12 @@ def test_an_older_file_whose_last_part_was_narrowed_can_be_compared(
 
     monkeypatch.setattr(run, "make_cases", cases)
     assert run.main(["--compare", str(path), "--results", str(tmp_path / "new")]) == 0
+
+
+def test_a_file_without_results_is_nothing_to_compare_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "empty.json"
+    path.write_text(json.dumps({"schema": 2, "environment": environment(CPU), "settings": {}, "results": []}))
+    assert run.main(["--compare", str(path), "--results", str(tmp_path / "new")]) == 2
+    assert "empty.json: got no results" in capsys.readouterr().err
