@@ -159,7 +159,7 @@ def test_a_name_that_there_is_not_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert run.main(["op", *BRIEF, "--contenders", "nope", "--results", str(tmp_path)]) == 2
     assert "contender: got 'nope'" in capsys.readouterr().err
     assert run.main(["op", *BRIEF, "--models", "nope", "--results", str(tmp_path)]) == 2
-    assert "no size of 'tiny' is left" in capsys.readouterr().err
+    assert "--models: got 'nope', wanted some of tiny" in capsys.readouterr().err
 
 
 def test_every_suite_has_cases_at_every_preset() -> None:
