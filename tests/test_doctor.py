@@ -14,6 +14,7 @@ import fastdpo
 from fastdpo import Execution, PreferenceTrainer, linear_logprob, patch_model
 from fastdpo.doctor import Diagnosis
 from fastdpo.plan import MIB, Plan
+from fastdpo.schedule import leading_dim
 from tests.integrations.peft_cases import HEAD, quantised, with_lora
 from tests.integrations.tiny import HIDDEN, VOCAB, make_model
 from tests.training.conftest import (  # noqa: F401  (fixtures)
@@ -66,7 +67,7 @@ def test_the_memory_is_that_of_the_plan() -> None:
     lines = section(fastdpo.doctor(make_model()), "Plan")
     parts = [float(number) for number in re.findall(r"([\d.]+) MiB", lines["memory of the head"])]
     assert len(parts) == 4 and parts[0] == pytest.approx(sum(parts[1:]), abs=0.2)
-    assert parts[2] == pytest.approx(4096 * VOCAB * 4 / MIB, abs=0.06)  # D of all tokens
+    assert parts[2] == pytest.approx(4096 * leading_dim(VOCAB) * 4 / MIB, abs=0.06)  # D of all tokens
     assert parts[1] == pytest.approx(float(lines["workspace"].split()[0]), abs=0.06)
 
 
