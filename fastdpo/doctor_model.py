@@ -60,7 +60,12 @@ def trainer_sections(trainer: Any) -> dict[str, Lines]:
     data, largest, longest = _data_lines(trainer, head)
     sections["Data"] = data
     sections["Memory but for activations and the head"] = _memory_lines(trainer)
-    if head is not None:
+    if getattr(trainer.args, "needs_divergences", False):
+        sections["Plan"] = [
+            ("op", "token_divergence, of policy and reference: 4 products of the head, 2 without gradients"),
+            ("peak", "not planned here: the chunks of two heads, within workspace_mib each"),
+        ]
+    elif head is not None:
         execution = _execution_of(trainer)
         what = "the largest batch" if largest else f"{DEFAULT_TOKENS} labelled tokens"
         has_pair_loss = bool(getattr(trainer.args, "makes_pair_loss", False))
@@ -168,7 +173,6 @@ def _plan_section(
     for line in str(plan).splitlines():
         name, finding = line.split("  ", 1)
         lines.append((name.strip(), finding.strip()))
-    lines.append(("memory of the head", _memory(plan, head)))
     return {title: lines}
 
 
@@ -218,14 +222,6 @@ def plan_of(
     )
     logits_dtype = resolve_dtypes(hidden, weight, execution)[1]
     return call.plan, resolve_backend(execution.backend, weight.device, logits_dtype)
-
-
-def _memory(plan: Plan, head: LMHead) -> str:
-    parts = {"workspace": plan.workspace_bytes, "kept": plan.kept_bytes}
-    if head.weight.requires_grad:
-        parts["gradient of its weight"] = head.weight.numel() * head.weight.element_size()
-    text = " + ".join(f"{name} {_mib(size)}" for name, size in parts.items())
-    return f"{_mib(sum(parts.values()))} ({text})"
 
 
 def _is_trl(trainer: Any) -> bool:
@@ -304,7 +300,7 @@ def _memory_for(
         plan, _ = plan_of(model, head, execution, row_tokens, has_pair_loss)
     except (ValueError, TypeError):
         return []  # the plan's own section says why
-    return [("head for it alone", _memory(plan, head))]
+    return [("head for it alone", f"{_mib(plan.peak_bytes)} at once, gradients included")]
 
 
 def _parts(sizes: list[int], kind: str | None) -> str:

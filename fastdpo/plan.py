@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from fastdpo.plan_lean import make_lean_plan
+from fastdpo.plan_lean import logit_bytes, make_lean_plan
 from fastdpo.plan_memory import peak_bytes
 from fastdpo.schedule import (
     GROUP_ROWS,
@@ -19,6 +19,7 @@ from fastdpo.schedule import (
     chunk_and_block_rows,
     chunk_rows,
     group_pairs,
+    holds_a_chunk_row,
     leading_dim,
 )
 
@@ -44,7 +45,9 @@ class Plan:
     weight_grad_groups: int
     workspace_bytes: int
     kept_bytes: int
+    weight_copy_bytes: int  # of the weight in the operands' dtype, on a GPU: made forward and again backward
     weight_sum_bytes: int  # of dW in the dtype it is summed in, where that is not the dtype it is returned in
+    score_rows: int  # of `lean` with a kernel that stores no logits: rows of one launch; else 0
     peak_bytes: int  # the most that is allocated at once, gradients included: see `fastdpo.plan_memory`
     groups: tuple[PairGroup, ...]  # of mode `pairs`
     group_rows: int  # of the longest of them that is not recomputed: the buffer for its D
@@ -79,12 +82,15 @@ class Plan:
             f"tokens        {self.num_tokens} labelled",
             f"head          hidden {self.hidden_size}, vocabulary {self.vocab_size}",
             f"chunks        {len(self.chunks())} of up to {self.chunk_rows} rows"
-            + (f", {self.leading_dim} vocabulary entries at a time" if self.mode == "lean" else ""),
+            + (f", {self.leading_dim} vocabulary entries at a time" if self.mode == "lean" else "")
+            + (f"; forward {self.score_rows} rows" if self.score_rows else ""),
             f"GEMM passes   {self.gemm_passes:.2f} (forward {self.gemm_passes_forward:.2f}, "
             f"backward {self.gemm_passes_backward:.2f})",
             f"workspace     {self.workspace_bytes / MIB:.1f} MiB of logits",
             f"kept          {self.kept_bytes / MIB:.1f} MiB ({kept})",
         ]
+        if self.weight_copy_bytes:
+            lines.append(f"weight copy   {self.weight_copy_bytes / MIB:.1f} MiB, in the products' dtype")
         if self.weight_sum_bytes:
             lines.append(f"fp32 sum      {self.weight_sum_bytes / MIB:.1f} MiB of dweight, cast at the end")
         lines.append(f"peak          {self.peak_bytes / MIB:.1f} MiB at once, gradients included")
@@ -165,6 +171,7 @@ def make_plan(
     joins_chunks: bool = False,
     hidden_bytes: int | None = None,
     weight_bytes: int | None = None,
+    copies_weight: bool = False,
 ) -> Plan:
     """The plan for a mode that ``resolve_mode`` has settled; sizes in elements, budgets in MiB.
 
@@ -172,6 +179,7 @@ def make_plan(
     ``[pair_rows[p], pair_rows[p + 1])``. ``lean_logit_bytes``: see ``plan_lean.lean_blocks``.
     ``joins_chunks``: whether D may stay in the workspace for several chunks. ``hidden_bytes`` and
     ``weight_bytes``: of an element of these and of their gradients; None: as of the operands.
+    ``copies_weight``: whether products need the weight in another dtype, and all of it at once.
     """
     hidden_bytes, weight_bytes = hidden_bytes or operand_bytes, weight_bytes or operand_bytes
     gradient_bytes = needs_hidden * num_tokens * hidden_size * hidden_bytes
@@ -202,7 +210,9 @@ def make_plan(
             weight_grad_groups=1,
             workspace_bytes=lean.workspace_bytes,
             kept_bytes=lean.sum_bytes,
+            weight_copy_bytes=0,  # its slabs are converted within the workspace
             weight_sum_bytes=0,
+            score_rows=lean.score_rows,
             peak_bytes=lean.workspace_bytes + lean.sum_bytes + gradient_bytes,
             groups=(),
             group_rows=0,
@@ -244,6 +254,7 @@ def make_plan(
     }.get(mode, 0)
     workspace_rows = block_rows if mode == "stash" or again else rows
     workspace_bytes = workspace_rows * leading_dim(vocab_size) * logits_bytes
+    weight_copy_bytes = copies_weight * vocab_size * hidden_size * operand_bytes
     weight_sum_bytes = 0
     if needs_weight and sums_in_fp32(num_groups, weight_bytes):
         weight_sum_bytes = vocab_size * hidden_size * 4
@@ -261,7 +272,9 @@ def make_plan(
         weight_grad_groups=num_groups,
         workspace_bytes=workspace_bytes,
         kept_bytes=kept_bytes,
+        weight_copy_bytes=weight_copy_bytes,
         weight_sum_bytes=weight_sum_bytes,
+        score_rows=0,
         peak_bytes=peak_bytes(
             mode,
             workspace_bytes=workspace_bytes,
@@ -274,6 +287,7 @@ def make_plan(
             weight_grad_bytes=needs_weight * vocab_size * hidden_size * weight_bytes,
             weight_sum_bytes=weight_sum_bytes,
             recomputes=bool(again),
+            weight_copy_bytes=weight_copy_bytes,
         ),
         groups=groups,
         group_rows=group_rows,
@@ -297,12 +311,16 @@ def explain_plan(
     vocab_size: int,
     *,
     mode: str = "auto",
+    backend: str = "auto",
     hidden_requires_grad: bool = True,
     weight_requires_grad: bool = False,
+    bias_requires_grad: bool = False,
     entropy_requires_grad: bool = False,
     pair_lengths: Sequence[int] | None = None,
     logits_bytes: int = 4,
     operand_bytes: int = 2,
+    hidden_bytes: int | None = None,
+    weight_bytes: int | None = None,
     workspace_mib: int = 512,
     cache_mib: int = 1024,
     num_multiprocessors: int = 0,
@@ -313,19 +331,23 @@ def explain_plan(
         num_tokens: N, labelled tokens only.
         hidden_size: H.
         vocab_size: V.
-        mode: as in ``Execution``.
-        hidden_requires_grad, weight_requires_grad, entropy_requires_grad: what needs a gradient.
+        mode, backend: as in ``Execution``; only mode ``lean`` depends on the backend, and takes ``auto`` on a
+            GPU to be Triton.
+        hidden_requires_grad, weight_requires_grad, bias_requires_grad, entropy_requires_grad: what needs a
+            gradient.
         pair_lengths: for ``fused_dpo_loss`` with a loss per pair: the labelled tokens of each pair, both
             answers together, N in all. None: for ``linear_logprob``.
-        logits_bytes: 4 for fp32 logits, 2 with ``logits_dtype="bf16"``.
+        logits_bytes: 4 for fp32 logits, 2 with ``logits_dtype="bf16"``, 8 for fp64.
         operand_bytes: bytes of one element of the products' operands: 2 for bf16 and fp16 on a GPU; 4
-            for fp32, and for 16-bit inputs on a CPU, which are upcast.
+            for fp32, and for 16-bit inputs on a CPU, which are upcast; 8 for fp64.
+        hidden_bytes, weight_bytes: the same of hidden and of the weight, where they are not the operands: 2
+            for 16-bit ones on a CPU, 4 for fp32 ones under autocast. None: as ``operand_bytes``.
         workspace_mib, cache_mib: as in ``Execution``.
         num_multiprocessors: of the GPU (132 for an H100 or H200), which sets the rows of a chunk; 0: a CPU.
 
     Raises:
-        ValueError: the mode does not fit the gradients, the workspace does not hold one row, or the pairs
-            do not have N tokens.
+        ValueError: the mode does not fit the gradients, the logits or the workspace, or the pairs do not
+            have N tokens.
 
     Example:
         >>> plan = explain_plan(4096, 4096, 128256, weight_requires_grad=True)  # doctest: +SKIP
@@ -336,10 +358,15 @@ def explain_plan(
         mode,
         needs_hidden=hidden_requires_grad,
         needs_weight=weight_requires_grad,
+        needs_bias=bias_requires_grad,
         entropy_requires_grad=entropy_requires_grad,
         cache_mib=cache_mib,
         has_pair_loss=pair_lengths is not None,
+        holds_a_row=holds_a_chunk_row(vocab_size, logits_bytes, workspace_mib),
     )
+    if settled == "lean" and logits_bytes == 2:
+        raise ValueError("logits_bytes: got 2 with mode 'lean', which stores no logits, wanted 4")
+    is_store_free = backend in ("auto", "triton") and num_multiprocessors > 0 and operand_bytes == 2
     plan = make_plan(
         settled,
         num_tokens,
@@ -353,7 +380,13 @@ def explain_plan(
         cache_mib=cache_mib,
         num_multiprocessors=num_multiprocessors,
         pair_rows=tuple(accumulate(pair_lengths or (), initial=0)),
+        needs_bias=bias_requires_grad,
+        lean_logit_bytes=logit_bytes(is_store_free, operand_bytes),
         joins_chunks=True,
+        hidden_bytes=hidden_bytes,
+        weight_bytes=weight_bytes,
+        # On a CPU, slab by slab.
+        copies_weight=num_multiprocessors > 0 and weight_bytes not in (None, operand_bytes),
     )
     print(plan)
     return plan

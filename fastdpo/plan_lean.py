@@ -19,6 +19,42 @@ from fastdpo.schedule import CHUNK_ROWS_MULTIPLE, LEADING_DIM_MULTIPLE, MIB
 # fills a GPU, and every further slab reads and writes the sum of dhidden once more.
 WANTED_SLAB = 1024
 
+# Bytes of workspace for one logit of a slab: its own, and in plain torch half as much for temporaries.
+KERNEL_LOGIT_BYTES = 4
+TORCH_LOGIT_BYTES = 6
+
+# The kernel that stores no logits leaves, for every row and split of the vocabulary, up to six fp32 sums, and
+# what adds them up (`kernels.slab.combined`) has up to five matrices of their size at a time.
+SPLIT = 2048  # vocabulary entries; a multiple of every tile's width
+SUM_BYTES = (6 + 5) * 4
+
+
+def sums_bytes(num_rows: int, vocab_size: int) -> int:
+    """Bytes of the partial sums of some rows, and of adding them up."""
+    return num_rows * -(-vocab_size // SPLIT) * SUM_BYTES
+
+
+def store_free_rows(num_tokens: int, vocab_size: int, workspace_mib: int) -> int:
+    """Rows whose partial sums fit the workspace, of which one launch of the kernel makes them.
+
+    Raises:
+        ValueError: the workspace does not hold those of one row.
+    """
+    limit = workspace_mib * MIB // sums_bytes(1, vocab_size)
+    if limit < 1:
+        raise ValueError(
+            f"workspace_mib: sums of one row over {vocab_size} vocabulary entries need "
+            f"{sums_bytes(1, vocab_size)} bytes, got {workspace_mib} MiB"
+        )
+    return _even(num_tokens, limit, CHUNK_ROWS_MULTIPLE)
+
+
+def logit_bytes(is_store_free: bool, operand_bytes: int) -> int:
+    """``logit_bytes`` of `lean_blocks`: with kernels whose forward pass stores no logits, or without."""
+    if is_store_free:
+        return KERNEL_LOGIT_BYTES
+    return 2 * TORCH_LOGIT_BYTES if operand_bytes == 8 else TORCH_LOGIT_BYTES
+
 
 @dataclass(frozen=True)
 class LeanPlan:
@@ -29,6 +65,8 @@ class LeanPlan:
     vocab_size: int
     row_block: int
     slab: int
+    # Rows at a time in a forward pass that stores no logits, whose partial sums fit the workspace; else 0.
+    score_rows: int
     gemm_passes_forward: float
     gemm_passes_backward: float
     # Logits of a slab, what is made of them, converted or scaled copies of rows and of the slab's weights,
@@ -108,6 +146,9 @@ def make_lean_plan(
         operand_bytes=operand_bytes,
         workspace_mib=workspace_mib,
     )
+    # A kernel's logits take less memory than plain torch's: that tells which of the two it is.
+    is_store_free = logit_bytes == KERNEL_LOGIT_BYTES
+    score_rows = store_free_rows(num_tokens, vocab_size, workspace_mib) if is_store_free else 0
     needs_any = needs_hidden or needs_weight or needs_bias
     # With a frozen head the slabs of one block of rows follow each other, and only its sum is held.
     summed_rows = num_tokens if needs_weight or needs_bias else rows
@@ -118,9 +159,13 @@ def make_lean_plan(
         vocab_size=vocab_size,
         row_block=rows,
         slab=slab,
+        score_rows=score_rows,
         gemm_passes_forward=1.0,
         gemm_passes_backward=float(needs_any + needs_hidden + needs_weight),
-        workspace_bytes=_block_bytes(rows, slab, hidden_size, logit_bytes, operand_bytes),
+        workspace_bytes=max(
+            _block_bytes(rows, slab, hidden_size, logit_bytes, operand_bytes),
+            sums_bytes(score_rows, vocab_size),
+        ),
         sum_bytes=has_sum * summed_rows * hidden_size * max(operand_bytes, 4),
     )
 

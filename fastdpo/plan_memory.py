@@ -25,6 +25,7 @@ def peak_bytes(
     weight_grad_bytes: int,
     weight_sum_bytes: int,
     recomputes: bool,
+    weight_copy_bytes: int = 0,
 ) -> int:
     """Bytes beyond the inputs in the forward or the backward pass, whichever holds more, results included.
 
@@ -38,12 +39,14 @@ def peak_bytes(
             too, that is more. 0 where there is none.
         weight_sum_bytes: of dW where it is summed in another dtype than it is returned in, else 0.
         recomputes: whether rows are recomputed: their logits are there beside the gradients.
+        weight_copy_bytes: of the weight in the operands' dtype, where a copy of all of it is made; it lives
+            as long as products with the weight do.
 
     What is small is left out: vectors of N or V numbers, and on a CPU slabs of at most 64 MiB in which
     16-bit operands are upcast.
     """
     chunk = 2 * chunk_rows * row_bytes  # the rows of one are there until those of the next are
-    forward = workspace_bytes + kept_bytes + chunk
+    forward = workspace_bytes + kept_bytes + chunk + weight_copy_bytes
     dweight = weight_sum_bytes or weight_grad_bytes
     results = hidden_grad_bytes + weight_grad_bytes
     if mode == "stash":
@@ -56,4 +59,5 @@ def peak_bytes(
     if mode == "pairs":
         return max(forward + hidden_grad_bytes + dweight + scratch, cast)
     held = workspace_bytes + chunk if recomputes else 0
+    held += weight_copy_bytes if recomputes or hidden_grad_bytes else 0
     return max(forward, kept_bytes + held + hidden_grad_bytes + dweight + scratch, kept_bytes + cast)

@@ -399,10 +399,10 @@ def test_doctor_at_a_run_on_real_pairs(diagnose: Callable[..., Any], model_dir: 
     assert data["pairs"] == "236" and data["largest batch"].startswith("4 pairs, at most ")
     sizes = [int(n) for n in re.findall(r"\d+", data["longest pair"])[1:]]
     assert len(sizes) == 3 and sizes[0] + max(sizes[1:]) == 160  # cut to what a pair may have
-    assert re.match(r"[\d.]+ MiB \(workspace", data["head for it alone"])
+    assert re.match(r"[\d.]+ MiB at once", data["head for it alone"])
     plan = report["Plan for the largest batch"]
     assert plan["mode"] == "pairs" and plan["tokens"] in data["largest batch"]
-    assert "MiB" in plan["memory of the head"] and plan["backend"] in ("cpu", "reference")
+    assert "MiB" in plan["peak"] and plan["backend"] in ("cpu", "reference")
     memory = report["Memory but for activations and the head"]
     weights = sum(p.numel() * 4 for p in AutoModelForCausalLM.from_pretrained(model_dir).parameters())
     assert memory["weights"] == memory["gradients"] == memory["reference"] == f"{weights / 2**20:.1f} MiB"

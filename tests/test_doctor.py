@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import fastdpo
 from fastdpo import Execution, PreferenceTrainer, linear_logprob, patch_model
 from fastdpo.doctor import Diagnosis
 from fastdpo.plan import MIB, Plan
+from fastdpo.schedule import leading_dim
 from tests.integrations.peft_cases import HEAD, quantised, with_lora
 from tests.integrations.tiny import HIDDEN, VOCAB, make_model
 from tests.training.conftest import (  # noqa: F401  (fixtures)
@@ -64,10 +64,10 @@ def test_the_plan_is_that_of_the_call(make: Callable[[], Any], mode: str, passes
 
 def test_the_memory_is_that_of_the_plan() -> None:
     lines = section(fastdpo.doctor(make_model()), "Plan")
-    parts = [float(number) for number in re.findall(r"([\d.]+) MiB", lines["memory of the head"])]
-    assert len(parts) == 4 and parts[0] == pytest.approx(sum(parts[1:]), abs=0.2)
-    assert parts[2] == pytest.approx(4096 * VOCAB * 4 / MIB, abs=0.06)  # D of all tokens
-    assert parts[1] == pytest.approx(float(lines["workspace"].split()[0]), abs=0.06)
+    parts = {name: float(lines[name].split()[0]) for name in ("workspace", "kept", "peak")}
+    # D of all tokens, in rows as long as those of logits.
+    assert parts["kept"] == pytest.approx(4096 * leading_dim(VOCAB) * 4 / MIB, abs=0.06)
+    assert parts["peak"] > parts["workspace"] + parts["kept"]
 
 
 def test_an_adapter_on_the_head_is_described() -> None:
@@ -127,6 +127,15 @@ def test_a_preference_trainer(
     batch = trainer.data_collator([pairs[i] for i in range(4)])
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=None)
     assert lines["mode"] in {plan.mode for plan in seen}
+
+
+def test_a_trainer_of_divergences(make_args: Callable[..., Any], tokenizer: Any) -> None:  # noqa: F811
+    """Its op is another one: a plan of `linear_logprob` would be wrong."""
+    args = make_args(loss_type="tdpo2")
+    trainer = PreferenceTrainer(tiny_llama(), args, train_dataset=make_rows(8), processing_class=tokenizer)
+    diagnosis = fastdpo.doctor(trainer)
+    assert "token_divergence" in section(diagnosis, "Plan")["op"]
+    assert not any(title.startswith("Plan for") for title in diagnosis.sections)
 
 
 def test_a_trl_trainer(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdpo.plan_lean import SPLIT
+
 from .contract import LogitTransform, RowOutputs
 from .slab import SlabSums, combined, value_and_slope, write_outputs
 from .triton import LN_2, LOG2_E, MINUS_INF, _jit, _rebase, _tanh, unavailable_reason
@@ -32,7 +34,6 @@ except ModuleNotFoundError:  # `unavailable_reason` says so
     triton = None
 
 OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SPLIT = 2048  # vocabulary entries; a multiple of every tile's width
 GROUP_BLOCKS = 16  # blocks of rows that share a split's tiles of the weight in L2
 # Products summed at a time for fp32: one long chain of roundings would pass 1e-5 nats at H = 4096.
 FP32_SPAN = 256

@@ -29,6 +29,11 @@ def operand_dtype(compute_dtype: torch.dtype, logits_dtype: torch.dtype, device:
     return torch.float32 if needs_upcast else compute_dtype
 
 
+def copies_weight(weight: Tensor, compute_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a `SlabbedWeight` makes a copy of the whole weight: a conversion that is not made in slabs."""
+    return weight.device.type != "cpu" and not weight.dtype == compute_dtype == dtype
+
+
 class SlabbedWeight:
     """A ``(V, H)`` weight in the operands' dtype, handed out in slabs of the vocabulary.
 

@@ -14,6 +14,7 @@ tokens, as dW does: D is kept or recomputed, never only D W. Hence the modes ``s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from fastdpo.kernels.contract import RowOutputs
 from fastdpo.kernels.matmul import SlabbedWeight, operand_dtype
 from fastdpo.ops.checks import accumulation_dtype, fail, resolve_dtypes
 from fastdpo.ops.chunked import d_groups, forward_chunks
-from fastdpo.ops.gradients import Gradients, TokenGrads
+from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads
 from fastdpo.ops.head_call import HeadCall, LowRank
 from fastdpo.ops.library import (
     OPTIONS_SCHEMA,
@@ -240,14 +241,21 @@ def adapted_backward_op(
         low = Gradients(
             narrow, up_slabs, hidden=needs[3], dweight=needs[4], bias=False, adds_label_rows=has_lse
         )
-        for group in d_groups(call, weight_slabs, kept, grads):
-            wide.add_group(group, outputs, grads)
-            low.add_group(replace(group, rows=None), outputs, grads)
+        _add_groups(wide, low, d_groups(call, weight_slabs, kept, grads), outputs, grads)
     dhidden, dweight, dbias = wide.results()
     dstates, dup, _ = low.results()
     found = (dhidden, dweight, dbias, dstates, dup)
     results = tuple(hidden.new_empty(0) if grad is None else grad for grad in found)
     return results  # type: ignore[return-value]
+
+
+def _add_groups(
+    wide: Gradients, low: Gradients, groups: Iterable[DGroup], outputs: RowOutputs, grads: TokenGrads
+) -> None:
+    """All groups, for both products. On return nothing refers to their D: its memory is free."""
+    for group in groups:
+        wide.add_group(group, outputs, grads)
+        low.add_group(replace(group, rows=None), outputs, grads)
 
 
 @adapted_backward_op.register_fake

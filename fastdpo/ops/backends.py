@@ -6,6 +6,8 @@ the dtype alone, so that every call of a run, with or without gradients, goes th
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from importlib import import_module
 from typing import cast
 
@@ -47,12 +49,26 @@ def resolve_backend(name: str, device: torch.device, logits_dtype: torch.dtype =
         for candidate in AUTO_ORDER.get(device.type, ()):
             if unavailable_reason(candidate, device, logits_dtype) is None:
                 return candidate
+        if logits_dtype != torch.float64 and device.type in AUTO_ORDER:
+            _warn_of_no_kernel(device.type, device.index)
         return "reference"
     reason = unavailable_reason(name, device, logits_dtype)
     if reason is not None:
         error = TypeError if logits_dtype == torch.float64 else ValueError
         raise error(f"backend: {name!r} does not run on {device}: {reason}")
     return name
+
+
+@cache
+def _warn_of_no_kernel(device_type: str, index: int | None) -> None:
+    """Once for each device."""
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    reasons = "; ".join(f"{name}: {unavailable_reason(name, device)}" for name in AUTO_ORDER[device_type])
+    warnings.warn(
+        f"no kernel of fastdpo runs on {device}, so plain torch computes, as exact but slower ({reasons})",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def load_row_kernel(name: str) -> RowKernel:

@@ -1,6 +1,7 @@
 """Every argument check of the ops: a mistake becomes an error with the name, what was got, what is wanted.
 
-Shapes, dtypes and devices only: nothing here reads a tensor's values, so nothing synchronises.
+Shapes, dtypes and devices: values are read only on a CPU, where that is free, or when a caller asks for it
+and accepts that it synchronises.
 """
 
 from __future__ import annotations
@@ -214,7 +215,9 @@ def check_topk(topk: object, outputs: tuple[str, ...], vocab_size: int) -> int:
     return topk
 
 
-def check_token_index(token_index: Tensor | None, hidden: Tensor) -> None:
+def check_token_index(token_index: Tensor | None, hidden: Tensor, *, reads_values: bool = False) -> None:
+    """Shape, dtype and device; and that rows are rows of hidden, none twice, where reading them is free or
+    asked for (``reads_values``, which synchronises)."""
     if token_index is None:
         return
     if token_index.dim() != 1 or token_index.dtype != torch.int64:
@@ -222,6 +225,18 @@ def check_token_index(token_index: Tensor | None, hidden: Tensor) -> None:
         raise fail("token_index", got, "(N,) int64 positions into the flattened labels")
     if token_index.device != hidden.device:
         raise fail("token_index", token_index.device, f"{hidden.device}, the device of hidden")
+    is_free = token_index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not (is_free or reads_values) or not token_index.numel():
+        return
+    rows = token_index.sort().values
+    num_rows = hidden.shape[:-1].numel()
+    lowest, highest = int(rows[0]), int(rows[-1])
+    if lowest < 0 or highest >= num_rows:
+        raise fail("token_index", f"positions {lowest} to {highest}", f"positions 0 to {num_rows - 1}")
+    repeated = rows[1:][rows[1:] == rows[:-1]]
+    if repeated.numel():
+        wanted = "no position twice; in a TokenLayout a row may predict several tokens"
+        raise fail("token_index", f"position {int(repeated[0])} more than once", wanted)
 
 
 def check_grad_weight_out(grad_weight_out: Tensor | None, weight: Tensor) -> None:

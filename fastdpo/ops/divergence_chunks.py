@@ -28,7 +28,7 @@ from fastdpo.kernels.divergence import (
 )
 from fastdpo.kernels.matmul import SlabbedWeight, hidden_grad_into, logits_into
 from fastdpo.ops.checks import accumulation_dtype
-from fastdpo.ops.chunked import backward_stash, kept_shape
+from fastdpo.ops.chunked import add_groups, backward_stash, kept_shape
 from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads, row_coeff
 from fastdpo.ops.head_call import HeadCall, front_of_rows
 from fastdpo.plan import Plan
@@ -126,8 +126,7 @@ def backward_divergences(
     elif policy.plan.mode == "stash":
         backward_stash(policy, kept, no_outputs, grads, total)
     else:
-        for group in _d_groups(call, weight, kept, coeffs):
-            total.add_group(group, no_outputs, grads)
+        add_groups(total, _d_groups(call, weight, kept, coeffs), no_outputs, grads)
     return total.results()
 
 

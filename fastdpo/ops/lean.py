@@ -25,6 +25,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastdpo import plan_lean
 from fastdpo.kernels import slab as torch_slab
 from fastdpo.kernels.contract import RowOutputs
 from fastdpo.kernels.matmul import LOW_PRECISION, add_bias_grad
@@ -32,19 +33,13 @@ from fastdpo.kernels.slab import SlabGradient, SlabSums
 from fastdpo.kernels.topk import merge_top, no_top, top_sums, write_top
 from fastdpo.ops.checks import accumulation_dtype, fail
 from fastdpo.ops.gradients import TokenGrads, add_rows_in_order
-from fastdpo.ops.head_call import HeadCall, TopkOutputs, empty_outputs, empty_topk
+from fastdpo.ops.head_call import HeadCall, TopkOutputs, empty_outputs, empty_topk, slice_outputs
 from fastdpo.schedule import MIB
-
-# Bytes of workspace for one logit of a slab: its own, and in plain torch half as much for temporaries.
-KERNEL_LOGIT_BYTES = 4
-TORCH_LOGIT_BYTES = 6
 
 
 def logit_bytes(backend: str, compute_dtype: torch.dtype) -> int:
     """``logit_bytes`` of `fastdpo.plan_lean.lean_blocks` for a resolved backend."""
-    if compute_dtype == torch.float64:
-        return 2 * TORCH_LOGIT_BYTES
-    return KERNEL_LOGIT_BYTES if _is_store_free(backend, compute_dtype) else TORCH_LOGIT_BYTES
+    return plan_lean.logit_bytes(_is_store_free(backend, compute_dtype), compute_dtype.itemsize)
 
 
 def _is_store_free(backend: str, compute_dtype: torch.dtype) -> bool:
@@ -96,7 +91,19 @@ def _score(call: HeadCall, statistics: tuple[str, ...], topk: TopkOutputs | None
             matrix.to(call.compute_dtype) if matrix.dtype == torch.float64 else matrix
             for matrix in (call.hidden, call.weight)
         )
-        lean_logprobs(hidden, weight, call.index, call.labels, call.transform, outputs, call.compute_dtype)
+        if hidden.stride(1) != 1:
+            hidden = hidden.contiguous()  # once, and not for every launch
+        for start in range(0, call.plan.num_tokens, call.plan.score_rows):
+            stop = min(start + call.plan.score_rows, call.plan.num_tokens)
+            lean_logprobs(
+                hidden if call.index is not None else hidden[start:stop],
+                weight,
+                None if call.index is None else call.index[start:stop],
+                call.labels[start:stop],
+                call.transform,
+                slice_outputs(outputs, start, stop),
+                call.compute_dtype,
+            )
         return outputs
 
     _, slope = torch_slab.value_and_slope(call.transform)
@@ -117,8 +124,8 @@ def _score(call: HeadCall, statistics: tuple[str, ...], topk: TopkOutputs | None
     torch_slab.write_outputs(whole, call.labels, call.plan.vocab_size, slope, outputs)
     if topk is not None and top is not None:
         for start, stop in blocks:  # one at a time, for what is made of the k values
-            rows, best = topk.slice(start, stop), top_sums(top[start:stop], call.transform)
-            write_top(best, outputs.lse[start:stop], rows.mass, rows.entropy)
+            part_of, best = topk.slice(start, stop), top_sums(top[start:stop], call.transform)
+            write_top(best, outputs.lse[start:stop], part_of.mass, part_of.entropy)
     return outputs
 
 
@@ -270,11 +277,13 @@ class _HiddenGrad:
     def finish(self, scale: Tensor) -> None:
         self.total.mul_(scale[self.start : self.stop, None])
         if self.call.index is not None:
-            index, total = self.call.index[self.start : self.stop], self.total.to(self.out.dtype)
+            index, dtype = self.call.index[self.start : self.stop], self.out.dtype
             if self.call.has_repeats:
-                add_rows_in_order(self.out, index, total)
-            else:
-                self.out.index_copy_(0, index, total)
+                add_rows_in_order(self.out, index, self.total.to(dtype))
+            else:  # in blocks, as there is no room for all rows cast
+                step = self.call.plan.chunk_rows
+                for rows, part in zip(index.split(step), self.total.split(step), strict=True):
+                    self.out.index_copy_(0, rows, part.to(dtype))
         elif self.out.dtype != self.dtype:
             self.out[self.start : self.stop] = self.total
         del self.total

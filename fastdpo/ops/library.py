@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
-from fastdpo.kernels.matmul import operand_dtype
+from fastdpo.kernels.matmul import copies_weight, operand_dtype
 from fastdpo.ops.backends import num_multiprocessors, resolve_backend
 from fastdpo.ops.checks import accumulation_dtype, fail
 from fastdpo.ops.chunked import backward_chunks, forward_chunks
@@ -340,6 +340,7 @@ def head_call(
         joins_chunks=True,
         hidden_bytes=hidden.element_size(),
         weight_bytes=weight.element_size(),
+        copies_weight=copies_weight(weight, run.compute_dtype, operands),
     )
     return HeadCall(
         hidden=hidden,

@@ -60,8 +60,10 @@ def linear_logprob(
             4, with k = 10 and bits). Mode ``lean`` has them where its backend stores logits.
         entropy_requires_grad: make ``entropy`` differentiable (mode ``recompute``).
         token_index: ``(N,)`` int64, the flat positions of the labelled tokens, none twice. With it there
-            is no host synchronisation; without it there is one. Other positions count as ignored.
-        check_labels: raise on labels outside 0..V-1 (one more synchronisation).
+            is no host synchronisation; without it there is one. Other positions count as ignored. On a CPU
+            a position out of range or named twice raises; on a GPU with ``check_labels``.
+        check_labels: raise on labels outside 0..V-1, and on a GPU on a wrong ``token_index`` (one more
+            synchronisation each).
         grad_weight_out: ``(V, H)`` contiguous, in the weight's dtype or float32. The backward pass adds the
             weight's gradient to it and returns none for the weight.
         execution: how to run; see `Execution`.
@@ -79,7 +81,7 @@ def linear_logprob(
         >>> out.logps.shape
         torch.Size([2, 5])
     """
-    targets, token_index, index_kind = labelled_rows(hidden, labels, token_index)
+    targets, token_index, index_kind = labelled_rows(hidden, labels, token_index, reads_values=check_labels)
     output, _ = indexed_logprob(
         hidden,
         checks.as_head(lm_head, takes_adapter=True),
@@ -98,16 +100,23 @@ def linear_logprob(
 
 
 def labelled_rows(
-    hidden: Tensor, labels: Tensor | TokenLayout, token_index: Tensor | None
+    hidden: Tensor,
+    labels: Tensor | TokenLayout,
+    token_index: Tensor | None,
+    *,
+    reads_values: bool = False,
 ) -> tuple[Tensor, Tensor | None, str]:
-    """Checked labels, the index of their rows and its kind (``library.INDEX_KINDS``)."""
+    """Checked labels, the index of their rows and its kind (``library.INDEX_KINDS``).
+
+    ``reads_values``: check the values of ``token_index`` on a GPU too.
+    """
     if isinstance(labels, TokenLayout):
         if token_index is not None:
             raise checks.fail("token_index", "a value together with a TokenLayout", "None: the layout has it")
         checks.check_token_layout(labels, hidden)
         return labels.target_ids, labels.token_index, "repeated"
     checks.check_labels(labels, hidden)
-    checks.check_token_index(token_index, hidden)
+    checks.check_token_index(token_index, hidden, reads_values=reads_values)
     return labels, token_index, "found" if token_index is None else "given"
 
 

@@ -153,6 +153,13 @@ class PreferenceConfig(TrainingArguments):
             "it. Takes the place of per_device_train_batch_size and reference_batch_size."
         ),
     )
+    offload_activations: bool = field(
+        default=False,
+        metadata=_help(
+            "Keep the backbone's activations in host memory until its backward pass; with "
+            "activation_checkpointing those at its checkpoints. Slower, and the same numbers."
+        ),
+    )
     longest_batch_first: bool | None = field(
         default=None,
         metadata=_help(
@@ -344,6 +351,11 @@ class PreferenceConfig(TrainingArguments):
         if self.max_tokens_per_batch is not None and self.reference_batch_size is not None:
             raise ValueError(
                 "reference_batch_size: got a value and max_tokens_per_batch, wanted one of the two"
+            )
+        if self.offload_activations and (self.torch_compile or self.torch_compile_backend):
+            raise ValueError(
+                "offload_activations: got True with torch_compile, wanted one of the two: what compiled code "
+                "saves is not ours to move"
             )
 
     def _check_loader(self) -> None:

@@ -155,6 +155,8 @@ def _explain(
     hints = [f"lower {limit}", f"lower max_length (now {args.max_length}; here {longest} tokens)"]
     if not (getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing):
         hints.append("set activation_checkpointing=True")
+    if not args.offload_activations:
+        hints.append("set offload_activations=True")
     if layout_of(trainer.data_collator) != "shared_prompt":
         hints.append("try batch_layout='shared_prompt'")
     rows, memory = row_list(dataset.rows[torch.tensor(pairs)].tolist()), _memory(trainer.accelerator.device)

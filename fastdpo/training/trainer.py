@@ -12,6 +12,7 @@ What it changes in that loop:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -37,6 +38,7 @@ from fastdpo.training.largest_batch import try_before_scoring
 from fastdpo.training.layouts import choose_collator, token_budget
 from fastdpo.training.loss_state import LossState
 from fastdpo.training.metrics import MetricSums
+from fastdpo.training.offload import offloaded_activations
 from fastdpo.training.precompute import PrecomputedReference
 from fastdpo.training.progress import load_progress, save_progress
 from fastdpo.training.reference import (
@@ -252,13 +254,15 @@ class PreferenceTrainer(EvaluatingTrainer):
             check_output_dir(self.args)
             clear_output_dir(self.args)
         self._owns_output_dir = True
-        if self.args.longest_batch_first and self._will_score(self.train_dataset):
-            try_before_scoring(self)
-        self.train_dataset = self._with_reference(self.train_dataset)
-        self.eval_dataset = self._with_reference(self.eval_dataset)
-        if self._precomputed is not None:
-            self._precomputed.model_will_change()
-        output: TrainOutput = super().train(self._resume_from, trial, ignore_keys_for_eval)
+        is_offloaded = self.args.offload_activations
+        with offloaded_activations(self.model) if is_offloaded else contextlib.nullcontext():
+            if self.args.longest_batch_first and self._will_score(self.train_dataset):
+                try_before_scoring(self)
+            self.train_dataset = self._with_reference(self.train_dataset)
+            self.eval_dataset = self._with_reference(self.eval_dataset)
+            if self._precomputed is not None:
+                self._precomputed.model_will_change()
+            output: TrainOutput = super().train(self._resume_from, trial, ignore_keys_for_eval)
         return output
 
     def get_batch_samples(

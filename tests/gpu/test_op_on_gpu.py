@@ -16,7 +16,6 @@ from fastdpo.ops.backends import unavailable_reason
 from fastdpo.ops.scaling import scaled
 from fastdpo.reference import linear_logprob_reference
 from fastdpo.testing import (
-    Case,
     assert_close_to_fp64,
     assert_logps_close,
     assert_results_close,
@@ -100,18 +99,35 @@ def test_bf16_logits(backend: str) -> None:
     assert ours.logps.max() <= 0
 
 
-@pytest.mark.parametrize("mode", ["stash", "cache", "recompute"])
-def test_no_synchronisation_with_a_given_index(backend: str, mode: str) -> None:
-    case = make_case(device=CUDA, has_bias=False)
+def _step_with_an_index(backend: str, mode: str) -> Callable[[], tuple[Tensor, ...]]:
+    """Log-probabilities and the gradients that a mode is for, with the labelled positions given."""
+    case = make_case(dtype=torch.bfloat16, device=CUDA, has_bias=False)
     index = (case.labels != case.ignore_index).flatten().nonzero().squeeze(1)
-    h, w, _ = leaves(case, weight=mode != "stash")
     execution = Execution(mode=mode, backend=backend, workspace_mib=1)
-    run_op(case, h, w, None, execution, token_index=index).logps.backward(case.upstream)
+
+    def step() -> tuple[Tensor, ...]:
+        h, w, _ = leaves(case, hidden=mode != "score", weight=mode not in ("score", "stash"))
+        logps = run_op(case, h, w, None, execution, token_index=index).logps
+        wanted = [leaf for leaf in (h, w) if leaf.requires_grad]
+        grads = torch.autograd.grad(logps, wanted, case.upstream) if wanted else ()
+        return (logps.detach(), *grads)
+
+    return step
+
+
+INDEX_MODES = ["score", "stash", "cache", "recompute", "lean"]
+
+
+@pytest.mark.parametrize("mode", INDEX_MODES)
+def test_no_synchronisation_with_a_given_index(backend: str, mode: str) -> None:
+    step = _step_with_an_index(backend, mode)
+    expected = step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run_op(case, h, w, None, execution, token_index=index).logps.backward(case.upstream)
+        again = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, expected, again))
 
 
 def test_same_bits_in_every_mode_and_run(backend: str) -> None:
@@ -211,21 +227,65 @@ def test_autocast(backend: str) -> None:
     assert_close_to_fp64(dweight.bfloat16(), fp64_results(case).dweight, emulated_results(case).dweight)
 
 
-def test_a_graph_can_be_captured_with_a_given_index(backend: str) -> None:
+@pytest.mark.parametrize("mode", INDEX_MODES)
+def test_a_step_can_be_captured_with_a_given_index(backend: str, mode: str) -> None:
     if backend == "reference":
         pytest.skip("plain torch indexing synchronises")
-    case: Case = make_case(device=CUDA, has_bias=False)
-    index = (case.labels != case.ignore_index).flatten().nonzero().squeeze(1)
-    execution = Execution(backend=backend, workspace_mib=1)
-    with torch.no_grad():
+    step = _step_with_an_index(backend, mode)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # autograd's own streams have to be warm before a capture
         for _ in range(2):
-            expected = run_op(case, *leaves(case)[:2], None, execution, token_index=index).logps
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run_op(case, case.hidden, case.weight, None, execution, token_index=index).logps
-    captured.zero_()
+            expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in captured:
+        tensor.zero_()
     graph.replay()
-    assert torch.equal(captured, expected)
+    assert all(map(torch.equal, expected, captured))
+
+
+def test_a_second_device(backend: str) -> None:
+    """Kernels run where their tensors are, whatever the current device is."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = make_case(device=CUDA)
+    execution = Execution(backend=backend, workspace_mib=1)
+    expected = op_results(case, execution)
+    elsewhere = op_results(make_case(device=torch.device("cuda:1")), execution)
+    assert torch.cuda.current_device() == 0
+    for one, two in zip(expected, elsewhere, strict=True):
+        assert one is None or torch.equal(one, two.to(CUDA))  # type: ignore[union-attr]
+
+
+def test_a_head_of_more_than_2_31_weights(backend: str) -> None:
+    """V x H past 2^31: the last rows of the head are the ones an int32 would take from elsewhere."""
+    vocab, hidden_size, num_tokens = 262208, 8256, 256
+    assert vocab * hidden_size > 2**31
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    generator = torch.Generator(CUDA).manual_seed(0)
+    weight = torch.empty(vocab, hidden_size, device=CUDA, dtype=torch.bfloat16)
+    weight.normal_(std=3 / hidden_size**0.5, generator=generator)
+    hidden = torch.randn(num_tokens, hidden_size, device=CUDA, generator=generator).bfloat16()
+    labels = torch.arange(vocab - num_tokens, vocab, device=CUDA)
+    execution = Execution(backend=backend)
+    with torch.no_grad():
+        ours = linear_logprob(hidden, weight, labels, execution=execution).logps
+    rows = slice(num_tokens - 8, num_tokens)
+    logits = torch.cat([hidden[rows].double() @ part.double().T for part in weight.split(32768)], dim=1)
+    truth = logits.log_softmax(1).gather(1, labels[rows, None]).squeeze(1)
+    assert_logps_close(ours[rows], truth, torch.bfloat16)
+    weight.requires_grad_()
+    logps = linear_logprob(hidden, weight, labels, execution=execution).logps
+    (dweight,) = torch.autograd.grad(logps.sum(), weight)
+    # Each label is a row of its own at the head's end: there its token's state, less every token's share.
+    probs = torch.cat([hidden.float() @ part.float().T for part in weight.detach().split(32768)], dim=1)
+    probs = probs.softmax(1)[:, -num_tokens:]
+    wanted = hidden.float() - probs.T @ hidden.float()
+    assert (dweight[-num_tokens:].float() - wanted).norm() <= 2**-7 * wanted.norm()
 
 
 def _pairs_step(backend: str, mode: str) -> Callable[[], tuple[Tensor, ...]]:

@@ -34,7 +34,7 @@ from fastdpo.integrations import trl as hook
 from fastdpo.integrations import trl_0_24
 from tests.conftest import SHARED_DATA
 from tests.integrations import trl_runs as runs
-from tests.integrations.tiny import VOCAB
+from tests.integrations.tiny import IMAGE_TOKEN, VOCAB
 from tests.ops.test_gemm_passes import PRODUCTS
 
 STEPS = 30
@@ -372,6 +372,55 @@ def test_a_trainer_made_before_the_patch_is_patched(tmp_path: Path) -> None:
 
 def forbidden(*args: Any, **kwargs: Any) -> None:
     raise AssertionError("the logits of a batch were asked for")
+
+
+@pytest.mark.parametrize("limit", [None, 11])
+@pytest.mark.parametrize("family", ["llava", "gemma3-vl"])
+def test_images_and_token_types(family: str, limit: int | None, tmp_path: Path) -> None:
+    """One call of the method on a batch as TRL's collator makes it of prompts with images."""
+    model = runs.make_model(family)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.any():  # Gemma 3's projector starts at 0, and no image would be seen
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+
+    def tokens(length: int) -> torch.Tensor:
+        return torch.randint(3, 190, (2, length), generator=generator)
+
+    prompt, chosen, rejected = tokens(8), tokens(5), tokens(4)
+    prompt[:, 3:7] = IMAGE_TOKEN
+    chosen[0, 1] = 0  # which RPO's likelihood leaves out in TRL
+    batch = {
+        f"{name}_{what}": value
+        for name, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected))
+        for what, value in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)))
+    }
+    batch["prompt_attention_mask"][1, :2] = 0
+    batch["chosen_attention_mask"][0, 3:] = 0
+    batch["pixel_values"] = torch.randn(2, 3, 8, 8, generator=generator)
+    if family == "gemma3-vl":
+        batch["token_type_ids"] = (prompt == IMAGE_TOKEN).long()
+    trainer = make_dpo(tmp_path, rpo_alpha=1.0)
+    trainer.max_length = limit
+
+    def run() -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        model.zero_grad(set_to_none=True)
+        out = trainer.concatenated_forward(model, {name: value.clone() for name, value in batch.items()})
+        (out["chosen_logps"].sum() - out["rejected_logps"].sum() + out["nll_loss"]).backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {name: value.detach().sum().item() for name, value in out.items()}, grads
+
+    theirs, their_grads = run()
+    with patch_trl():
+        ours, our_grads = run()
+    assert ours.keys() == theirs.keys() and our_grads.keys() == their_grads.keys()
+    for name, value in theirs.items():
+        runs.assert_number(ours[name], value, name)
+    for name, grad in their_grads.items():
+        if not name.endswith("self_attn.k_proj.bias"):  # shifts all scores of a query: rounding alone
+            runs.assert_gradient(our_grads[name], grad, name)
+    batch["pixel_values"] = batch["pixel_values"].flip(0)
+    assert abs(run()[0]["chosen_logps"] - theirs["chosen_logps"]) > 1e-3
 
 
 def head_passes(run: Callable[[], object], tokens: int, hidden: int, vocab: int) -> float:

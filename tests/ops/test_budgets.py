@@ -14,13 +14,18 @@ from torch import Tensor
 from fastdpo import Execution, TokenLayout, fused_dpo_loss, linear_logprob, plan
 from fastdpo.ops import gradients, library
 from fastdpo.ops.head_call import LogitChunks
+from fastdpo.ops.lean import _Workspace
 from fastdpo.plan import Plan
 from fastdpo.testing import assert_close_to_fp64, emulated_results, fp64_results, same_sign_case
+from tests.ops.meta_gpu import MODES as ALL_MODES
+from tests.ops.meta_gpu import make_call, meta_gpu, run_call
+
+__all__ = ["meta_gpu"]
 
 HIDDEN, VOCAB, TOKENS = 16, 8192, 96
 # A chunk holds 32 rows of logits, a group of D too.
 SMALL = {"workspace_mib": 1, "cache_mib": 1}
-MODES = ("score", "stash", "cache", "recompute", "pairs")
+MODES = ("score", "stash", "cache", "recompute", "pairs")  # those that store rows of logits
 
 
 def make_step(
@@ -73,33 +78,54 @@ def test_no_hidden_copy_or_zero_fill_of_a_large_matrix(
     assert any(event.name == "aten::mm" for event in profile.events())  # the profiler does see inside the op
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_nothing_asks_for_a_value_of_the_device_when_all_is_given(mode: str) -> None:
-    """With a layout that has its lengths the only values read are those that a CPU reads for free."""
-    step = make_step(mode)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
-    names = {event.name for event in profile.events()}
-    assert not names & {"aten::nonzero", "aten::masked_select", "aten::unique"}
+@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("index_kind", ["tokens", "repeated"])
+@pytest.mark.parametrize("has_lse", [False, True])
+@pytest.mark.usefixtures("meta_gpu")
+def test_nothing_asks_for_a_value_of_the_device(mode: str, index_kind: str, has_lse: bool) -> None:
+    """On meta tensors, which have none: ``.item()``, ``bool()``, ``.tolist()`` or a size by data raises."""
+    needs = {"needs_weight": mode not in ("score", "stash"), "needs_hidden": mode != "score"}
+    call = make_call(
+        mode, 3000, 64, 5000, index_kind=index_kind, workspace_mib=8, cache_mib=8, pair_length=300,
+        has_reference=True, **needs,
+    )  # fmt: skip
+    run_call(call, has_lse=has_lse and mode != "pairs", statistics=("entropy",))
 
 
-@pytest.mark.parametrize("mode", MODES)
+def test_meta_tensors_refuse_to_give_a_value() -> None:
+    """What the test above rests on."""
+    value = torch.ones((), device="meta")
+    for ask in (
+        value.item,
+        value.tolist,
+        lambda: bool(value),
+        lambda: float(value),
+        value.reshape(1).nonzero,
+    ):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            ask()
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("when", [0, 1, 2])
 def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch, mode: str, when: int) -> None:
     """It is raised, the next call is right to the last bit, and nothing of the failed one stays alive."""
     step = make_step(mode)
     expected = step()
-    right = LogitChunks.fill
+    # What makes logits in a workspace: of chunks, or of slabs of the vocabulary.
+    owner: Any = _Workspace if mode == "lean" else LogitChunks
+    name = "logits" if mode == "lean" else "fill"
+    right = getattr(owner, name)
     seen: list[Any] = []
 
-    def failing(self: LogitChunks, start: int, rows: Tensor, at: int = 0) -> None:
+    def failing(self: Any, *args: Any) -> Any:
         if len(seen) == when:
             seen.append(weakref.ref(self._logits))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
         seen.append(None)
-        right(self, start, rows, at)
+        return right(self, *args)
 
-    monkeypatch.setattr(LogitChunks, "fill", failing)
+    monkeypatch.setattr(owner, name, failing)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         step()
     gc.collect()  # the traceback that pytest kept is a cycle

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastdpo import Execution, LMHead, linear_logprob
+from fastdpo import Execution, LMHead, TokenLayout, linear_logprob
+from fastdpo.ops import backends, checks
 
 H, V = 8, 11
 HIDDEN = torch.randn(2, 5, H)
@@ -159,3 +160,51 @@ def test_good_labels_pass_the_check() -> None:
     labels = LABELS.clone()
     labels[0, 0] = -100
     assert torch.equal(call(labels=labels, check_labels=True).logps, call(labels=labels).logps)
+
+
+def test_a_machine_without_kernels_is_told_once(monkeypatch: pytest.MonkeyPatch, recwarn: Any) -> None:
+    monkeypatch.setattr(backends, "unavailable_reason", lambda name, *_: f"{name} was not built")
+    backends._warn_of_no_kernel.cache_clear()
+    cpu = torch.device("cpu")
+    assert backends.resolve_backend("auto", cpu, torch.float64) == "reference" and not recwarn.list
+    for _ in range(2):
+        assert backends.resolve_backend("auto", cpu) == "reference"
+    (warning,) = recwarn.list
+    assert "no kernel of fastdpo runs on cpu" in str(warning.message)
+    assert "cpu: cpu was not built" in str(warning.message)
+    backends._warn_of_no_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("index", [[0, 9], [0, -1], [4], [2, 1, 2], [0, 0]])
+@pytest.mark.parametrize("check_labels", [False, True])
+def test_values_of_token_index(index: list[int], check_labels: bool) -> None:
+    """A row named twice would get dweight twice and dhidden once."""
+    hidden, weight, labels = torch.randn(2, 2, 8), torch.randn(50, 8), torch.tensor([[1, 2], [3, 4]])
+    with pytest.raises(ValueError, match=r"token_index: got position.*wanted (no )?position"):
+        linear_logprob(hidden, weight, labels, token_index=torch.tensor(index), check_labels=check_labels)
+
+
+def test_good_values_of_token_index_in_any_order() -> None:
+    hidden, weight, labels = torch.randn(2, 2, 8), torch.randn(50, 8), torch.tensor([[1, 2], [3, 4]])
+    logps = linear_logprob(hidden, weight, labels, token_index=torch.tensor([3, 0])).logps
+    assert torch.equal(logps == 0, torch.tensor([[False, True], [True, False]]))
+    none = linear_logprob(hidden, weight, labels, token_index=torch.zeros(0, dtype=torch.int64)).logps
+    assert not none.any()
+
+
+def test_a_layout_may_name_a_row_twice() -> None:
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(50, 8)
+    rows = torch.tensor([2, 2, 0])
+    layout = TokenLayout(rows, torch.tensor([7, 8, 9]), torch.tensor([0, 1, 1]))
+    linear_logprob(hidden, weight, layout).logps.sum().backward()
+    dense = (hidden.detach() @ weight.T).log_softmax(-1)
+    assert hidden.grad is not None and hidden.grad[2].any() and not hidden.grad[1].any()
+    assert torch.allclose(linear_logprob(hidden, weight, layout).logps, dense[rows, torch.tensor([7, 8, 9])])
+
+
+def test_on_a_gpu_values_of_token_index_are_read_when_asked_for() -> None:
+    """Without values to read, as on a device nobody waits for, the check passes; asked for, it reads."""
+    hidden, index = torch.empty(4, 8, device="meta"), torch.empty(2, device="meta", dtype=torch.int64)
+    checks.check_token_index(index, hidden)
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        checks.check_token_index(index, hidden, reads_values=True)

@@ -56,6 +56,7 @@ def run(folder: Path, *, per_device: int, accumulate: int) -> None:
         loss_type=["sigmoid", "sft"],
         reference="precomputed",
         reference_cache_dir=str(folder / "reference"),
+        longest_batch_first=True,
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulate,
         per_device_eval_batch_size=per_device,
