@@ -68,7 +68,10 @@ sys.meta_path.insert(0, Refuse())
 USE = """
 hidden = torch.randn(3, 4, requires_grad=True)
 weight = torch.randn(7, 4, requires_grad=True)
-out = fastdpo.linear_logprob(hidden, weight, torch.tensor([0, 6, -100]))
+with warnings.catch_warnings(record=True) as told:  # by its first use, not by the import
+    warnings.simplefilter("always")
+    out = fastdpo.linear_logprob(hidden, weight, torch.tensor([0, 6, -100]))
+assert "no kernel of fastdpo runs on cpu" in str(told[0].message)
 out.logps.sum().backward()
 assert out.logps[2] == 0 and hidden.grad.isfinite().all() and weight.grad.count_nonzero() > 0
 """
