@@ -239,10 +239,23 @@ def _chapter(device: str, cases: dict[str, Result]) -> list[str]:
         for name, group in groups.items():
             parts.append(_grid(name, group, cell))
     parts += [f"{NOT_RUN} on this device: {', '.join(missing)}."] if missing else []
-    for plot in PLOTS:
-        if (written := plot.data(list(cases.values()))) is not None and written:
-            parts.append(f"![{plot.title}, {device}](plots/{slug(device)}-{plot.name}.svg)")
-    return parts
+    return parts + _plot_links(device, cases, "plots")
+
+
+def _plot_links(device: str, cases: dict[str, Result], folder: str) -> list[str]:
+    return [
+        f"![{plot.title}, {device}]({folder}/{slug(device)}-{plot.name}.svg)"
+        for plot in PLOTS
+        if plot.data(list(cases.values()))
+    ]
+
+
+def plots_of(results: Sequence[Result]) -> str:
+    """Every plot there is, of GPUs first."""
+    devices = {**newest(results, of_gpu=True), **newest(results, of_gpu=False)}
+    return "\n\n".join(
+        link for device, cases in devices.items() for link in _plot_links(device, cases, "docs/plots")
+    )
 
 
 def _views(case: Result) -> list[Result]:
@@ -344,7 +357,8 @@ def render(readme: str, results: Sequence[Result]) -> str:
     readme = _replace(readme, "losses", losses_table())
     readme = _replace(readme, "results", head_table(results))
     readme = _replace(readme, "peers", peer_targets_table(results))
-    return _replace(readme, "steps", steps_table(results))
+    readme = _replace(readme, "steps", steps_table(results))
+    return _replace(readme, "plots", plots_of(results))
 
 
 def _replace(readme: str, name: str, table: str) -> str:

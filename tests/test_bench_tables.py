@@ -15,7 +15,7 @@ from benchmarks.problem import PASSES
 from benchmarks.results import label, read_results, slug, write_results
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("losses", "results", "peers", "steps")
+NAMES = ("losses", "results", "peers", "steps", "plots")
 MARKERS = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in NAMES)
 
 

@@ -11,27 +11,26 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdpo.integrations.backbone_call import passed_through, run_backbone
 from fastdpo.integrations.fused_output import FusedLMOutput as FusedLMOutput
 from fastdpo.integrations.fused_output import HeadStates, ScoreRequest
 from fastdpo.integrations.lm_head import (
     ModelTail,
     current_head,
     examine,
-    logit_transform,
     unwrap,
     wrappers_and_model,
 )
 from fastdpo.integrations.patched_class import exchange_class, make_subclass, own_forward, restore_class
-from fastdpo.integrations.probe import HEAD_ARGUMENTS, load_balancing_loss, refuse
+from fastdpo.integrations.probe import refuse
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens, is_patched_wrapper, patched_wrapper
 from fastdpo.ops.checks import check_execution, fail
 from fastdpo.types import Execution, LMHead, TokenLayout
@@ -228,7 +227,7 @@ def _fused_forward(
     labels = arguments.get("labels")
     if not isinstance(labels, Tensor):
         raise fail("labels", type(labels).__name__, "a (B, T) tensor with return_logps=True")
-    inputs, result = _run_backbone(model, hook.tail, arguments)
+    inputs, result = run_backbone(model, hook.tail, arguments)
     hidden = result.last_hidden_state
     if labels.shape != hidden.shape[:-1]:
         raise fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(hidden.shape[:-1])} to match the input")
@@ -237,7 +236,7 @@ def _fused_forward(
 
     head, device = _head_for(model, hidden)
     hidden, labels = hidden.to(device), labels.to(device)
-    passed = _passed_through(model, hook.tail, inputs, result)
+    passed = passed_through(model, hook.tail, inputs, result)
     if request.pair_loss is not None:
         return FusedLMOutput(**request.loss_of_pairs(hidden, head, labels, **hook.settings), **passed)
     # Position t predicts the label at t + 1; the last predicts none.
@@ -275,7 +274,7 @@ def _layout_forward(
     )
     if len(calls) > 1 and any(inputs.get("output_router_logits") for inputs, _ in calls):
         raise fail("output_router_logits", "True with several row_batches", "one, or False")
-    passed = _passed_through(model, hook.tail, *calls[0]) if len(calls) == 1 else {}
+    passed = passed_through(model, hook.tail, *calls[0]) if len(calls) == 1 else {}
     make = request.run if request.pair_loss is None else request.loss_of_pairs
     values: dict[str, Any] = make(hidden, head, on_device, **hook.settings)
     return FusedLMOutput(**values, **passed)
@@ -315,7 +314,7 @@ def _backbone_calls(
     if are_packed:
         for call in calls:
             _check_packed(call)
-    return [_run_backbone(model, tail, dict(call)) for call in calls]
+    return [run_backbone(model, tail, dict(call)) for call in calls]
 
 
 def _check_packed(call: Mapping[str, Any]) -> None:
@@ -360,14 +359,8 @@ def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:
     *around, inner = wrappers_and_model(model)
     if any(has_virtual_tokens(wrapper) for wrapper in around):
         refuse(inner, "PEFT adds virtual tokens to its input, which is more than its backbone is given here")
-    states: Tensor = _run_backbone(inner, type(inner)._fastdpo_hook.tail, inputs)[1].last_hidden_state
+    states: Tensor = run_backbone(inner, type(inner)._fastdpo_hook.tail, inputs)[1].last_hidden_state
     return states
-
-
-def _run_backbone(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The backbone's inputs and its output."""
-    inputs = _backbone_inputs(model, tail, arguments)
-    return inputs, attrgetter(tail.backbone)(model)(**inputs, return_dict=True)
 
 
 def _head_for(model: Any, hidden: Tensor) -> tuple[LMHead, torch.device]:
@@ -376,47 +369,3 @@ def _head_for(model: Any, hidden: Tensor) -> tuple[LMHead, torch.device]:
     if head.weight.is_meta and not hidden.is_meta:
         raise fail("model", "a head whose weight is offloaded", "its weight on a device")
     return head, head.weight.device
-
-
-def _passed_through(model: Any, tail: ModelTail, inputs: dict[str, Any], result: Any) -> dict[str, Any]:
-    """What else the backbone returned."""
-    names = ("past_key_values", "hidden_states", "attentions", "router_logits")
-    passed = {name: getattr(result, name, None) for name in names}
-    return {"aux_loss": _aux_loss(model, tail, result, inputs), **passed}
-
-
-def _backbone_inputs(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the model's own forward would hand to its backbone; an error for all that it would do besides."""
-    if logit_transform(model) != (tail.logit_scale, tail.softcap):
-        raise ValueError(
-            "model.config: scale or softcap of the logits changed; unpatch_model and patch_model again"
-        )
-    inputs = {
-        name: value for name, value in arguments.items() if value is not None and name not in HEAD_ARGUMENTS
-    }
-    for name in HEAD_ARGUMENTS - {"labels", "return_dict"}:
-        value = arguments.get(name)
-        if value is not None and not (name == "logits_to_keep" and isinstance(value, int) and value == 0):
-            raise fail(
-                name,
-                type(value).__name__,
-                "nothing with return_logps=True, where ignored labels cost nothing",
-            )
-    if arguments.get("return_dict") is False:
-        raise fail("return_dict", False, "True or None with return_logps=True")
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        inputs.setdefault("output_router_logits", True)
-    if unknown := inputs.keys() - tail.arguments:
-        raise TypeError(
-            f"{sorted(unknown)}: not supported with return_logps=True, wanted {sorted(tail.arguments)}"
-        )
-    if "use_cache" in tail.arguments and "past_key_values" not in inputs:
-        inputs.setdefault("use_cache", False)
-    return inputs
-
-
-def _aux_loss(model: Any, tail: ModelTail, result: Any, inputs: dict[str, Any]) -> Tensor | None:
-    balancing: Callable[..., Tensor] | None = load_balancing_loss(model)
-    if tail.router is None or not inputs.get("output_router_logits") or balancing is None:
-        return None
-    return balancing(result.router_logits, *tail.router, inputs.get("attention_mask"))
