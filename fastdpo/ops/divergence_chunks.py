@@ -19,6 +19,7 @@ from torch import Tensor
 from fastdpo.kernels.contract import RowOutputs
 from fastdpo.kernels.divergence import (
     DIFFERENTIABLE,
+    DIVERGENCES,
     TEMPORARIES,
     DivergenceOutputs,
     combine,
@@ -48,22 +49,24 @@ class DivergenceCall:
     coefficients: Tensor | None  # (2, N) in the accumulation dtype, with two teachers
     slopes: tuple[float, float]  # what of the teachers' distance is added to them
     names: tuple[str, ...]  # of DivergenceOutputs
+    differentiable: tuple[str, ...]  # those of them that have a gradient, in the order of DIFFERENTIABLE
     jsd_beta: float
-
-    @property
-    def differentiable(self) -> tuple[str, ...]:
-        """Those of the names that have a gradient, in the order of ``DIFFERENTIABLE``."""
-        return tuple(name for name in DIFFERENTIABLE if name in self.names)
 
     @property
     def num_kept(self) -> int:
         """How many D's (or products of them) the mode keeps for the backward pass."""
-        return num_kept(self.names, self.policy.plan.mode)
+        return num_kept(self.differentiable, self.policy.plan.mode)
 
 
-def num_kept(names: tuple[str, ...], mode: str) -> int:
+def differentiable(names: tuple[str, ...], logps_requires_grad: bool) -> tuple[str, ...]:
+    """Those of the names that have a gradient, in the order of ``DIFFERENTIABLE``."""
+    wanted = DIFFERENTIABLE if logps_requires_grad else DIVERGENCES
+    return tuple(name for name in wanted if name in names)
+
+
+def num_kept(differentiable: tuple[str, ...], mode: str) -> int:
     """0, or 1 for the divergence and 1 for the log-probabilities beside it."""
-    return (2 if "logps" in names else 1) if mode in ("stash", "cache") else 0
+    return (2 if "logps" in differentiable else 1) if mode in ("stash", "cache") else 0
 
 
 def combined_rows(plan: Plan, operand_bytes: int) -> int:

@@ -20,6 +20,7 @@ from fastdpo.ops.divergence_chunks import (
     DivergenceCall,
     backward_divergences,
     combined_rows,
+    differentiable,
     forward_divergences,
     num_kept,
     workspace_units,
@@ -33,6 +34,7 @@ class DivergenceOptions(NamedTuple):
     """The scalars that both ops take, in this order, after their tensors and flags."""
 
     outputs: str  # names of DivergenceOutputs joined by commas
+    logps_requires_grad: bool
     jsd_beta: float
     first_slope: float
     second_slope: float
@@ -55,8 +57,8 @@ class DivergenceOptions(NamedTuple):
 
 _HEAD = "float {0}logit_scale, float? {0}softcap, float {0}temperature, ScalarType {0}compute_dtype"
 OPTIONS_SCHEMA = (
-    "str outputs, float jsd_beta, float first_slope, float second_slope, str run_mode, "
-    "SymInt workspace_mib, SymInt cache_mib, "
+    "str outputs, bool logps_requires_grad, float jsd_beta, float first_slope, float second_slope, "
+    "str run_mode, SymInt workspace_mib, SymInt cache_mib, "
 ) + ", ".join(_HEAD.format(prefix) for prefix in ("", "ref_", "second_"))
 TEACHERS_SCHEMA = (
     "Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, Tensor? second_hidden, Tensor? second_weight, "
@@ -117,6 +119,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     run = DivergenceOptions(*rest[NUM_TEACHER_TENSORS:])
     wanted = run.outputs.split(",")
+    with_gradient = differentiable(tuple(wanted), run.logps_requires_grad)
     results = [
         empty_output(hidden, "", run.compute_dtype, labels.shape[0] if name in wanted else 0)
         for name in DivergenceOutputs._fields
@@ -133,7 +136,7 @@ def _(
         shape = (num_tokens, hidden.shape[1])
     elif run.run_mode == "cache":
         shape = (torch.library.get_ctx().new_dynamic_size(), weight.shape[0])
-    if num_kept(tuple(wanted), run.run_mode) == 2:
+    if num_kept(with_gradient, run.run_mode) == 2:
         shape = (2, *shape)
     dtype = operand_dtype(run.compute_dtype, accumulation_dtype(run.compute_dtype), hidden.device)
     return (*results, index, hidden.new_empty(shape, dtype=dtype))
@@ -200,7 +203,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # Unused outputs would otherwise get zero gradients of their size: one of D's, with `cache`.
     ctx.set_materialize_grads(False)
     options = DivergenceOptions(*inputs[7 + NUM_TEACHER_TENSORS :])
-    ctx.is_made = [name in options.outputs.split(",") for name in DIFFERENTIABLE]
+    made = differentiable(tuple(options.outputs.split(",")), options.logps_requires_grad)
+    ctx.is_made = [name in made for name in DIFFERENTIABLE]
     others = [out for out, is_made in zip(results, ctx.is_made, strict=False) if not is_made]
     ctx.mark_non_differentiable(*others, *results[len(DIFFERENTIABLE) :], index, kept)
     ctx.index_kind = index_kind
@@ -250,7 +254,8 @@ def _divergence_call(
     num_teachers = 1 if coefficients is None else 2
     names = tuple(run.outputs.split(","))
     operand_bytes = operand_dtype(run.compute_dtype, acc, hidden.device).itemsize
-    has_two = num_kept(names, run.run_mode) == 2
+    with_gradient = differentiable(names, run.logps_requires_grad)
+    has_two = num_kept(with_gradient, run.run_mode) == 2
     plan = make_plan(
         run.run_mode,
         num_tokens,
@@ -280,10 +285,10 @@ def _divergence_call(
             states, its_weight, its_bias, rows, index_kind == "repeated", targets, plan, scalars
         )
 
-    policy = head(hidden, weight, bias, run[7:11])
-    calls = [head(streams[0], streams[1], streams[2], run[11:15])]
+    policy = head(hidden, weight, bias, run[8:12])
+    calls = [head(streams[0], streams[1], streams[2], run[12:16])]
     if num_teachers == 2:
-        calls.append(head(streams[3], streams[4], streams[5], run[15:19]))
+        calls.append(head(streams[3], streams[4], streams[5], run[16:20]))
         if policy.index is not None and index_kind not in PER_TOKEN:
             coefficients = coefficients.index_select(1, policy.index)
     return DivergenceCall(
@@ -292,6 +297,7 @@ def _divergence_call(
         coefficients,
         (run.first_slope, run.second_slope),
         names,
+        with_gradient,
         run.jsd_beta,
     )
 

@@ -6,6 +6,7 @@ The checks, the mode, and the shapes that the caller sees; ``divergence_library.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def token_divergence(
     second_lm_head: LMHead | Tensor | torch.nn.Linear | None = None,
     combination: TeacherCombination | None = None,
     jsd_beta: float | None = None,
+    logps_requires_grad: bool = True,
+    vocab_size: int | None = None,
     ignore_index: int = -100,
     token_index: Tensor | None = None,
     execution: Execution | None = None,
@@ -64,10 +67,15 @@ def token_divergence(
             and ``ref_logps``, log p and log q of the labels, from the same logits (the second never
             differentiable); and of two teachers ``l1_distance`` (sum |q_first - q_second|, never
             differentiable).
-        ref_lm_head: the teacher's head; None: ``lm_head``. Its vocabulary has the same size.
+        ref_lm_head: the teacher's head; None: ``lm_head``. Its vocabulary has the same size, but for
+            ``vocab_size``.
         second_hidden, second_lm_head: a second teacher; its head None: the first one's.
         combination: with a second teacher, how the two make one; see `TeacherCombination`.
         jsd_beta: b, between 0 and 1; None: 0.5. Towards 0 and 1 the divergence goes to 0.
+        logps_requires_grad: whether ``logps`` are differentiable. Those to be looked at alone cost nothing
+            beside a divergence.
+        vocab_size: the size of the vocabulary that all of it is over, the first so many rows of each head:
+            for heads of one tokenizer, padded to different sizes. None: heads of one size.
         ignore_index, token_index: as in ``linear_logprob``.
         execution: ``mode``, ``compute_dtype`` and the two budgets; the row maths are plain torch on every
             device, in fp32 (fp64 for float64). See `Execution`.
@@ -101,6 +109,7 @@ def token_divergence(
     teachers = _check_teachers(
         hidden, head, ref_hidden, ref_lm_head, second_hidden, second_lm_head, combination
     )
+    head, teachers = _over_vocabulary(head, teachers, vocab_size)
     scalars: list[Any] = []
     dtypes: list[torch.dtype] = []
     for name, states, its_head in (("hidden", hidden, head), *teachers):
@@ -119,6 +128,7 @@ def token_divergence(
     coefficients, slopes = _coefficients(combination, targets, checks.accumulation_dtype(dtypes[0]))
     options = DivergenceOptions(
         ",".join(wanted),
+        logps_requires_grad,
         beta,
         *slopes,
         _settle_mode(hidden, head, run, wanted),
@@ -217,10 +227,32 @@ def _check_teachers(
         for what, device in ((name, states.device), (f"{head_name}.weight", its_head.weight.device)):
             if device != hidden.device:
                 raise checks.fail(what, device, f"{hidden.device}, the device of hidden")
-        if its_head.weight.shape[0] != head.weight.shape[0]:
-            got = f"a vocabulary of {its_head.weight.shape[0]}"
-            raise checks.fail(head_name, got, f"{head.weight.shape[0]}, as lm_head has it")
     return teachers
+
+
+def _over_vocabulary(
+    head: LMHead, teachers: list[tuple[str, Tensor, LMHead]], vocab_size: int | None
+) -> tuple[LMHead, list[tuple[str, Tensor, LMHead]]]:
+    """The heads with rows for one vocabulary: as they come, or the first ``vocab_size`` of each."""
+    if vocab_size is not None and (type(vocab_size) is not int or vocab_size < 1):
+        raise checks.fail("vocab_size", repr(vocab_size), "a whole number from 1, or None")
+    size = head.weight.shape[0] if vocab_size is None else vocab_size
+    named = [("lm_head", head), *((name.replace("_hidden", "_lm_head"), its) for name, _, its in teachers)]
+    for name, its_head in named:
+        rows = its_head.weight.shape[0]
+        if vocab_size is None and rows != size:
+            wanted = f"{size}, as lm_head has it, or vocab_size"
+            raise checks.fail(name, f"a vocabulary of {rows}", wanted)
+        if rows < size:
+            raise checks.fail("vocab_size", size, f"at most {rows}, the rows of {name}")
+
+    def narrowed(whole: LMHead) -> LMHead:
+        if whole.weight.shape[0] == size:
+            return whole
+        bias = None if whole.bias is None else whole.bias[:size]
+        return replace(whole, weight=whole.weight[:size], bias=bias)
+
+    return narrowed(head), [(name, states, narrowed(its_head)) for name, states, its_head in teachers]
 
 
 def _coefficients(

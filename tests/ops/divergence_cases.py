@@ -74,12 +74,12 @@ def run_divergence(
     b: Tensor | None,
     outputs: tuple[str, ...],
     execution: Execution | None = None,
+    **options: Any,
 ) -> TokenDivergenceOutput:
     """`token_divergence` on a case."""
     first, *others = case.teachers
-    second: dict[str, Any] = {}
     if others:
-        second = {
+        options |= {
             "second_hidden": others[0].hidden,
             "second_lm_head": others[0].lm_head,
             "combination": case.combination,
@@ -93,7 +93,7 @@ def run_divergence(
         outputs=outputs,
         jsd_beta=case.jsd_beta if "jsd" in outputs else None,
         execution=execution,
-        **second,
+        **options,
     )
 
 

@@ -14,6 +14,9 @@ HIDDEN, WEIGHT, LABELS = torch.randn(2, 5, 8), torch.randn(11, 8), torch.zeros(2
 SECOND = {"second_hidden": HIDDEN, "combination": TeacherCombination(1.0, 0.0)}
 BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"ref_lm_head": torch.randn(12, 8)}, r"ref_lm_head: got a vocabulary of 12, wanted 11"),
+    ({"vocab_size": 12}, r"vocab_size: got 12, wanted at most 11, the rows of lm_head"),
+    ({"vocab_size": 11, "ref_lm_head": torch.randn(10, 8)}, r"at most 10, the rows of ref_lm_head"),
+    ({"vocab_size": 5.0}, r"vocab_size: got 5.0, wanted a whole number from 1"),
     ({"ref_hidden": torch.randn(2, 5, 9)}, r"ref_hidden: got shape \(2, 5, 9\)"),
     ({"ref_hidden": torch.randn(2, 4, 8)}, r"ref_hidden: got shape \(2, 4, 8\)"),
     ({"ref_hidden": HIDDEN.long()}, "ref_hidden: got torch.int64"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastdpo.kernels.divergence as kernel
 import fastdpo.ops.divergence_chunks as divergence_chunks
-from fastdpo import linear_logprob, token_divergence
+from fastdpo import LMHead, linear_logprob, token_divergence
 from fastdpo.ops.gradients import DGroup, Gradients
 from fastdpo.testing import assert_logps_close, make_case
 from tests.ops.divergence_cases import (
@@ -196,3 +196,69 @@ def test_planted_bugs_are_found(bug: str, mode: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(kernel, *BUGS[bug])
     with pytest.raises(AssertionError):
         assert_divergence_right(case, outputs, execution)
+
+
+@pytest.mark.parametrize("needs_weight", [False, True], ids=["stash", "cache"])
+@pytest.mark.parametrize("num_teachers", [1, 2])
+def test_to_be_looked_at_alone(num_teachers: int, needs_weight: bool) -> None:
+    """The same bits and the divergence's own gradient, and nothing kept beside it."""
+    case = make_divergence_case("a cap on the policy", num_teachers=num_teachers)
+    results, sizes = [], []
+    for outputs, options in (
+        (("reverse_kl", *BOTH), {}),
+        (("reverse_kl", *BOTH), {"logps_requires_grad": False}),
+        (("reverse_kl",), {}),
+    ):
+        h = case.policy.hidden.clone().requires_grad_()
+        w = case.policy.weight.clone().requires_grad_(needs_weight)
+        saved: list[int] = []
+
+        def keep(tensor: Tensor, saved: list[int] = saved) -> Tensor:
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = run_divergence(case, h, w, case.policy.bias, outputs, small(), **options)
+        assert out.reverse_kl is not None
+        (wanted, *others) = (h, w) if needs_weight else (h,)
+        loss = (out.reverse_kl * case.upstream[1]).sum()
+        results.append((out, torch.autograd.grad(loss, (wanted, *others))))
+        sizes.append(sum(saved))
+    (both, _), (alone, grads), (_, plain_grads) = results
+    assert both.logps is not None and both.logps.requires_grad
+    assert alone.logps is not None and not alone.logps.requires_grad
+    for name in ("reverse_kl", *BOTH):
+        assert torch.equal(getattr(both, name), getattr(alone, name))
+    for ours, want in zip(grads, plain_grads, strict=True):
+        assert torch.equal(ours, want)
+    assert sizes[0] > sizes[1] == sizes[2]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_the_first_rows_of_every_head(dtype: torch.dtype) -> None:
+    """``vocab_size``: as if the other rows, and the bias's, were not there."""
+    case = make_divergence_case("plain", dtype, num_teachers=2)
+    size = case.policy.weight.shape[0]
+
+    def padded(head: LMHead, rows: int) -> LMHead:
+        more = torch.full((rows, head.weight.shape[1]), 3.0, dtype=dtype)
+        return replace(head, weight=torch.cat([head.weight, more]))
+
+    first, second = case.teachers
+    results = []
+    for rows in ((0, 0, 0), (2, 0, 5)):
+        heads = (case.policy.lm_head, first.lm_head, second.lm_head)
+        policy, *others = (padded(head, more) for head, more in zip(heads, rows, strict=True))
+        weight = policy.weight.detach().requires_grad_()
+        out = token_divergence(
+            case.policy.hidden, replace(policy, weight=weight), first.hidden, case.policy.labels,
+            ref_lm_head=others[0], second_hidden=second.hidden, second_lm_head=others[1],
+            combination=case.combination, outputs=("reverse_kl", "logps", "l1_distance"), vocab_size=size,
+        )  # fmt: skip
+        assert out.reverse_kl is not None and out.logps is not None
+        (out.reverse_kl.sum() + out.logps.sum()).backward()
+        assert weight.grad is not None
+        results.append((out.reverse_kl, out.logps, out.l1_distance, weight.grad[:size]))
+        assert not weight.grad[size:].any()
+    for ours, want in zip(*results, strict=True):
+        assert ours is not None and want is not None and torch.equal(ours, want)

@@ -142,17 +142,19 @@ def test_large_loss_scales() -> None:
 
 @pytest.mark.parametrize("kind", ["found", "given", "repeated"])
 @pytest.mark.parametrize(
-    ("mode", "outputs"),
+    ("mode", "outputs", "logps_grad"),
     [
-        ("stash", "jsd"),
-        ("cache", "forward_kl"),
-        ("recompute", "reverse_kl,forward_kl"),
-        ("stash", "forward_kl,logps,ref_logps"),
-        ("cache", "forward_kl,logps"),
+        ("stash", "jsd", True),
+        ("cache", "forward_kl", True),
+        ("recompute", "reverse_kl,forward_kl", True),
+        ("stash", "forward_kl,logps,ref_logps", True),
+        ("cache", "forward_kl,logps", True),
+        ("stash", "reverse_kl,logps", False),
+        ("cache", "reverse_kl,logps,ref_logps", False),
     ],
 )
 @pytest.mark.parametrize("num_teachers", [1, 2])
-def test_opcheck(kind: str, mode: str, outputs: str, num_teachers: int) -> None:
+def test_opcheck(kind: str, mode: str, outputs: str, logps_grad: bool, num_teachers: int) -> None:
     h = torch.randn(12, 8, requires_grad=True)
     w, b = (t.requires_grad_(mode != "stash") for t in (torch.randn(20, 8), torch.randn(20)))
     labels = torch.randint(20, (12,)).masked_fill(torch.arange(12) % 3 == 0, -100)
@@ -180,6 +182,7 @@ def test_opcheck(kind: str, mode: str, outputs: str, num_teachers: int) -> None:
         *second,
         coefficients,
         outputs,
+        logps_grad,
         0.3,
         0.5,
         0.0,
@@ -190,10 +193,11 @@ def test_opcheck(kind: str, mode: str, outputs: str, num_teachers: int) -> None:
     )
     torch.library.opcheck(torch.ops.fastdpo.token_divergence.default, args)
     found = (labels != -100).nonzero().squeeze(1) if index is None else index
-    grads = [torch.randn(len(labels)) if name in outputs.split(",") else None for name in DIFFERENTIABLE]
+    made = [name for name in outputs.split(",") if name != "logps" or logps_grad]
+    grads = [torch.randn(len(labels)) if name in made else None for name in DIFFERENTIABLE]
     args = (
         *grads, h.detach(), w.detach(), b.detach(), labels, found, kind, torch.empty(0), True, True, True,
-        *teacher, *second, coefficients, outputs, 0.3, 0.5, 0.0, "recompute", 1, 64, *scalars,
+        *teacher, *second, coefficients, outputs, logps_grad, 0.3, 0.5, 0.0, "recompute", 1, 64, *scalars,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastdpo.token_divergence_backward.default, args)
 
