@@ -28,6 +28,7 @@ from fastdpo.types import (
 )
 
 if TYPE_CHECKING:
+    from fastdpo.integrations.fused_output import HeadStates, Teachers
     from fastdpo.integrations.llama_factory import patch_llama_factory, unpatch_llama_factory
     from fastdpo.integrations.model import FusedLMOutput, patch_model, unpatch_model
     from fastdpo.integrations.trl import patch_trl, unpatch_trl
@@ -40,6 +41,7 @@ __all__ = [
     "DPOLossOutput",
     "Execution",
     "FusedLMOutput",
+    "HeadStates",
     "LMHead",
     "LinearLogprobOutput",
     "PackedLayout",
@@ -48,6 +50,7 @@ __all__ = [
     "PreferenceLossOutput",
     "PreferenceTrainer",
     "TeacherCombination",
+    "Teachers",
     "TokenDivergenceOutput",
     "TokenLayout",
     "doctor",
@@ -70,6 +73,8 @@ __all__ = [
 
 _LOADED_ON_USE = {
     "FusedLMOutput": "fastdpo.integrations.model",
+    "HeadStates": "fastdpo.integrations.fused_output",
+    "Teachers": "fastdpo.integrations.fused_output",
     "patch_llama_factory": "fastdpo.integrations.llama_factory",
     "unpatch_llama_factory": "fastdpo.integrations.llama_factory",
     "patch_model": "fastdpo.integrations.model",

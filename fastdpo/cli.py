@@ -95,7 +95,7 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
     tokenizer = arguments.model.load_tokenizer()
     _, train_pairs, eval_pairs = _load_pairs(arguments.data, tokenizer, arguments.config)
     loading = arguments.model.loading_options(adapted=adapter is not None)
-    ref_name = arguments.model.ref_model
+    ref_name, teacher_name = arguments.model.ref_model, arguments.model.teacher_model
     return {
         "model": load_model(arguments.model.name, **loading),
         "args": arguments.config,
@@ -103,6 +103,7 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
         "eval_dataset": eval_pairs,
         "processing_class": tokenizer,
         "ref_model": load_model(ref_name, **loading) if ref_name else None,
+        "teacher_model": load_model(teacher_name, **loading) if teacher_name else None,
         "peft_config": adapter,
     }
 

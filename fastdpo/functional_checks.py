@@ -32,13 +32,15 @@ def check_batch(name: str, value: object, layout: object, dtypes: tuple[torch.dt
     return tokens
 
 
-def reference_head(head: LMHead, ref_hidden: Tensor | None, ref_lm_head: object) -> LMHead:
+def reference_head(
+    head: LMHead, ref_hidden: Tensor | None, ref_lm_head: object, name: str = "ref_lm_head"
+) -> LMHead:
     """The reference's head: the one given, else the policy's. Of one with an adapter the caller has to say
     which is meant: the reference of such a policy is nearly always the plain head."""
     if ref_lm_head is not None:
-        return as_head(ref_lm_head, "ref_lm_head", takes_adapter=True)
+        return as_head(ref_lm_head, name, takes_adapter=True)
     if ref_hidden is not None and head.adapter is not None:
-        raise fail("ref_lm_head", "None with an adapter on lm_head", "the reference's head (without it, say)")
+        raise fail(name, "None with an adapter on lm_head", "the reference's head (without it, say)")
     return head
 
 

@@ -1,9 +1,9 @@
 """The losses of other data than pairs' sums: single answers, lists of candidates, steps, tokens of answers.
 
 The same way as ``functional.py``: log-probabilities per token by the op, sums per row, the objective
-(``preference_rows.py``). Pairs with divergences (TDPO) get both, divergences and log-probabilities, from one
-op. What a row is depends on the losses named, which are of one kind; ``LOSSES[name].kind`` and ``.inputs``
-say which.
+(``preference_rows.py``). Losses that look at whole distributions (TDPO, AlignDistil) get both, divergences
+and log-probabilities, from one op. What a row is depends on the losses named, which are of one kind;
+``LOSSES[name].kind`` and ``.inputs`` say which.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from fastdpo.losses.aggregate import check_cu_seqlens
 from fastdpo.losses.batches import DivergencePairLogps
 from fastdpo.losses.inputs import PerPair
 from fastdpo.losses.objective import Objective, build_objective
-from fastdpo.losses.token_batches import TokenLogps
+from fastdpo.losses.token_batches import TokenDivergences, TokenLogps
 from fastdpo.ops.checks import as_head, fail
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.ops.token_divergence import token_divergence
 from fastdpo.preference_rows import (
     DATA,
+    DIVERGENCES,
+    DIVERGENT,
     RowSums,
-    check_divergence_pairs,
+    check_divergent_batch,
     check_kind,
+    divergence_outputs,
     loss_names,
     rows_output,
+    teacher_combination,
 )
 from fastdpo.types import Execution, LinearLogprobOutput, LMHead, PackedLayout, PreferenceLossOutput
 
@@ -56,6 +60,9 @@ def fused_preference_loss(
     ref_hidden: Tensor | None = None,
     ref_lm_head: LMHead | Tensor | torch.nn.Linear | None = None,
     ref_logps: Tensor | None = None,
+    teacher_hidden: Tensor | None = None,
+    teacher_lm_head: LMHead | Tensor | torch.nn.Linear | None = None,
+    vocab_size: int | None = None,
     beta: PerPair | None = None,
     row_weights: PerPair | None = None,
     token_weights: Tensor | None = None,
@@ -70,12 +77,14 @@ def fused_preference_loss(
 
     Args:
         hidden, lm_head, labels, layout, shift, ignore_index, execution: as in ``fused_dpo_loss``, for B
-            sequences: ``(B, T, H)`` and ``(B, T)``, or packed. For pairs with divergences ``execution`` is
+            sequences: ``(B, T, H)`` and ``(B, T)``, or packed. For losses with divergences ``execution`` is
             what ``token_divergence`` takes, which has no backends, no ``lean`` and no bf16 logits.
         loss_type, loss_weights: names in ``LOSSES`` of one kind other than plain pairs; their weighted sum.
             For pairs with divergences (``tdpo1``, ``tdpo2``) B = 2P, chosen answers first; the forward KL
             from the reference to the policy is made here, of ``ref_hidden``, together with the
-            log-probabilities of both: in 4 products forward and backward, the head trained or not.
+            log-probabilities of both: in 4 products forward and backward, the head trained or not. For
+            ``aligndistil`` the reverse KL to a teacher made of two is: in 4 products, the head trained in 5
+            while ``cache_mib`` holds D.
         is_desirable: ``(B,)`` bool, for unpaired losses (KTO, BCO).
         kl: ``()``, KTO's reference point, in nats; ``reward_shift``: ``()``, BCO's running mean.
         group_ids: ``(B,)`` int64, which list a candidate belongs to, for listwise losses.
@@ -90,7 +99,12 @@ def fused_preference_loss(
         ref_hidden, ref_lm_head: as in ``fused_dpo_loss``.
         ref_logps: instead of them, ``(B,)`` sums (of segments where there are ``segment_ids``), or per token
             as ``linear_logprob`` returned them (the only form with ``token_weights`` or a token-level loss).
-            TDPO needs ``ref_hidden``.
+            TDPO and AlignDistil need ``ref_hidden``.
+        teacher_hidden, teacher_lm_head: for losses that distil a teacher (``aligndistil``): what the DPO
+            model sees at the same positions, and its head (None: ``lm_head``). The other of AlignDistil's
+            two is ``ref_hidden``: the reference's, or those of a model trained on swapped pairs.
+        vocab_size: of all models with divergences, where their heads are padded to different sizes; see
+            ``token_divergence``.
         beta: positive, a number or one per row. None: each loss's own default.
         row_weights: at least 0, a number or one per row (a list is one row, and so is a pair).
         token_weights: the labels' shape, aligned with them; weigh the log-probabilities of both models.
@@ -100,7 +114,8 @@ def fused_preference_loss(
     Returns:
         ``PreferenceLossOutput``; ``metrics`` has ``num_tokens`` and TRL's names for unpaired answers; for
         lists ``rewards/best``, ``rewards/others``, ``rewards/margins`` and ``rewards/accuracies``; for pairs
-        with divergences TRL's names and ``kl/chosen``, ``kl/rejected``; for others ``logps``, the rows' mean.
+        with divergences TRL's names and ``kl/chosen``, ``kl/rejected``; for others ``logps``, the rows' mean,
+        and with a teacher ``kl/teacher`` and ``teachers/l1_distance`` (``losses.metrics``).
 
     Raises:
         ValueError: a loss of pairs, a wrong shape, dtype, device or value, data that a loss needs and lacks,
@@ -127,14 +142,11 @@ def fused_preference_loss(
         "win_rates": win_rates,
     }  # fmt: skip
     extras = {name: value for name, value in extras.items() if value is not None}
-    has_divergences = objective.inputs is DivergencePairLogps
-    check_kind(objective, extras, made_later=("forward_kl",))
+    check_kind(objective, extras, made_later=DIVERGENCES)
     check_tensor("hidden", hidden)
     cu_seqlens = _check_tokens("labels", labels, layout, INT_DTYPES)
     _check_reference_states(hidden, ref_hidden, ref_lm_head, ref_logps)
-    if has_divergences and ref_hidden is None:
-        wanted = f"the reference's hidden states for {loss_names(objective)}: it needs whole distributions"
-        raise fail("ref_hidden", "None", wanted)
+    _check_teachers(objective, hidden, ref_hidden, teacher_hidden, teacher_lm_head, vocab_size)
     sums = _row_sums(objective, labels, cu_seqlens, token_weights, extras, ref_logps)
 
     targets = shift_labels(labels, layout=layout, ignore_index=ignore_index) if shift else labels
@@ -145,19 +157,18 @@ def fused_preference_loss(
     scored: dict[str, Any] = {"ignore_index": ignore_index, "execution": execution}
     head = as_head(lm_head, takes_adapter=True)
     ref_head = reference_head(head, ref_hidden, ref_lm_head)
-    if has_divergences and ref_hidden is not None:
-        found = token_divergence(
-            hidden,
-            head,
-            ref_hidden,
-            targets,
-            ref_lm_head=ref_head,
-            outputs=("forward_kl", "logps", "ref_logps"),
-            **scored,
+    if objective.inputs in DIVERGENT:
+        teachers: Any = [(ref_hidden, ref_head)]
+        if teacher_hidden is not None:
+            teacher = (
+                teacher_hidden,
+                reference_head(head, teacher_hidden, teacher_lm_head, "teacher_lm_head"),
+            )
+            teachers = [teacher] if ref_hidden is None else [teacher, *teachers]
+        token, ref_logps, made = _divergences(
+            objective, hidden, head, targets, *teachers, vocab_size=vocab_size, **scored
         )
-        assert found.logps is not None
-        token, ref_logps = LinearLogprobOutput(found.logps), found.ref_logps
-        extras["forward_kl"] = found.forward_kl
+        extras |= made
     else:
         token = linear_logprob(hidden, head, targets, **scored)
         if ref_hidden is not None:
@@ -168,6 +179,40 @@ def fused_preference_loss(
     return rows_output(objective, token, sums, ref_logps, extras)
 
 
+def _divergences(
+    objective: Objective,
+    hidden: Tensor,
+    head: LMHead,
+    targets: Tensor,
+    first: tuple[Tensor, LMHead],
+    second: tuple[Tensor, LMHead] | None = None,
+    **arguments: Any,
+) -> tuple[LinearLogprobOutput, Tensor | None, dict[str, Tensor]]:
+    """Log-probabilities of policy and reference (of pairs), and divergences from one teacher or of two."""
+    for name, (_, its_head) in (("ref_lm_head", second or first), ("teacher_lm_head", first)):
+        rows, wanted = its_head.weight.shape[0], head.weight.shape[0]
+        if arguments["vocab_size"] is None and rows != wanted:
+            raise fail(name, f"a vocabulary of {rows}", f"{wanted}, as lm_head has it, or vocab_size")
+    if second is not None:
+        arguments |= {"second_hidden": second[0], "second_lm_head": second[1]}
+        arguments["combination"] = teacher_combination(objective)
+    is_pairs = objective.inputs is DivergencePairLogps
+    names = divergence_outputs(objective)
+    found = token_divergence(
+        hidden,
+        head,
+        first[0],
+        targets,
+        ref_lm_head=first[1],
+        outputs=(*names, "logps", *(("ref_logps",) if is_pairs else ())),
+        logps_requires_grad=is_pairs,  # else they are there to be looked at
+        **arguments,
+    )
+    assert found.logps is not None
+    made = {name: getattr(found, name) for name in names}
+    return LinearLogprobOutput(found.logps), found.ref_logps, made
+
+
 def preference_loss_from_logps(
     token: LinearLogprobOutput,
     mask: Tensor,
@@ -176,6 +221,8 @@ def preference_loss_from_logps(
     loss_weights: Sequence[float] | None = None,
     ref_logps: Tensor | None = None,
     forward_kl: Tensor | None = None,
+    reverse_kl: Tensor | None = None,
+    l1_distance: Tensor | None = None,
     beta: PerPair | None = None,
     row_weights: PerPair | None = None,
     token_weights: Tensor | None = None,
@@ -195,6 +242,9 @@ def preference_loss_from_logps(
             only form with ``token_weights`` and for token-level losses). What has both shapes is per token.
         forward_kl: per token, KL(reference || policy) over the vocabulary, for pairs with divergences
             (``tdpo1``, ``tdpo2``): ``token_divergence`` gives it, and both models' log-probabilities.
+        reverse_kl, l1_distance: per token, KL(policy || teacher) and how far apart the two are that the
+            teacher is made of (``aligndistil``): from ``token_divergence`` with the same ``beta``, ``beta2``
+            and ``teacher_mode`` (``losses.token_level.aligndistil_coefficients``).
         arguments: ``is_desirable``, ``kl``, ``reward_shift``, ``group_ids``, ``scores``, ``num_groups``,
             ``max_candidates``, ``segment_ids``, ``num_segments``, ``advantages``, ``win_rates`` as there, and
             the losses' own options.
@@ -208,7 +258,9 @@ def preference_loss_from_logps(
         >>> preference_loss_from_logps(LinearLogprobOutput(logps), mask, ref_logps=logps, **lists).loss
         tensor(0.6931)
     """
-    given = {name: arguments.pop(name) for name in DATA if name in arguments} | {"forward_kl": forward_kl}
+    given = {name: arguments.pop(name) for name in DATA if name in arguments}
+    divergences = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "l1_distance": l1_distance}
+    given |= divergences
     extras = {name: value for name, value in given.items() if value is not None}
     objective = build_objective(
         loss_type, loss_weights, beta=beta, pair_weights=row_weights, num_pairs=num_rows, **arguments
@@ -216,7 +268,8 @@ def preference_loss_from_logps(
     check_kind(objective, extras)
     cu_seqlens = _check_tokens("token.logps", token.logps, layout, FLOAT_DTYPES)
     check_like("mask", check_tensor("mask", mask), token.logps, (torch.bool,))
-    check_like("forward_kl", forward_kl, token.logps, FLOAT_DTYPES)
+    for name, value in divergences.items():
+        check_like(name, value, token.logps, FLOAT_DTYPES)
     sums = _row_sums(objective, mask, cu_seqlens, token_weights, extras, ref_logps)
     return rows_output(objective, token, sums, ref_logps, extras)
 
@@ -234,8 +287,10 @@ def _row_sums(
     check_like("segment_ids", extras.get("segment_ids"), like, INT_DTYPES)
     sums = RowSums(like, cu_seqlens, token_weights, extras.get("segment_ids"), extras.get("num_segments"))
     num_sequences = len(like) if cu_seqlens is None else len(cu_seqlens) - 1
-    if objective.inputs is DivergencePairLogps:
-        check_divergence_pairs(objective, num_sequences, token_weights)
+    if objective.inputs in DIVERGENT:
+        # Without pairs nothing is a ratio to the reference.
+        unused = {} if objective.inputs is DivergencePairLogps else {"ref_logps": ref_logps}
+        check_divergent_batch(objective, num_sequences, token_weights=token_weights, **unused)
     if ref_logps is not None:
         needs_tokens = token_weights is not None or objective.inputs is TokenLogps
         is_sums = isinstance(ref_logps, Tensor) and ref_logps.shape != like.shape and not needs_tokens
@@ -270,7 +325,38 @@ def _check_reference_states(
         return
     if ref_logps is not None:
         raise fail("ref_logps", "a value together with ref_hidden", "one of the two")
-    check_tensor("ref_hidden", ref_hidden)
-    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        wanted = f"(*{tuple(hidden.shape[:-1])}, H), as hidden"
-        raise fail("ref_hidden", f"shape {tuple(ref_hidden.shape)}", wanted)
+    _check_positions("ref_hidden", ref_hidden, hidden)
+
+
+def _check_positions(name: str, states: object, hidden: Tensor) -> None:
+    """Hidden states, of any width, for the positions of ``hidden``."""
+    shape = check_tensor(name, states).shape
+    if shape[:-1] != hidden.shape[:-1]:
+        raise fail(name, f"shape {tuple(shape)}", f"(*{tuple(hidden.shape[:-1])}, H), as hidden")
+
+
+def _check_teachers(
+    objective: Objective,
+    hidden: Tensor,
+    ref_hidden: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_lm_head: object,
+    vocab_size: int | None,
+) -> None:
+    """The hidden states that divergences need are there, and none that nothing uses."""
+    names, distils = loss_names(objective), objective.inputs is TokenDivergences
+    if teacher_lm_head is not None and teacher_hidden is None:
+        raise fail("teacher_lm_head", "a head without teacher_hidden", "teacher_hidden as well")
+    if vocab_size is not None and objective.inputs not in DIVERGENT:
+        raise fail("vocab_size", f"a value that {names} does not use", "None")
+    if teacher_hidden is None and distils:
+        raise fail("teacher_hidden", "None", f"the hidden states of the model that {names} distils")
+    if teacher_hidden is not None and not distils:
+        raise fail("teacher_hidden", f"a value that {names} does not use", "None")
+    if teacher_hidden is not None:
+        _check_positions("teacher_hidden", teacher_hidden, hidden)
+    if objective.inputs in DIVERGENT and objective.uses_reference and ref_hidden is None:
+        wanted = f"the reference's hidden states for {names}: it needs whole distributions"
+        raise fail("ref_hidden", "None", wanted)
+    if distils and not objective.uses_reference and ref_hidden is not None:
+        raise fail("ref_hidden", f"a value that {names} does not use", "None")

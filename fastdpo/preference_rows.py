@@ -2,7 +2,8 @@
 
 The second half of ``fused_preference_loss``, as ``pair_loss.py`` is that of ``fused_dpo_loss``. A row is what
 the losses judge: an answer, a candidate of a list, a piece of an answer (``segment_ids``), or a pair with
-divergences, whose chosen answers stand before the rejected ones.
+divergences, whose chosen answers stand before the rejected ones. Of a loss that distils a teacher it is an
+answer, and its numbers are divergences.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ from torch import Tensor
 from fastdpo.losses.aggregate import segment_sums, sequence_sums
 from fastdpo.losses.batches import DivergencePairLogps, ListLogps, StepLogps, UnpairedLogps
 from fastdpo.losses.inputs import Batch, PairLogps
-from fastdpo.losses.metrics import divergence_metrics, list_metrics, pair_metrics, unpaired_metrics
+from fastdpo.losses.metrics import (
+    distillation_metrics,
+    divergence_metrics,
+    list_metrics,
+    pair_metrics,
+    unpaired_metrics,
+)
 from fastdpo.losses.objective import Objective
 from fastdpo.losses.stable import masked_mean
-from fastdpo.losses.token_batches import TokenLogps
+from fastdpo.losses.token_batches import TokenDivergences, TokenLogps
+from fastdpo.losses.token_level import aligndistil_coefficients
 from fastdpo.ops.checks import fail
-from fastdpo.types import LinearLogprobOutput, PreferenceLossOutput
+from fastdpo.types import LinearLogprobOutput, PreferenceLossOutput, TeacherCombination
 
 # What each kind of batch may be told beside its tokens, and what it must be.
 EXTRAS: dict[type, tuple[str, ...]] = {
@@ -31,15 +39,20 @@ EXTRAS: dict[type, tuple[str, ...]] = {
     StepLogps: ("segment_ids", "num_segments", "advantages"),
     TokenLogps: ("win_rates",),
     DivergencePairLogps: ("forward_kl",),
+    TokenDivergences: ("reverse_kl", "l1_distance"),
 }
 REQUIRED = {
     UnpairedLogps: ("is_desirable",),
     ListLogps: ("group_ids",),
     StepLogps: ("segment_ids", "advantages"),
-    DivergencePairLogps: ("forward_kl",),
 }
+# Kinds whose numbers are of whole distributions, and which of those there are.
+DIVERGENT: dict[type, tuple[str, ...]] = {
+    kind: EXTRAS[kind] for kind in (DivergencePairLogps, TokenDivergences)
+}
+DIVERGENCES = tuple(name for names in DIVERGENT.values() for name in names)
 # What comes with a batch, as ``fused_preference_loss`` names it.
-DATA = tuple(dict.fromkeys(name for names in EXTRAS.values() for name in names if name != "forward_kl"))
+DATA = tuple(dict.fromkeys(name for names in EXTRAS.values() for name in names if name not in DIVERGENCES))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,19 +117,40 @@ def check_kind(objective: Objective, extras: Mapping[str, Any], made_later: Sequ
     for name in extras:
         if name not in EXTRAS[kind]:
             raise ValueError(f"{name}: got a value that {names} does not use, wanted None")
-    for name in REQUIRED.get(kind, ()):
+    needed = divergence_outputs(objective) if kind in DIVERGENT else REQUIRED.get(kind, ())
+    for name in needed:
         if name not in extras and name not in made_later:
             raise ValueError(f"{name}: got None, wanted a value for {names}")
     if "num_segments" in extras and "segment_ids" not in extras:
         raise fail("num_segments", "a value without segment_ids", "segment_ids as well")
 
 
-def check_divergence_pairs(objective: Objective, num_sequences: int, token_weights: Tensor | None) -> None:
-    """Raise ValueError unless a batch can be pairs with divergences."""
-    if token_weights is not None:
-        raise fail("token_weights", f"a value that {loss_names(objective)} does not use", "None")
-    if num_sequences % 2:
+def check_divergent_batch(objective: Objective, num_sequences: int, **unused: Tensor | None) -> None:
+    """Raise ValueError unless a batch can be one of divergences, and has none of what these do not use."""
+    for name, value in unused.items():
+        if value is not None:
+            raise fail(name, f"a value that {loss_names(objective)} does not use", "None")
+    if objective.inputs is DivergencePairLogps and num_sequences % 2:
         raise fail("labels", f"{num_sequences} sequences", "chosen and rejected ones, an even number")
+
+
+def divergence_outputs(objective: Objective) -> tuple[str, ...]:
+    """What losses with divergences ask ``token_divergence`` for, beside log-probabilities."""
+    return tuple(
+        name for name in DIVERGENT[objective.inputs] if name != "l1_distance" or objective.uses_reference
+    )
+
+
+def teacher_combination(objective: Objective) -> TeacherCombination | None:
+    """How two teachers make the one that the losses distil; None for losses of a single one."""
+    if not objective.uses_reference:
+        return None
+    given: dict[str, Any] = {}
+    for term in objective.terms:
+        given |= {name: term.arguments[name] for name in ("beta", "beta2") if name in term.arguments}
+        if "teacher_mode" in term.arguments:
+            given["mode"] = term.arguments["teacher_mode"]
+    return TeacherCombination(*aligndistil_coefficients(**given))
 
 
 def loss_names(objective: Objective) -> str:
@@ -170,6 +204,8 @@ def _make_batch(
         return TokenLogps(
             sums.weighted(token), sums.mask, sums.cu_seqlens, weighted, win_rates=extras.get("win_rates")
         )
+    if kind is TokenDivergences:
+        return TokenDivergences(extras["reverse_kl"], sums.mask, sums.cu_seqlens, extras.get("l1_distance"))
     logps, lengths = sums.logps(token), sums.lengths(token.dtype)
     reference = None if ref_logps is None else sums.logps(ref_logps)
     if kind is DivergencePairLogps:
@@ -199,4 +235,5 @@ def _rewards(objective: Objective, batch: Batch, logps: Tensor) -> tuple[Tensor 
     if isinstance(batch, DivergencePairLogps):
         both = objective.rewards(batch)
         return torch.cat(both), pair_metrics(batch, *both) | divergence_metrics(batch)
-    return None, {"logps": masked_mean(logps, batch.is_scored)}
+    of_teacher = distillation_metrics(batch) if isinstance(batch, TokenDivergences) else {}
+    return None, {"logps": masked_mean(logps, batch.is_scored), **of_teacher}

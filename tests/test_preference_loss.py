@@ -195,7 +195,9 @@ LISTS = {
 }
 BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     (KTO | {"loss_type": "sigmoid"}, "loss_type: got sigmoid, wanted losses of another kind than pairs"),
-    (KTO | {"loss_type": "aligndistil"}, "loss_type: got aligndistil, wanted losses of"),
+    (KTO | {"loss_type": "aligndistil"}, "is_desirable: got a value that aligndistil does not use"),
+    (KTO | {"teacher_hidden": HIDDEN_STATES}, "teacher_hidden: got a value that kto does not use"),
+    (KTO | {"vocab_size": 5}, "vocab_size: got a value that kto does not use"),
     (KTO | {"is_desirable": None}, "is_desirable: got None, wanted a value for kto"),
     (KTO | {"is_desirable": GOOD.float()}, "is_desirable: got torch.float32, wanted torch.bool"),
     (KTO | {"is_desirable": GOOD[:3]}, "is_desirable: got shape (3,)"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
@@ -13,7 +14,7 @@ from fastdpo.functional import fused_dpo_loss
 from fastdpo.ops.checks import check_outputs, fail
 from fastdpo.ops.linear_logprob import flat_rows, linear_logprob
 from fastdpo.ops.token_divergence import token_divergence
-from fastdpo.types import DPOLossOutput, Execution, LMHead, TokenLayout
+from fastdpo.types import DPOLossOutput, Execution, LMHead, TeacherCombination, TokenLayout
 
 
 @dataclass
@@ -38,6 +39,7 @@ class FusedLMOutput(ModelOutput):
         topk_mass, topk_entropy: of the ``logps_topk`` most likely tokens, not renormalised.
         forward_kl, reverse_kl, jsd: KL(reference || policy), KL(policy || reference), their Jensen-Shannon
             divergence; differentiable in the policy.
+        l1_distance: of a reference made of two models, sum_v |p_first(v) - p_second(v)|.
         ref_logps: log-probabilities of the labels under the ``reference``, where one is given.
         aux_loss: load-balancing loss of a mixture of experts, where its router logits are asked for.
         past_key_values, hidden_states, attentions, router_logits: as the backbone returned them.
@@ -57,6 +59,7 @@ class FusedLMOutput(ModelOutput):
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
     jsd: Tensor | None = None
+    l1_distance: Tensor | None = None
     ref_logps: Tensor | None = None
     aux_loss: Tensor | None = None
     past_key_values: Any = None
@@ -80,6 +83,37 @@ class HeadStates:
     lm_head: LMHead
 
 
+@dataclass(frozen=True, eq=False)
+class Teachers:
+    """What divergences are measured from where it is not simply one model, and how.
+
+    Args:
+        first, second: of two models that make one, which ``combination`` says how; or of one.
+        vocab_size: of all models, where their heads are padded to different sizes.
+        logps_requires_grad: whether ``logps`` are differentiable beside the divergence, which costs as much
+            again as what is kept for it.
+    """
+
+    first: HeadStates
+    second: HeadStates | None = None
+    combination: TeacherCombination | None = None
+    vocab_size: int | None = None
+    logps_requires_grad: bool = True
+
+    def arguments(self, device: torch.device, *, is_flat: bool) -> dict[str, Any]:
+        """Of ``token_divergence``; the positions flat where labels name rows of them."""
+
+        def states(of: HeadStates) -> Tensor:
+            hidden = of.hidden.to(device)
+            return flat_rows(hidden) if is_flat else hidden
+
+        given: dict[str, Any] = {"ref_hidden": states(self.first), "ref_lm_head": self.first.lm_head}
+        if self.second is not None:
+            given |= {"second_hidden": states(self.second), "second_lm_head": self.second.lm_head}
+        settings = ("combination", "vocab_size", "logps_requires_grad")
+        return given | {name: getattr(self, name) for name in settings}
+
+
 def require_states(output: Any) -> HeadStates:
     """``output`` if a patched model made it for ``return_states=True``. Raises TypeError otherwise."""
     if isinstance(output, HeadStates):
@@ -98,13 +132,13 @@ class ScoreRequest:
         outputs: ``logps_outputs``: statistics of ``linear_logprob``, or with a reference divergences of
             ``token_divergence``.
         topk: ``logps_topk``.
-        reference: what divergences are measured from.
+        reference: what divergences are measured from: a model, or `Teachers`.
         pair_loss: arguments of ``fused_dpo_loss``, to be asked for the loss instead.
     """
 
     outputs: tuple[str, ...] = ()
     topk: int | None = None
-    reference: HeadStates | None = None
+    reference: HeadStates | Teachers | None = None
     pair_loss: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -112,8 +146,8 @@ class ScoreRequest:
             self._check_pair_loss(self.pair_loss)
         if self.reference is None:
             object.__setattr__(self, "outputs", check_outputs(self.outputs, False, has_topk=True))
-        elif not isinstance(self.reference, HeadStates):
-            raise TypeError(f"reference: got {type(self.reference).__name__}, wanted HeadStates")
+        elif not isinstance(self.reference, HeadStates | Teachers):
+            raise TypeError(f"reference: got {type(self.reference).__name__}, wanted HeadStates or Teachers")
         elif self.topk is not None:
             raise fail("logps_topk", repr(self.topk), "None with a reference, beside which there are none")
 
@@ -162,14 +196,13 @@ class ScoreRequest:
         if self.reference is None:
             scored = linear_logprob(hidden, head, labels, outputs=self.outputs, topk=self.topk, **settings)
         else:
-            states = self.reference.hidden.to(hidden.device)
+            teachers = self.reference if isinstance(self.reference, Teachers) else Teachers(self.reference)
             scored = token_divergence(
                 hidden,
                 head,
-                flat_rows(states) if isinstance(labels, TokenLayout) else states,
-                labels,
-                ref_lm_head=self.reference.lm_head,
+                labels=labels,
                 outputs=(*self.outputs, "logps", "ref_logps"),
+                **teachers.arguments(hidden.device, is_flat=isinstance(labels, TokenLayout)),
                 **settings,
             )
         return {name: value for name, value in scored._asdict().items() if value is not None}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastdpo.integrations.backbone_call import passed_through, run_backbone
 from fastdpo.integrations.fused_output import FusedLMOutput as FusedLMOutput
-from fastdpo.integrations.fused_output import HeadStates, ScoreRequest
+from fastdpo.integrations.fused_output import HeadStates, ScoreRequest, Teachers
 from fastdpo.integrations.lm_head import (
     ModelTail,
     current_head,
@@ -70,7 +70,8 @@ def patch_model(
     With ``return_states=True`` in place of ``return_logps`` and of labels a patched model returns
     `HeadStates`. Those of another model, or of this one without its adapter, given as ``reference`` to a call
     with ``return_logps`` let ``logps_outputs`` name divergences from it, ``forward_kl``, ``reverse_kl`` or
-    ``jsd`` (at least one, and no statistics); ``ref_logps`` come with them. See ``token_divergence``.
+    ``jsd`` (at least one, and no statistics); ``ref_logps`` come with them. `Teachers` as ``reference`` make
+    one teacher of two such models, whose ``l1_distance`` may be named too. See ``token_divergence``.
 
     ``pair_loss``, a dict of arguments of `fused_dpo_loss` (``loss_type``, ``beta``, ``ref_logps`` ...), asks
     for the loss of a batch of pairs, chosen answers first, in place of log-probabilities. The head may then
@@ -175,7 +176,7 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
         return_states: bool = False,
         logps_outputs: Sequence[str] = (),
         logps_topk: int | None = None,
-        reference: HeadStates | None = None,
+        reference: HeadStates | Teachers | None = None,
         pair_loss: Mapping[str, Any] | None = None,
         token_layout: TokenLayout | None = None,
         row_batches: Sequence[Mapping[str, Any]] | None = None,

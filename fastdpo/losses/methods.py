@@ -174,7 +174,7 @@ D9 | step rejection fine-tuning (SRFT) | abstract only | recipe
     `sft` with the wrong steps masked out of `nll_labels`
     -> Steps
 E1 | AlignDistil | 2503.02832 | loss
-    `aligndistil` on `token_divergence`
+    `aligndistil`, through `fused_preference_loss` and the loop
     -> Divergences over the vocabulary
 E2 | HyPO (online KL) | 2406.01462 | term
     `terms.score_function_kl`

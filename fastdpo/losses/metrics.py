@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdpo.losses.batches import DivergencePairLogps, ListLogps, UnpairedLogps
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.stable import masked_mean
+from fastdpo.losses.token_batches import TokenDivergences
 
 
 @torch.no_grad()
@@ -51,6 +52,18 @@ def unpaired_metrics(answers: UnpairedLogps, rewards: Tensor) -> dict[str, Tenso
         for side, mask in sides.items():
             metrics[f"{name}/{side}"] = masked_mean(values, mask).where(mask.any(), torch.nan)
     metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
+
+
+@torch.no_grad()
+def distillation_metrics(tokens: TokenDivergences) -> dict[str, Tensor]:
+    """``kl/teacher``: the answers' mean of their tokens' sums of KL(policy || teacher), in nats.
+
+    Of a teacher made of two, ``teachers/l1_distance`` too: the tokens' mean of what sets them apart.
+    """
+    metrics = {"kl/teacher": masked_mean(tokens.sums(tokens.divergences), tokens.is_scored)}
+    if tokens.l1_distance is not None:
+        metrics["teachers/l1_distance"] = masked_mean(tokens.l1_distance, tokens.mask)
     return metrics
 
 

@@ -109,16 +109,16 @@ class TokenDivergences(_Tokens):
         divergences: KL(pi || teacher_t) at each position, differentiable.
         mask: bool: the answers' tokens.
         cu_seqlens: ``(B + 1,)``, or None for padded.
-        scales: what each position's divergence is multiplied by; ``token_level.aligndistil_teacher``
-            makes them.
+        l1_distance: of a teacher made of two, sum_v |p_first(v) - p_second(v)| at each position; the second
+            is the reference, or what stands in its place. None: one teacher.
     """
 
-    extras: ClassVar[tuple[str, ...]] = ("scales",)
+    extras: ClassVar[tuple[str, ...]] = ()
 
     divergences: Tensor
     mask: Tensor
     cu_seqlens: Tensor | None = None
-    scales: Tensor | None = None
+    l1_distance: Tensor | None = None
 
     @property
     def logps_like(self) -> Tensor:
@@ -127,13 +127,13 @@ class TokenDivergences(_Tokens):
 
     @property
     def has_reference(self) -> bool:
-        """False: the teacher is in the divergences."""
-        return False
+        """Whether the teacher is made of two, of which one is the reference."""
+        return self.l1_distance is not None
 
     def without_reference(self) -> TokenDivergences:
-        """Itself."""
-        return self
+        """The same divergences for a loss that knows one teacher."""
+        return replace(self, l1_distance=None)
 
     def check(self) -> None:
         """Raise ValueError unless the tensors fit together."""
-        self._check(("scales",))
+        self._check(("l1_distance",))

@@ -97,41 +97,46 @@ class Teacher(NamedTuple):
 
 
 TeacherMode = Literal["aligndistil", "theorem1", "theorem1_contrast", "theorem1_adaptive"]
+# Their w varies from token to token and does not depend on beta.
+ADAPTIVE_MODES = ("aligndistil", "theorem1_adaptive")
 
 
 @torch.no_grad()
 def aligndistil_teacher(
-    total_variation: Tensor, *, mode: TeacherMode = "aligndistil", beta: float = 0.1, beta2: float = 10.0
+    l1_distance: Tensor, *, mode: TeacherMode = "aligndistil", beta: PerPair = 0.1, beta2: float = 10.0
 ) -> Teacher:
     """Per token: the combination of two teachers' logits, and what the divergence from it is scaled by.
 
-    With w_t = beta2 * TV_t + 1e-3 (``aligndistil``, ``theorem1_adaptive``) or w = beta / beta2:
+    With w_t = beta2 * d_t + 1e-3 (``aligndistil``, ``theorem1_adaptive``) or w = beta / beta2:
     ``aligndistil`` and ``theorem1_contrast`` have the teacher z_dpo + w (z_dpo - z_other), the others
     w z_dpo + (1 - w) z_other. The scale is beta / w_t where w varies, else beta2.
 
     Args:
-        total_variation: per token, sum_v |p_dpo(v) - p_other(v)|, without the customary half.
+        l1_distance: d_t per token, sum_v |p_dpo(v) - p_other(v)|, without the half of a total variation.
         mode: ``aligndistil``: z_other is a reverse DPO model or the reference; ``theorem1`` and
             ``theorem1_adaptive``: the reference; ``theorem1_contrast``: a reverse DPO model.
-        beta, beta2: positive; beta2 is 10 off-policy and 15 on-policy.
+        beta, beta2: positive numbers; beta2 is 10 off-policy and 15 on-policy.
+
+    Raises:
+        ValueError: another mode, or a beta that is no positive number.
 
     Source: arXiv:2503.02832, the authors' code.
     """
     offset, slope = _teacher_weight(mode, beta, beta2)
-    weight = offset + slope * total_variation
-    scale = beta / weight if slope else torch.full_like(total_variation, beta2)
+    weight = offset + slope * l1_distance
+    scale = beta / weight if slope else torch.full_like(l1_distance, beta2)
     if mode in ("aligndistil", "theorem1_contrast"):
         return Teacher(1 + weight, -weight, scale)
     return Teacher(weight, 1 - weight, scale)
 
 
 def aligndistil_coefficients(
-    *, mode: TeacherMode = "aligndistil", beta: float = 0.1, beta2: float = 10.0
+    *, mode: TeacherMode = "aligndistil", beta: PerPair = 0.1, beta2: float = 10.0
 ) -> tuple[float, float, float, float]:
-    """``aligndistil_teacher``'s ``first`` and ``second`` as functions of TV_t, for an op that makes TV_t.
+    """``aligndistil_teacher``'s ``first`` and ``second`` as functions of d_t, for an op that makes d_t.
 
     Returns:
-        What each is at TV_t = 0, then the slope of each: ``fastdpo.TeacherCombination(*these)``. The scale
+        What each is at d_t = 0, then the slope of each: ``fastdpo.TeacherCombination(*these)``. The scale
         is ``aligndistil_teacher``'s, from the distance that the op returns.
     """
     offset, slope = _teacher_weight(mode, beta, beta2)
@@ -140,20 +145,26 @@ def aligndistil_coefficients(
     return offset, 1 - offset, slope, -slope
 
 
-def _teacher_weight(mode: str, beta: float, beta2: float) -> tuple[float, float]:
-    """w_t at TV_t = 0, and its slope."""
+def _teacher_weight(mode: str, beta: PerPair, beta2: float) -> tuple[float, float]:
+    """w_t at d_t = 0, and its slope."""
     if mode not in get_args(TeacherMode):
         raise ValueError(f"mode: got {mode!r}, wanted one of {', '.join(get_args(TeacherMode))}")
-    for name, value in (("beta", beta), ("beta2", beta2)):
-        if not value > 0:
-            raise ValueError(f"{name}: got {value!r}, wanted a number in (0, inf)")
-    return (1e-3, beta2) if mode in ("aligndistil", "theorem1_adaptive") else (beta / beta2, 0.0)
+    if not beta2 > 0:
+        raise ValueError(f"beta2: got {beta2!r}, wanted a number in (0, inf)")
+    if mode in ADAPTIVE_MODES:
+        return 1e-3, beta2
+    if isinstance(beta, Tensor):
+        wanted = f"a number with teacher_mode={mode!r}, whose teacher it is part of"
+        raise ValueError(f"beta: got a tensor of shape {tuple(beta.shape)}, wanted {wanted}")
+    if not beta > 0:
+        raise ValueError(f"beta: got {beta!r}, wanted a number in (0, inf)")
+    return beta / beta2, 0.0
 
 
 def _two_tokens() -> TokenDivergences:
-    """Divergences 0.5 and 0.25, scaled by 2 and 4."""
+    """Divergences 0.5 and 0.25, and w = 0.05 and 0.025 where beta2 is 0.25."""
     mask = torch.tensor([[True, True]])
-    return TokenDivergences(_tensor(0.5, 0.25)[None], mask, scales=_tensor(2.0, 4.0)[None])
+    return TokenDivergences(_tensor(0.5, 0.25)[None], mask, l1_distance=_tensor(0.196, 0.096)[None])
 
 
 @preference_loss(
@@ -161,20 +172,33 @@ def _two_tokens() -> TokenDivergences:
     paper="arXiv:2503.02832",
     kind="token",
     inputs=TokenDivergences,
-    needs=("scales",),
-    uses_reference=False,
-    example=BatchExample(2.0, _two_tokens),  # 2 * 0.5 + 4 * 0.25
+    # 0.5 * 0.1 / 0.05 + 0.25 * 0.1 / 0.025
+    example=BatchExample(2.0, _two_tokens, {"beta2": 0.25}),
 )
-def aligndistil_loss(tokens: TokenDivergences, *, length_normalize: bool = False) -> Tensor:
-    """AlignDistil: the KL divergence from a teacher per token, each with its own scale, over the answer.
+def aligndistil_loss(
+    tokens: TokenDivergences,
+    *,
+    beta: PerPair = 0.1,
+    beta2: Positive = 10.0,
+    teacher_mode: TeacherMode = "aligndistil",
+    length_normalize: bool = False,
+) -> Tensor:
+    """AlignDistil: the KL divergence from a teacher made of two, each token with its own scale.
 
-    sum_t scale_t KL(pi || teacher_t). Teacher and scale are ``aligndistil_teacher``'s. Off-policy on chosen
-    answers only, or on samples.
+    sum_t scale_t KL(pi || teacher_t). Teacher and scale are ``aligndistil_teacher``'s: the divergences must
+    be from the teacher of the same ``teacher_mode`` and betas (``aligndistil_coefficients``). Off-policy on
+    chosen answers only, or on samples.
     """
-    if tokens.scales is None:
-        raise ValueError("scales: got None, wanted a value for aligndistil")
-    total = tokens.sums(tokens.divergences * tokens.scales.detach())
-    return token_mean(total, tokens.counts) if length_normalize else total
+    if tokens.l1_distance is None:
+        raise ValueError("l1_distance: got None, wanted a value for aligndistil")
+    # A weight that varies takes beta out of the sum, so that an answer may have its own.
+    is_adaptive = teacher_mode in ADAPTIVE_MODES
+    teacher = aligndistil_teacher(
+        tokens.l1_distance, mode=teacher_mode, beta=1.0 if is_adaptive else beta, beta2=beta2
+    )
+    total = tokens.sums(tokens.divergences * teacher.scale)
+    total = token_mean(total, tokens.counts) if length_normalize else total
+    return beta * total if is_adaptive else total
 
 
 def _steps() -> StepLogps:

@@ -50,7 +50,8 @@ def render_answers(
     list_size: int | None = None,
     has_scores: bool = True,
 ) -> list[AnswerTexts]:
-    """Check one row and render it; of a pair, given where single answers are wanted, both answers.
+    """Check one row and render it; of a pair, given where single answers are wanted, both answers (where
+    nothing is said of them, the chosen one).
 
     Args:
         columns: further numbers per row to read: name in the result -> name of the row's column.
@@ -62,9 +63,12 @@ def render_answers(
             the column, what was got and wanted.
     """
     where = f"{source}, row {number}"
-    if kind.name == "unpaired" and "completion" not in row and {"chosen", "rejected"} <= set(row):
+    is_pair = "completion" not in row and {"chosen", "rejected"} <= set(row)
+    if kind.name == "unpaired" and is_pair:
         sides = (("chosen", True), ("rejected", False))
         singles = [{**row, "completion": row[side], "label": label} for side, label in sides]
+    elif kind.name == "prompt-completion" and is_pair:
+        singles = [{**row, "completion": row["chosen"]}]
     else:
         singles = [dict(row)]
     return [
@@ -165,7 +169,7 @@ def _numbers(
         return {"win_rates": rate}
     if kind.name == "steps":
         return {"advantages": _per_answer(row, "advantages", count, where, kind)}
-    if not has_scores:
+    if not has_scores or kind.name == "prompt-completion":
         return {}
     if "ranks" in row and "scores" not in row:
         ranks = _per_answer(row, "ranks", count, where, kind)

@@ -10,6 +10,7 @@ from fastdpo.preference_rows import DATA
 from fastdpo.training.answer_collate import by_row
 from fastdpo.training.batches import Batch, completion_mask, is_filler, num_labelled, packed_layout
 from fastdpo.training.config import PreferenceConfig
+from fastdpo.training.divergence_step import distillation_loss
 from fastdpo.training.loss_state import GetValues
 from fastdpo.training.metrics import MetricSums
 from fastdpo.training.reference import Reference
@@ -17,6 +18,7 @@ from fastdpo.training.scoring import token_logps
 from fastdpo.types import PreferenceLossOutput
 
 STATISTICS = ("entropy",)
+PER_TOKEN = (*STATISTICS, "teachers/l1_distance")  # metrics that are means over tokens
 
 
 def loss_rows(batch: Batch) -> int:
@@ -34,6 +36,8 @@ def answer_loss(
     values: GetValues,
 ) -> PreferenceLossOutput:
     """The loss of a batch as its share of the mean over ``num_rows``; the rest as of ``batch_loss``."""
+    if args.needs_divergences:
+        return distillation_loss(model, policy, batch, num_rows, args, reference)
     ref_logps = reference.logps(policy, batch)
     token = token_logps(model, batch, statistics=STATISTICS)
     state = values(batch, token.logps, ref_logps).named
@@ -60,7 +64,7 @@ def answer_loss(
 def record(sums: MetricSums, batch: Batch, result: PreferenceLossOutput) -> None:
     """Add a batch's metrics: means over tokens count by token, of good answers by these, others by row."""
     size: Tensor | int = loss_rows(batch)
-    counts: dict[str, Tensor | int] = {name: num_labelled(batch) for name in STATISTICS}
+    counts: dict[str, Tensor | int] = {name: num_labelled(batch) for name in PER_TOKEN}
     if batch["kind"] == "unpaired":
         desirable = batch["is_desirable"].sum()
         for group in ("rewards", "logps"):

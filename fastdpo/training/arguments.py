@@ -53,6 +53,10 @@ class ModelArguments:
     ref_model: str | None = field(
         default=None, metadata=_help("Path or id of the reference. Default: the model as it is at the start.")
     )
+    teacher_model: str | None = field(
+        default=None,
+        metadata=_help("Path or id of the model that the loss distils (aligndistil: one trained with DPO)."),
+    )
     attn_implementation: str | None = field(
         default=None, metadata=_help("sdpa, flash_attention_2, eager ...")
     )
@@ -184,6 +188,11 @@ def _checked(
     for name, value in (("model", model.model), ("dataset", data.dataset)):
         if value is None:
             raise ArgumentError(f"--{name} is required")
+    losses = ", ".join(config.loss_type)
+    if config.needs_teacher and model.teacher_model is None:
+        raise ArgumentError(f"--teacher_model is required for {losses}, which distils it")
+    if model.teacher_model is not None and not config.needs_teacher:
+        raise ArgumentError(f"--teacher_model: got {model.teacher_model}, but {losses} distils no model")
     if data.held_out and data.eval_dataset is not None:
         raise ArgumentError("--held_out and --eval_dataset: give one of the two")
     changed = [

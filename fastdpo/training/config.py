@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 
 from fastdpo.losses import DivergencePairLogps, LossSpec, PairLogps, build_objective, find_loss
+from fastdpo.losses.token_batches import TokenDivergences
 from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
 from fastdpo.training.kinds import DataKind, kind_of
 from fastdpo.training.row_plan import ARRANGEMENTS
@@ -267,7 +268,12 @@ class PreferenceConfig(TrainingArguments):
     @property
     def needs_divergences(self) -> bool:
         """Whether the losses look at the reference's distributions, not only at its log-probabilities."""
-        return any(loss.inputs is DivergencePairLogps for loss in self.losses)
+        return any(loss.inputs in (DivergencePairLogps, TokenDivergences) for loss in self.losses)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the losses distil a model."""
+        return any(loss.inputs is TokenDivergences for loss in self.losses)
 
     def execution(self) -> Execution:
         """How the head runs."""

@@ -1,19 +1,21 @@
-"""One micro-batch of pairs whose loss has divergences from the reference over the whole vocabulary (TDPO).
+"""One micro-batch whose loss has divergences over the whole vocabulary: from the reference, or a teacher.
 
-The reference is not asked for log-probabilities but for what its head sees; both models' come back from the
-policy's forward pass, together with the divergence, out of the same logits.
+The other models are not asked for log-probabilities but for what their heads see; all comes back from the
+policy's forward pass, log-probabilities and divergences out of the same logits.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastdpo.losses import build_objective
 from fastdpo.preference_loss import preference_loss_from_logps
+from fastdpo.preference_rows import divergence_outputs, teacher_combination
 from fastdpo.training.batches import Batch, completion_mask, packed_layout
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
 from fastdpo.training.reference import Reference
 from fastdpo.training.scoring import divergence_logps
-from fastdpo.types import DPOLossOutput, LinearLogprobOutput
+from fastdpo.types import DPOLossOutput, LinearLogprobOutput, PreferenceLossOutput
 
 
 def divergence_loss(
@@ -24,12 +26,11 @@ def divergence_loss(
     args: PreferenceConfig,
     reference: Reference,
 ) -> DPOLossOutput:
-    """The loss of a batch as its share of the mean over ``num_pairs``; the rest as of ``pair_loss``.
+    """The loss of a batch of pairs (TDPO) as its share of the mean over ``num_pairs``; see ``pair_loss``.
 
     ``metrics`` has ``kl/chosen`` and ``kl/rejected`` in place of what looks at single tokens.
     """
-    states = reference.states(policy, batch)
-    found = divergence_logps(model, batch, states)
+    found = divergence_logps(model, batch, reference.teachers(policy, batch), ("forward_kl",))
     assert found.logps is not None
     per_pair = {name: batch[name] for name in COLUMN_FIELDS if name in batch}
     result = preference_loss_from_logps(
@@ -59,4 +60,32 @@ def divergence_loss(
         chosen_rewards=chosen_rewards,
         rejected_rewards=rejected_rewards,
         metrics=result.metrics,
+    )
+
+
+def distillation_loss(
+    model: nn.Module,
+    policy: nn.Module,
+    batch: Batch,
+    num_rows: Tensor | int,
+    args: PreferenceConfig,
+    reference: Reference,
+) -> PreferenceLossOutput:
+    """The loss of a batch of answers (AlignDistil) as its share of the mean over ``num_rows``."""
+    objective = build_objective(args.loss_type, args.loss_weights, beta=args.beta, **args.options)
+    names = divergence_outputs(objective)
+    teachers = reference.teachers(policy, batch, teacher_combination(objective))
+    found = divergence_logps(model, batch, teachers, names)
+    assert found.logps is not None
+    return preference_loss_from_logps(
+        LinearLogprobOutput(found.logps),
+        completion_mask(batch),
+        loss_type=args.loss_type,
+        loss_weights=args.loss_weights,
+        beta=args.beta,
+        row_weights=batch.get("pair_weights"),
+        num_rows=num_rows,
+        layout=packed_layout(batch),
+        **{name: getattr(found, name) for name in names},
+        **args.options,
     )

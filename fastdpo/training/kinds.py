@@ -7,6 +7,7 @@
 | ranking | ``completion`` as a list of strings, ``scores`` or ``ranks`` of these | the list |
 | steps | ``completion`` as a list of strings, ``advantages`` of these | a step |
 | samples | ``completion``, ``win_rate`` | an answer |
+| prompt-completion | ``completion``; or ``chosen``, and ``rejected``, which is left aside | an answer |
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fastdpo.losses import (
     LossSpec,
     PairLogps,
     StepLogps,
+    TokenDivergences,
     TokenLogps,
     UnpairedLogps,
 )
@@ -52,6 +54,7 @@ KINDS = {
         DataKind("ranking", ListLogps, ("prompt", "completion", "scores"), True, "piece"),
         DataKind("steps", StepLogps, ("prompt", "completion", "advantages"), True, "piece"),
         DataKind("samples", TokenLogps, ("prompt", "completion", "win_rate"), False, "token"),
+        DataKind("prompt-completion", TokenDivergences, ("prompt", "completion")),
     )
 }
 # What losses of pairs take; those of the second kind look at the reference's distributions too.
@@ -93,6 +96,5 @@ def _kind_of_loss(spec: LossSpec) -> DataKind | None:
             return kind
     raise ValueError(
         f"loss_type: got {spec.name!r}, which takes {spec.inputs.__name__}, wanted another: the loop has no "
-        "place for its two teachers. docs/methods.md has the lines for a loop of your own, under "
-        "'Divergences over the vocabulary'"
+        "data of that kind"
     )

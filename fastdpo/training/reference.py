@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastdpo.integrations.fused_output import HeadStates
+from fastdpo.integrations.fused_output import HeadStates, Teachers
 from fastdpo.integrations.head_adapter import has_adapter
 from fastdpo.integrations.lm_head import head_module, unwrap
 from fastdpo.training.answers import REF_MISMATCHED
 from fastdpo.training.batches import Batch, completion_mask
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.scoring import head_states, reference_values, sequence_logps
+from fastdpo.types import TeacherCombination
 
 Result = TypeVar("Result")
 
@@ -118,15 +119,25 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 
 class Reference:
-    """Reference log-probabilities of a batch.
+    """What the losses want of other models than the policy: reference log-probabilities, or distributions.
 
     Args:
         kind: what ``choose_reference`` returned.
         model: the second copy, or None where ``kind`` has none.
+        teacher: the model that the losses distil, or None.
+        vocab_size: of all models with divergences, where their heads differ in size.
     """
 
-    def __init__(self, kind: str, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        model: nn.Module | None = None,
+        *,
+        teacher: nn.Module | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
         self.kind, self.model = kind, model
+        self.teacher, self.vocab_size = teacher, vocab_size
 
     @torch.no_grad()
     def logps(self, policy: nn.Module, batch: Batch) -> Tensor | None:
@@ -156,6 +167,18 @@ class Reference:
     def states(self, policy: nn.Module, batch: Batch) -> HeadStates:
         """What the reference's head sees, for losses with divergences; of a copy or without the adapter."""
         return self._run(head_states, policy, batch)
+
+    @torch.no_grad()
+    def teachers(
+        self, policy: nn.Module, batch: Batch, combination: TeacherCombination | None = None
+    ) -> Teachers:
+        """What the divergences are from: the reference, the teacher, or both, as ``combination`` says."""
+        if self.teacher is None:
+            return Teachers(self.states(policy, batch), vocab_size=self.vocab_size)
+        second = None if combination is None else self.states(policy, batch)
+        return Teachers(
+            head_states(self.teacher, batch), second, combination, self.vocab_size, logps_requires_grad=False
+        )
 
     def _run(self, score: Callable[[nn.Module, Batch], Result], policy: nn.Module, batch: Batch) -> Result:
         if self.kind == "copy":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from fastdpo.integrations.fused_output import FusedLMOutput, HeadStates, require_states
+from fastdpo.integrations.fused_output import FusedLMOutput, HeadStates, Teachers, require_states
 from fastdpo.integrations.model import require_fused_output
 from fastdpo.integrations.row_masks import RowMasks
 from fastdpo.losses.aggregate import segment_sums, sequence_sums
@@ -42,13 +42,15 @@ def fused_pair_loss(model: nn.Module, batch: Batch, **arguments: Any) -> DPOLoss
     return out
 
 
-def divergence_logps(model: nn.Module, batch: Batch, reference: HeadStates) -> FusedLMOutput:
-    """``logps``, ``ref_logps`` and ``forward_kl`` per token, in the shape that ``token_logps`` has.
+def divergence_logps(
+    model: nn.Module, batch: Batch, teachers: Teachers, names: tuple[str, ...]
+) -> FusedLMOutput:
+    """``logps``, ``ref_logps`` and the divergences named per token, in the shape that ``token_logps`` has.
 
     Args:
-        reference: ``head_states`` of the same batch.
+        teachers: ``head_states`` of the same batch.
     """
-    return _scored(model, batch, logps_outputs=("forward_kl",), reference=reference)
+    return _scored(model, batch, logps_outputs=names, reference=teachers)
 
 
 def head_states(model: nn.Module, batch: Batch) -> HeadStates:

@@ -69,6 +69,7 @@ from fastdpo.training.step import (
     record,
     stacked_rewards,
 )
+from fastdpo.training.teachers import common_vocabulary, prepare_teacher
 from fastdpo.training.token_budget import budget_dataloader
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,9 @@ class PreferenceTrainer(EvaluatingTrainer):
         processing_class: the model's tokenizer; not needed with a path or id as ``model``, nor when all
             data is tokenised already.
         ref_model: the reference, where it is not the policy as it is now; frozen and patched.
+        teacher_model: what the losses distil (``aligndistil``: a model trained with DPO); frozen and patched.
+            The other of AlignDistil's teachers is the reference, or as ``ref_model`` a model trained with
+            DPO on swapped pairs.
         peft_config: adds an adapter to ``model``.
         data_collator: makes padded batches in place of ``PreferenceCollator``.
         compute_metrics: gets ``predictions`` ``(P, 2)``, the rewards of chosen and rejected (``predict``).
@@ -116,6 +120,7 @@ class PreferenceTrainer(EvaluatingTrainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         ref_model: nn.Module | None = None,
+        teacher_model: nn.Module | None = None,
         peft_config: Any = None,
         data_collator: Any = None,
         compute_metrics: Any = None,
@@ -148,6 +153,7 @@ class PreferenceTrainer(EvaluatingTrainer):
         for patched in (policy, ref_model):
             if patched is not None:
                 patch_model(patched, execution=args.execution())
+        teacher_model = prepare_teacher(args, policy, teacher_model)
         self._owns_output_dir = is_unused(args.output_dir)  # what is in there later on is our own
         super().__init__(
             model=policy,
@@ -162,7 +168,7 @@ class PreferenceTrainer(EvaluatingTrainer):
         )
         check_machine(args, is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self.model_accepts_loss_kwargs = True  # what transformers < 5.23 reads for loss_is_scaled_for_ga
-        self._set_reference(kind, ref_model, data_collator)
+        self._set_reference(kind, ref_model, teacher_model, data_collator)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._input_tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         self._resume_from: str | None = None
@@ -171,12 +177,17 @@ class PreferenceTrainer(EvaluatingTrainer):
         self._eval_width: int | None = None
         self._is_step_bad = False
 
-    def _set_reference(self, kind: str, ref_model: nn.Module | None, data_collator: Any) -> None:
+    def _set_reference(
+        self, kind: str, ref_model: nn.Module | None, teacher: nn.Module | None, data_collator: Any
+    ) -> None:
         is_base = ref_model is None and is_adapter_model(self.model) and is_fresh_adapter(self.model)
         if ref_model is not None:
             ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        self.reference = Reference(kind, ref_model)
-        models = [model for model in (self.model, ref_model) if model is not None]
+        if teacher is not None:
+            teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        models = [model for model in (self.model, ref_model, teacher) if model is not None]
+        size = common_vocabulary(models, self._tokenizer) if self.args.needs_divergences else None
+        self.reference = Reference(kind, ref_model, teacher=teacher, vocab_size=size)
         pairs: Any = self.train_dataset
         self.data_collator = data_collator or choose_collator(
             models, self.args, pad_token_id(self._tokenizer), pairs, self.accelerator

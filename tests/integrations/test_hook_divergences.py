@@ -8,9 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fastdpo import LMHead, TokenLayout, token_divergence
-from fastdpo.integrations.fused_output import HeadStates, require_states
+from fastdpo import HeadStates, LMHead, TeacherCombination, Teachers, TokenLayout, token_divergence
+from fastdpo.integrations.fused_output import require_states
 from fastdpo.integrations.model import patch_model
+from fastdpo.losses.token_level import aligndistil_coefficients
 from tests.integrations.test_token_layout import layout_of_labels
 from tests.integrations.tiny import BATCH, VOCAB, fused, make_model
 
@@ -91,6 +92,33 @@ def test_the_policy_without_its_adapter() -> None:
     assert not out.forward_kl.any()
 
 
+def test_a_teacher_made_of_two() -> None:
+    """Values are the op's, in either form of the labels; log-probabilities may be there to be looked at."""
+    model, *others = (make_model(seed=seed) for seed in range(3))
+    hidden = model.model(**BATCH.inputs).last_hidden_state
+    first, second = (states_of(patch_model(other)) for other in others)
+    combination = TeacherCombination(*aligndistil_coefficients(beta2=2.0))
+    targets = torch.nn.functional.pad(BATCH.labels[:, 1:], (0, 1), value=-100)
+    names = ("reverse_kl", "l1_distance")
+    wanted = token_divergence(
+        hidden, LMHead.from_model(model), first.hidden, targets, ref_lm_head=first.lm_head,
+        second_hidden=second.hidden, second_lm_head=second.lm_head, combination=combination,
+        outputs=(*names, "logps", "ref_logps"), vocab_size=VOCAB - 3,
+    )  # fmt: skip
+    teachers = Teachers(first, second, combination, vocab_size=VOCAB - 3, logps_requires_grad=False)
+    patch_model(model)
+    out = fused(model, reference=teachers, logps_outputs=names)
+    layout: TokenLayout = layout_of_labels()
+    flat = model(
+        **BATCH.inputs, token_layout=layout, return_logps=True, logps_outputs=names, reference=teachers
+    )
+    mask = BATCH.labels[:, 1:] != -100
+    for name in (*names, "logps", "ref_logps"):
+        assert torch.equal(out[name][:, 1:], getattr(wanted, name)[:, :-1]), name
+        torch.testing.assert_close(flat[name], out[name][:, 1:][mask], rtol=1e-5, atol=1e-5)
+    assert out.reverse_kl.requires_grad and not out.logps.requires_grad and not out.l1_distance.requires_grad
+
+
 def states(shape: tuple[int, int, int], vocab: int) -> HeadStates:
     return HeadStates(torch.zeros(shape), LMHead(torch.zeros(vocab, shape[-1])))
 
@@ -102,7 +130,8 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "labels: got a value together with",
     ),
-    ({"reference": BATCH.labels}, TypeError, "reference: got Tensor, wanted HeadStates"),
+    ({"reference": BATCH.labels}, TypeError, "reference: got Tensor, wanted HeadStates or Teachers"),
+    ({"logps_outputs": ("l1_distance", "jsd")}, ValueError, "'l1_distance' without second_hidden"),
     ({"logps_outputs": ()}, ValueError, "wanted at least one"),
     ({"logps_outputs": ("lse",)}, ValueError, "outputs: got 'lse'"),
     ({"logps_topk": 3}, ValueError, "logps_topk: got 3"),

@@ -80,7 +80,7 @@ def random_batch(spec: LossSpec, *, seed: int = 0, scale: float = 8.0) -> Any:
         win_rates = torch.tensor([0.9, 0.2, 0.5, 0.7], dtype=torch.float64)
         return TokenLogps(tokens, mask, None, tokens + draw(20, 1.0).view(4, 5), win_rates)
     assert spec.inputs is TokenDivergences
-    return TokenDivergences(-tokens, mask, scales=draw(20, 1.0).abs().view(4, 5))
+    return TokenDivergences(-tokens, mask, l1_distance=draw(20, 0.5).abs().view(4, 5))
 
 
 def with_leaf(batch: Any, values: Tensor) -> Any:

@@ -169,13 +169,32 @@ def test_aligndistil_modes() -> None:
         aligndistil_teacher(distance, mode="kd")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="beta2: got 0"):
         aligndistil_teacher(distance, beta2=0)
+    with pytest.raises(ValueError, match="beta: got 0"):
+        aligndistil_teacher(distance, mode="theorem1", beta=0)
+    with pytest.raises(ValueError, match=r"beta: got a tensor of shape \(3,\), wanted a number with"):
+        aligndistil_teacher(distance, mode="theorem1", beta=distance)
+
+
+def test_aligndistil_scales_every_token() -> None:
     mask = torch.tensor([True, True, False])[None]
-    tokens = TokenDivergences(torch.tensor([[1.0, 2.0, torch.nan]]), mask, scales=torch.full((1, 3), 2.0))
-    assert losses("aligndistil", tokens).item() == 6.0
-    assert losses("aligndistil", tokens, length_normalize=True).item() == 3.0
+    distance = torch.tensor([[0.1, 0.4, torch.nan]])
+    tokens = TokenDivergences(torch.tensor([[1.0, 2.0, torch.nan]]), mask, l1_distance=distance)
+    options: dict[str, Any] = {"beta": 0.3, "beta2": 5.0}
+    want = 0.3 * (1 / 0.501 + 2 / 2.001)
+    assert losses("aligndistil", tokens, **options).item() == pytest.approx(want)
+    assert losses("aligndistil", tokens, length_normalize=True, **options).item() == pytest.approx(want / 2)
+    constant = losses("aligndistil", tokens, teacher_mode="theorem1_contrast", **options)
+    assert constant.item() == pytest.approx(5 * (1 + 2))
     bounds = torch.tensor([0, 3])
-    packed = TokenDivergences(tokens.divergences[0], mask[0], bounds, torch.full((3,), 2.0))
-    assert torch.equal(losses("aligndistil", packed), losses("aligndistil", tokens))
+    packed = TokenDivergences(tokens.divergences[0], mask[0], bounds, distance[0])
+    assert torch.equal(losses("aligndistil", packed, **options), losses("aligndistil", tokens, **options))
+    both = TokenDivergences(
+        *(torch.cat([x, x]) for x in (tokens.divergences, mask)), None, distance.repeat(2, 1)
+    )
+    each = losses("aligndistil", both, beta=torch.tensor([0.3, 0.6]), beta2=5.0)
+    torch.testing.assert_close(each, torch.tensor([want, 2 * want]))
+    with pytest.raises(ValueError, match="beta: got a tensor"):
+        losses("aligndistil", both, beta=torch.tensor([0.3, 0.6]), teacher_mode="theorem1")
 
 
 def test_direct_advantage() -> None:

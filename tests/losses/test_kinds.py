@@ -87,6 +87,8 @@ def test_rows_do_not_see_each_other(name: str, arguments: dict[str, Any]) -> Non
 def test_every_option_changes_something(name: str) -> None:
     batch = random_batch(LOSSES[name])
     for arguments in variants(LOSSES[name], ROWS)[1:]:
+        if arguments == {"teacher_mode": "theorem1_adaptive"}:
+            continue  # has another teacher, which is in the divergences: test_divergence_losses
         changed, unchanged = mean_loss(name, batch, **arguments), mean_loss(name, batch)
         assert not torch.allclose(changed, unchanged), arguments
 
@@ -234,8 +236,8 @@ BAD_BATCHES: list[tuple[str, Any, str]] = [
     ("direct_advantage", StepLogps(*(torch.ones(n) for n in (2, 3, 2, 2))), "StepLogps.advantages"),
     (
         "aligndistil",
-        TokenDivergences(torch.zeros(2, 3), torch.ones(2, 3).bool(), scales=torch.zeros(2)),
-        r"TokenDivergences.scales: got shape \(2,\), wanted \(2, 3\)",
+        TokenDivergences(torch.zeros(2, 3), torch.ones(2, 3).bool(), l1_distance=torch.zeros(2)),
+        r"TokenDivergences.l1_distance: got shape \(2,\), wanted \(2, 3\)",
     ),
 ]  # fmt: skip
 

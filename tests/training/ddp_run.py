@@ -142,7 +142,9 @@ def answers(kind: str, count: int, seed: int) -> AnswerDataset:
     prompts, lengths = torch.randint(1, 9, (count,)), torch.randint(1, 9, (int(sizes.sum()),))
     of_rows = Ragged.of_counts(lengths, sizes)
     ends = (prompts + of_rows.sums()).cumsum(0)
-    numbers: dict[str, Any] = {"is_desirable": (torch.arange(count) % 3 > 0).float()}
+    numbers: dict[str, Any] = {}
+    if kind == "unpaired":
+        numbers = {"is_desirable": (torch.arange(count) % 3 > 0).float()}
     if kind == "listwise":
         numbers = {"scores": Ragged.of_counts(torch.randn(int(sizes.sum())), sizes)}
     return AnswerDataset(
@@ -165,6 +167,7 @@ STATES: dict[str, tuple[str, str | None, int, dict[str, Any]]] = {
     "bco": ("bco", "unpaired", 2, {}),
     "lists": ("sdpo", "listwise", 2, {}),
     "tdpo": ("tdpo2", None, 2, {}),
+    "distilled": ("aligndistil", "prompt-completion", 2, {}),
     "beta": ("sigmoid", None, 2, {"dynamic_beta": {"rho": 0.3}}),
     "beta at once": ("sigmoid", None, 1, {"dynamic_beta": {"rho": 0.3}}),
     "aot": ("aot", "even", 1, {"gather_batch_losses": True}),
@@ -208,6 +211,7 @@ def run_state(folder: Path, name: str) -> None:
         train_dataset=data[0],
         eval_dataset=data[1],
         ref_model=tiny_llama(2),
+        teacher_model=tiny_llama(3) if args.needs_teacher else None,
         callbacks=[kept],
     )
     trainer.train()

@@ -26,7 +26,6 @@ MakeArgs = Callable[..., PreferenceConfig]
         ({"loss_options": "{not json"}, "loss_options"),
         ({"loss_options": "[1]"}, "loss_options"),
         ({"loss_type": "sft", "margin_column": "gap"}, "margin"),
-        ({"loss_type": "aligndistil"}, "two teachers. docs/methods.md .*'Divergences over the vocabulary'"),
         ({"loss_type": ["tdpo1", "sigmoid"]}, "wanted losses of the same batch"),
         (
             {"loss_type": "tdpo1", "reference": "precomputed"},
