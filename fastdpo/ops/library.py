@@ -22,7 +22,9 @@ from fastdpo.ops.checks import accumulation_dtype, fail
 from fastdpo.ops.chunked import backward_chunks, forward_chunks
 from fastdpo.ops.gradients import TokenGrads
 from fastdpo.ops.head_call import HeadCall, TopkOutputs
-from fastdpo.ops.lean import backward_lean, forward_lean, logit_bytes
+from fastdpo.ops.lean import forward_lean
+from fastdpo.ops.lean_backward import backward_lean
+from fastdpo.ops.lean_slabs import logit_bytes
 from fastdpo.plan import make_plan
 from fastdpo.schedule import leading_dim
 from fastdpo.types import TOPK_STATISTICS
