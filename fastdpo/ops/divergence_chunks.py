@@ -28,9 +28,9 @@ from fastdpo.kernels.divergence import (
 )
 from fastdpo.kernels.matmul import SlabbedWeight, hidden_grad_into, logits_into
 from fastdpo.ops.checks import accumulation_dtype
-from fastdpo.ops.chunked import add_groups, backward_stash, kept_shape
+from fastdpo.ops.chunked import add_groups, backward_stash, empty_kept
 from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads, row_coeff
-from fastdpo.ops.head_call import HeadCall, front_of_rows
+from fastdpo.ops.head_call import HeadCall, empty_d, front_of_rows
 from fastdpo.plan import Plan
 from fastdpo.schedule import MIB
 
@@ -67,8 +67,9 @@ def num_kept(names: tuple[str, ...], mode: str) -> int:
 
 
 def combined_rows(plan: Plan, operand_bytes: int) -> int:
-    """Rows of two kept D's that are made one at a time: what takes half of the workspace."""
-    return max(plan.workspace_bytes // (2 * plan.vocab_size * operand_bytes), 1)
+    """Rows of two kept D's that are made one at a time: half of the workspace, with padding at most all."""
+    size = max(2 * plan.vocab_size, plan.leading_dim) * operand_bytes
+    return max(plan.workspace_bytes // size, 1)
 
 
 def workspace_units(num_teachers: int) -> int:
@@ -81,8 +82,7 @@ def forward_divergences(call: DivergenceCall) -> tuple[DivergenceOutputs, Tensor
     two D's one behind the other, that of the log-probabilities second."""
     policy, plan = call.policy, call.policy.plan
     outputs = _empty_outputs(call, call.names)
-    shape = kept_shape(plan) if call.num_kept < 2 else (2, *kept_shape(plan))
-    kept = policy.hidden.new_empty(shape, dtype=policy.operand_dtype)
+    kept = empty_kept(policy, call.num_kept)
     parts = kept.unbind() if call.num_kept == 2 else (kept,)
     chunks = _DivergenceChunks(call)
     for start, stop in plan.chunks():
@@ -179,7 +179,7 @@ def _combined_groups(call: DivergenceCall, kept: Tensor, coeffs: Tensor) -> Iter
     """The cached rows, of which two D's were kept, in groups of one."""
     policy, plan = call.policy, call.policy.plan
     step = combined_rows(plan, policy.operand_dtype.itemsize)
-    whole = kept.new_empty(min(step, plan.cached_rows), plan.vocab_size)
+    whole = empty_d(policy, min(step, plan.cached_rows))
     tile = tile_rows(policy)
     for start in range(0, plan.cached_rows, step):
         stop = min(start + step, plan.cached_rows)

@@ -25,7 +25,7 @@ from fastdpo.ops.divergence_chunks import (
     workspace_units,
 )
 from fastdpo.ops.head_call import HeadCall
-from fastdpo.ops.library import PER_TOKEN, empty_output
+from fastdpo.ops.library import PER_TOKEN, empty_output, fake_cache
 from fastdpo.plan import Plan, make_plan
 
 
@@ -128,14 +128,13 @@ def _(
     else:
         num_tokens = token_index.shape[0]
         index = labels.new_empty(0, dtype=torch.int64)
+    count = num_kept(tuple(wanted), run.run_mode)
+    dtype = operand_dtype(run.compute_dtype, accumulation_dtype(run.compute_dtype), hidden.device)
+    if run.run_mode == "cache":
+        return (*results, index, fake_cache(hidden, weight.shape[0], dtype, count))
     shape: tuple[Any, ...] = (0,)
     if run.run_mode == "stash":
-        shape = (num_tokens, hidden.shape[1])
-    elif run.run_mode == "cache":
-        shape = (torch.library.get_ctx().new_dynamic_size(), weight.shape[0])
-    if num_kept(tuple(wanted), run.run_mode) == 2:
-        shape = (2, *shape)
-    dtype = operand_dtype(run.compute_dtype, accumulation_dtype(run.compute_dtype), hidden.device)
+        shape = (*((2,) if count == 2 else ()), num_tokens, hidden.shape[1])
     return (*results, index, hidden.new_empty(shape, dtype=dtype))
 
 

@@ -161,10 +161,11 @@ def _(
     return (*results, index, hidden.new_empty(shape, dtype=dtype))
 
 
-def fake_cache(hidden: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """What ``head_call.empty_d`` gives, of rows that only the call knows the number of."""
+def fake_cache(hidden: Tensor, vocab_size: int, dtype: torch.dtype, count: int = 1) -> Tensor:
+    """What ``chunked.empty_kept`` gives in mode ``cache``, of rows that only the call knows the number of."""
     num_rows = torch.library.get_ctx().new_dynamic_size()
-    return hidden.new_empty((num_rows, leading_dim(vocab_size)), dtype=dtype)[:, :vocab_size]
+    shape = (*((count,) if count > 1 else ()), num_rows, leading_dim(vocab_size))
+    return hidden.new_empty(shape, dtype=dtype)[..., :vocab_size]
 
 
 @torch.library.custom_op(
