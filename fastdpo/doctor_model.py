@@ -25,11 +25,14 @@ from fastdpo.ops.backends import resolve_backend
 from fastdpo.ops.checks import resolve_dtypes
 from fastdpo.ops.library import head_call
 from fastdpo.ops.linear_logprob import call_options, settle_mode
+from fastdpo.ops.token_divergence import plan_divergences
 from fastdpo.plan import MIB, Plan
 from fastdpo.types import Execution, HeadAdapter, LMHead
 
 Lines = list[tuple[str, str]]
 DEFAULT_TOKENS = 4096
+# What the hook asks of `token_divergence` for pairs with divergences (TDPO).
+_OF_PAIRS = ("forward_kl", "logps", "ref_logps")
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -60,21 +63,17 @@ def trainer_sections(trainer: Any) -> dict[str, Lines]:
     data, largest, longest = _data_lines(trainer, head)
     sections["Data"] = data
     sections["Memory but for activations and the head"] = _memory_lines(trainer)
-    if getattr(trainer.args, "needs_divergences", False):
-        sections["Plan"] = [
-            ("op", "token_divergence, of policy and reference: 4 products of the head, 2 without gradients"),
-            ("peak", "not planned here: the chunks of two heads, within workspace_mib each"),
-        ]
-    elif head is not None:
-        execution = _execution_of(trainer)
+    if head is not None:
         what = "the largest batch" if largest else f"{DEFAULT_TOKENS} labelled tokens"
-        has_pair_loss = bool(getattr(trainer.args, "makes_pair_loss", False))
-        how = (trainer.model, head, execution)
+        how = (trainer.model, head, _execution_of(trainer))
+        kind: dict[str, Any] = {
+            "has_pair_loss": bool(getattr(trainer.args, "makes_pair_loss", False)),
+            "teachers": _teachers_of(trainer, head),
+        }
         with _autocast_of(trainer):
             if longest is not None:
-                data[2:2] = _memory_for(*how, [longest], has_pair_loss=has_pair_loss)
-            rows = largest or [DEFAULT_TOKENS]
-            sections |= _plan_section(*how, rows, what, has_pair_loss=has_pair_loss)
+                data[2:2] = _memory_for(*how, [longest], **kind)
+            sections |= _plan_section(*how, largest or [DEFAULT_TOKENS], what, **kind)
     return sections
 
 
@@ -162,14 +161,18 @@ def _plan_section(
     row_tokens: Sequence[int],
     what: str,
     has_pair_loss: bool = False,
+    teachers: Sequence[LMHead] = (),
 ) -> dict[str, Lines]:
     """The plan of a call with gradients as the model's parameters want them."""
     title = f"Plan for {what}"
     try:
-        plan, backend = plan_of(model, head, execution, row_tokens, has_pair_loss)
+        plan, backend = plan_of(model, head, execution, row_tokens, has_pair_loss, teachers)
     except (ValueError, TypeError) as error:
         return {title: [("refused", _one_line(str(error)))]}
-    lines = [("backend", backend)]
+    lines = [("op", f"token_divergence, with a product for each of {1 + len(teachers)} heads")] * bool(
+        teachers
+    )
+    lines.append(("backend", backend))
     for line in str(plan).splitlines():
         name, finding = line.split("  ", 1)
         lines.append((name.strip(), finding.strip()))
@@ -182,12 +185,14 @@ def plan_of(
     execution: Execution,
     row_tokens: Sequence[int],
     has_pair_loss: bool = False,
+    teachers: Sequence[LMHead] = (),
 ) -> tuple[Plan, str]:
     """The plan and the backend of one call of the head, as its op would settle them.
 
     Args:
         row_tokens: labelled tokens of each row of data.
         has_pair_loss: whether rows are pairs, and the call makes their loss.
+        teachers: the heads that divergences are measured from; with none the op is ``linear_logprob``.
 
     Raises:
         ValueError, TypeError: what the call itself would raise.
@@ -203,6 +208,13 @@ def plan_of(
     if torch.is_autocast_enabled(weight.device.type):
         hidden = hidden.float()[:1].expand(num_tokens, -1)
     hidden = hidden.requires_grad_(trains_backbone)
+    if teachers:
+        states = [
+            (teacher.weight[:1], teacher) for teacher in teachers
+        ]  # of these, too, only shape and dtype
+        with torch.enable_grad():
+            plan = plan_divergences(hidden, head, states, num_tokens, outputs=_OF_PAIRS, execution=execution)
+        return plan, "reference"
     with torch.enable_grad():
         mode = settle_mode(hidden, head, execution, has_pair_loss=has_pair_loss)
     options = call_options(hidden, head, execution, mode)
@@ -293,11 +305,11 @@ def _fill(row_tokens: list[int], num_tokens: int) -> list[int]:
 
 
 def _memory_for(
-    model: nn.Module, head: LMHead, execution: Execution, row_tokens: Sequence[int], has_pair_loss: bool
+    model: nn.Module, head: LMHead, execution: Execution, row_tokens: Sequence[int], **kind: Any
 ) -> Lines:
     """What the head needs for the longest row alone: no batch can do with less."""
     try:
-        plan, _ = plan_of(model, head, execution, row_tokens, has_pair_loss)
+        plan, _ = plan_of(model, head, execution, row_tokens, **kind)
     except (ValueError, TypeError):
         return []  # the plan's own section says why
     return [("head for it alone", f"{_mib(plan.peak_bytes)} at once, gradients included")]
@@ -344,6 +356,14 @@ def _memory_lines(trainer: Any) -> Lines:
     if isinstance(reference, nn.Module):
         lines.append(("reference", _mib(sum(p.numel() * p.element_size() for p in reference.parameters()))))
     return lines
+
+
+def _teachers_of(trainer: Any, head: LMHead) -> list[LMHead]:
+    """The heads that a trainer's losses have divergences from: its reference's, or none."""
+    if not getattr(trainer.args, "needs_divergences", False):
+        return []
+    reference = trainer.reference.model
+    return [head if reference is None else read_head(reference)]  # without its adapter it has the policy's
 
 
 def _execution_of(trainer: Any) -> Execution:

@@ -180,7 +180,7 @@ def _combined_groups(call: DivergenceCall, kept: Tensor, coeffs: Tensor) -> Iter
     policy, plan = call.policy, call.policy.plan
     step = combined_rows(plan, policy.operand_dtype.itemsize)
     whole = empty_d(policy, min(step, plan.cached_rows))
-    tile = tile_rows(policy)
+    tile = tile_rows(plan, policy.logits_dtype, policy.hidden.device)
     for start in range(0, plan.cached_rows, step):
         stop = min(start + step, plan.cached_rows)
         for first in range(start, stop, tile):
@@ -189,11 +189,10 @@ def _combined_groups(call: DivergenceCall, kept: Tensor, coeffs: Tensor) -> Iter
         yield DGroup(start, stop, whole[: stop - start])
 
 
-def tile_rows(policy: HeadCall) -> int:
+def tile_rows(plan: Plan, logits_dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a tile: what is made beside a chunk's logits, tile by tile, takes no more than they do."""
-    plan = policy.plan
-    row_bytes = plan.vocab_size * policy.logits_dtype.itemsize
-    rows = TILE_MIB.get(policy.hidden.device.type, 32) * MIB // row_bytes
+    row_bytes = plan.vocab_size * logits_dtype.itemsize
+    rows = TILE_MIB.get(device.type, 32) * MIB // row_bytes
     return max(min(plan.chunk_rows // TEMPORARIES, rows), 1)
 
 
@@ -208,7 +207,7 @@ class _DivergenceChunks:
         shape = (plan.chunk_rows, plan.leading_dim)
         self._logits = [head.hidden.new_empty(shape, dtype=head.logits_dtype) for head in heads]
         self._teacher_weights = [teacher.slabbed_weight() for teacher in call.teachers]
-        self._tile_rows = tile_rows(call.policy)
+        self._tile_rows = tile_rows(plan, call.policy.logits_dtype, call.policy.hidden.device)
 
     def d_in_place(self, num_rows: int, count: int) -> tuple[Tensor, ...]:
         """The place of one D, or of two, in the operands' dtype: the front of each row of the policy's
