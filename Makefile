@@ -53,7 +53,7 @@ $(LLAMA_FACTORY)/.ready: tests/integrations/llama_factory.txt pyproject.toml
 
 test-llama-factory: $(LLAMA_FACTORY)/.ready  ## patch_llama_factory, and patch_trl of TRL 0.24, in an environment of their own
 	OMP_NUM_THREADS=1 $(LLAMA_FACTORY)/bin/python -m pytest tests/integrations/test_llama_factory.py \
-	  tests/integrations/test_trl_0_24.py
+	  tests/integrations/test_trl_0_24*.py
 
 # Uses the active Python with what it has, no .venv and no network: GPU images bring their own torch. A failed test does
 # not keep the measurements from being made (each is checked before it is timed); it does fail the verb. Without nvcc, or

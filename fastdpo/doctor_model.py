@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdpo.doctor_plan import Divergences, plan_of
 from fastdpo.integrations.lm_head import current_head, examine, read_head, unwrap, wrappers_and_model
 from fastdpo.integrations.model import is_patched
 from fastdpo.integrations.patched_class import own_forward
 from fastdpo.integrations.trl import trl_status
 from fastdpo.integrations.virtual_tokens import describe_virtual_tokens, has_virtual_tokens
-from fastdpo.ops.backends import resolve_backend
-from fastdpo.ops.checks import resolve_dtypes
-from fastdpo.ops.library import head_call
-from fastdpo.ops.linear_logprob import call_options, settle_mode
-from fastdpo.plan import MIB, Plan
+from fastdpo.losses import build_objective
+from fastdpo.plan import MIB
+from fastdpo.preference_rows import divergence_outputs
 from fastdpo.types import Execution, HeadAdapter, LMHead
 
 Lines = list[tuple[str, str]]
@@ -60,21 +59,17 @@ def trainer_sections(trainer: Any) -> dict[str, Lines]:
     data, largest, longest = _data_lines(trainer, head)
     sections["Data"] = data
     sections["Memory but for activations and the head"] = _memory_lines(trainer)
-    if getattr(trainer.args, "needs_divergences", False):
-        sections["Plan"] = [
-            ("op", "token_divergence, of policy and reference: 4 products of the head, 2 without gradients"),
-            ("peak", "not planned here: the chunks of two heads, within workspace_mib each"),
-        ]
-    elif head is not None:
-        execution = _execution_of(trainer)
+    if head is not None:
         what = "the largest batch" if largest else f"{DEFAULT_TOKENS} labelled tokens"
-        has_pair_loss = bool(getattr(trainer.args, "makes_pair_loss", False))
-        how = (trainer.model, head, execution)
+        how = (trainer.model, head, _execution_of(trainer))
+        kind: dict[str, Any] = {
+            "has_pair_loss": bool(getattr(trainer.args, "makes_pair_loss", False)),
+            "divergences": _divergences_of(trainer, head),
+        }
         with _autocast_of(trainer):
             if longest is not None:
-                data[2:2] = _memory_for(*how, [longest], has_pair_loss=has_pair_loss)
-            rows = largest or [DEFAULT_TOKENS]
-            sections |= _plan_section(*how, rows, what, has_pair_loss=has_pair_loss)
+                data[2:2] = _memory_for(*how, [longest], **kind)
+            sections |= _plan_section(*how, largest or [DEFAULT_TOKENS], what, **kind)
     return sections
 
 
@@ -162,66 +157,22 @@ def _plan_section(
     row_tokens: Sequence[int],
     what: str,
     has_pair_loss: bool = False,
+    divergences: Divergences | None = None,
 ) -> dict[str, Lines]:
     """The plan of a call with gradients as the model's parameters want them."""
     title = f"Plan for {what}"
     try:
-        plan, backend = plan_of(model, head, execution, row_tokens, has_pair_loss)
+        plan, backend = plan_of(model, head, execution, row_tokens, has_pair_loss, divergences)
     except (ValueError, TypeError) as error:
         return {title: [("refused", _one_line(str(error)))]}
     lines = [("backend", backend)]
+    if divergences is not None:
+        of = f"token_divergence, with a product for each of {1 + len(divergences.heads)} heads"
+        lines.insert(0, ("op", of))
     for line in str(plan).splitlines():
         name, finding = line.split("  ", 1)
         lines.append((name.strip(), finding.strip()))
     return {title: lines}
-
-
-def plan_of(
-    model: nn.Module,
-    head: LMHead,
-    execution: Execution,
-    row_tokens: Sequence[int],
-    has_pair_loss: bool = False,
-) -> tuple[Plan, str]:
-    """The plan and the backend of one call of the head, as its op would settle them.
-
-    Args:
-        row_tokens: labelled tokens of each row of data.
-        has_pair_loss: whether rows are pairs, and the call makes their loss.
-
-    Raises:
-        ValueError, TypeError: what the call itself would raise.
-    """
-    weight, num_tokens = head.weight, sum(row_tokens)
-    own = [t for t in (weight, head.bias) if t is not None]
-    own += list(head.adapter[:2]) if isinstance(head.adapter, HeadAdapter) else []
-    tied = weight is unwrap(model).get_input_embeddings().weight
-    rest = [p for p in model.parameters() if p.requires_grad and not any(p is t for t in own)]
-    trains_backbone = bool(rest) or (tied and weight.requires_grad)
-    # No memory behind it, as the plan reads shapes alone.
-    hidden = weight.detach().new_empty((1, weight.shape[1])).expand(num_tokens, -1)
-    if torch.is_autocast_enabled(weight.device.type):
-        hidden = hidden.float()[:1].expand(num_tokens, -1)
-    hidden = hidden.requires_grad_(trains_backbone)
-    with torch.enable_grad():
-        mode = settle_mode(hidden, head, execution, has_pair_loss=has_pair_loss)
-    options = call_options(hidden, head, execution, mode)
-    index = torch.zeros(num_tokens, dtype=torch.int64, device=weight.device)
-    call = head_call(
-        hidden.detach(),
-        weight.detach(),
-        None,
-        index,
-        index,
-        "tokens",
-        options,
-        needs_hidden=trains_backbone,
-        needs_weight=weight.requires_grad,
-        needs_bias=head.bias is not None and head.bias.requires_grad,
-        pair_rows=list(accumulate(row_tokens, initial=0)),
-    )
-    logits_dtype = resolve_dtypes(hidden, weight, execution)[1]
-    return call.plan, resolve_backend(execution.backend, weight.device, logits_dtype)
 
 
 def _is_trl(trainer: Any) -> bool:
@@ -293,11 +244,11 @@ def _fill(row_tokens: list[int], num_tokens: int) -> list[int]:
 
 
 def _memory_for(
-    model: nn.Module, head: LMHead, execution: Execution, row_tokens: Sequence[int], has_pair_loss: bool
+    model: nn.Module, head: LMHead, execution: Execution, row_tokens: Sequence[int], **kind: Any
 ) -> Lines:
     """What the head needs for the longest row alone: no batch can do with less."""
     try:
-        plan, _ = plan_of(model, head, execution, row_tokens, has_pair_loss)
+        plan, _ = plan_of(model, head, execution, row_tokens, **kind)
     except (ValueError, TypeError):
         return []  # the plan's own section says why
     return [("head for it alone", f"{_mib(plan.peak_bytes)} at once, gradients included")]
@@ -339,11 +290,28 @@ def _memory_lines(trainer: Any) -> Lines:
         lines.append(
             (optimizer, f"{_mib(2 * sum(p.numel() * p.element_size() for p in trained))}, two moments")
         )
-    reference = getattr(getattr(trainer, "reference", None), "model", None)
-    reference = getattr(trainer, "ref_model", None) if reference is None else reference
-    if isinstance(reference, nn.Module):
-        lines.append(("reference", _mib(sum(p.numel() * p.element_size() for p in reference.parameters()))))
+    others = getattr(trainer, "reference", None)
+    reference = getattr(others, "model", None) or getattr(trainer, "ref_model", None)
+    for name, other in (("reference", reference), ("teacher", getattr(others, "teacher", None))):
+        if isinstance(other, nn.Module):
+            lines.append((name, _mib(sum(p.numel() * p.element_size() for p in other.parameters()))))
     return lines
+
+
+def _divergences_of(trainer: Any, head: LMHead) -> Divergences | None:
+    """What a trainer's losses measure: from its teacher, its reference, or both."""
+    args = trainer.args
+    if not getattr(args, "needs_divergences", False):
+        return None
+    objective = build_objective(args.loss_type, args.loss_weights, beta=args.beta, **args.options)
+    reference = trainer.reference
+    # Without its adapter the policy has its own head.
+    second = head if reference.model is None else read_head(reference.model)
+    heads: tuple[LMHead, ...] = (second,)
+    if reference.teacher is not None:
+        heads = (read_head(reference.teacher), second)[: 1 + objective.uses_reference]
+    outputs = (*divergence_outputs(objective), "logps", "ref_logps")
+    return Divergences(heads, outputs, reference.teacher is None, reference.vocab_size)
 
 
 def _execution_of(trainer: Any) -> Execution:

@@ -26,6 +26,7 @@ def peak_bytes(
     weight_sum_bytes: int,
     recomputes: bool,
     weight_copy_bytes: int = 0,
+    combined_bytes: int = 0,
 ) -> int:
     """Bytes beyond the inputs in the forward or the backward pass, whichever holds more, results included.
 
@@ -41,6 +42,7 @@ def peak_bytes(
         recomputes: whether rows are recomputed: their logits are there beside the gradients.
         weight_copy_bytes: of the weight in the operands' dtype, where a copy of all of it is made; it lives
             as long as products with the weight do.
+        combined_bytes: of what the backward pass makes of two that are kept, a piece at a time.
 
     What is small is left out: vectors of N or V numbers, and on a CPU slabs of at most 64 MiB in which
     16-bit operands are upcast.
@@ -51,7 +53,7 @@ def peak_bytes(
     results = hidden_grad_bytes + weight_grad_bytes
     if mode == "stash":
         # A chunk of D W times its fp32 coefficients, before it is rounded.
-        return max(forward, kept_bytes + hidden_grad_bytes + 3 * chunk_rows * row_bytes)
+        return max(forward, kept_bytes + hidden_grad_bytes + 3 * chunk_rows * row_bytes + combined_bytes)
     if mode == "score" or not results:
         return forward
     scratch = group_rows * row_bytes
@@ -60,4 +62,5 @@ def peak_bytes(
         return max(forward + hidden_grad_bytes + dweight + scratch, cast)
     held = workspace_bytes + chunk if recomputes else 0
     held += weight_copy_bytes if recomputes or hidden_grad_bytes else 0
+    held += combined_bytes
     return max(forward, kept_bytes + held + hidden_grad_bytes + dweight + scratch, kept_bytes + cast)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from fastdpo import Execution, LMHead, fused_dpo_loss
+from fastdpo import Execution, LMHead, fused_dpo_loss, plan, schedule
 from fastdpo.functional import dpo_loss_from_logps, shift_labels
 from fastdpo.losses import LOSSES
 from fastdpo.testing import assert_close_to_fp64
@@ -120,3 +122,16 @@ def assert_gradients(pairs: Pairs, got: list[Tensor], factor: float = 1.0, **kwa
     for ours, fp64, plain in zip(got, want, eager, strict=True):
         shape = (-1, ours.shape[-1]) if ours.dim() > 1 else (-1,)
         assert_close_to_fp64(*(value.reshape(shape) for value in (ours, factor * fp64, factor * plain)))
+
+
+TINY_MIB = 8 * 320 * 4  # bytes: with budgets of one such "MiB" a chunk holds 8 rows of logits, a group of D 9
+
+
+@pytest.fixture
+def tiny_budgets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Many chunks and groups of a small vocabulary, whose sums fp32 products get right to the last bits."""
+    for module in (schedule, plan):
+        monkeypatch.setattr(module, "MIB", TINY_MIB)
+    schedule.chunk_rows.cache_clear()
+    yield
+    schedule.chunk_rows.cache_clear()

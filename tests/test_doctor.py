@@ -129,13 +129,65 @@ def test_a_preference_trainer(
     assert lines["mode"] in {plan.mode for plan in seen}
 
 
-def test_a_trainer_of_divergences(make_args: Callable[..., Any], tokenizer: Any) -> None:  # noqa: F811
-    """Its op is another one: a plan of `linear_logprob` would be wrong."""
+@pytest.mark.parametrize(
+    ("loss_type", "adapter", "mode", "products"),
+    [
+        ("tdpo1", False, "cache", "4.00 (forward 2.00, backward 2.00)"),
+        ("tdpo2", True, "stash", "4.00 (forward 4.00, backward 0.00)"),
+        ("aligndistil", False, "cache", "5.00 (forward 3.00, backward 2.00)"),
+        ("aligndistil", True, "stash", "4.00 (forward 4.00, backward 0.00)"),
+    ],
+)
+def test_a_trainer_of_divergences(
+    loss_type: str,
+    adapter: bool,
+    mode: str,
+    products: str,
+    make_args: Callable[..., Any],  # noqa: F811
+    tokenizer: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The plan of its batch is the one that the backward pass of that batch makes."""
+    args = make_args(loss_type=loss_type, per_device_train_batch_size=8)
+    model = with_lora(tiny_llama()) if adapter else tiny_llama()
+    # Wider than the policy's, and padded: what is planned is over the rows that count.
+    teacher = tiny_llama(2, vocab_size=384, hidden_size=64) if args.needs_teacher else None
+    trainer = PreferenceTrainer(
+        model, args, train_dataset=make_rows(8), processing_class=tokenizer, teacher_model=teacher
+    )
+    diagnosis = fastdpo.doctor(trainer)
+    lines = section(diagnosis, "Plan for the largest batch")
+    heads = 2 if teacher is None else 3
+    assert lines.pop("op") == f"token_divergence, with a product for each of {heads} heads"
+    assert ("teacher" in section(diagnosis, "Memory")) == (teacher is not None)
+    assert lines.pop("backend") == "reference"
+    assert lines["mode"] == mode and lines["GEMM passes"] == products
+    assert section(diagnosis, "Data")["head for it alone"].endswith("at once, gradients included")
+
+    seen: list[Plan] = []
+    from fastdpo.ops import divergence_library
+
+    make_plan = divergence_library.divergence_plan
+
+    def recorded(*arguments: Any, **options: Any) -> Plan:
+        seen.append(make_plan(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(divergence_library, "divergence_plan", recorded)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=None).backward()
+    ran = [line.split("  ", 1) for line in str(seen[-1]).splitlines()]
+    assert lines == {name.strip(): finding.strip() for name, finding in ran}
+
+
+def test_a_trainer_of_divergences_whose_mode_has_none(
+    make_args: Callable[..., Any],  # noqa: F811
+    tokenizer: Any,  # noqa: F811
+) -> None:
     args = make_args(loss_type="tdpo2")
     trainer = PreferenceTrainer(tiny_llama(), args, train_dataset=make_rows(8), processing_class=tokenizer)
-    diagnosis = fastdpo.doctor(trainer)
-    assert "token_divergence" in section(diagnosis, "Plan")["op"]
-    assert not any(title.startswith("Plan for") for title in diagnosis.sections)
+    args.mode = "lean"
+    assert "'lean'" in section(fastdpo.doctor(trainer), "Plan for the largest batch")["refused"]
 
 
 def test_a_trl_trainer(tmp_path: Path) -> None:

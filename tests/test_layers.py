@@ -24,6 +24,7 @@ LAYERS = (
     {"pair_loss", "preference_rows", "functional_checks"},
     {"functional", "preference_loss"},
     {"integrations"},
+    {"doctor_plan"},
     {"doctor_model"},
     {"doctor"},
     {"fastdpo"},  # the public names and the version

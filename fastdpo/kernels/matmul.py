@@ -73,7 +73,7 @@ class SlabbedWeight:
 def logits_into(out: Tensor, rows: Tensor, weight: SlabbedWeight) -> None:
     """``out (C, V) = rows (C, H) @ weight^T``; ``out`` may have any row stride."""
     for start, stop, slab in weight:
-        _mm_into(out[:, start:stop], rows, slab.t())
+        add_product(out[:, start:stop], rows, slab.t(), is_first=True)
 
 
 def add_logits(out: Tensor, rows: Tensor, weight: SlabbedWeight) -> None:
@@ -85,10 +85,7 @@ def add_logits(out: Tensor, rows: Tensor, weight: SlabbedWeight) -> None:
 def hidden_grad_into(out: Tensor, d: Tensor, weight: SlabbedWeight) -> None:
     """``out (C, H) = d (C, V) @ weight``, all in the operands' dtype."""
     for start, stop, slab in weight:
-        if start == 0:
-            _mm_into(out, d[:, :stop], slab)
-        else:
-            out.addmm_(d[:, start:stop], slab)
+        add_product(out, d[:, start:stop], slab, is_first=start == 0)
 
 
 def add_weight_grad(total: Tensor, d: Tensor, scaled_rows: Tensor, *, is_first: bool) -> None:
@@ -97,13 +94,8 @@ def add_weight_grad(total: Tensor, d: Tensor, scaled_rows: Tensor, *, is_first: 
     ``total`` has the operands' dtype, or is fp32 over 16-bit operands on a GPU, where the GEMM sums so.
     Every other pair goes through a product in the wider dtype, slab by slab, rounded once per call.
     """
-    if total.dtype == d.dtype or _has_wide_sums(total, d):
-        if is_first:
-            _mm_into(total, d.t(), scaled_rows)
-        elif total.dtype == d.dtype:
-            total.addmm_(d.t(), scaled_rows)
-        else:
-            torch.addmm(total, d.t(), scaled_rows, out_dtype=total.dtype, out=total)
+    if total.dtype == d.dtype or has_wide_sums(total, d.dtype):
+        add_product(total, d.t(), scaled_rows, is_first=is_first)
         return
     wide = torch.promote_types(total.dtype, d.dtype)
     rows = scaled_rows.to(wide)
@@ -124,16 +116,16 @@ def add_in_slabs(total: Tensor, wide: Tensor) -> None:
         total[start : start + step].add_(wide[start : start + step])
 
 
-def _has_wide_sums(out: Tensor, operand: Tensor) -> bool:
-    """Whether this device's GEMM writes fp32 sums of 16-bit operands."""
-    return out.device.type == "cuda" and out.dtype == torch.float32 and operand.dtype in LOW_PRECISION
+def has_wide_sums(out: Tensor, operand: torch.dtype) -> bool:
+    """Whether this device's GEMM sums such operands into ``out``: 16-bit ones into fp32."""
+    return out.device.type == "cuda" and out.dtype == torch.float32 and operand in LOW_PRECISION
 
 
 def add_bias_grad(total: Tensor, d: Tensor, coeff: Tensor) -> None:
     """``total (V,) += d (C, V)^T @ coeff (C,)`` with the sum in ``total``'s dtype, fp32 or fp64."""
     if d.dtype == total.dtype:
         total.addmv_(d.t(), coeff)
-    elif _has_wide_sums(total, d):
+    elif has_wide_sums(total, d.dtype):
         column = coeff.to(d.dtype)[:, None]
         torch.addmm(total[:, None], d.t(), column, out_dtype=total.dtype, out=total[:, None])
     else:
@@ -143,8 +135,14 @@ def add_bias_grad(total: Tensor, d: Tensor, coeff: Tensor) -> None:
             total.addmv_(d[block].to(total.dtype).t(), coeff[block])
 
 
-def _mm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
+    """``total (+)= left @ right``, in ``total``'s dtype: the operands', or fp32 over 16 bits on a GPU."""
+    if total.dtype == left.dtype:
+        if is_first:
+            torch.mm(left, right, out=total)
+        else:
+            total.addmm_(left, right)
+    elif is_first:
+        torch.mm(left, right, out_dtype=total.dtype, out=total)
     else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

@@ -24,7 +24,6 @@ from fastdpo.ops.head_call import (
     empty_topk,
     slice_outputs,
 )
-from fastdpo.plan import Plan
 
 
 def forward_chunks(
@@ -68,18 +67,17 @@ def forward_chunks(
     return outputs, topk, kept, None if ref_outputs is None else ref_outputs.logps
 
 
-def empty_kept(call: HeadCall) -> Tensor:
-    """Memory for what ``forward_chunks`` keeps; rows of D are further apart than V where V is odd."""
-    if call.plan.mode == "cache":
-        return empty_d(call, call.plan.cached_rows)
-    return call.hidden.new_empty(kept_shape(call.plan), dtype=call.operand_dtype)
+def empty_kept(call: HeadCall, count: int = 1) -> Tensor:
+    """Memory for what a forward pass keeps; rows of D are further apart than V where V is odd.
 
-
-def kept_shape(plan: Plan) -> tuple[int, ...]:
-    """Shape of what ``forward_chunks`` keeps for the backward pass."""
-    if plan.mode == "stash":
-        return (plan.num_tokens, plan.hidden_size)
-    return (plan.cached_rows, plan.vocab_size) if plan.mode == "cache" else (0,)
+    ``(N, H)`` in mode ``stash``, ``(cached, V)`` in ``cache``, else ``(0,)``; with ``count`` above 1 as many
+    of them, one behind the other in one tensor.
+    """
+    plan, several = call.plan, (count,) if count > 1 else ()
+    if plan.mode == "cache":
+        return empty_d(call, *several, plan.cached_rows)
+    shape = (plan.num_tokens, plan.hidden_size) if plan.mode == "stash" else (0,)
+    return call.hidden.new_empty((*several, *shape), dtype=call.operand_dtype)
 
 
 def backward_chunks(

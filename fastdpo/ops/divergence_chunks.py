@@ -29,9 +29,9 @@ from fastdpo.kernels.divergence import (
 )
 from fastdpo.kernels.matmul import SlabbedWeight, hidden_grad_into, logits_into
 from fastdpo.ops.checks import accumulation_dtype
-from fastdpo.ops.chunked import add_groups, backward_stash, kept_shape
+from fastdpo.ops.chunked import add_groups, backward_stash, empty_kept
 from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads, row_coeff
-from fastdpo.ops.head_call import HeadCall, front_of_rows
+from fastdpo.ops.head_call import HeadCall, empty_d, front_of_rows
 from fastdpo.plan import Plan
 from fastdpo.schedule import MIB
 
@@ -70,8 +70,9 @@ def num_kept(differentiable: tuple[str, ...], mode: str) -> int:
 
 
 def combined_rows(plan: Plan, operand_bytes: int) -> int:
-    """Rows of two kept D's that are made one at a time: what takes half of the workspace."""
-    return max(plan.workspace_bytes // (2 * plan.vocab_size * operand_bytes), 1)
+    """Rows of two kept D's that are made one at a time: half of the workspace, with padding at most all."""
+    size = max(2 * plan.vocab_size, plan.leading_dim) * operand_bytes
+    return max(plan.workspace_bytes // size, 1)
 
 
 def workspace_units(num_teachers: int) -> int:
@@ -84,8 +85,7 @@ def forward_divergences(call: DivergenceCall) -> tuple[DivergenceOutputs, Tensor
     two D's one behind the other, that of the log-probabilities second."""
     policy, plan = call.policy, call.policy.plan
     outputs = _empty_outputs(call, call.names)
-    shape = kept_shape(plan) if call.num_kept < 2 else (2, *kept_shape(plan))
-    kept = policy.hidden.new_empty(shape, dtype=policy.operand_dtype)
+    kept = empty_kept(policy, call.num_kept)
     parts = kept.unbind() if call.num_kept == 2 else (kept,)
     chunks = _DivergenceChunks(call)
     for start, stop in plan.chunks():
@@ -182,8 +182,8 @@ def _combined_groups(call: DivergenceCall, kept: Tensor, coeffs: Tensor) -> Iter
     """The cached rows, of which two D's were kept, in groups of one."""
     policy, plan = call.policy, call.policy.plan
     step = combined_rows(plan, policy.operand_dtype.itemsize)
-    whole = kept.new_empty(min(step, plan.cached_rows), plan.vocab_size)
-    tile = tile_rows(policy)
+    whole = empty_d(policy, min(step, plan.cached_rows))
+    tile = tile_rows(plan, policy.logits_dtype, policy.hidden.device)
     for start in range(0, plan.cached_rows, step):
         stop = min(start + step, plan.cached_rows)
         for first in range(start, stop, tile):
@@ -192,11 +192,10 @@ def _combined_groups(call: DivergenceCall, kept: Tensor, coeffs: Tensor) -> Iter
         yield DGroup(start, stop, whole[: stop - start])
 
 
-def tile_rows(policy: HeadCall) -> int:
+def tile_rows(plan: Plan, logits_dtype: torch.dtype, device: torch.device) -> int:
     """Rows of a tile: what is made beside a chunk's logits, tile by tile, takes no more than they do."""
-    plan = policy.plan
-    row_bytes = plan.vocab_size * policy.logits_dtype.itemsize
-    rows = TILE_MIB.get(policy.hidden.device.type, 32) * MIB // row_bytes
+    row_bytes = plan.vocab_size * logits_dtype.itemsize
+    rows = TILE_MIB.get(device.type, 32) * MIB // row_bytes
     return max(min(plan.chunk_rows // TEMPORARIES, rows), 1)
 
 
@@ -211,7 +210,7 @@ class _DivergenceChunks:
         shape = (plan.chunk_rows, plan.leading_dim)
         self._logits = [head.hidden.new_empty(shape, dtype=head.logits_dtype) for head in heads]
         self._teacher_weights = [teacher.slabbed_weight() for teacher in call.teachers]
-        self._tile_rows = tile_rows(call.policy)
+        self._tile_rows = tile_rows(plan, call.policy.logits_dtype, call.policy.hidden.device)
 
     def d_in_place(self, num_rows: int, count: int) -> tuple[Tensor, ...]:
         """The place of one D, or of two, in the operands' dtype: the front of each row of the policy's

@@ -5,7 +5,6 @@ Teachers are constants: their tensors have no gradient, whatever they require.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,20 +13,18 @@ from torch import Tensor
 from fastdpo.kernels.contract import LogitTransform
 from fastdpo.kernels.divergence import DIFFERENTIABLE, DivergenceOutputs
 from fastdpo.kernels.matmul import operand_dtype
-from fastdpo.ops.backends import num_multiprocessors
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.divergence_chunks import (
     DivergenceCall,
     backward_divergences,
-    combined_rows,
     differentiable,
     forward_divergences,
     num_kept,
-    workspace_units,
 )
+from fastdpo.ops.divergence_plan import divergence_plan
 from fastdpo.ops.head_call import HeadCall
-from fastdpo.ops.library import PER_TOKEN, empty_output
-from fastdpo.plan import Plan, make_plan
+from fastdpo.ops.library import PER_TOKEN, empty_output, fake_cache
+from fastdpo.plan import Plan
 
 
 class DivergenceOptions(NamedTuple):
@@ -131,14 +128,13 @@ def _(
     else:
         num_tokens = token_index.shape[0]
         index = labels.new_empty(0, dtype=torch.int64)
+    count = num_kept(with_gradient, run.run_mode)
+    dtype = operand_dtype(run.compute_dtype, accumulation_dtype(run.compute_dtype), hidden.device)
+    if run.run_mode == "cache":
+        return (*results, index, fake_cache(hidden, weight.shape[0], dtype, count))
     shape: tuple[Any, ...] = (0,)
     if run.run_mode == "stash":
-        shape = (num_tokens, hidden.shape[1])
-    elif run.run_mode == "cache":
-        shape = (torch.library.get_ctx().new_dynamic_size(), weight.shape[0])
-    if num_kept(with_gradient, run.run_mode) == 2:
-        shape = (2, *shape)
-    dtype = operand_dtype(run.compute_dtype, accumulation_dtype(run.compute_dtype), hidden.device)
+        shape = (*((2,) if count == 2 else ()), num_tokens, hidden.shape[1])
     return (*results, index, hidden.new_empty(shape, dtype=dtype))
 
 
@@ -250,31 +246,23 @@ def _divergence_call(
     num_tokens = index.shape[0]
     # `nonzero` is in order: as many labelled tokens as positions means all of them, and rows are views.
     is_all = index_kind == "found" and num_tokens == hidden.shape[0]
-    acc = accumulation_dtype(run.compute_dtype)
     num_teachers = 1 if coefficients is None else 2
     names = tuple(run.outputs.split(","))
-    operand_bytes = operand_dtype(run.compute_dtype, acc, hidden.device).itemsize
     with_gradient = differentiable(names, run.logps_requires_grad)
-    has_two = num_kept(with_gradient, run.run_mode) == 2
-    plan = make_plan(
+    plan = divergence_plan(
+        hidden,
+        weight,
+        ((streams[1], run.ref_compute_dtype), (streams[4], run.second_compute_dtype))[:num_teachers],
         run.run_mode,
-        num_tokens,
-        hidden.shape[1],
-        weight.shape[0],
-        logits_bytes=acc.itemsize * workspace_units(num_teachers),
-        operand_bytes=operand_bytes * (2 if has_two else 1),  # of what is kept
+        num_tokens=num_tokens,
+        num_kept=num_kept(with_gradient, run.run_mode),
+        compute_dtype=run.compute_dtype,
+        workspace_mib=run.workspace_mib,
+        cache_mib=run.cache_mib,
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
         needs_bias=needs_bias,
-        workspace_mib=run.workspace_mib,
-        cache_mib=run.cache_mib,
-        num_multiprocessors=num_multiprocessors(hidden.device),
     )
-
-    if has_two and plan.cached_rows:
-        # The kept rows are one group no more: they are combined piece by piece.
-        pieces = -(-plan.cached_rows // combined_rows(plan, operand_bytes))
-        plan = replace(plan, weight_grad_groups=plan.weight_grad_groups - 1 + pieces)
     targets = (labels if is_all or index_kind in PER_TOKEN else labels.index_select(0, index)).long()
 
     def head(

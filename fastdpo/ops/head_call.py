@@ -212,11 +212,11 @@ def front_of_rows(logits: Tensor, num_rows: int, call: HeadCall) -> Tensor:
     return flat.as_strided((num_rows, call.plan.vocab_size), (stride, 1))
 
 
-def empty_d(call: HeadCall, num_rows: int) -> Tensor:
-    """``(num_rows, V)`` for a compact D; its rows start where wide accesses can, also if V is odd."""
+def empty_d(call: HeadCall, *num_rows: int) -> Tensor:
+    """``(*num_rows, V)`` for a compact D; its rows start where wide accesses can, also if V is odd."""
     vocab_size = call.plan.vocab_size
-    padded = call.hidden.new_empty((num_rows, leading_dim(vocab_size)), dtype=call.operand_dtype)
-    return padded[:, :vocab_size]
+    padded = call.hidden.new_empty((*num_rows, leading_dim(vocab_size)), dtype=call.operand_dtype)
+    return padded[..., :vocab_size]
 
 
 def empty_outputs(call: HeadCall, statistics: tuple[str, ...]) -> RowOutputs:

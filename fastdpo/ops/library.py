@@ -22,7 +22,9 @@ from fastdpo.ops.checks import accumulation_dtype, fail
 from fastdpo.ops.chunked import backward_chunks, forward_chunks
 from fastdpo.ops.gradients import TokenGrads
 from fastdpo.ops.head_call import HeadCall, TopkOutputs
-from fastdpo.ops.lean import backward_lean, forward_lean, logit_bytes
+from fastdpo.ops.lean import forward_lean
+from fastdpo.ops.lean_backward import backward_lean
+from fastdpo.ops.lean_slabs import logit_bytes
 from fastdpo.plan import make_plan
 from fastdpo.schedule import leading_dim
 from fastdpo.types import TOPK_STATISTICS
@@ -159,10 +161,11 @@ def _(
     return (*results, index, hidden.new_empty(shape, dtype=dtype))
 
 
-def fake_cache(hidden: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """What ``head_call.empty_d`` gives, of rows that only the call knows the number of."""
+def fake_cache(hidden: Tensor, vocab_size: int, dtype: torch.dtype, count: int = 1) -> Tensor:
+    """What ``chunked.empty_kept`` gives in mode ``cache``, of rows that only the call knows the number of."""
     num_rows = torch.library.get_ctx().new_dynamic_size()
-    return hidden.new_empty((num_rows, leading_dim(vocab_size)), dtype=dtype)[:, :vocab_size]
+    shape = (*((count,) if count > 1 else ()), num_rows, leading_dim(vocab_size))
+    return hidden.new_empty(shape, dtype=dtype)[..., :vocab_size]
 
 
 @torch.library.custom_op(

@@ -6,6 +6,7 @@ The checks, the mode, and the shapes that the caller sees; ``divergence_library.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from fastdpo.kernels.divergence import DIVERGENCES, DivergenceOutputs
 from fastdpo.ops import checks
+from fastdpo.ops.divergence_chunks import differentiable, num_kept
 from fastdpo.ops.divergence_library import DivergenceOptions, divergence_op
+from fastdpo.ops.divergence_plan import divergence_plan
 from fastdpo.ops.linear_logprob import flat_rows, labelled_rows
-from fastdpo.plan import resolve_mode
+from fastdpo.plan import Plan, resolve_mode
 from fastdpo.types import Execution, LMHead, TeacherCombination, TokenDivergenceOutput, TokenLayout
 
 OUTPUTS = DivergenceOutputs._fields
@@ -294,3 +297,47 @@ def _settle_mode(hidden: Tensor, head: LMHead, run: Execution, outputs: tuple[st
             raise checks.fail("execution.mode", f"{mode!r} with several divergences", "'recompute' or 'auto'")
         return "recompute"
     return mode
+
+
+def plan_divergences(
+    hidden: Tensor,
+    lm_head: LMHead,
+    teachers: Sequence[tuple[Tensor, LMHead]],
+    num_tokens: int,
+    *,
+    outputs: tuple[str, ...],
+    logps_requires_grad: bool = True,
+    vocab_size: int | None = None,
+    execution: Execution | None = None,
+) -> Plan:
+    """The plan of a `token_divergence` of N labelled tokens; nothing runs, only shapes and dtypes are read.
+
+    Args:
+        hidden, lm_head: whether they require gradients says what the backward pass makes.
+        teachers: states and head of one teacher, or of two.
+        num_tokens: N.
+        outputs, logps_requires_grad, vocab_size, execution: as there.
+
+    Raises:
+        ValueError: what the call itself would raise for its mode or outputs.
+    """
+    run = _check_execution(execution)
+    wanted = _check_outputs(outputs, len(teachers) == 2)
+    mode = _settle_mode(hidden, lm_head, run, wanted)
+    named = [("ref_hidden", *teachers[0]), *(("second_hidden", *teacher) for teacher in teachers[1:])]
+    head, heads = _over_vocabulary(lm_head, named, vocab_size)
+    has_grad = torch.is_grad_enabled()
+    return divergence_plan(
+        hidden,
+        head.weight,
+        [(its.weight, checks.resolve_dtypes(states, its.weight, run)[0]) for _, states, its in heads],
+        mode,
+        num_tokens=num_tokens,
+        num_kept=num_kept(differentiable(wanted, logps_requires_grad), mode),
+        compute_dtype=checks.resolve_dtypes(hidden, lm_head.weight, run)[0],
+        workspace_mib=run.workspace_mib,
+        cache_mib=run.cache_mib,
+        needs_hidden=has_grad and hidden.requires_grad,
+        needs_weight=has_grad and lm_head.weight.requires_grad,
+        needs_bias=has_grad and lm_head.bias is not None and lm_head.bias.requires_grad,
+    )

@@ -15,10 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo.kernels import matmul
-from fastdpo.ops import head_call, lean, library
+from fastdpo.ops import head_call, lean_backward, library
 from fastdpo.ops.chunked import backward_chunks, forward_chunks
 from fastdpo.ops.gradients import TokenGrads
 from fastdpo.ops.head_call import HeadCall
+from fastdpo.ops.lean import forward_lean
 from fastdpo.ops.library import CallOptions
 from fastdpo.ops.paired_chunks import paired_chunks
 from fastdpo.schedule import PairGroup
@@ -31,15 +32,14 @@ def meta_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What asks for the device's kind is told: a GPU of 132 multiprocessors, whose GEMMs sum in fp32."""
     monkeypatch.undo()  # the poison of uninitialised memory is an operation of its own
 
-    def wide_sums(out: Tensor, operand: Tensor | torch.dtype) -> bool:
-        dtype = operand if isinstance(operand, torch.dtype) else operand.dtype
-        return out.dtype == torch.float32 and dtype in matmul.LOW_PRECISION
+    def wide_sums(out: Tensor, operand: torch.dtype) -> bool:
+        return out.dtype == torch.float32 and operand in matmul.LOW_PRECISION
 
     monkeypatch.setattr(head_call, "load_row_kernel", lambda name: _no_kernel)
     monkeypatch.setattr(library, "num_multiprocessors", lambda device: 132)
     monkeypatch.setattr(library, "operand_dtype", lambda compute, logits, device: compute)
-    monkeypatch.setattr(matmul, "_has_wide_sums", wide_sums)
-    monkeypatch.setattr(lean, "_sums_wide", wide_sums)
+    for module in (matmul, lean_backward):
+        monkeypatch.setattr(module, "has_wide_sums", wide_sums)
 
 
 def _no_kernel(*args: Any, **kwargs: Any) -> None:
@@ -86,14 +86,14 @@ def run_call(
 
         needs = {"needs_hidden": True, "needs_weight": True, "needs_bias": False}
         return paired_chunks(call, statistics, group_loss, **needs)
-    outputs, _, kept, _ = (lean.forward_lean if mode == "lean" else forward_chunks)(call, statistics)
+    outputs, _, kept, _ = (forward_lean if mode == "lean" else forward_chunks)(call, statistics)
     if mode == "score":
         return None
     zeros = torch.zeros_like(outputs.logps)
     grads = TokenGrads(zeros, zeros if has_lse else None)
     needs = {"needs_hidden": True, "needs_weight": mode != "stash", "needs_bias": False}
     if mode == "lean":
-        return lean.backward_lean(call, outputs, grads, **needs, grad_weight_out=grad_weight_out)
+        return lean_backward.backward_lean(call, outputs, grads, **needs, grad_weight_out=grad_weight_out)
     return backward_chunks(call, kept, outputs, grads, **needs, grad_weight_out=grad_weight_out)
 
 

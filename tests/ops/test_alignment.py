@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo import Execution, TokenLayout, fused_dpo_loss, linear_logprob
-from fastdpo.ops import head_call
-from fastdpo.plan import make_plan
+from fastdpo import Execution, TokenLayout, fused_dpo_loss, linear_logprob, token_divergence
+from fastdpo.ops import divergence_chunks, divergence_library, head_call
+from fastdpo.ops.gradients import DGroup
+from fastdpo.plan import Plan, make_plan
 from fastdpo.schedule import MIB, leading_dim
 from tests.ops.meta_gpu import make_call, meta_gpu, run_call
 
@@ -69,6 +70,66 @@ def test_rows_are_aligned_for_an_odd_vocabulary(seen_d: list[Tensor], mode: str,
     loss.backward()
     assert any(matrix.dtype == dtype for matrix in seen_d)
     assert_aligned(seen_d)
+
+
+@pytest.fixture
+def seen_divergence_d(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every matrix of logits and every D that the divergences' rows are given, and every D of a product."""
+    seen: list[Tensor] = []
+    rows, add_group = divergence_chunks.divergence_rows, divergence_chunks.Gradients.add_group
+
+    def spy(logits: Tensor, *args: Any, **kwargs: Any) -> None:
+        seen.extend([logits, *(d for d in (kwargs["d_out"], kwargs["logps_d_out"]) if d is not None)])
+        rows(logits, *args, **kwargs)
+
+    def spy_group(self: Any, group: DGroup, *args: Any) -> None:
+        seen.append(group.d)
+        add_group(self, group, *args)
+
+    monkeypatch.setattr(divergence_chunks, "divergence_rows", spy)
+    monkeypatch.setattr(divergence_chunks.Gradients, "add_group", spy_group)
+    return seen
+
+
+@pytest.mark.parametrize("outputs", [("jsd",), ("forward_kl", "logps")], ids=str)
+@pytest.mark.parametrize("mode", ["stash", "cache", "recompute"])
+def test_rows_of_divergences_are_aligned(
+    seen_divergence_d: list[Tensor], mode: str, outputs: tuple[str, ...]
+) -> None:
+    """Also where two D's are kept, and made one for the products."""
+    hidden = torch.randn(40, 8, requires_grad=True)
+    weight = torch.randn(VOCAB, 8, requires_grad=mode != "stash")
+    execution = Execution(mode=mode, workspace_mib=1, cache_mib=1)  # type: ignore[arg-type]
+    labels = torch.randint(VOCAB, (40,))
+    out = token_divergence(hidden, weight, torch.randn(40, 8), labels, outputs=outputs, execution=execution)
+    sum(getattr(out, name).sum() for name in outputs).backward()
+    assert_aligned(seen_divergence_d)
+
+
+@pytest.mark.parametrize("cache_mib", [1, 64])
+@pytest.mark.parametrize("outputs", [("jsd",), ("forward_kl", "logps")], ids=str)
+def test_kept_d_of_divergences_is_in_the_plan(
+    outputs: tuple[str, ...], cache_mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two D's share the budget, padding included; 400 rows of 1003, padded to 1024, are 1.56 MiB a D."""
+    kept: list[tuple[int, Plan]] = []
+    forward = divergence_library.forward_divergences
+
+    def spy(call: Any) -> Any:
+        results, tensor = forward(call)
+        kept.append((tensor.untyped_storage().nbytes(), call.policy.plan))
+        return results, tensor
+
+    monkeypatch.setattr(divergence_library, "forward_divergences", spy)
+    hidden, weight = torch.randn(400, 8, requires_grad=True), torch.randn(VOCAB, 8, requires_grad=True)
+    token_divergence(
+        hidden, weight, torch.randn(400, 8), torch.randint(VOCAB, (400,)), outputs=outputs,
+        execution=Execution(mode="cache", workspace_mib=1, cache_mib=cache_mib),
+    )  # fmt: skip
+    ((num_bytes, plan),) = kept
+    assert 0 < plan.cached_rows <= 400 and (plan.cached_rows == 400) == (cache_mib == 64)
+    row_bytes = leading_dim(VOCAB) * 4 * (2 if "logps" in outputs else 1)
+    assert num_bytes == plan.kept_bytes == plan.cached_rows * row_bytes <= cache_mib * MIB
 
 
 @pytest.mark.usefixtures("meta_gpu")

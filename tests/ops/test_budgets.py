@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdpo import Execution, TokenLayout, fused_dpo_loss, linear_logprob, plan
 from fastdpo.ops import gradients, library
 from fastdpo.ops.head_call import LogitChunks
-from fastdpo.ops.lean import _Workspace
+from fastdpo.ops.lean_slabs import SlabWorkspace
 from fastdpo.plan import Plan
 from fastdpo.testing import assert_close_to_fp64, emulated_results, fp64_results, same_sign_case
 from tests.ops.meta_gpu import MODES as ALL_MODES
@@ -113,7 +113,7 @@ def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch, mode: str,
     step = make_step(mode)
     expected = step()
     # What makes logits in a workspace: of chunks, or of slabs of the vocabulary.
-    owner: Any = _Workspace if mode == "lean" else LogitChunks
+    owner: Any = SlabWorkspace if mode == "lean" else LogitChunks
     name = "logits" if mode == "lean" else "fill"
     right = getattr(owner, name)
     seen: list[Any] = []

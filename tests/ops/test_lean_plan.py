@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastdpo.ops import library
-from fastdpo.ops.lean import forward_lean, logit_bytes
+from fastdpo.ops.lean import forward_lean
+from fastdpo.ops.lean_slabs import logit_bytes
 from fastdpo.plan import make_plan
 from fastdpo.plan_lean import lean_blocks, make_lean_plan
 from fastdpo.schedule import MIB
