@@ -21,7 +21,7 @@ of rows. Any floating dtype of at least 32 bits.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,76 @@ class DivergenceOutputs(NamedTuple):
     logps: Tensor | None = None  # log p of the label; NaN where that is outside 0..V-1
     l1_distance: Tensor | None = None  # sum |p_first - p_second| of two teachers
     ref_logps: Tensor | None = None  # log q of the label, likewise
+
+
+class DivergenceKernel(Protocol):
+    """Process one chunk; see the module's docstring for the maths."""
+
+    def __call__(
+        self,
+        # (C, V) raw products x of the policy's head, fp32 (fp64: plain torch only); rows contiguous, any row
+        # stride >= V. Scratch, as the next.
+        logits: Tensor,
+        teachers: tuple[Tensor, ...],  # (C, V) likewise, of one teacher's head or of two
+        labels: Tensor,  # (C,) int64, contiguous; looked at for logps and ref_logps
+        transforms: tuple[LogitTransform, ...],  # the policy's, then the teachers'
+        outputs: DivergenceOutputs,
+        *,
+        # (2, C) with two teachers, a and b of their combination a z_first + b z_second; to these the slopes
+        # add multiples of the teachers' L1 distance.
+        coefficients: Tensor | None = None,
+        slopes: tuple[float, float] = (0.0, 0.0),
+        jsd_beta: float = 0.5,  # b, between 0 and 1
+        # (C, V) fp32, bf16, fp16 (fp64): receives D, the gradient with respect to x over s / tau. With
+        # logps_d_out None it may begin at the address of logits, with the byte stride of its rows; else at
+        # that of the first teacher's. Otherwise it overlaps nothing.
+        d_out: Tensor | None = None,
+        # (C, V) likewise, only with d_out: receives the D of logps, where d_out has that of the divergence;
+        # it may begin at the address of logits.
+        logps_d_out: Tensor | None = None,
+        # (4, C) contiguous, what D is the gradient of: their combination of DIFFERENTIABLE, of which outputs
+        # has those with coefficients other than 0. None: of the one divergence in outputs.
+        grad_coeffs: Tensor | None = None,
+    ) -> None: ...
+
+
+def divergence_kernel(
+    logits: Tensor,
+    teachers: tuple[Tensor, ...],
+    labels: Tensor,
+    transforms: tuple[LogitTransform, ...],
+    outputs: DivergenceOutputs,
+    *,
+    coefficients: Tensor | None = None,
+    slopes: tuple[float, float] = (0.0, 0.0),
+    jsd_beta: float = 0.5,
+    d_out: Tensor | None = None,
+    logps_d_out: Tensor | None = None,
+    grad_coeffs: Tensor | None = None,
+) -> None:
+    """``DivergenceKernel`` in plain torch, on any device: for tiles of rows, see ``TEMPORARIES``."""
+    for products, transform in zip((logits, *teachers), transforms, strict=True):
+        to_logits(products, transform)
+    teacher = teachers[0]
+    if coefficients is not None:
+        if outputs.l1_distance is not None or any(slopes):
+            distance = l1_distance(*teachers)
+            if outputs.l1_distance is not None:
+                outputs.l1_distance.copy_(distance)
+            if any(slopes):
+                coefficients = coefficients + torch.stack([slope * distance for slope in slopes])
+        teacher = combine(*teachers, coefficients)
+    divergence_rows(
+        logits,
+        teacher,
+        labels,
+        transforms[0],
+        outputs,
+        jsd_beta=jsd_beta,
+        d_out=d_out,
+        logps_d_out=logps_d_out,
+        grad_coeffs=grad_coeffs,
+    )
 
 
 def to_logits(products: Tensor, transform: LogitTransform) -> Tensor:
@@ -88,21 +158,11 @@ def divergence_rows(
     logps_d_out: Tensor | None = None,
     grad_coeffs: Tensor | None = None,
 ) -> None:
-    """The divergences of a tile, and D, the gradient with respect to the raw products over s / tau.
+    """The divergences of a tile from one teacher's logits, and D; the rest as of ``DivergenceKernel``.
 
     Args:
         logits: ``(C, V)`` of the policy, from ``to_logits`` with ``transform``; scratch.
         teacher_logits: ``(C, V)``; scratch.
-        labels: ``(C,)`` int64; looked at for ``logps`` and ``ref_logps``.
-        transform: the policy's.
-        outputs: what to make; ``l1_distance`` is not looked at.
-        jsd_beta: b, between 0 and 1.
-        d_out: ``(C, V)`` receives D. With ``logps_d_out`` None it may begin at the address of ``logits``,
-            with the byte stride of its rows, or not overlap; else at that of ``teacher_logits``.
-        logps_d_out: ``(C, V)`` receives the D of ``logps``, where ``d_out`` has that of the divergence; it
-            may begin at the address of ``logits``.
-        grad_coeffs: ``(4, C)``, what D is the gradient of: their combination of ``DIFFERENTIABLE``, of which
-            ``outputs`` has those with coefficients other than 0. None: the one divergence in ``outputs``.
     """
     cap_slope = None
     if d_out is not None and transform.softcap is not None:

@@ -308,10 +308,7 @@ def plan_launch(
     if d_out is None and num_extras == 0:
         unroll, max_registers = 2, 64
     tile = _tile_size(vocab_size, logits.element_size())
-    if transform.softcap is None:
-        pre_scale, slope = (None if transform.scale > 0 else -1.0), abs(transform.grad_scale)
-    else:
-        pre_scale, slope = transform.scale / transform.softcap, transform.softcap / transform.temperature
+    pre_scale, slope = value_scales(transform)
     num_tiles = triton.cdiv(vocab_size, tile)
     args = (
         logits, labels, transform.bias, target_logits, grad_coeffs, d_out, *outputs,
@@ -334,6 +331,13 @@ def plan_launch(
         # Each block takes one row after the other, so that what is read twice stays in L2 in between.
         num_blocks = min(num_rows, MAX_TILE // tile * _num_multiprocessors(logits.device))
     return Launch((num_blocks,), args, options)
+
+
+def value_scales(transform: LogitTransform) -> tuple[float | None, float]:
+    """What x + b is multiplied by to give v (or the argument of tanh), None for 1; and the slope."""
+    if transform.softcap is None:
+        return (None if transform.scale > 0 else -1.0), abs(transform.grad_scale)
+    return transform.scale / transform.softcap, transform.softcap / transform.temperature
 
 
 def _tile_size(vocab_size: int, itemsize: int) -> int:
