@@ -102,7 +102,7 @@ def divergence_kernel(
                 outputs.l1_distance.copy_(distance)
             if any(slopes):
                 coefficients = coefficients + torch.stack([slope * distance for slope in slopes])
-        teacher = combine(*teachers, coefficients)
+        teacher = combine(teachers[0], teachers[1], coefficients)
     divergence_rows(
         logits,
         teacher,

@@ -14,10 +14,14 @@ from typing import cast
 import torch
 
 from fastdpo import reference, reference_sequence
+from fastdpo.kernels import divergence
 from fastdpo.kernels.contract import RowKernel
+from fastdpo.kernels.divergence import DivergenceKernel
 from fastdpo.kernels.sequence import SequenceKernels
 
 DEVICE_TYPE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+# Backends with a kernel for divergences over the vocabulary.
+DIVERGENCE_BACKENDS = ("reference", "triton")
 # In order of preference on each kind of device.
 AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
@@ -59,6 +63,18 @@ def resolve_backend(name: str, device: torch.device, logits_dtype: torch.dtype =
     return name
 
 
+def resolve_divergence_backend(name: str, device: torch.device, logits_dtype: torch.dtype) -> str:
+    """``resolve_backend`` for the divergence kernel, which not every backend has.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    if name == "auto":
+        chosen = resolve_backend(name, device, logits_dtype)
+        return chosen if chosen in DIVERGENCE_BACKENDS else "reference"
+    return resolve_backend(name, device, logits_dtype)
+
+
 @cache
 def _warn_of_no_kernel(device_type: str, index: int | None) -> None:
     """Once for each device."""
@@ -75,6 +91,12 @@ def load_row_kernel(name: str) -> RowKernel:
     """The row kernel of a resolved backend."""
     module = reference if name == "reference" else import_module(f"fastdpo.kernels.{name}")
     return cast(RowKernel, module.row_kernel)
+
+
+def load_divergence_kernel(name: str) -> DivergenceKernel:
+    """The divergence kernel of a backend that ``resolve_divergence_backend`` returned."""
+    module = divergence if name == "reference" else import_module(f"fastdpo.kernels.divergence_{name}")
+    return cast(DivergenceKernel, module.divergence_kernel)
 
 
 def num_multiprocessors(device: torch.device) -> int:

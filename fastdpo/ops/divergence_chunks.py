@@ -21,13 +21,11 @@ from fastdpo.kernels.divergence import (
     DIFFERENTIABLE,
     DIVERGENCES,
     TEMPORARIES,
+    DivergenceKernel,
     DivergenceOutputs,
-    combine,
-    divergence_rows,
-    l1_distance,
-    to_logits,
 )
 from fastdpo.kernels.matmul import SlabbedWeight, hidden_grad_into, logits_into
+from fastdpo.ops.backends import load_divergence_kernel
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.chunked import add_groups, backward_stash, empty_kept
 from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads, row_coeff
@@ -53,6 +51,11 @@ class DivergenceCall:
     jsd_beta: float
 
     @property
+    def backend(self) -> str:
+        """Of the divergence kernel."""
+        return self.policy.backend
+
+    @property
     def num_kept(self) -> int:
         """How many D's (or products of them) the mode keeps for the backward pass."""
         return num_kept(self.differentiable, self.policy.plan.mode)
@@ -75,9 +78,9 @@ def combined_rows(plan: Plan, operand_bytes: int) -> int:
     return max(plan.workspace_bytes // size, 1)
 
 
-def workspace_units(num_teachers: int) -> int:
-    """Buffers of a chunk's logits that a call takes: one for each head, one for the tiles' temporaries."""
-    return num_teachers + 2
+def workspace_units(num_teachers: int, backend: str) -> int:
+    """Buffers of a chunk's logits that a call takes: one for each head, one for plain torch's temporaries."""
+    return num_teachers + (2 if backend == "reference" else 1)
 
 
 def forward_divergences(call: DivergenceCall) -> tuple[DivergenceOutputs, Tensor]:
@@ -210,7 +213,11 @@ class _DivergenceChunks:
         shape = (plan.chunk_rows, plan.leading_dim)
         self._logits = [head.hidden.new_empty(shape, dtype=head.logits_dtype) for head in heads]
         self._teacher_weights = [teacher.slabbed_weight() for teacher in call.teachers]
-        self._tile_rows = tile_rows(plan, call.policy.logits_dtype, call.policy.hidden.device)
+        self._kernel: DivergenceKernel = load_divergence_kernel(call.backend)
+        # Plain torch makes tensors of a tile's size; the other kernels nothing beside the logits.
+        self._tile_rows = plan.chunk_rows
+        if call.backend == "reference":
+            self._tile_rows = tile_rows(plan, call.policy.logits_dtype, call.policy.hidden.device)
 
     def d_in_place(self, num_rows: int, count: int) -> tuple[Tensor, ...]:
         """The place of one D, or of two, in the operands' dtype: the front of each row of the policy's
@@ -239,36 +246,22 @@ class _DivergenceChunks:
             logits_into(out, head.rows(start, stop), weight)
         for first in range(0, stop - start, self._tile_rows):
             last = min(first + self._tile_rows, stop - start)
-            part = _rows_of(outputs, first, last)
+            tile = slice(start + first, start + last)
             d, logps_d = (*(out[first:last] for out in d_out), None, None)[:2]
-            divergence_rows(
-                to_logits(logits[first:last], call.policy.transform),
-                self._teacher_logits([out[first:last] for out in teachers], start + first, part.l1_distance),
-                call.policy.labels[start + first : start + last],
-                call.policy.transform,
-                part,
+            self._kernel(
+                logits[first:last],
+                tuple(out[first:last] for out in teachers),
+                call.policy.labels[tile],
+                tuple(head.transform for head in (call.policy, *call.teachers)),
+                _rows_of(outputs, first, last),
+                coefficients=None if call.coefficients is None else call.coefficients[:, tile].contiguous(),
+                slopes=call.slopes,
                 jsd_beta=call.jsd_beta,
                 d_out=d,
                 logps_d_out=logps_d,
-                grad_coeffs=None if grad_coeffs is None else grad_coeffs[:, first:last],
+                grad_coeffs=None if grad_coeffs is None else grad_coeffs[:, first:last].contiguous(),
             )
         return rows
-
-    def _teacher_logits(self, tiles: list[Tensor], start: int, distance_out: Tensor | None) -> Tensor:
-        """The teacher's logits of a tile from labelled row ``start`` on, in the place of the first one's."""
-        call = self.call
-        for tile, head in zip(tiles, call.teachers, strict=True):
-            to_logits(tile, head.transform)
-        if call.coefficients is None:
-            return tiles[0]
-        coefficients = call.coefficients[:, start : start + len(tiles[0])]
-        if distance_out is not None or any(call.slopes):
-            distance = l1_distance(*tiles)
-            if distance_out is not None:
-                distance_out.copy_(distance)
-            if any(call.slopes):
-                coefficients = coefficients + torch.stack([slope * distance for slope in call.slopes])
-        return combine(tiles[0], tiles[1], coefficients)
 
 
 def _empty_outputs(call: DivergenceCall, names: tuple[str, ...]) -> DivergenceOutputs:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdpo.kernels.contract import LogitTransform
 from fastdpo.kernels.divergence import DIFFERENTIABLE, DivergenceOutputs
 from fastdpo.kernels.matmul import operand_dtype
+from fastdpo.ops.backends import resolve_divergence_backend
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.divergence_chunks import (
     DivergenceCall,
@@ -36,6 +37,7 @@ class DivergenceOptions(NamedTuple):
     first_slope: float
     second_slope: float
     run_mode: str
+    backend: str
     workspace_mib: int
     cache_mib: int
     logit_scale: float
@@ -55,7 +57,7 @@ class DivergenceOptions(NamedTuple):
 _HEAD = "float {0}logit_scale, float? {0}softcap, float {0}temperature, ScalarType {0}compute_dtype"
 OPTIONS_SCHEMA = (
     "str outputs, bool logps_requires_grad, float jsd_beta, float first_slope, float second_slope, "
-    "str run_mode, SymInt workspace_mib, SymInt cache_mib, "
+    "str run_mode, str backend, SymInt workspace_mib, SymInt cache_mib, "
 ) + ", ".join(_HEAD.format(prefix) for prefix in ("", "ref_", "second_"))
 TEACHERS_SCHEMA = (
     "Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, Tensor? second_hidden, Tensor? second_weight, "
@@ -249,6 +251,7 @@ def _divergence_call(
     num_teachers = 1 if coefficients is None else 2
     names = tuple(run.outputs.split(","))
     with_gradient = differentiable(names, run.logps_requires_grad)
+    backend = resolve_divergence_backend(run.backend, hidden.device, accumulation_dtype(run.compute_dtype))
     plan = divergence_plan(
         hidden,
         weight,
@@ -257,6 +260,7 @@ def _divergence_call(
         num_tokens=num_tokens,
         num_kept=num_kept(with_gradient, run.run_mode),
         compute_dtype=run.compute_dtype,
+        backend=backend,
         workspace_mib=run.workspace_mib,
         cache_mib=run.cache_mib,
         needs_hidden=needs_hidden,
@@ -270,13 +274,13 @@ def _divergence_call(
     ) -> HeadCall:
         rows = None if is_all else index
         return _head_call(
-            states, its_weight, its_bias, rows, index_kind == "repeated", targets, plan, scalars
+            states, its_weight, its_bias, rows, index_kind == "repeated", targets, plan, backend, scalars
         )
 
-    policy = head(hidden, weight, bias, run[8:12])
-    calls = [head(streams[0], streams[1], streams[2], run[12:16])]
+    policy = head(hidden, weight, bias, run[9:13])
+    calls = [head(streams[0], streams[1], streams[2], run[13:17])]
     if num_teachers == 2:
-        calls.append(head(streams[3], streams[4], streams[5], run[16:20]))
+        calls.append(head(streams[3], streams[4], streams[5], run[17:21]))
         if policy.index is not None and index_kind not in PER_TOKEN:
             coefficients = coefficients.index_select(1, policy.index)
     return DivergenceCall(
@@ -298,6 +302,7 @@ def _head_call(
     has_repeats: bool,
     labels: Tensor,
     plan: Plan,
+    backend: str,
     scalars: tuple[Any, ...],
 ) -> HeadCall:
     scale, softcap, temperature, compute_dtype = scalars
@@ -317,7 +322,7 @@ def _head_call(
             temperature=temperature,
         ),
         plan=plan,
-        backend="reference",
+        backend=backend,
         compute_dtype=compute_dtype,
         logits_dtype=acc,
         operand_dtype=operand_dtype(compute_dtype, acc, hidden.device),

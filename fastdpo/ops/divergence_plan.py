@@ -25,6 +25,7 @@ def divergence_plan(
     num_tokens: int,
     num_kept: int,
     compute_dtype: torch.dtype,
+    backend: str,
     workspace_mib: int,
     cache_mib: int,
     needs_hidden: bool,
@@ -41,6 +42,7 @@ def divergence_plan(
         num_tokens: N, labelled tokens.
         num_kept: D's, or products of them, that are kept: see ``divergence_chunks.num_kept``.
         compute_dtype: the policy's.
+        backend: of the divergence kernel, resolved.
         workspace_mib, cache_mib: as in ``Execution``.
         needs_hidden, needs_weight, needs_bias: which gradients the backward pass makes.
     """
@@ -52,7 +54,7 @@ def divergence_plan(
         num_tokens,
         hidden_size,
         vocab_size,
-        logits_bytes=acc.itemsize * workspace_units(len(teachers)),
+        logits_bytes=acc.itemsize * workspace_units(len(teachers), backend),
         operand_bytes=operands.itemsize * max(num_kept, 1),  # of what is kept
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdpo.kernels.divergence import DIVERGENCES, DivergenceOutputs
 from fastdpo.ops import checks
+from fastdpo.ops.backends import DIVERGENCE_BACKENDS, resolve_divergence_backend
 from fastdpo.ops.divergence_chunks import differentiable, num_kept
 from fastdpo.ops.divergence_library import DivergenceOptions, divergence_op
 from fastdpo.ops.divergence_plan import divergence_plan
@@ -80,8 +81,8 @@ def token_divergence(
         vocab_size: the size of the vocabulary that all of it is over, the first so many rows of each head:
             for heads of one tokenizer, padded to different sizes. None: heads of one size.
         ignore_index, token_index: as in ``linear_logprob``.
-        execution: ``mode``, ``compute_dtype`` and the two budgets; the row maths are plain torch on every
-            device, in fp32 (fp64 for float64). See `Execution`.
+        execution: ``mode``, ``compute_dtype``, the two budgets, and ``backend``: ``triton`` on a GPU, else
+            plain torch (``reference``), in fp32 (fp64 for float64, plain torch's alone). See `Execution`.
 
     Returns:
         `TokenDivergenceOutput` of tensors of the labels' shape, float32 (float64 for float64 operands), in
@@ -135,6 +136,7 @@ def token_divergence(
         beta,
         *slopes,
         _settle_mode(hidden, head, run, wanted),
+        run.backend,
         run.workspace_mib,
         run.cache_mib,
         *scalars,
@@ -162,8 +164,9 @@ def _check_execution(execution: Execution | None) -> Execution:
     run = checks.check_execution(execution)
     if run.mode not in MODES:
         raise checks.fail("execution.mode", repr(run.mode), f"one of {MODES} for token_divergence")
-    if run.backend not in ("auto", "reference"):
-        raise checks.fail("execution.backend", repr(run.backend), "'auto' or 'reference': it has no kernels")
+    if run.backend not in ("auto", *DIVERGENCE_BACKENDS):
+        wanted = f"one of {('auto', *DIVERGENCE_BACKENDS)}, which have a kernel for divergences"
+        raise checks.fail("execution.backend", repr(run.backend), wanted)
     if run.logits_dtype == "bf16":
         raise checks.fail("execution.logits_dtype", "'bf16'", "None: divergences are of fp32 logits")
     return run
@@ -327,6 +330,7 @@ def plan_divergences(
     named = [("ref_hidden", *teachers[0]), *(("second_hidden", *teacher) for teacher in teachers[1:])]
     head, heads = _over_vocabulary(lm_head, named, vocab_size)
     has_grad = torch.is_grad_enabled()
+    dtype, _ = checks.resolve_dtypes(hidden, lm_head.weight, run)
     return divergence_plan(
         hidden,
         head.weight,
@@ -334,7 +338,8 @@ def plan_divergences(
         mode,
         num_tokens=num_tokens,
         num_kept=num_kept(differentiable(wanted, logps_requires_grad), mode),
-        compute_dtype=checks.resolve_dtypes(hidden, lm_head.weight, run)[0],
+        compute_dtype=dtype,
+        backend=resolve_divergence_backend(run.backend, hidden.device, checks.accumulation_dtype(dtype)),
         workspace_mib=run.workspace_mib,
         cache_mib=run.cache_mib,
         needs_hidden=has_grad and hidden.requires_grad,

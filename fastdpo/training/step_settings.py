@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.losses import LossSpec, PairLogps
 from fastdpo.losses.controllers import BetaController
+from fastdpo.ops.backends import DIVERGENCE_BACKENDS
 
 if TYPE_CHECKING:
     from fastdpo.training.config import PreferenceConfig
@@ -50,7 +51,7 @@ def _check_divergences(args: PreferenceConfig) -> None:
         )
     for name, wanted in (
         ("mode", ("auto", "stash", "cache", "recompute")),
-        ("backend", ("auto", "reference")),
+        ("backend", ("auto", *DIVERGENCE_BACKENDS)),
         ("logits_dtype", (None, "fp32")),
     ):
         if getattr(args, name) not in wanted:

@@ -76,17 +76,23 @@ def test_rows_are_aligned_for_an_odd_vocabulary(seen_d: list[Tensor], mode: str,
 def seen_divergence_d(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every matrix of logits and every D that the divergences' rows are given, and every D of a product."""
     seen: list[Tensor] = []
-    rows, add_group = divergence_chunks.divergence_rows, divergence_chunks.Gradients.add_group
+    load, add_group = divergence_chunks.load_divergence_kernel, divergence_chunks.Gradients.add_group
 
-    def spy(logits: Tensor, *args: Any, **kwargs: Any) -> None:
-        seen.extend([logits, *(d for d in (kwargs["d_out"], kwargs["logps_d_out"]) if d is not None)])
-        rows(logits, *args, **kwargs)
+    def load_spy(backend: str) -> Any:
+        kernel = load(backend)
+
+        def spy(logits: Tensor, teachers: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> None:
+            made = (kwargs["d_out"], kwargs["logps_d_out"])
+            seen.extend([logits, *teachers, *(d for d in made if d is not None)])
+            kernel(logits, teachers, *args, **kwargs)
+
+        return spy
 
     def spy_group(self: Any, group: DGroup, *args: Any) -> None:
         seen.append(group.d)
         add_group(self, group, *args)
 
-    monkeypatch.setattr(divergence_chunks, "divergence_rows", spy)
+    monkeypatch.setattr(divergence_chunks, "load_divergence_kernel", load_spy)
     monkeypatch.setattr(divergence_chunks.Gradients, "add_group", spy_group)
     return seen
 

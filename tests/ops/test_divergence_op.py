@@ -188,6 +188,7 @@ def test_opcheck(kind: str, mode: str, outputs: str, logps_grad: bool, num_teach
         0.5,
         0.0,
         mode,
+        "auto",
         1,
         64,
         *scalars,
@@ -198,7 +199,8 @@ def test_opcheck(kind: str, mode: str, outputs: str, logps_grad: bool, num_teach
     grads = [torch.randn(len(labels)) if name in made else None for name in DIFFERENTIABLE]
     args = (
         *grads, h.detach(), w.detach(), b.detach(), labels, found, kind, torch.empty(0), True, True, True,
-        *teacher, *second, coefficients, outputs, logps_grad, 0.3, 0.5, 0.0, "recompute", 1, 64, *scalars,
+        *teacher, *second, coefficients, outputs, logps_grad, 0.3, 0.5, 0.0,
+        "recompute", "auto", 1, 64, *scalars,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastdpo.token_divergence_backward.default, args)
 

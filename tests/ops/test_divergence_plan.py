@@ -109,7 +109,7 @@ def test_peak_of_a_real_head(
     tokens = torch.empty(num_tokens, device="meta", dtype=torch.int64)
     scalars = (1.0, None, 1.0, torch.bfloat16)
     options = divergence_library.DivergenceOptions(
-        ",".join(outputs), True, 0.5, 0.0, 0.0, mode, 512, cache_mib, *scalars, *scalars, *scalars
+        ",".join(outputs), True, 0.5, 0.0, 0.0, mode, "auto", 512, cache_mib, *scalars, *scalars, *scalars
     )
     teachers: list[Any] = [empty(num_tokens, hidden_size), empty(vocab_size, hidden_size), None]
     teachers += teachers if num_teachers == 2 else [None] * 3

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastdpo.ops.divergence_chunks as divergence_chunks
+import fastdpo.kernels.divergence as kernel
 from fastdpo import LMHead, TeacherCombination, TokenLayout, token_divergence
 from fastdpo.kernels.divergence import divergence_rows, l1_distance
 from fastdpo.losses.token_level import aligndistil_coefficients, aligndistil_teacher
@@ -391,6 +391,6 @@ def test_planted_bugs_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> No
     outputs = (*DIVERGENCES, "l1_distance")
     assert_divergence_right(case, outputs, small(), value_factor=5.0)
     name, wrong = BUGS[bug]
-    monkeypatch.setattr(divergence_chunks, name, wrong)
+    monkeypatch.setattr(kernel, name, wrong)
     with pytest.raises(AssertionError):
         assert_divergence_right(case, outputs, small(), value_factor=5.0)
