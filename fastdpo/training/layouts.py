@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdpo.integrations.row_masks import BLOCK_MASKS, RowMasks, backbone_size
 from fastdpo.training.answer_collate import AnswerCollator, AnswerRowCollator
-from fastdpo.training.collate import PreferenceCollator
+from fastdpo.training.collate import LikeLengthSampler, PreferenceCollator
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.row_collate import RowCollator
 from fastdpo.training.row_plan import ARRANGEMENTS, RowCosts, padded_cost, unit_lengths
 from fastdpo.training.row_probe import refusals
-from fastdpo.training.token_budget import TokenBudget
+from fastdpo.training.token_budget import TokenBudget, training_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -189,15 +189,9 @@ def predicted_cost(
     args: PreferenceConfig,
 ) -> float:
     """Predicted cost of a pair (or row), in tokens, over the first batches of the first epoch."""
-    budget = token_budget(args, collator)
-    if budget is None:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
-        batches = list(order.split(args.per_device_train_batch_size))
-    else:
-        batches = [torch.tensor(b) for b in budget.sampler(dataset, seed=args.seed) if b]
     multiple = args.pad_to_multiple_of or 1
     total, pairs = 0.0, 0
-    for batch in batches[:_SAMPLED_BATCHES]:
+    for batch in first_batches(dataset, token_budget(args, collator), args)[:_SAMPLED_BATCHES]:
         sizes = dataset.sizes(batch)
         if isinstance(collator, RowCollator):
             units = [n for prompt, *answers in sizes for n in unit_lengths(prompt, answers, collator.layout)]
@@ -207,3 +201,18 @@ def predicted_cost(
             total += padded_cost(lengths, costs, multiple_of=multiple)
         pairs += len(batch)
     return total / pairs
+
+
+def first_batches(dataset: RowDataset, budget: TokenBudget | None, args: PreferenceConfig) -> list[Tensor]:
+    """The pairs (or rows) of every batch of the first epoch, as the samplers of training make them."""
+    if budget is not None:
+        return [torch.tensor(batch) for batch in training_sampler(dataset, budget, args) if batch]
+    seed = args.seed if args.data_seed is None else args.data_seed
+    if args.train_sampling_strategy == "sequential":
+        order = torch.arange(len(dataset))
+    elif args.train_sampling_strategy == "group_by_length":
+        group = args.train_batch_size * args.gradient_accumulation_steps
+        order = torch.tensor(list(LikeLengthSampler(group, dataset.lengths.tolist(), seed=seed)))
+    else:  # what accelerate makes of the trainer's random sampler
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return list(order.split(args.train_batch_size))
