@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.layouts import layout_of
+from fastdpo.training.over_optimisation import OverOptimisationMonitor
 from fastdpo.training.trainer import PreferenceTrainer
 from tests.integrations.peft_cases import with_lora
 from tests.integrations.test_virtual_tokens import KINDS, NUM_VIRTUAL, filled
@@ -143,3 +144,21 @@ def test_auto_is_padded(make_args: MakeArgs, tokenizer: Any, caplog: pytest.LogC
     assert layout_of(trainer.data_collator) == "padded"
     assert "refused: PEFT puts its virtual tokens before padded rows only" in caplog.text
     trainer.train()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_most_likely_tokens_are_those_after_virtual_ones(make_args: MakeArgs, tokenizer: Any, kind: str):
+    model = filled(kind, tiny_llama())
+    plain = copy.deepcopy(model)
+    trainer = PreferenceTrainer(
+        model, make_args(), eval_dataset=make_rows(4), processing_class=tokenizer,
+        callbacks=[OverOptimisationMonitor(topk=7)],
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    data = trainer.eval_dataset
+    batch = trainer.data_collator([data[i] for i in range(4)])
+    with torch.no_grad():
+        logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    mass = logits[:4, -batch["labels"].shape[1] : -1].softmax(-1).topk(7).values.sum(-1)
+    wanted = mass[batch["labels"][:4, 1:] != -100].mean()
+    assert metrics["eval_topk_mass/chosen"] == pytest.approx(wanted.item(), rel=1e-5)
