@@ -56,6 +56,11 @@ def num_in_front(model: Any) -> int:
     return int(config.num_virtual_tokens) if _kind(config) in _IN_FRONT else 0
 
 
+def has_prefix(model: Any) -> bool:
+    """Whether it is a PEFT model with virtual tokens in the cache."""
+    return is_peft(model) and any(_kind(config) in _IN_THE_CACHE for config in model.peft_config.values())
+
+
 def describe_virtual_tokens(model: Any) -> str:
     """For `fastdpo.doctor`."""
     config = model.active_peft_config

@@ -20,8 +20,15 @@ from torch import Tensor
 from fastdpo.training.answer_formats import EMPTY, NOT_FINITE, ONE_CANDIDATE, AnswerTexts, render_answers
 from fastdpo.training.answer_reference import RowReferences
 from fastdpo.training.answers import AnswerDataset, Ragged
-from fastdpo.training.data import DataReport, RowSource
-from fastdpo.training.encode import BATCH_ROWS, EncodingOptions, RowTokenizer, common_prefix, truncate
+from fastdpo.training.data import RowSource
+from fastdpo.training.encode import (
+    BATCH_ROWS,
+    EncodedRows,
+    EncodingOptions,
+    RowTokenizer,
+    common_prefix,
+    truncate,
+)
 from fastdpo.training.kinds import DataKind
 
 # Numbers of which a row has one for each answer or piece.
@@ -83,13 +90,9 @@ class _Encoder:
     raw_tokenizer: Any
     options: EncodingOptions
     wanted: AnswerOptions
-    tokens: list[Tensor] = field(default_factory=list)
+    encoded: EncodedRows = field(default_factory=EncodedRows)
     sizes: list[tuple[int, list[int], list[int]]] = field(default_factory=list)  # prompt, answers, pieces
-    rows: list[int] = field(default_factory=list)
     numbers: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
-    skipped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    merged: list[int] = field(default_factory=list)
-    truncated: int = 0
     references: RowReferences | None = None
 
     def __post_init__(self) -> None:
@@ -111,7 +114,7 @@ class _Encoder:
         if problem is None and self.references is not None and not self.references.are_finite(row.row):
             problem = NOT_FINITE
         if problem is not None:
-            self.skipped[problem].append(row.row)
+            self.encoded.skipped[problem].append(row.row)
             return
         prompt, answers, is_merged = self.tokenizer.split(row.prompt, prompt, texts, is_chat=row.is_chat)
         problem = self._why_bad(prompt, answers)
@@ -130,19 +133,14 @@ class _Encoder:
         elif problem is None and self._are_equal(kept_answers):
             problem = "answers identical once truncated"
         if problem is not None:
-            self.skipped[problem].append(row.row)
+            self.encoded.skipped[problem].append(row.row)
             return
-        if is_merged:
-            self.merged.append(row.row)
         if self.references is not None:
             counts = {"answer": len(kept_answers), "piece": len(pieces), "token": len(kept_answers[0])}
             self.references.take(row.row, counts[self.wanted.kind.reference_per])
-        self.truncated += sum(map(len, (kept, *kept_answers))) < sum(map(len, (prompt, *answers)))
-        self.tokens.append(
-            torch.tensor([x for part in (kept, *kept_answers) for x in part], dtype=torch.int32)
-        )
+        whole = sum(map(len, (prompt, *answers)))
+        self.encoded.keep(row.row, (kept, *kept_answers), whole, is_merged=is_merged)
         self.sizes.append((len(kept), [len(answer) for answer in kept_answers], pieces))
-        self.rows.append(row.row)
         for name, value in numbers.items():
             self.numbers[name].append(value)
 
@@ -158,21 +156,8 @@ class _Encoder:
         return self.wanted.kind.name == "listwise" and all(answer == answers[0] for answer in answers)
 
     def finish(self, source: RowSource) -> AnswerDataset:
-        report = DataReport(
-            source=source.name,
-            rows=len(source),
-            kept=len(self.tokens),
-            skipped=dict(self.skipped),
-            merged=self.merged,
-            truncated=self.truncated,
-            duplicates=len(self.tokens) - len({row.numpy().tobytes() for row in self.tokens}),
-            unit="rows",
-        )
-        if self.skipped and self.options.on_bad_row == "error":
-            raise ValueError(f"{report} (on_bad_row='error')")
-        if not self.tokens:
-            raise ValueError(f"{report}: no row left")
-        lengths = torch.tensor([len(row) for row in self.tokens])
+        report = self.encoded.report(source, self.options, "rows")
+        lengths = torch.tensor([len(row) for row in self.encoded.tokens])
         numbers: dict[str, Tensor | Ragged] = {
             name: Ragged.of_lists(values, torch.float32) if name in _PER_ANSWER else torch.tensor(values)
             for name, values in self.numbers.items()
@@ -180,11 +165,11 @@ class _Encoder:
         prompts, answers, pieces = zip(*self.sizes, strict=True)
         dataset = AnswerDataset(
             self.wanted.kind,
-            torch.cat(self.tokens),
+            torch.cat(self.encoded.tokens),
             lengths.cumsum(0) - lengths,
             torch.tensor(prompts),
             Ragged.of_lists(answers, torch.int64),
-            torch.tensor(self.rows),
+            torch.tensor(self.encoded.rows),
             numbers,
             report,
             pieces=Ragged.of_lists(pieces, torch.int64) if self.wanted.kind.has_pieces else None,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -135,18 +135,56 @@ class RowTokenizer:
         return [*ids, eos]
 
 
+@dataclass
+class EncodedRows:
+    """Tokens of the rows that are kept, and what became of all of them."""
+
+    tokens: list[Tensor] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    skipped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    merged: list[int] = field(default_factory=list)
+    truncated: int = 0
+
+    def keep(self, row: int, parts: Iterable[Sequence[int]], whole: int, *, is_merged: bool) -> None:
+        """Row ``row``, of prompt and answers that had ``whole`` tokens before they were cut."""
+        tokens = torch.tensor([token for part in parts for token in part], dtype=torch.int32)
+        self.tokens.append(tokens)
+        self.rows.append(row)
+        self.truncated += len(tokens) < whole
+        if is_merged:
+            self.merged.append(row)
+
+    def report(self, source: RowSource, options: EncodingOptions, unit: str) -> DataReport:
+        """What became of the rows of ``source``, ``unit`` of them.
+
+        Raises:
+            ValueError: a bad row under ``on_bad_row="error"``, or no row left.
+        """
+        report = DataReport(
+            source=source.name,
+            rows=len(source),
+            kept=len(self.tokens),
+            skipped=dict(self.skipped),
+            merged=self.merged,
+            truncated=self.truncated,
+            duplicates=len(self.tokens) - len({row.numpy().tobytes() for row in self.tokens}),
+            unit=unit,
+        )
+        if self.skipped and options.on_bad_row == "error":
+            raise ValueError(f"{report} (on_bad_row='error')")
+        if not self.tokens:
+            raise ValueError(f"{report}: no {unit.removesuffix('s')} left")
+        return report
+
+
 class _Encoder:
     """Collects the pairs of one data set, batch by batch."""
 
     def __init__(self, tokenizer: Any, options: EncodingOptions) -> None:
         self.tokenizer, self.options = RowTokenizer(tokenizer), options
-        self.tokens: list[Tensor] = []
+        self.encoded = EncodedRows()
         self.sizes: list[tuple[int, int, int]] = []
-        self.rows: list[int] = []
         self.columns: dict[str, list[float]] = {key: [] for key in options.columns}
-        self.skipped: dict[str, list[int]] = defaultdict(list)
-        self.merged: list[int] = []
-        self.truncated = 0
 
     def add(self, batch: Sequence[PairTexts]) -> None:
         flat = [text for texts in batch for text in (texts.prompt, texts.chosen, texts.rejected)]
@@ -155,26 +193,14 @@ class _Encoder:
             self._add_pair(texts, *ids[3 * i : 3 * i + 3])
 
     def finish(self, source: RowSource) -> PreferenceDataset:
-        report = DataReport(
-            source=source.name,
-            rows=len(source),
-            kept=len(self.tokens),
-            skipped=dict(self.skipped),
-            merged=self.merged,
-            truncated=self.truncated,
-            duplicates=len(self.tokens) - len({pair.numpy().tobytes() for pair in self.tokens}),
-        )
-        if self.skipped and self.options.on_bad_row == "error":
-            raise ValueError(f"{report} (on_bad_row='error')")
-        if not self.tokens:
-            raise ValueError(f"{report}: no pair left")
+        report = self.encoded.report(source, self.options, "pairs")
         ends = torch.tensor(self.sizes).flatten().cumsum(0).view(-1, 3)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, 2]])
         columns = {key: torch.tensor(values) for key, values in self.columns.items()}
         return PreferenceDataset(
-            torch.cat(self.tokens),
+            torch.cat(self.encoded.tokens),
             torch.column_stack([starts, ends]),
-            torch.tensor(self.rows),
+            torch.tensor(self.encoded.rows),
             columns,
             report,
         )
@@ -188,14 +214,11 @@ class _Encoder:
         if reason is None:
             cut, reason = _truncate(pair, self.options)
         if reason is not None:
-            self.skipped[reason].append(texts.row)
+            self.encoded.skipped[reason].append(texts.row)
             return
-        if is_merged:
-            self.merged.append(texts.row)
-        self.truncated += cut.size < pair.size
-        self.tokens.append(torch.tensor([*cut.prompt, *cut.chosen, *cut.rejected], dtype=torch.int32))
+        parts = (cut.prompt, cut.chosen, cut.rejected)
+        self.encoded.keep(texts.row, parts, pair.size, is_merged=is_merged)
         self.sizes.append((len(cut.prompt), len(cut.chosen), len(cut.rejected)))
-        self.rows.append(texts.row)
         for key, value in texts.columns.items():
             self.columns[key].append(value)
 

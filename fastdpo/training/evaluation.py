@@ -32,6 +32,7 @@ class EvaluatingTrainer(Trainer):
     loss_state: LossState
     _sums: dict[str, MetricSums]
     _eval_counts: BatchCounts | None
+    _eval_rows: int | None = None
     _eval_width: int | None
 
     def _prepare_data(self, data: Any, *, may_be_many: bool = False) -> Any:
@@ -77,13 +78,15 @@ class EvaluatingTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As ``Trainer.evaluation_loop``, with exact means over the rows of the data set."""
+        """As ``Trainer.evaluation_loop``, with exact means over the rows that are evaluated."""
         dataset: RowDataset = dataloader.dataset
-        if isinstance(dataset, PreferenceDataset):
-            self._eval_counts, self._eval_width = BatchCounts(len(dataset), dataset.num_chosen_tokens), 2
+        evaluated = self._evaluated(dataset, dataloader)
+        self._eval_rows = len(evaluated)
+        if isinstance(evaluated, PreferenceDataset):
+            self._eval_counts = BatchCounts(len(evaluated), evaluated.num_chosen_tokens)
         else:
-            self._eval_counts = BatchCounts(dataset.num_loss_rows, dataset.num_answer_tokens)
-            self._eval_width = dataset.width
+            self._eval_counts = BatchCounts(evaluated.num_loss_rows, evaluated.num_answer_tokens)
+        self._eval_width = 2 if isinstance(dataset, PreferenceDataset) else dataset.width
         self._sums["eval"].clear()
         size = self.args.per_device_eval_batch_size
         with self.compute_loss_context_manager():
@@ -101,6 +104,13 @@ class EvaluatingTrainer(Trainer):
                 means |= self._measure(monitor, dataset)
         means = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **means})
+
+    def _evaluated(self, dataset: RowDataset, dataloader: Any) -> RowDataset:
+        """The rows that batches are made of: the first ones, without those of a round that is not full."""
+        if not self.args.dataloader_drop_last:
+            return dataset
+        count = len(dataloader) * dataloader.total_batch_size
+        return dataset.subset(torch.arange(min(count, len(dataset))))
 
     def _measure(self, monitor: OverOptimisationMonitor, dataset: RowDataset) -> dict[str, float]:
         # The same on every rank, and small: no rank waits for another.
@@ -132,8 +142,8 @@ class EvaluatingTrainer(Trainer):
                     self.model, self.model, batch, counts, self.args, self.reference, self.loss_state.frozen
                 )
             record(self._sums["eval"], batch, result)
-            # A share of the data set's mean; scaled so that the mean over rows adds the shares up.
-            self._sums["eval"].add_mean("loss", result.loss * counts.pairs / kept, kept)
+            # A share of the mean over all rows; scaled so that the mean over rows adds the shares up.
+            self._sums["eval"].add_mean("loss", result.loss * (self._eval_rows or kept) / kept, kept)
             rewards[:kept], loss = stacked_rewards(batch, result, width), result.loss
         return (
             (loss, None, None) if prediction_loss_only else (loss, rewards, torch.zeros_like(rewards[:, 0]))

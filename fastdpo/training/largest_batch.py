@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastdpo.training.batches import is_pairs, num_rows, sequence_tokens
+from fastdpo.training.checkpointing import recomputes_activations
 from fastdpo.training.data import row_list
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.layouts import layout_of, token_budget
@@ -153,7 +154,7 @@ def _explain(
         limit = f"per_device_train_batch_size (now {args.per_device_train_batch_size}; raise "
         limit += f"gradient_accumulation_steps, now {args.gradient_accumulation_steps}, to make up for it)"
     hints = [f"lower {limit}", f"lower max_length (now {args.max_length}; here {longest} tokens)"]
-    if not (getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing):
+    if not recomputes_activations(args):
         hints.append("set activation_checkpointing=True")
     if not args.offload_activations:
         hints.append("set offload_activations=True")

@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastdpo.integrations.lm_head import wrappers_and_model
 from fastdpo.integrations.row_masks import BLOCK_MASKS, RowMasks, backbone_size
+from fastdpo.integrations.virtual_tokens import has_virtual_tokens
 from fastdpo.training.answer_collate import AnswerCollator, AnswerRowCollator
-from fastdpo.training.collate import PreferenceCollator
+from fastdpo.training.checkpointing import recomputes_activations
+from fastdpo.training.collate import LikeLengthSampler, PreferenceCollator
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.row_collate import RowCollator
 from fastdpo.training.row_plan import ARRANGEMENTS, RowCosts, padded_cost, unit_lengths
 from fastdpo.training.row_probe import refusals
-from fastdpo.training.token_budget import TokenBudget
+from fastdpo.training.token_budget import TokenBudget, training_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ _ATTENTION_SLOWDOWN = 1.5
 # On a CPU, 8 sequences of about 740 tokens took 24 s in a call each and 34 s in 4 buckets (12 layers of 512).
 _MANY_ROWS = {"cpu": 1.1}
 _SAMPLED_BATCHES = 32
+_VIRTUAL_TOKENS = "PEFT puts its virtual tokens before padded rows only"
 _ONE_CALL = "separate: several calls of the backbone a step, which re-entrant checkpointing in DDP forbids"
 
 
@@ -143,8 +147,11 @@ def _refusals(
     for model in models:
         # Flash attention has no fp32; elsewhere the weights' own precision shows more.
         is_flash = RowMasks(model).attention.startswith("flash_attention")
-        with accelerator.autocast() if is_flash else contextlib.nullcontext():
-            verdicts = refusals(model, candidates, longest=longest)
+        if any(has_virtual_tokens(wrapper) for wrapper in wrappers_and_model(model)):
+            verdicts: dict[tuple[str, str], str | None] = dict.fromkeys(candidates, _VIRTUAL_TOKENS)
+        else:
+            with accelerator.autocast() if is_flash else contextlib.nullcontext():
+                verdicts = refusals(model, candidates, longest=longest)
         found = {key: found[key] or verdicts[key] for key in candidates}
     if accelerator.num_processes > 1 and candidates:
         is_bad = torch.tensor([found[key] is not None for key in candidates], device=accelerator.device)
@@ -160,11 +167,11 @@ def _is_single_call(args: PreferenceConfig, accelerator: Any) -> bool:
     Re-entrant checkpointing runs a backward pass per call, and DDP counts a parameter that gets its gradient
     twice as an error.
     """
-    is_on = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
     options: dict[str, Any] = {}
     for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         options |= getattr(args, name, None) or {}
-    return bool(is_on and options.get("use_reentrant", False) and accelerator.num_processes > 1)
+    is_reentrant = recomputes_activations(args) and bool(options.get("use_reentrant", False))
+    return is_reentrant and accelerator.num_processes > 1
 
 
 def _cheapest(
@@ -189,15 +196,9 @@ def predicted_cost(
     args: PreferenceConfig,
 ) -> float:
     """Predicted cost of a pair (or row), in tokens, over the first batches of the first epoch."""
-    budget = token_budget(args, collator)
-    if budget is None:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
-        batches = list(order.split(args.per_device_train_batch_size))
-    else:
-        batches = [torch.tensor(b) for b in budget.sampler(dataset, seed=args.seed) if b]
     multiple = args.pad_to_multiple_of or 1
     total, pairs = 0.0, 0
-    for batch in batches[:_SAMPLED_BATCHES]:
+    for batch in first_batches(dataset, token_budget(args, collator), args)[:_SAMPLED_BATCHES]:
         sizes = dataset.sizes(batch)
         if isinstance(collator, RowCollator):
             units = [n for prompt, *answers in sizes for n in unit_lengths(prompt, answers, collator.layout)]
@@ -207,3 +208,18 @@ def predicted_cost(
             total += padded_cost(lengths, costs, multiple_of=multiple)
         pairs += len(batch)
     return total / pairs
+
+
+def first_batches(dataset: RowDataset, budget: TokenBudget | None, args: PreferenceConfig) -> list[Tensor]:
+    """The pairs (or rows) of every batch of the first epoch, as the samplers of training make them."""
+    if budget is not None:
+        return [torch.tensor(batch) for batch in training_sampler(dataset, budget, args) if batch]
+    seed = args.seed if args.data_seed is None else args.data_seed
+    if args.train_sampling_strategy == "sequential":
+        order = torch.arange(len(dataset))
+    elif args.train_sampling_strategy == "group_by_length":
+        group = args.train_batch_size * args.gradient_accumulation_steps
+        order = torch.tensor(list(LikeLengthSampler(group, dataset.lengths.tolist(), seed=seed)))
+    else:  # what accelerate makes of the trainer's random sampler
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return list(order.split(args.train_batch_size))

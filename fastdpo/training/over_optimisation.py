@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastdpo.integrations.model import backbone_states
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.training.batches import Batch, to_device
-from fastdpo.types import LMHead
+from fastdpo.training.scoring import head_states
 
 if TYPE_CHECKING:
     from fastdpo.training.dataset import RowDataset
@@ -83,12 +82,10 @@ class OverOptimisationMonitor(TrainerCallback):
         return {name: float(total / tokens) for name, (total, tokens) in sums.items() if tokens > 0}
 
     def _add(self, sums: dict[str, Tensor], model: nn.Module, batch: Batch) -> None:
-        states = backbone_states(model, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[
-            :, :-1
-        ]
+        states = head_states(model, batch)
         labels = batch["labels"][:, 1:]
         options: dict[str, Any] = {"outputs": STATISTICS, "topk": self.topk}
-        found = linear_logprob(states, LMHead.from_model(model), labels, **options)
+        found = linear_logprob(states.hidden[:, :-1], states.lm_head, labels, **options)
         mass, entropy = found.topk_mass, found.topk_entropy
         assert mass is not None and entropy is not None
         mass, entropy = mass.double(), entropy.double()

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ import torch
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
+from fastdpo.integrations.virtual_tokens import has_prefix
 from fastdpo.training.answer_encode import AnswerOptions, encode_answers
 from fastdpo.training.answer_reference import reference_columns
 from fastdpo.training.answers import REFERENCE, AnswerDataset
 from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
+from fastdpo.training.checkpointing import recomputes_activations
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
 from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, RowSource, read_rows, row_list
 from fastdpo.training.dataset import RowDataset
@@ -80,10 +81,10 @@ def prepare_policy(model: str | nn.Module, args: PreferenceConfig, peft_config: 
     if peft_config is not None:
         policy = _add_adapter(policy, peft_config)
     if is_adapter_model(policy):
-        adapters: Mapping[str, Any] = getattr(policy, "peft_config")  # noqa: B009  (absent from nn.Module)
-        if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+        if has_prefix(policy) and recomputes_activations(args):
             raise ValueError(
-                "peft_config: prompt learning is not supported by this version; use LoRA or the like"
+                "gradient_checkpointing: got True with prefix tuning, whose prefix is in a cache that layers "
+                "have to do without where they run again; wanted False, or prompt tuning or P-tuning"
             )
     elif next(policy.parameters()).dtype in (torch.float16, torch.bfloat16):
         logger.warning(

@@ -86,23 +86,8 @@ def batch_loss(
         values: gives what the losses carry from step to step (``LossState``).
         over_ranks: whether every rank computes a batch now, so that a loss may be of all of them.
     """
-    if is_pairs(batch):
-        return pair_loss(model, policy, batch, counts, args, reference, values, over_ranks=over_ranks)
-    return answer_step.answer_loss(model, policy, batch, counts.pairs, args, reference, values)
-
-
-def pair_loss(
-    model: nn.Module,
-    policy: nn.Module,
-    batch: Batch,
-    counts: BatchCounts,
-    args: PreferenceConfig,
-    reference: Reference,
-    values: GetValues = no_values,
-    *,
-    over_ranks: bool = False,
-) -> DPOLossOutput:
-    """``batch_loss`` of pairs."""
+    if not is_pairs(batch):
+        return answer_step.answer_loss(model, policy, batch, counts.pairs, args, reference, values)
     if args.needs_divergences:
         return divergence_loss(model, policy, batch, counts.pairs, args, reference)
     # The reference first: its activations are gone before the policy's are made.
@@ -112,10 +97,24 @@ def pair_loss(
     is_one_call = not is_gathered and args.dynamic_beta_options is None
     token = None if is_one_call else token_logps(model, batch, statistics=METRIC_STATISTICS)
     step = StepValues() if token is None else values(batch, token.logps, ref_logps)
+    arguments = _pair_arguments(batch, counts, args, step)
+    if token is None:
+        return fused_pair_loss(model, batch, ref_logps=ref_logps, **arguments)
+    mask = completion_mask(batch)
+    result = dpo_loss_from_logps(token, mask, ref_logps=ref_logps, layout=packed_layout(batch), **arguments)
+    if is_gathered:
+        return result._replace(loss=_loss_over_ranks(batch, token.logps, mask, ref_logps, arguments))
+    return result
+
+
+def _pair_arguments(
+    batch: Batch, counts: BatchCounts, args: PreferenceConfig, step: StepValues
+) -> dict[str, Any]:
+    """What losses of pairs get beside log-probabilities: the settings, and the numbers of pairs and step."""
     per_pair: dict[str, Any] = {name: batch[name] for name in COLUMN_FIELDS if name in batch}
     if step.pair_weights is not None:
         per_pair["pair_weights"] = step.pair_weights * per_pair.get("pair_weights", 1.0)
-    arguments: dict[str, Any] = {
+    return {
         "loss_type": args.loss_type,
         "loss_weights": args.loss_weights,
         "beta": args.beta if step.beta is None else step.beta,
@@ -124,13 +123,6 @@ def pair_loss(
         **per_pair,
         **args.options,
     }
-    if token is None:
-        return fused_pair_loss(model, batch, ref_logps=ref_logps, **arguments)
-    mask = completion_mask(batch)
-    result = dpo_loss_from_logps(token, mask, ref_logps=ref_logps, layout=packed_layout(batch), **arguments)
-    if is_gathered:
-        return result._replace(loss=_loss_over_ranks(batch, token.logps, mask, ref_logps, arguments))
-    return result
 
 
 def _loss_over_ranks(

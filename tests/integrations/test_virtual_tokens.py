@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import fastdpo
-from fastdpo import Execution, LMHead, PreferenceConfig, PreferenceTrainer
+from fastdpo import Execution, LMHead
 from fastdpo.integrations.lm_head import unwrap
 from fastdpo.integrations.model import backbone_states, is_patched, patch_model, unpatch_model
 from fastdpo.integrations.patched_call import without_logits
@@ -155,12 +155,6 @@ def test_a_model_class_that_ignores_the_tokens_is_refused() -> None:
     model.__class__ = Other
     with pytest.raises(ValueError, match="not added by PeftModelForCausalLM"):
         patch_model(model)
-
-
-def test_the_loop_still_says_that_it_has_none(tmp_path: Path) -> None:
-    args = PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match="peft_config: prompt learning"):
-        PreferenceTrainer(filled("prompt"), args)
 
 
 def test_the_doctor_sees_them() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,6 +181,11 @@ def assert_gradient(ours: Tensor, theirs: Tensor, name: str) -> None:
     """By `assert_close_to_fp64`'s floor for fp32, 2^-13 of the norm, once for each side."""
     error = (ours.double() - theirs.double()).norm()
     assert error <= 2 * 2**-13 * theirs.double().norm() + 1e-9, (name, error, theirs.norm())
+
+
+def loss_types(method: Callable[..., Any]) -> set[str]:
+    """The names that a method of TRL's knows, from its source."""
+    return set(re.findall(r'loss_type == "(\w+)"', inspect.getsource(method)))
 
 
 def policy(family: str = "llama", **options: Any) -> Any:

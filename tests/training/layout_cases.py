@@ -16,7 +16,7 @@ from fastdpo.training.reference import Reference
 from fastdpo.training.row_collate import RowCollator
 from fastdpo.training.row_plan import ARRANGEMENTS, RowCosts
 from fastdpo.training.scoring import token_logps
-from fastdpo.training.step import BatchCounts, pair_loss
+from fastdpo.training.step import BatchCounts, batch_loss
 
 # Any numbers will do where the arrangement is fixed.
 COSTS = RowCosts(call_tokens=10.0, pair_tokens=0.01, skips_masked=False)
@@ -68,7 +68,7 @@ def run_step(model: nn.Module, batch: Batch, *, num_pairs: int | None = None, **
     )
     size = num_pairs or len(batch["rows"])
     model.zero_grad(set_to_none=True)
-    result = pair_loss(model, model, batch, BatchCounts(size, 40), args, Reference("precomputed"))
+    result = batch_loss(model, model, batch, BatchCounts(size, 40), args, Reference("precomputed"))
     result.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():

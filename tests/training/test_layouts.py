@@ -17,7 +17,7 @@ from fastdpo.training.batches import answer_tokens, first_pairs, num_pairs, sequ
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.data import DataReport, PreferenceDataset
 from fastdpo.training.reference import Reference
-from fastdpo.training.step import BatchCounts, pair_loss
+from fastdpo.training.step import BatchCounts, batch_loss
 from fastdpo.training.trainer import PreferenceTrainer
 from tests.integrations.tiny import make_model
 from tests.training.conftest import VOCABULARY, make_rows, read_metrics, tiny_llama
@@ -126,7 +126,7 @@ def test_an_adapter_and_its_reference_run_in_the_same_layout(layout: str):
     args = PreferenceConfig(output_dir="unused", use_cpu=True)
     for case in ("padded", layout):
         batch, counts = make_batch(case, pairs=pairs), BatchCounts(len(pairs), 1)
-        result = pair_loss(model, model, batch, counts, args, Reference("adapter"))
+        result = batch_loss(model, model, batch, counts, args, Reference("adapter"))
         # The adapter is fresh, so policy and reference are one: exactly, in every layout.
         assert result.loss.item() == pytest.approx(math.log(2), abs=1e-7)
         assert not result.chosen_rewards.any() and not result.rejected_rewards.any()

@@ -14,7 +14,7 @@ from fastdpo.training.batches import completion_mask, packed_layout
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.reference import Reference
 from fastdpo.training.scoring import token_logps
-from fastdpo.training.step import BatchCounts, pair_loss
+from fastdpo.training.step import BatchCounts, batch_loss
 from fastdpo.types import DPOLossOutput
 from tests.integrations.tiny import HIDDEN, make_model
 from tests.ops.test_gemm_passes import count_passes
@@ -32,7 +32,7 @@ def settings(**options: Any) -> PreferenceConfig:
 
 def in_one_call(model: Any, batch: Any, args: PreferenceConfig) -> DPOLossOutput:
     reference = Reference("precomputed" if args.needs_reference else "none")
-    result = pair_loss(model, model, batch, COUNTS, args, reference)
+    result = batch_loss(model, model, batch, COUNTS, args, reference)
     assert isinstance(result, DPOLossOutput)
     return result
 

@@ -14,9 +14,18 @@ from torch import nn
 
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.layouts import _is_single_call, choose_collator, layout_of, predicted_cost, row_costs
+from fastdpo.training.layouts import (
+    _is_single_call,
+    choose_collator,
+    first_batches,
+    layout_of,
+    predicted_cost,
+    row_costs,
+    token_budget,
+)
 from fastdpo.training.row_collate import RowCollator
 from fastdpo.training.row_probe import refusals
+from fastdpo.training.token_budget import STRATEGIES
 from fastdpo.training.trainer import PreferenceTrainer
 from tests.integrations.tiny import HIDDEN, VOCAB, make_model
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
@@ -189,6 +198,29 @@ def test_auto_takes_the_cheapest(make_args: MakeArgs, tokenizer: Any, caplog: py
     assert "batches are shared_prompt" in caplog.text
     trainer.train()
     assert len(read_metrics(args.output_dir)) == 2
+
+
+@pytest.mark.parametrize("data_seed", [None, 7])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("budget", [None, 60])
+def test_predicted_batches_are_those_of_training(
+    make_args: MakeArgs, tokenizer: Any, budget: int | None, strategy: str, data_seed: int | None
+):
+    """What meets in a batch decides how much padding it has: by chance, by length, or by the data's order."""
+    args = make_args(
+        train_sampling_strategy=strategy,
+        data_seed=data_seed,
+        batch_layout="padded" if budget is None else "packed",
+        max_tokens_per_batch=budget,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+    )
+    trainer = PreferenceTrainer(tiny_llama(), args, train_dataset=make_rows(20), processing_class=tokenizer)
+    data = trainer.train_dataset
+    predicted = first_batches(data, token_budget(args, trainer.data_collator), args)
+    assert [data.rows[batch].tolist() for batch in predicted] == [
+        batch["rows"].tolist() for batch in trainer.get_train_dataloader() if "is_filler" not in batch
+    ]
 
 
 def test_a_collator_of_ones_own_is_padded(make_args: MakeArgs, tokenizer: Any):
