@@ -119,7 +119,7 @@ class Teachers:
         """``combination`` for labels that have been shifted: a token's coefficients where it is predicted."""
         if self.combination is None:
             return None
-        per_token = {
+        per_token: dict[str, Any] = {
             name: next_token(value, 0, None)
             for name, value in self.combination._asdict().items()
             if isinstance(value, Tensor) and value.dim()
