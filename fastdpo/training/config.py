@@ -101,6 +101,10 @@ class PreferenceConfig(TrainingArguments):
             "or JSON of alpha, rho, momentum, min_beta, warm_start; {} for their defaults."
         ),
     )
+    over_optimisation_monitor: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=_help("Settings of OverOptimisationMonitor, a dict or JSON; {} adds it with its defaults."),
+    )
     gather_batch_losses: bool = field(
         default=False,
         metadata=_help(

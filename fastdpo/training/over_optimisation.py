@@ -111,7 +111,29 @@ class OverOptimisationMonitor(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        now = dict(metrics or {})
+        self._count(dict(metrics or {}))
+        if self._signs < self.patience:
+            return
+        if state.is_world_process_zero:
+            logger.warning(
+                "step %d: mass and entropy of the %d most likely tokens have fallen in %d evaluations "
+                "running while the margin grew: a sign of over-optimisation (arXiv:2410.11677)",
+                state.global_step, self.topk, self._signs,
+            )  # fmt: skip
+        if self.stop:
+            control.should_training_stop = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A resumed run goes on from the evaluations that its checkpoint's log has."""
+        if state.log_history:
+            self._last, self._signs = {}, 0
+        for entry in state.log_history:
+            self._count(entry)
+
+    def _count(self, now: dict[str, float]) -> None:
+        """Take an evaluation's metrics: whether it is one more with the sign."""
         group = "chosen" if "eval_topk_mass/chosen" in now else "answers"
         falling = [f"eval_{name}/{group}" for name in STATISTICS]
         growing = "eval_rewards/margins"
@@ -123,16 +145,6 @@ class OverOptimisationMonitor(TrainerCallback):
             )
             self._signs = self._signs + 1 if is_sign else 0
         self._last = now
-        if self._signs < self.patience:
-            return
-        if state.is_world_process_zero:
-            logger.warning(
-                "step %d: mass and entropy of the %d most likely tokens have fallen in %d evaluations "
-                "running while the margin grew: a sign of over-optimisation (arXiv:2410.11677)",
-                state.global_step, self.topk, self._signs,
-            )  # fmt: skip
-        if self.stop:
-            control.should_training_stop = True
 
 
 def _groups(batch: Batch) -> dict[str, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.losses import LossSpec, PairLogps
 from fastdpo.losses.controllers import BetaController
+from fastdpo.training.over_optimisation import OverOptimisationMonitor
 
 if TYPE_CHECKING:
     from fastdpo.training.config import PreferenceConfig
@@ -32,6 +34,7 @@ def check_step_settings(args: PreferenceConfig) -> None:
             raise ValueError(f"ref_model_mixup_alpha: got {got}, wanted a number in (0, 1]")
     if args.needs_divergences:
         _check_divergences(args)
+    monitor_of(args.over_optimisation_monitor)
     if args.gather_batch_losses:
         if all(spec.scope != "batch" for spec in args.losses):
             raise ValueError("gather_batch_losses: got True, wanted a loss that compares a whole batch (aot)")
@@ -77,6 +80,19 @@ def _check_dynamic_beta(options: dict[str, Any], losses: list[LossSpec], beta: f
         if name not in known:
             raise ValueError(f"dynamic_beta: got the option {name!r}, wanted some of {', '.join(known)}")
     BetaController(0.1 if beta is None else beta, **options)
+
+
+def monitor_of(settings: dict[str, Any] | str | None) -> list[OverOptimisationMonitor]:
+    """The monitor that the settings ask for, or none. Raises ValueError for a setting it does not have."""
+    if settings is None:
+        return []
+    options = parse_options(settings, "over_optimisation_monitor")
+    known = tuple(inspect.signature(OverOptimisationMonitor).parameters)
+    for name in options:
+        if name not in known:
+            wanted = f"some of {', '.join(known)}"
+            raise ValueError(f"over_optimisation_monitor: got the option {name!r}, wanted {wanted}")
+    return [OverOptimisationMonitor(**options)]
 
 
 def parse_options(value: dict[str, Any] | str | None, name: str = "loss_options") -> dict[str, Any]:

@@ -38,6 +38,12 @@ MakeArgs = Callable[..., PreferenceConfig]
         ({"loss_type": ["kto", "sigmoid"]}, "got kto of unpaired, sigmoid of paired data"),
         ({"loss_type": ["sdpo", "in_context_ranking"]}, "sdpo of listwise, in_context_ranking of ranking"),
         ({"loss_type": "kto", "accelerator_config": {"split_batches": True}}, "split_batches"),
+        ({"over_optimisation_monitor": "[]"}, "over_optimisation_monitor: got"),
+        (
+            {"over_optimisation_monitor": {"k": 3}},
+            "over_optimisation_monitor: got the option 'k', wanted some",
+        ),
+        ({"over_optimisation_monitor": {"topk": 0}}, "topk: got 0"),
         ({"dynamic_beta": "[]"}, "dynamic_beta: got"),
         ({"dynamic_beta": {"gamma": 1}}, "dynamic_beta: got the option 'gamma'"),
         ({"dynamic_beta": {"rho": 1.5}}, "rho: got 1.5"),

@@ -89,3 +89,39 @@ def test_it_warns_of_both_falling_while_the_margin_grows(caplog: pytest.LogCaptu
 def test_wrong_numbers_are_refused(changes: dict[str, Any]):
     with pytest.raises(ValueError, match=f"{next(iter(changes))}: got"):
         OverOptimisationMonitor(**changes)
+
+
+def test_a_resumed_run_remembers_the_evaluations_before() -> None:
+    """Two signs, one on either side of the checkpoint, are two evaluations running."""
+    names = ("eval_topk_mass/chosen", "eval_topk_entropy/chosen", "eval_rewards/margins")
+    seen = [(0.9, 2.0, 0.1), (0.8, 1.9, 0.2)]
+    history = [{"loss": 1.0}, *(dict(zip(names, numbers, strict=True)) for numbers in seen)]
+    monitor = OverOptimisationMonitor(stop=True)
+    monitor.on_train_begin(None, SimpleNamespace(log_history=history), None)  # type: ignore[arg-type]
+    assert evaluations(monitor, (0.7, 1.8, 0.3)) == [True]
+
+
+def test_the_setting_adds_it_and_the_curves_have_its_panels(
+    make_args: MakeArgs, tokenizer: Any, curves: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Axes = pytest.importorskip("matplotlib.axes").Axes
+    titles: list[str] = []
+    drawn = Axes.set_title
+
+    def set_title(axes: Any, label: str) -> Any:
+        titles.append(label)
+        return drawn(axes, label)
+
+    monkeypatch.setattr(Axes, "set_title", set_title)
+    settings = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    for monitor, expected in ((None, 4), ('{"topk": 5, "num_rows": 2}', 6)):
+        titles.clear()
+        args = make_args(over_optimisation_monitor=monitor, overwrite_output_dir=True, **settings)
+        trainer = PreferenceTrainer(
+            tiny_llama(1), args, train_dataset=make_rows(4), eval_dataset=make_rows(2),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        trainer.train()
+        assert len(titles) == expected
+        assert ("eval_topk_mass/chosen" in read_metrics(args.output_dir)[-1]) == (expected == 6)
+    assert titles[-2:] == ["mass of the most likely tokens", "entropy of the most likely tokens (nats)"]
