@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Per-pair numbers of the losses, and the field that names the column they are read from.
 COLUMN_FIELDS = {
+    "beta": "beta_column",
     "margin": "margin_column",
     "pair_weights": "pair_weight_column",
     "soft_labels": "soft_label_column",
@@ -25,6 +26,8 @@ def check_step_settings(args: PreferenceConfig) -> None:
     """Raise ValueError for settings that do not go with the losses or with each other."""
     if args.dynamic_beta_options is not None:
         _check_dynamic_beta(args.dynamic_beta_options, args.losses, args.beta)
+    if args.beta_column is not None:
+        _check_beta_column(args)
     if args.sync_ref_model:
         if args.reference not in ("auto", "copy") or not args.needs_reference:
             got = f"reference={args.reference!r}" if args.needs_reference else ", ".join(args.loss_type)
@@ -41,6 +44,16 @@ def check_step_settings(args: PreferenceConfig) -> None:
         for column in COLUMN_FIELDS.values():
             if getattr(args, column):
                 raise ValueError(f"{column}: got a value with gather_batch_losses, wanted None")
+
+
+def _check_beta_column(args: PreferenceConfig) -> None:
+    """Raise ValueError unless a beta per pair is the only one, and some loss has one."""
+    for name in ("beta", "dynamic_beta"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"beta_column: got {args.beta_column!r} with {name}, wanted one of the two")
+    if args.data_kind is not None or all(spec.default_beta is None for spec in args.losses):
+        names = ", ".join(args.loss_type)
+        raise ValueError(f"beta_column: got a value with {names}, wanted losses of pairs that have a beta")
 
 
 def _check_divergences(args: PreferenceConfig) -> None:
