@@ -59,7 +59,9 @@ def test_means_over_the_answers_tokens(
             assert metrics[f"eval_topk_{name}/{side}"] == pytest.approx(wanted, rel=1e-5)
 
 
-def evaluations(monitor: OverOptimisationMonitor, *numbers: tuple[float, float, float]) -> list[bool]:
+def evaluations(
+    monitor: OverOptimisationMonitor, *numbers: tuple[float, float, float], prefix: str = "eval_"
+) -> list[bool]:
     """Whether training is to stop after each evaluation of (mass, entropy, margin)."""
     control, state = (
         SimpleNamespace(should_training_stop=False),
@@ -67,7 +69,7 @@ def evaluations(monitor: OverOptimisationMonitor, *numbers: tuple[float, float, 
     )
     stops = []
     for mass, entropy, margin in numbers:
-        names = ("eval_topk_mass/chosen", "eval_topk_entropy/chosen", "eval_rewards/margins")
+        names = [prefix + name for name in ("topk_mass/chosen", "topk_entropy/chosen", "rewards/margins")]
         monitor.on_evaluate(None, state, control, dict(zip(names, (mass, entropy, margin), strict=True)))  # type: ignore[arg-type]
         stops.append(control.should_training_stop)
     return stops
@@ -89,6 +91,15 @@ def test_it_warns_of_both_falling_while_the_margin_grows(caplog: pytest.LogCaptu
 def test_wrong_numbers_are_refused(changes: dict[str, Any]):
     with pytest.raises(ValueError, match=f"{next(iter(changes))}: got"):
         OverOptimisationMonitor(**changes)
+
+
+def test_several_evaluation_sets_are_counted_apart() -> None:
+    """One after the other at every evaluation, each is compared with itself."""
+    monitor, stops = OverOptimisationMonitor(stop=True), []
+    for mass, entropy, margin in ((0.9, 2.0, 0.1), (0.8, 1.9, 0.2), (0.7, 1.8, 0.3)):
+        stops += evaluations(monitor, (0.5, 1.0, 0.0), prefix="eval_steady_")
+        stops += evaluations(monitor, (mass, entropy, margin), prefix="eval_falling_")
+    assert stops == [False] * 5 + [True]
 
 
 def test_a_resumed_run_remembers_the_evaluations_before() -> None:
