@@ -189,10 +189,17 @@ def _divergences(
     **arguments: Any,
 ) -> tuple[LinearLogprobOutput, Tensor | None, dict[str, Tensor]]:
     """Log-probabilities of policy and reference (of pairs), and divergences from one teacher or of two."""
-    for name, (_, its_head) in (("ref_lm_head", second or first), ("teacher_lm_head", first)):
-        rows, wanted = its_head.weight.shape[0], head.weight.shape[0]
+    # Under the caller's names: the op has others for the teachers.
+    names_of = ("teacher", "ref") if objective.inputs is TokenDivergences else ("ref",)
+    given = [first] if second is None else [first, second]
+    for name, (states, its_head) in zip(names_of, given, strict=False):
+        (rows, width), wanted = its_head.weight.shape, head.weight.shape[0]
         if arguments["vocab_size"] is None and rows != wanted:
-            raise fail(name, f"a vocabulary of {rows}", f"{wanted}, as lm_head has it, or vocab_size")
+            message = f"{wanted}, as lm_head has it, or vocab_size"
+            raise fail(f"{name}_lm_head", f"a vocabulary of {rows}", message)
+        if states.shape[-1] != width:
+            raise fail(f"{name}_hidden", f"shape {tuple(states.shape)}", f"(..., {width}), as its head")
+        check_like(f"{name}_hidden", states, hidden, FLOAT_DTYPES, tuple(states.shape))
     if second is not None:
         arguments |= {"second_hidden": second[0], "second_lm_head": second[1]}
         arguments["combination"] = teacher_combination(objective)

@@ -157,7 +157,8 @@ def test_every_option_of_every_loss_of_the_loop_is_a_flag():
         words = ["--model", "m", "--dataset", "d", "--use_cpu", "--loss_type", spec.name]
         for option in spec.options:
             words += [f"--{option.name}", str(option.default)]
-        config = parse_train(words).config
+        distils = spec.name == "aligndistil"
+        config = parse_train([*words, *(("--teacher_model", "t") if distils else ())]).config
         assert config.options == {option.name: option.default for option in spec.options}
 
 

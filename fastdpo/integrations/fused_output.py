@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from fastdpo.batch import next_token
 from fastdpo.functional import fused_dpo_loss
 from fastdpo.ops.checks import check_outputs, fail
 from fastdpo.ops.linear_logprob import flat_rows, linear_logprob
@@ -89,6 +90,7 @@ class Teachers:
 
     Args:
         first, second: of two models that make one, which ``combination`` says how; or of one.
+        combination: tensors in it have the shape of the labels given, and are aligned with them.
         vocab_size: of all models, where their heads are padded to different sizes.
         logps_requires_grad: whether ``logps`` are differentiable beside the divergence, which costs as much
             again as what is kept for it.
@@ -110,8 +112,19 @@ class Teachers:
         given: dict[str, Any] = {"ref_hidden": states(self.first), "ref_lm_head": self.first.lm_head}
         if self.second is not None:
             given |= {"second_hidden": states(self.second), "second_lm_head": self.second.lm_head}
-        settings = ("combination", "vocab_size", "logps_requires_grad")
-        return given | {name: getattr(self, name) for name in settings}
+        given["combination"] = self.combination if is_flat else self._from_where_predicted()
+        return given | {name: getattr(self, name) for name in ("vocab_size", "logps_requires_grad")}
+
+    def _from_where_predicted(self) -> TeacherCombination | None:
+        """``combination`` for labels that have been shifted: a token's coefficients where it is predicted."""
+        if self.combination is None:
+            return None
+        per_token: dict[str, Any] = {
+            name: next_token(value, 0, None)
+            for name, value in self.combination._asdict().items()
+            if isinstance(value, Tensor) and value.dim()
+        }
+        return self.combination._replace(**per_token)
 
 
 def require_states(output: Any) -> HeadStates:

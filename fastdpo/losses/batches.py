@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from fastdpo.losses.inputs import PairLogps, check_rows
+from fastdpo.losses.inputs import PairLogps, check_rows, check_values
 from fastdpo.losses.stable import token_mean
 
 if TYPE_CHECKING:
@@ -246,5 +246,6 @@ class StepLogps(_Rows):
     ref_logps: Tensor | None = None
 
     def check(self) -> None:
-        """Raise ValueError unless the tensors fit together."""
+        """Raise ValueError unless the tensors fit together; on the CPU also for an advantage that is NaN."""
         check_rows(self, "logps")
+        check_values(self, "advantages")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from fastdpo.losses.stable import token_mean
@@ -137,6 +138,8 @@ class PairLogps:
         ):
             if (getattr(self, first) is None) != (getattr(self, second) is None):
                 raise ValueError(f"{first} and {second}: got one of the two, wanted both or neither")
+        for name in ("chosen_win_rate", "rejected_win_rate"):
+            check_values(self, name, 0.0, 1.0)
 
     @property
     def is_scored(self) -> Tensor:
@@ -172,3 +175,20 @@ def check_rows(batch: object, main: str, *, per_row: tuple[str, ...] = ()) -> No
             raise ValueError(f"{name}.{field}: got {value.device}, wanted {first.device}")
         if value.is_floating_point() and value.dtype != first.dtype:
             raise ValueError(f"{name}.{field}: got {value.dtype}, wanted {first.dtype}")
+
+
+def check_values(batch: object, name: str, low: float | None = None, high: float | None = None) -> None:
+    """Raise ValueError unless a batch's numbers of that name are finite, and between the two bounds.
+
+    On the CPU only: to read them elsewhere would synchronise. None is fine.
+    """
+    values = getattr(batch, name)
+    if values is None or values.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    is_good = values.isfinite()
+    if low is not None and high is not None:
+        is_good &= (values >= low) & (values <= high)
+    if not bool(is_good.all()):
+        got = values[~is_good][0].item()
+        wanted = "finite ones" if low is None else f"each from {low:g} to {high:g}"
+        raise ValueError(f"{type(batch).__name__}.{name}: got {got!r} among them, wanted {wanted}")

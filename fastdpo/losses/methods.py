@@ -219,7 +219,7 @@ G3 | COALA | 2605.23244 | nothing
     a convex solver on frozen features, without a language-model head; `heads.bradley_terry` takes
     its scores and margin
 H1 | over-optimisation indicators | 2410.11677 | recipe
-    entropy and mass of the top k: statistics of `linear_logprob`
+    entropy and mass of the top k: `OverOptimisationMonitor` of the loop, statistics of `linear_logprob`
     -> Signs of over-optimisation
 I1 | PPO | 1707.06347 | nothing
     reinforcement learning on rollouts: the op gives its log-probabilities, the advantages are data

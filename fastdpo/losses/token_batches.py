@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastdpo.losses.aggregate import sequence_sums
+from fastdpo.losses.inputs import check_values
 
 
 class _Tokens:
@@ -97,8 +98,9 @@ class TokenLogps(_Tokens):
         return replace(self, ref_logps=None)
 
     def check(self) -> None:
-        """Raise ValueError unless the tensors fit together."""
+        """Raise ValueError unless the tensors fit together; on the CPU also for a rate outside [0, 1]."""
         self._check(("ref_logps",), ("win_rates",))
+        check_values(self, "win_rates", 0.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -175,10 +175,11 @@ def parse_train(argv: Sequence[str]) -> RunArguments:
 def parse_score(argv: Sequence[str]) -> tuple[RunArguments, Path | None]:
     """The arguments of ``fastdpo score``, and where to write the scored rows."""
     *run, extra = Parser((*_RUN_TYPES, ScoreArguments), prog="fastdpo score").parse(argv)
-    arguments = _checked(*run)
-    if arguments.config.needs_divergences:
-        names = ", ".join(arguments.config.loss_type)
+    config = run[-1]
+    if config.needs_divergences:
+        names = ", ".join(config.loss_type)
         raise ArgumentError(f"--loss_type: got {names}, which has no use for reference log-probabilities")
+    arguments = _checked(*run)
     return arguments, None if extra.output is None else Path(extra.output)
 
 

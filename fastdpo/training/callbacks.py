@@ -21,12 +21,21 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
-# Panels of curves.png: title, and the metrics drawn in it (with and without the eval_ prefix).
+# Panels of curves.png: title, and the metrics drawn in it (with and without the eval_ prefix); then those
+# that are there where a run has something to draw in them.
 PANELS = (
     ("loss", ("loss",)),
     ("reward accuracy", ("rewards/accuracies",)),
     ("rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
-    ("log-probability (nats)", ("logps/chosen", "logps/rejected")),
+    ("log-probability (nats)", ("logps/chosen", "logps/rejected", "logps")),
+)
+FURTHER_PANELS = tuple(
+    (title, tuple(f"{metric}/{answers}" for answers in ("chosen", "rejected", "answers", "teacher")))
+    for title, metric in (
+        ("mass of the most likely tokens", "topk_mass"),
+        ("entropy of the most likely tokens (nats)", "topk_entropy"),
+        ("divergence of an answer (nats)", "kl"),
+    )
 )
 logger = logging.getLogger(__name__)
 
@@ -98,9 +107,14 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     except ImportError:
         logger.warning("%s is not drawn: matplotlib is not installed (pip install matplotlib)", path.name)
         return False
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    panels = [*PANELS, *(panel for panel in FURTHER_PANELS if _is_in(history, panel[1]))]
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(10, 3.5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    grid = list(figure.subplots(rows, 2).flat)
+    for unused in grid[len(panels) :]:
+        unused.set_axis_off()
+    for axes, (title, names) in zip(grid, panels, strict=False):
         axes.set_title(title)
         axes.set_xlabel("step")
         for name in names:
@@ -112,6 +126,12 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
             axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     return True
+
+
+def _is_in(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bool:
+    """Whether any entry has one of the metrics, of training or of an evaluation."""
+    keys = {key for name in names for key in (name, f"eval_{name}")}
+    return any(keys & entry.keys() for entry in history)
 
 
 class TrainerHooks(TrainerCallback):

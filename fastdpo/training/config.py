@@ -101,6 +101,10 @@ class PreferenceConfig(TrainingArguments):
             "or JSON of alpha, rho, momentum, min_beta, warm_start; {} for their defaults."
         ),
     )
+    over_optimisation_monitor: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=_help("Settings of OverOptimisationMonitor, a dict or JSON; {} adds it with its defaults."),
+    )
     gather_batch_losses: bool = field(
         default=False,
         metadata=_help(
@@ -125,6 +129,7 @@ class PreferenceConfig(TrainingArguments):
             "Rows nothing can be learnt from (empty, identical, too long): skip and count, or error."
         ),
     )
+    beta_column: str | None = field(default=None, metadata=_help("Column with a beta per pair."))
     margin_column: str | None = field(default=None, metadata=_help("Column with a margin per pair."))
     pair_weight_column: str | None = field(default=None, metadata=_help("Column with a weight per pair."))
     soft_label_column: str | None = field(
@@ -345,7 +350,6 @@ class PreferenceConfig(TrainingArguments):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {needed}: {reason}")
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError("train_sampling_strategy: 'batch_rebalance' is not supported by this version")
-
         self._check_batches()
 
     def _check_batches(self) -> None:

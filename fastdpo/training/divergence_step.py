@@ -32,7 +32,7 @@ def divergence_loss(
     """
     found = divergence_logps(model, batch, reference.teachers(policy, batch), ("forward_kl",))
     assert found.logps is not None
-    per_pair = {name: batch[name] for name in COLUMN_FIELDS if name in batch}
+    per_pair = {"beta": args.beta, **{name: batch[name] for name in COLUMN_FIELDS if name in batch}}
     result = preference_loss_from_logps(
         LinearLogprobOutput(found.logps),
         completion_mask(batch),
@@ -40,7 +40,6 @@ def divergence_loss(
         loss_weights=args.loss_weights,
         ref_logps=found.ref_logps,
         forward_kl=found.forward_kl,
-        beta=args.beta,
         row_weights=per_pair.pop("pair_weights", None),
         num_rows=num_pairs,
         layout=packed_layout(batch),

@@ -114,6 +114,8 @@ def read_number(row: Mapping[str, Any], name: str, column: str, where: str) -> f
     low, high = RANGES.get(name, (-math.inf, math.inf))
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where}: column {column!r}: got {value!r}, wanted a number")
+    if name == "beta" and value <= 0:
+        raise ValueError(f"{where}: column {column!r}: got {value!r}, wanted a number above 0")
     if value < low or value > high:
         raise ValueError(
             f"{where}: column {column!r}: got {value!r}, wanted a number from {low:g} to {high:g}"

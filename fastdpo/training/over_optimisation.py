@@ -58,8 +58,9 @@ class OverOptimisationMonitor(TrainerCallback):
                 raise ValueError(f"{name}: got {value!r}, wanted a whole number from 1")
         self.topk, self.num_rows, self.renormalize = topk, num_rows, renormalize
         self.patience, self.stop = patience, stop
-        self._last: dict[str, float] = {}
-        self._signs = 0
+        # Of each evaluation set, by the prefix of its metrics.
+        self._last: dict[str, Mapping[str, float]] = {}
+        self._signs: dict[str, int] = {}
 
     @torch.no_grad()
     def measure(
@@ -108,28 +109,40 @@ class OverOptimisationMonitor(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        now = dict(metrics or {})
-        group = "chosen" if "eval_topk_mass/chosen" in now else "answers"
-        falling = [f"eval_{name}/{group}" for name in STATISTICS]
-        growing = "eval_rewards/margins"
-        if not all(name in now for name in (*falling, growing)):
-            return
-        if self._last:
-            is_sign = (
-                all(now[name] < self._last[name] for name in falling) and now[growing] > self._last[growing]
-            )
-            self._signs = self._signs + 1 if is_sign else 0
-        self._last = now
-        if self._signs < self.patience:
+        signs = self._count(metrics or {})
+        if signs < self.patience:
             return
         if state.is_world_process_zero:
             logger.warning(
                 "step %d: mass and entropy of the %d most likely tokens have fallen in %d evaluations "
                 "running while the margin grew: a sign of over-optimisation (arXiv:2410.11677)",
-                state.global_step, self.topk, self._signs,
+                state.global_step, self.topk, signs,
             )  # fmt: skip
         if self.stop:
             control.should_training_stop = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A resumed run goes on from the evaluations that its checkpoint's log has."""
+        if state.log_history:
+            self._last, self._signs = {}, {}
+        for entry in state.log_history:
+            self._count(entry)
+
+    def _count(self, now: Mapping[str, float]) -> int:
+        """Take an evaluation's metrics: how many of its set have had the sign, running, with this one."""
+        for name in now:
+            prefix, found, group = name.partition("topk_mass/")
+            falling, growing = [f"{prefix}{what}/{group}" for what in STATISTICS], f"{prefix}rewards/margins"
+            if not found or group == "rejected" or not all(key in now for key in (*falling, growing)):
+                continue
+            last = self._last.get(prefix, now)
+            is_sign = all(now[key] < last[key] for key in falling) and now[growing] > last[growing]
+            self._last[prefix] = now
+            self._signs[prefix] = self._signs.get(prefix, 0) + 1 if is_sign else 0
+            return self._signs[prefix]
+        return 0
 
 
 def _groups(batch: Batch) -> dict[str, Tensor]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.losses import LossSpec, PairLogps
 from fastdpo.losses.controllers import BetaController
 from fastdpo.ops.backends import DIVERGENCE_BACKENDS
+from fastdpo.training.over_optimisation import OverOptimisationMonitor
 
 if TYPE_CHECKING:
     from fastdpo.training.config import PreferenceConfig
 
+logger = logging.getLogger(__name__)
+# Their NLL term is of an answer that data of pairs do not have.
+GOLD_LOSSES = ("tpo", "tpo_l")
 # Per-pair numbers of the losses, and the field that names the column they are read from.
 COLUMN_FIELDS = {
+    "beta": "beta_column",
     "margin": "margin_column",
     "pair_weights": "pair_weight_column",
     "soft_labels": "soft_label_column",
@@ -24,6 +31,8 @@ def check_step_settings(args: PreferenceConfig) -> None:
     """Raise ValueError for settings that do not go with the losses or with each other."""
     if args.dynamic_beta_options is not None:
         _check_dynamic_beta(args.dynamic_beta_options, args.losses, args.beta)
+    if args.beta_column is not None:
+        _check_beta_column(args)
     if args.sync_ref_model:
         if args.reference not in ("auto", "copy") or not args.needs_reference:
             got = f"reference={args.reference!r}" if args.needs_reference else ", ".join(args.loss_type)
@@ -33,12 +42,28 @@ def check_step_settings(args: PreferenceConfig) -> None:
             raise ValueError(f"ref_model_mixup_alpha: got {got}, wanted a number in (0, 1]")
     if args.needs_divergences:
         _check_divergences(args)
+    monitor_of(args.over_optimisation_monitor)
+    if without_gold := [spec.name for spec in args.losses if spec.name in GOLD_LOSSES]:
+        logger.warning(
+            "%s: pairs have no third, gold answer, so the NLL term is of the chosen ones, as in CPO",
+            ", ".join(without_gold),
+        )
     if args.gather_batch_losses:
         if all(spec.scope != "batch" for spec in args.losses):
             raise ValueError("gather_batch_losses: got True, wanted a loss that compares a whole batch (aot)")
         for column in COLUMN_FIELDS.values():
             if getattr(args, column):
                 raise ValueError(f"{column}: got a value with gather_batch_losses, wanted None")
+
+
+def _check_beta_column(args: PreferenceConfig) -> None:
+    """Raise ValueError unless a beta per pair is the only one, and some loss has one."""
+    for name in ("beta", "dynamic_beta"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"beta_column: got {args.beta_column!r} with {name}, wanted one of the two")
+    if args.data_kind is not None or all(spec.default_beta is None for spec in args.losses):
+        names = ", ".join(args.loss_type)
+        raise ValueError(f"beta_column: got a value with {names}, wanted losses of pairs that have a beta")
 
 
 def _check_divergences(args: PreferenceConfig) -> None:
@@ -78,6 +103,19 @@ def _check_dynamic_beta(options: dict[str, Any], losses: list[LossSpec], beta: f
         if name not in known:
             raise ValueError(f"dynamic_beta: got the option {name!r}, wanted some of {', '.join(known)}")
     BetaController(0.1 if beta is None else beta, **options)
+
+
+def monitor_of(settings: dict[str, Any] | str | None) -> list[OverOptimisationMonitor]:
+    """The monitor that the settings ask for, or none. Raises ValueError for a setting it does not have."""
+    if settings is None:
+        return []
+    options = parse_options(settings, "over_optimisation_monitor")
+    known = tuple(inspect.signature(OverOptimisationMonitor).parameters)
+    for name in options:
+        if name not in known:
+            wanted = f"some of {', '.join(known)}"
+            raise ValueError(f"over_optimisation_monitor: got the option {name!r}, wanted {wanted}")
+    return [OverOptimisationMonitor(**options)]
 
 
 def parse_options(value: dict[str, Any] | str | None, name: str = "loss_options") -> dict[str, Any]:

@@ -16,16 +16,18 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import seed_worker
 
-from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.data import row_list
 from fastdpo.training.dataset import RowDataset
+
+if TYPE_CHECKING:
+    from fastdpo.training.config import PreferenceConfig
 
 STRATEGIES = ("random", "sequential", "group_by_length")
 # Draws of a random packing before the tight one, which always fits, is taken.

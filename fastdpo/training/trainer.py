@@ -69,6 +69,7 @@ from fastdpo.training.step import (
     record,
     stacked_rewards,
 )
+from fastdpo.training.step_settings import monitor_of
 from fastdpo.training.teachers import common_vocabulary, prepare_teacher
 from fastdpo.training.token_budget import budget_dataloader
 
@@ -163,7 +164,13 @@ class PreferenceTrainer(EvaluatingTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
-            callbacks=[MetricsFileCallback(), CurvesCallback(), TrainerHooks(self), *(callbacks or [])],
+            callbacks=[
+                MetricsFileCallback(),
+                CurvesCallback(),
+                TrainerHooks(self),
+                *monitor_of(args.over_optimisation_monitor),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
         )
         check_machine(args, is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)

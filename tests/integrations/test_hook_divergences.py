@@ -119,6 +119,26 @@ def test_a_teacher_made_of_two() -> None:
     assert out.reverse_kl.requires_grad and not out.logps.requires_grad and not out.l1_distance.requires_grad
 
 
+def test_coefficients_per_token_are_aligned_with_the_labels() -> None:
+    """Written out from the distances that a first call returned, they make the same teacher."""
+    model, *others = (patch_model(make_model(seed=seed)) for seed in range(3))
+    first, second = (states_of(other) for other in others)
+    names = ("reverse_kl", "l1_distance")
+    by_slope = TeacherCombination(1.0, 0.0, 2.0, -2.0)
+    wanted = fused(model, reference=Teachers(first, second, by_slope), logps_outputs=names)
+    weight = 2.0 * wanted.l1_distance
+    written_out = TeacherCombination(1.0 + weight, -weight)
+    out = fused(model, reference=Teachers(first, second, written_out), logps_outputs=names)
+    torch.testing.assert_close(out.reverse_kl, wanted.reverse_kl, rtol=1e-5, atol=1e-5)
+    mask, layout = BATCH.labels[:, 1:] != -100, layout_of_labels()
+    flat_weights = TeacherCombination(*(value[:, 1:][mask] for value in written_out[:2]))
+    flat = model(
+        **BATCH.inputs, token_layout=layout, return_logps=True, logps_outputs=names,
+        reference=Teachers(first, second, flat_weights),
+    )  # fmt: skip
+    torch.testing.assert_close(flat.reverse_kl, out.reverse_kl[:, 1:][mask], rtol=1e-5, atol=1e-5)
+
+
 def states(shape: tuple[int, int, int], vocab: int) -> HeadStates:
     return HeadStates(torch.zeros(shape), LMHead(torch.zeros(vocab, shape[-1])))
 

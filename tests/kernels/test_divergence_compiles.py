@@ -96,7 +96,7 @@ def test_a_barrier_where_d_lies_over_logits(reports: Reports) -> None:
 
 
 def test_sums_have_one_order(reports: Reports) -> None:
-    """Layouts decide which thread adds what: none hangs on what is asked for, so that modes agree in every bit.
+    """Layouts decide which thread adds what: none hangs on what is asked for, so that modes agree.
 
     A vocabulary that ends within a group of 16 bytes may have another.
     """

@@ -233,7 +233,14 @@ BAD_BATCHES: list[tuple[str, Any, str]] = [
     ("nash_md", sample(mask=torch.ones(2, 4).bool()), r"mask: got shape \(2, 4\), wanted \(2, 3\)"),
     ("nash_md", sample(win_rates=torch.ones(3)), r"TokenLogps.win_rates: got shape \(3,\), wanted \(2,\)"),
     ("nash_md", sample(logps=torch.zeros(6)), r"of shape \(6,\), wanted floating-point \(B, T\)"),
+    ("nash_md", sample(win_rates=torch.tensor([0.5, 1.5])), "win_rates: got 1.5 among them, wanted each"),
+    ("nash_md", sample(win_rates=torch.tensor([torch.nan, 1])), "win_rates: got nan among them"),
     ("direct_advantage", StepLogps(*(torch.ones(n) for n in (2, 3, 2, 2))), "StepLogps.advantages"),
+    (
+        "direct_advantage",
+        StepLogps(torch.ones(1), torch.tensor([torch.nan]), torch.ones(1), torch.ones(1)),
+        "StepLogps.advantages: got nan among them, wanted finite ones",
+    ),
     (
         "aligndistil",
         TokenDivergences(torch.zeros(2, 3), torch.ones(2, 3).bool(), l1_distance=torch.zeros(2)),
@@ -260,6 +267,9 @@ def test_pairs_are_checked_alike() -> None:
         build_objective("cpo").check(replace(pair, ref_chosen=None))
     with pytest.raises(ValueError, match=r"beta: got shape \(4,\), wanted a number or \(5,\)"):
         build_objective("sigmoid", beta=torch.ones(4)).check(pair)
+    rates = torch.tensor([0.5, 1.0, 0.0, 0.1, 2.0], dtype=pair.chosen.dtype)
+    with pytest.raises(ValueError, match="PairLogps.rejected_win_rate: got 2.0 among them, wanted"):
+        build_objective("sppo").check(replace(pair, chosen_win_rate=rates / 2, rejected_win_rate=rates))
 
 
 def test_kinds_do_not_mix() -> None:

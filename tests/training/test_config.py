@@ -38,6 +38,16 @@ MakeArgs = Callable[..., PreferenceConfig]
         ({"loss_type": ["kto", "sigmoid"]}, "got kto of unpaired, sigmoid of paired data"),
         ({"loss_type": ["sdpo", "in_context_ranking"]}, "sdpo of listwise, in_context_ranking of ranking"),
         ({"loss_type": "kto", "accelerator_config": {"split_batches": True}}, "split_batches"),
+        ({"over_optimisation_monitor": "[]"}, "over_optimisation_monitor: got"),
+        (
+            {"over_optimisation_monitor": {"k": 3}},
+            "over_optimisation_monitor: got the option 'k', wanted some",
+        ),
+        ({"over_optimisation_monitor": {"topk": 0}}, "topk: got 0"),
+        ({"beta_column": "b", "beta": 0.1}, "beta_column: got 'b' with beta, wanted one of the two"),
+        ({"beta_column": "b", "dynamic_beta": {}}, "beta_column: got 'b' with dynamic_beta"),
+        ({"beta_column": "b", "loss_type": "sft"}, "beta_column: got a value with sft"),
+        ({"beta_column": "b", "loss_type": "kto"}, "beta_column: got a value with kto"),
         ({"dynamic_beta": "[]"}, "dynamic_beta: got"),
         ({"dynamic_beta": {"gamma": 1}}, "dynamic_beta: got the option 'gamma'"),
         ({"dynamic_beta": {"rho": 1.5}}, "rho: got 1.5"),
@@ -109,3 +119,12 @@ def test_defaults_on_a_cpu(make_args: MakeArgs):
 
 def test_gradient_checkpointing_may_be_asked_for(make_args: MakeArgs, recwarn: pytest.WarningsRecorder):
     assert make_args(gradient_checkpointing=True).gradient_checkpointing
+
+
+def test_a_gold_answer_that_pairs_lack_is_no_secret(
+    make_args: MakeArgs, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_args(loss_type="cpo")
+    assert not caplog.messages
+    make_args(loss_type="tpo-l")
+    assert "tpo_l: pairs have no third, gold answer, so the NLL term is of the chosen" in caplog.text

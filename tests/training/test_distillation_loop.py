@@ -289,5 +289,6 @@ def test_from_the_command_line(
     for command in ("train", "score"):
         assert main([command, *words, *teachers]) == 2
         assert f"--teacher_model: got {dpo}, but sigmoid distils no model" in capsys.readouterr().err
-    assert main(["score", *words, *losses, *teachers]) == 2
-    assert "--loss_type: got aligndistil, which has no use for" in capsys.readouterr().err
+    for given in (teachers, []):
+        assert main(["score", *words, *losses, *given]) == 2
+        assert "--loss_type: got aligndistil, which has no use for" in capsys.readouterr().err

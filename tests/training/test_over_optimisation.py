@@ -59,7 +59,9 @@ def test_means_over_the_answers_tokens(
             assert metrics[f"eval_topk_{name}/{side}"] == pytest.approx(wanted, rel=1e-5)
 
 
-def evaluations(monitor: OverOptimisationMonitor, *numbers: tuple[float, float, float]) -> list[bool]:
+def evaluations(
+    monitor: OverOptimisationMonitor, *numbers: tuple[float, float, float], prefix: str = "eval_"
+) -> list[bool]:
     """Whether training is to stop after each evaluation of (mass, entropy, margin)."""
     control, state = (
         SimpleNamespace(should_training_stop=False),
@@ -67,7 +69,7 @@ def evaluations(monitor: OverOptimisationMonitor, *numbers: tuple[float, float, 
     )
     stops = []
     for mass, entropy, margin in numbers:
-        names = ("eval_topk_mass/chosen", "eval_topk_entropy/chosen", "eval_rewards/margins")
+        names = [prefix + name for name in ("topk_mass/chosen", "topk_entropy/chosen", "rewards/margins")]
         monitor.on_evaluate(None, state, control, dict(zip(names, (mass, entropy, margin), strict=True)))  # type: ignore[arg-type]
         stops.append(control.should_training_stop)
     return stops
@@ -89,3 +91,48 @@ def test_it_warns_of_both_falling_while_the_margin_grows(caplog: pytest.LogCaptu
 def test_wrong_numbers_are_refused(changes: dict[str, Any]):
     with pytest.raises(ValueError, match=f"{next(iter(changes))}: got"):
         OverOptimisationMonitor(**changes)
+
+
+def test_several_evaluation_sets_are_counted_apart() -> None:
+    """One after the other at every evaluation, each is compared with itself."""
+    monitor, stops = OverOptimisationMonitor(stop=True), []
+    for mass, entropy, margin in ((0.9, 2.0, 0.1), (0.8, 1.9, 0.2), (0.7, 1.8, 0.3)):
+        stops += evaluations(monitor, (0.5, 1.0, 0.0), prefix="eval_steady_")
+        stops += evaluations(monitor, (mass, entropy, margin), prefix="eval_falling_")
+    assert stops == [False] * 5 + [True]
+
+
+def test_a_resumed_run_remembers_the_evaluations_before() -> None:
+    """Two signs, one on either side of the checkpoint, are two evaluations running."""
+    names = ("eval_topk_mass/chosen", "eval_topk_entropy/chosen", "eval_rewards/margins")
+    seen = [(0.9, 2.0, 0.1), (0.8, 1.9, 0.2)]
+    history = [{"loss": 1.0}, *(dict(zip(names, numbers, strict=True)) for numbers in seen)]
+    monitor = OverOptimisationMonitor(stop=True)
+    monitor.on_train_begin(None, SimpleNamespace(log_history=history), None)  # type: ignore[arg-type]
+    assert evaluations(monitor, (0.7, 1.8, 0.3)) == [True]
+
+
+def test_the_setting_adds_it_and_the_curves_have_its_panels(
+    make_args: MakeArgs, tokenizer: Any, curves: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Axes = pytest.importorskip("matplotlib.axes").Axes
+    titles: list[str] = []
+    drawn = Axes.set_title
+
+    def set_title(axes: Any, label: str) -> Any:
+        titles.append(label)
+        return drawn(axes, label)
+
+    monkeypatch.setattr(Axes, "set_title", set_title)
+    settings = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    for monitor, expected in ((None, 4), ('{"topk": 5, "num_rows": 2}', 6)):
+        titles.clear()
+        args = make_args(over_optimisation_monitor=monitor, overwrite_output_dir=True, **settings)
+        trainer = PreferenceTrainer(
+            tiny_llama(1), args, train_dataset=make_rows(4), eval_dataset=make_rows(2),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        trainer.train()
+        assert len(titles) == expected
+        assert ("eval_topk_mass/chosen" in read_metrics(args.output_dir)[-1]) == (expected == 6)
+    assert titles[-2:] == ["mass of the most likely tokens", "entropy of the most likely tokens (nats)"]

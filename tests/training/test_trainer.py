@@ -260,6 +260,32 @@ def test_numbers_of_the_pairs_reach_the_loss(make_args: MakeArgs, tokenizer: Any
     assert metrics["eval_loss"] == pytest.approx((torch.arange(4) * loss).mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "tdpo1"])
+def test_a_beta_per_pair(make_args: MakeArgs, tokenizer: Any, loss_type: str, layout: str):
+    """Rewards and the loss of each pair have its own beta, and so has a step's gradient."""
+    rows = [{**row, "b": 0.1 * (i + 1)} for i, row in enumerate(make_rows(4))]
+    rewards = {}
+    for name, own in (("column", {"beta_column": "b"}), ("number", {"beta": 1.0})):
+        args = make_args(loss_type=loss_type, batch_layout=layout, max_steps=1, **own)
+        options = {"train_dataset": rows, "processing_class": tokenizer, "ref_model": tiny_llama(2)}
+        trainer = PreferenceTrainer(tiny_llama(1), args, **options)
+        rewards[name] = torch.from_numpy(trainer.predict(rows).predictions)
+        if name == "column":
+            trainer.train()
+            logged = read_metrics(args.output_dir)[0]
+    torch.testing.assert_close(rewards["column"], 0.1 * torch.arange(1, 5)[:, None] * rewards["number"])
+    if loss_type == "sigmoid":
+        loss = -F.logsigmoid(rewards["column"][:, 0] - rewards["column"][:, 1]).mean()
+        assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert logged["rewards/chosen"] == pytest.approx(rewards["column"][:, 0].mean().item(), rel=1e-4)
+    bad = [{**rows[0], "b": 0.0}]
+    with pytest.raises(ValueError, match="row 1: column 'b': got 0.0, wanted a number above 0"):
+        PreferenceTrainer(
+            tiny_llama(1), make_args(beta_column="b"), train_dataset=bad, processing_class=tokenizer
+        )
+
+
 def test_pairs_grouped_by_length(make_args: MakeArgs, tokenizer: Any):
     args = make_args(train_sampling_strategy="group_by_length", per_device_train_batch_size=2, max_steps=1)
     trainer = PreferenceTrainer(tiny_llama(), args, train_dataset=make_rows(24), processing_class=tokenizer)
