@@ -354,6 +354,7 @@ def plan_launch(
         "NUM_TILES": triton.cdiv(vocab_size, tile),
         "TILE": tile,
         "num_warps": tile // 256,
+        "maxnreg": 128,  # two blocks on a multiprocessor at the least
         "enable_fp_fusion": False,
     }
     return Launch((num_rows,), args, options)

@@ -22,6 +22,7 @@ from tests.ops.divergence_cases import (
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
+BACKENDS = ["triton", "reference"]
 
 
 def on_cuda(head: str, dtype: torch.dtype, num_teachers: int = 1) -> DivergenceCase:
@@ -35,25 +36,32 @@ def on_cuda(head: str, dtype: torch.dtype, num_teachers: int = 1) -> DivergenceC
     [("forward_kl",), ("reverse_kl",), ("jsd",), DIVERGENCES, ("forward_kl", "logps", "ref_logps")],
     ids=str,
 )
-def test_divergences(outputs: tuple[str, ...], dtype: torch.dtype, head: str) -> None:
-    assert_divergence_right(on_cuda(head, dtype), outputs, Execution(workspace_mib=1, cache_mib=1))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_divergences(backend: str, outputs: tuple[str, ...], dtype: torch.dtype, head: str) -> None:
+    execution = Execution(workspace_mib=1, cache_mib=1, backend=backend)
+    assert_divergence_right(on_cuda(head, dtype), outputs, execution)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_two_teachers(dtype: torch.dtype) -> None:
+def test_two_teachers(dtype: torch.dtype, backend: str) -> None:
     case = on_cuda("a cap on the policy", dtype, num_teachers=2)
-    execution = Execution(workspace_mib=1)
+    execution = Execution(workspace_mib=1, backend=backend)
     assert_divergence_right(case, ("reverse_kl", "l1_distance"), execution, value_factor=5.0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("outputs", [("forward_kl",), ("forward_kl", "logps", "ref_logps")], ids=str)
 @pytest.mark.parametrize("needs_weight", [False, True])
-def test_the_same_model_is_0_and_nothing_waits(needs_weight: bool, outputs: tuple[str, ...]) -> None:
+def test_the_same_model_is_0_and_nothing_waits(
+    needs_weight: bool, outputs: tuple[str, ...], backend: str
+) -> None:
     """Values and gradients of equal streams, with the labelled positions given."""
     case = make_case(dtype=torch.bfloat16, softcap=20.0, has_bias=False, device="cuda")
     h, w = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_(needs_weight)
     index = (case.labels != -100).flatten().nonzero()[:, 0]
-    settings: dict[str, Any] = {"token_index": index, "execution": Execution(workspace_mib=1)}
+    run = Execution(workspace_mib=1, backend=backend)
+    settings: dict[str, Any] = {"token_index": index, "execution": run}
 
     def step() -> None:
         out = token_divergence(h, w, case.hidden, case.labels, outputs=outputs, **settings)
