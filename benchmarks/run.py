@@ -33,7 +33,8 @@ from benchmarks.harness import DeviceLost, environment, free_bytes, recover, why
 from benchmarks.method import WHOLE, is_ours
 from benchmarks.problem import MODELS, TASKS, problem_of
 from benchmarks.results import RESULTS, ROOT, ResultFile, is_gpu, read_result, runs_of
-from benchmarks.suites import PRESETS, SUITES, Case, Options, check_options, contenders_of, make_cases
+from benchmarks.sizes import PRESETS, preset_of
+from benchmarks.suites import SUITES, Case, Options, check_options, contenders_of, make_cases
 from fastdpo.ops.backends import backend_report
 
 try:
@@ -317,7 +318,7 @@ def _main(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def _filled(plan: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A request with the defaults of the device for what it leaves open."""
-    preset = plan.get("preset") or ("gpu" if device.type == "cuda" else "small")
+    preset = plan.get("preset") or preset_of(device)
     defaults = {
         "preset": preset, "repeats": 3 if preset == "tiny" else 20, "seconds": 12.0, "without": [],
         "suites": [], "device": device.type,
