@@ -192,7 +192,8 @@ def _line(result: dict[str, Any], said: set[tuple[str, str]]) -> str:
             ("ratio_to_gemm", "x GEMM", ".3f"), ("gb_per_s", "GB/s", ".0f"), ("peak_mib", "MiB", ".0f"),
             ("useful_tokens_per_s", "tokens/s", ".0f"), ("backbone_positions_per_pair", "positions", ".0f"),
             ("logps_error_nats", "nats", ".1e"), ("dhidden_relative_error", "dhidden", ".1e"),
-            ("dweight_relative_error", "dweight", ".1e"),
+            ("dweight_relative_error", "dweight", ".1e"), ("loss_error_nats", "nats", ".1e"),
+            ("gradient_norm_relative_error", "gradient norm", ".1e"),
         ):  # fmt: skip
             if cell.get(key) is not None:
                 parts.append(f"{cell[key]:{form}} {unit}")

@@ -264,8 +264,9 @@ def step_cases(options: Options) -> list[Case]:
         weights = (
             size.layers * size.hidden * (4 * size.hidden + 3 * size.intermediate) + size.vocab * size.hidden
         )
-        # Policy, gradient, two moments and the reference in fp32; an adapted one holds 16 bits of one model.
-        held = weights * (2 if size.is_adapted and precision == "bf16" else 20)
+        # Policy, gradient, two moments and the reference, one model where it is adapted; of the truth in
+        # fp64, which in bf16 may be fp32 (`benchmarks.step_truth`).
+        held = weights * (1 if size.is_adapted else 5) * (4 if precision == "bf16" else 8)
         # Forward and backward of the policy, forward of the reference: 8 FLOP a weight and token.
         cost = 30 + options.seconds_of(8 * weights * size.pairs * 1500 * (10 if brief else 70))
         cases.append(Case(step.step_key(model, precision, data), "step", run, cost, held, model))
