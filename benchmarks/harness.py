@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+import fastdpo
 from benchmarks.results import ROOT
 
 PACKAGES = (
@@ -79,7 +80,9 @@ def _command(*words: str) -> str | None:
 
 
 def package_version(package: str) -> str | None:
-    """The installed version of a distribution, None where there is none."""
+    """The version of a distribution that runs, None where there is none; of fastdpo that of the source."""
+    if package == "fastdpo":
+        return fastdpo.__version__
     try:
         return version(package)
     except PackageNotFoundError:

@@ -64,7 +64,7 @@ class Run:
             batches = self.batches[:steps]
             return true_steps(self.size, batches, self.tokenizer, self.device, self.precision, self.attention)
         finally:
-            self._free()
+            self.free()
 
     def build(self, name: str) -> Contender:
         return Contender(
@@ -80,9 +80,9 @@ class Run:
         finally:
             # Also of one that failed: what it holds would be missing for the next.
             del contender
-            self._free()
+            self.free()
 
-    def _free(self) -> None:
+    def free(self) -> None:
         gc.collect()  # trainers and models refer to each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -270,11 +270,12 @@ def bench_step(
     """One size by every contender; ``data`` None: pairs made up."""
     # On a GPU TRL drops unlabelled tokens by itself: the two are one.
     names = contenders or [n for n in CONTENDERS if n != "trl-compacted" or device.type == "cpu"]
-    size = SIZES[size_name]
-    size = replace(size, pairs=pairs or size.pairs)
-    count = size.pairs * max(steps + 1, check_steps)
-    pairs_data, tokenizer = make_data(data or made_up_rows(count), size.vocab, max_length)
-    run = Run(size, pairs_data, tokenizer, device, precision, max(steps + 1, check_steps), attention)
+    count = max(steps + 1, check_steps)
+    run = make_run(
+        size_name, device, precision, steps=count, data=data, pairs=pairs, attention=attention,
+        max_length=max_length,
+    )  # fmt: skip
+    size = run.size
     compared = compare(run, names, check_steps=check_steps, steps=steps, rounds=rounds)
     return {
         "suite": "step", "key": step_key(size_name, precision, data, size.pairs, max_length, attention),
@@ -283,6 +284,24 @@ def bench_step(
         "data": data.name if data else MADE_UP, "equal": "token ids, weights, optimiser, order of batches",
         **compared,
     }  # fmt: skip
+
+
+def make_run(
+    size_name: str,
+    device: torch.device,
+    precision: str,
+    *,
+    steps: int,
+    data: Path | None = None,
+    pairs: int | None = None,
+    attention: str = "sdpa",
+    max_length: int = 1024,
+) -> Run:
+    """The batches of ``steps`` steps at one size; ``data`` None: pairs made up."""
+    size = SIZES[size_name]
+    size = replace(size, pairs=pairs or size.pairs)
+    dataset, tokenizer = make_data(data or made_up_rows(size.pairs * steps), size.vocab, max_length)
+    return Run(size, dataset, tokenizer, device, precision, steps, attention)
 
 
 def step_key(

@@ -244,12 +244,11 @@ def row_cases(options: Options) -> list[Case]:
 def step_cases(options: Options) -> list[Case]:
     """Whole steps; ``repeats`` is of a GPU's kernels, not of steps, which have their own."""
     step = _step()
-    names = [name for name in step.CONTENDERS if name in (options.contenders or step.CONTENDERS)]
+    asked = options.contenders or step_names(options.device)
+    names = [name for name in step.CONTENDERS if name in asked]
     names = [name for name in names if name not in options.without]
     if not names:
         return []
-    if options.device.type == "cuda" and options.contenders is None and "trl-compacted" in names:
-        names.remove("trl-compacted")  # there TRL drops unlabelled tokens by itself
     brief = {"check_steps": 2, "steps": 1, "rounds": 1} if options.preset == "tiny" else {}
     cases = []
     data = None if options.data is None else Path(options.data)
@@ -260,17 +259,32 @@ def step_cases(options: Options) -> list[Case]:
         def run(model: str = model, precision: str = precision) -> dict[str, Any]:
             return step.bench_step(model, options.device, precision, data=data, contenders=names, **brief)
 
-        size = step.SIZES[model]
-        weights = (
-            size.layers * size.hidden * (4 * size.hidden + 3 * size.intermediate) + size.vocab * size.hidden
-        )
-        # Policy, gradient, two moments and the reference, one model where it is adapted; of the truth in
-        # fp64, which in bf16 may be fp32 (`benchmarks.step_truth`).
-        held = weights * (1 if size.is_adapted else 5) * (4 if precision == "bf16" else 8)
+        size, held = step.SIZES[model], step_bytes(model, precision)
         # Forward and backward of the policy, forward of the reference: 8 FLOP a weight and token.
-        cost = 30 + options.seconds_of(8 * weights * size.pairs * 1500 * (10 if brief else 70))
+        cost = 30 + options.seconds_of(8 * _weights(size) * size.pairs * 1500 * (10 if brief else 70))
         cases.append(Case(step.step_key(model, precision, data), "step", run, cost, held, model))
     return cases
+
+
+def step_names(device: torch.device) -> list[str]:
+    """Contenders of whole steps of who names none: on a GPU TRL drops unlabelled tokens by itself."""
+    return [n for n in _step().CONTENDERS if n != "trl-compacted" or device.type == "cpu"]
+
+
+def _weights(size: Any) -> int:
+    """Of a model of whole steps."""
+    of_layers: int = size.layers * size.hidden * (4 * size.hidden + 3 * size.intermediate)
+    return of_layers + size.vocab * size.hidden
+
+
+def step_bytes(model: str, precision: str) -> int:
+    """What a step holds, at least.
+
+    Policy, gradient, two moments and the reference, one model where it is adapted; of the truth in fp64,
+    which in bf16 may be fp32 (`benchmarks.step_truth`).
+    """
+    size = _step().SIZES[model]
+    return _weights(size) * (1 if size.is_adapted else 5) * (4 if precision == "bf16" else 8)
 
 
 def _step() -> Any:
