@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu, run, tables
+from benchmarks.head_tables import PEER_TARGETS
 from benchmarks.op import METHODS
 from benchmarks.plots import PLOTS, check_plots, memory_data, plot_files, write_plots
 from benchmarks.problem import PASSES
@@ -47,7 +48,7 @@ def of_cpu(ratio: float) -> dict[str, Any]:
 
 def test_the_table_shows_the_newest_measurement_and_what_was_not_run(tmp_path: Path) -> None:
     assert tables.head_table([]).count("*not run*") == 12
-    assert tables.peer_targets_table([]).count("*not run*") == len(tables.PEER_TARGETS)
+    assert tables.peer_targets_table([]).count("*not run*") == len(PEER_TARGETS)
     write_results(payload(1.5, "2026-01-01T00:00:00+00:00"), tmp_path)
     write_results(payload(1.125, "2026-01-02T00:00:00+00:00"), tmp_path)
     results = read_results(tmp_path)
@@ -155,7 +156,7 @@ def test_a_cpu_result_does_not_fill_a_gpu_table(tmp_path: Path) -> None:
     write_results(of_cpu(1.1), tmp_path)
     results = read_results(tmp_path)
     assert tables.head_table(results).count("*not run*") == 12
-    assert tables.peer_targets_table(results).count("*not run*") == len(tables.PEER_TARGETS)
+    assert tables.peer_targets_table(results).count("*not run*") == len(PEER_TARGETS)
     gpu, cpu = tables.document(results).split("## On a CPU")
     assert "*not run*: `make gpu`" in gpu and "| `trl`" not in gpu
     assert "numbers of a CPU" in cpu and "1.65 x" in cpu
