@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-gpu test-llama-factory gpu demo bench tables clean
+.PHONY: help setup check test test-gpu test-llama-factory gpu demo bench bench-repeat tables clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -87,6 +87,13 @@ demo: setup  ## train a small model with DPO on the spot
 
 bench: setup  ## what `make gpu` times, on the CPU at tiny sizes
 	$(BIN)/python -m benchmarks.run op row accuracy memory --device cpu --preset tiny --results .benchmarks
+
+# On a quiet machine: two runs of this version have to agree within the noise that they state, or it exits with 1.
+#   make bench-repeat PRESET=small SUITES='op row'
+SUITES ?= op row step
+PRESET ?= tiny
+bench-repeat: setup  ## whether two runs of one version agree within the stated noise (SUITES=..., PRESET=tiny, small, gpu)
+	$(BIN)/python -m benchmarks.repeat $(SUITES) --preset $(PRESET)
 
 tables: setup  ## write the tables and plots of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables

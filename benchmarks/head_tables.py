@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.harness import even_steps, summarise
+from benchmarks.harness import summarise_steps
 from benchmarks.problem import PASSES
 from benchmarks.results import newest
 
@@ -148,7 +148,7 @@ def steps_table(results: Sequence[Result]) -> str:
             rival = seconds.get("trl-compacted", seconds.get("trl"))
             for name, cell in case["contenders"].items():
                 # From the samples: steps are of unlike size.
-                times = summarise(even_steps(cell["samples_ms"], case["steps"]))
+                times = summarise_steps(cell["samples_ms"], case["steps"])
                 ratio = NOT_RUN if rival is None else f"{rival / seconds[name]:.2f} x"
                 peak = "" if cell.get("peak_mib") is None else f"{cell['peak_mib']:.0f}"
                 lines.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.harness import summarise_steps
 from benchmarks.head_tables import NOT_RUN, Result
 from benchmarks.padding import padding_of
 from benchmarks.plots import PLOTS, axes_of
@@ -80,7 +81,13 @@ def plots_of(results: Sequence[Result]) -> str:
 
 
 def _views(case: Result) -> list[Result]:
-    """A point of memory once for every curve it lies on."""
+    """A point of memory once for every curve it lies on; steps summed up from their samples, as in README."""
+    if case["suite"] == "step" and "steps" in case:
+        cells = {
+            name: {**cell, **summarise_steps(cell["samples_ms"], case["steps"])}
+            for name, cell in case["contenders"].items()
+        }
+        return [{**case, "contenders": cells}]
     axes = axes_of(case) if case["suite"] == "memory" else ()
     return [{**case, "axis": axis} for axis in axes] or [case]
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import environment, even_steps, peak_mib, summarise, why
+from benchmarks.harness import environment, peak_mib, summarise_steps, why
 from benchmarks.results import RESULTS, ResultFile
 from benchmarks.step_contenders import CONTENDERS, OURS, SIZES, Contender, Size
 from benchmarks.step_data import MADE_UP, made_up_rows, make_data
@@ -186,7 +186,7 @@ def _summary(run: Run, rounds: Sequence[dict[str, Any]], checked: dict[str, Any]
     tokens = sum(count for found in rounds for count in found["tokens"][1:])
     positions = sum(count for found in rounds for count in found["positions"][1:])
     return {
-        **summarise(even_steps(times, len(rounds[0]["samples_ms"]) - 1)),
+        **summarise_steps(times, len(rounds[0]["samples_ms"]) - 1),
         "useful_tokens_per_s": tokens / seconds,
         "backbone_positions_per_pair": positions / (run.size.pairs * len(times)),
         "peak_mib": checked.get("peak_mib"),
