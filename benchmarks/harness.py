@@ -24,8 +24,8 @@ import fastdpo
 from benchmarks.results import ROOT
 
 PACKAGES = (
-    "torch", "triton", "transformers", "numpy", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels",
-    "nvidia-cutlass-dsl",
+    "fastdpo", "torch", "triton", "transformers", "numpy", "trl", "liger-kernel", "cut-cross-entropy",
+    "quack-kernels", "nvidia-cutlass-dsl",
 )  # fmt: skip
 SMI_QUERY = (
     "driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,"

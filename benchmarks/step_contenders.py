@@ -113,10 +113,11 @@ class Contender:
             gradient_checkpointing=False, max_length=None, disable_tqdm=True, report_to="none",
         )  # fmt: skip
         stand_in = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
-        trainer = DPOTrainer(
-            self.model, self.reference, args, train_dataset=stand_in, processing_class=tokenizer,
-            peft_config=self.peft_config,
-        )  # fmt: skip
+        with _quiet_data():
+            trainer = DPOTrainer(
+                self.model, self.reference, args, train_dataset=stand_in, processing_class=tokenizer,
+                peft_config=self.peft_config,
+            )  # fmt: skip
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
 
         def collate(pairs: Sequence[Any]) -> Any:
@@ -148,6 +149,20 @@ class Contender:
             yield
         finally:
             utils._use_triton = own
+
+
+@contextlib.contextmanager
+def _quiet_data() -> Iterator[None]:
+    """Without the progress bars of two made-up rows, which would run over the suites' own."""
+    import datasets
+
+    were_off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            datasets.enable_progress_bars()
 
 
 class PlainLoop:

@@ -242,7 +242,11 @@ def row_cases(options: Options) -> list[Case]:
 
 
 def step_cases(options: Options) -> list[Case]:
-    """Whole steps; ``repeats`` is of a GPU's kernels, not of steps, which have their own."""
+    """Whole steps; ``repeats`` is of a GPU's kernels, not of steps, which have their own.
+
+    Raises:
+        ValueError: there is no such data, or none that can be read.
+    """
     step = _step()
     asked = options.contenders or step_names(options.device)
     names = [name for name in step.CONTENDERS if name in asked]
@@ -252,6 +256,10 @@ def step_cases(options: Options) -> list[Case]:
     brief = {"check_steps": 2, "steps": 1, "rounds": 1} if options.preset == "tiny" else {}
     cases = []
     data = None if options.data is None else Path(options.data)
+    if data is not None:
+        from fastdpo.training.data import read_rows
+
+        read_rows(data)  # better before the first measurement than in the place of it
     for model, precision in step_sizes(options.preset):
         if options.models is not None and model not in options.models:
             continue

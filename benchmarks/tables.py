@@ -2,6 +2,7 @@
 
 python -m benchmarks.tables          # rewrites README.md between its markers, docs/benchmarks.md and plots
 python -m benchmarks.tables --check  # fails when they are not what the results give
+python -m benchmarks.tables --results DIR --page DIR  # the page and its plots alone, of other results
 
 Results of two devices never share a table; what no GPU has measured says *not run*.
 """
@@ -48,16 +49,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of benchmarks.md and plots/")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, metavar="DIR", help="benchmarks.md and plots/ there, no README")
     args = parser.parse_args(argv)
     try:
         results = read_results(args.results)
-        old = args.readme.read_text()
-        new, page = render(old, results), document(results)
-        path, plots = args.docs / "benchmarks.md", args.docs / "plots"
+        old = new = ""
+        if args.page is None:
+            old = args.readme.read_text()
+            new = render(old, results)
+        page, folder = document(results), args.page or args.docs
+        if args.page is not None:
+            page = page.replace("benchmarks/results", str(args.results))
+        path, plots = folder / "benchmarks.md", folder / "plots"
         devices = {**newest(results, of_gpu=True), **newest(results, of_gpu=False)}
         cases = {device: list(found.values()) for device, found in devices.items()}
         if not args.check:
-            args.readme.write_text(new)
+            if new != old:
+                args.readme.write_text(new)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(page)
             write_plots(cases, plots)

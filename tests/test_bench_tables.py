@@ -211,7 +211,8 @@ def test_one_command_gives_json_tables_and_plots(tmp_path: Path, capsys: pytest.
     left_out = [m.name for m in METHODS if m.name not in ("fastdpo-cpu", "torch", "cce")]
     brief = ["--device", "cpu", "--preset", "tiny", "--repeats", "2", "--tasks", "stash", "pairs"]
     words = ["op", "row", "accuracy", "memory", *brief, "--without", *left_out]
-    assert run.main([*words, "--results", str(tmp_path / "results")]) == 0
+    page = tmp_path / "page"
+    assert run.main([*words, "--results", str(tmp_path / "results"), "--page", str(page)]) == 0
     shown = capsys.readouterr().out
     assert "x GEMM" in shown and "cce                    not run: runs on CUDA GPUs only" in shown
     (result,) = read_results(tmp_path / "results")
@@ -219,6 +220,10 @@ def test_one_command_gives_json_tables_and_plots(tmp_path: Path, capsys: pytest.
     assert result["environment"]["packages"]["torch"] and result["settings"]["preset"] == "tiny"
     timed = next(r for r in result["results"] if r["key"].endswith("/stash") and r["suite"] == "op")
     assert len(timed["contenders"]["torch"]["samples_ms"]) == 2
+    # The one command has written them all.
+    device = slug(label(result["environment"]))
+    assert f"`{tmp_path}/results/{result['file']}`" in (page / "benchmarks.md").read_text()
+    assert {path.name for path in (page / "plots").iterdir()} == {f"{device}-{p.name}.svg" for p in PLOTS}
 
     docs, readme = tmp_path / "docs", tmp_path / "README.md"
     readme.write_text(MARKERS)
@@ -226,7 +231,6 @@ def test_one_command_gives_json_tables_and_plots(tmp_path: Path, capsys: pytest.
     assert tables.main([*places, "--check"]) == 1
     assert tables.main(places) == 0 and tables.main([*places, "--check"]) == 0
     page = (docs / "benchmarks.md").read_text()
-    device = slug(label(result["environment"]))
     for plot in PLOTS:
         assert f"plots/{device}-{plot.name}.svg" in page
         assert "</svg>" in (docs / "plots" / f"{device}-{plot.name}.svg").read_text()
