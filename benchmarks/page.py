@@ -24,8 +24,8 @@ def document(results: Sequence[Result]) -> str:
         "loop, in which plain matrix products of the task are the floor. Equal for all: tokens, labels, "
         "dtypes, and the task, forward and backward. What is not equal is which rows are projected: those "
         "with a label (*labelled*), or all.",
-        "*+-* is what two medians of one version may differ by, with some 90 % confidence; `make bench-repeat` "
-        "runs suites twice and tells whether they do agree within it.",
+        "*+-* is what two medians of one version may differ by, with some 90 % confidence; "
+        "`make bench-repeat` runs suites twice and tells whether they do agree within it.",
         "| task | what it gives |\n|---|---|\n"
         + "\n".join(f"| `{task}` | {what} |" for task, what in TASKS.items()),
     ]
