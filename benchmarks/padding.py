@@ -96,10 +96,10 @@ def _line(task: str, name: str, rows: str, cells: Sequence[str], code: str = "`"
 
 
 def _peers(shares: Shares, task: str) -> list[str]:
-    """Contenders that are not ours, in the order they were measured; those to expect where none was."""
+    """Contenders that are not ours, in the order they were measured, and those to expect that were not."""
     names = [name for result in shares.values() for name in result["contenders"]]
     others = [name for name in dict.fromkeys(names) if not name.startswith("fastdpo") and name != "gemm"]
-    return others or list(EXPECTED.get(task, ()))
+    return [*others, *(name for name in EXPECTED.get(task, ()) if name not in others)]
 
 
 def _ours(result: Result) -> str | None:

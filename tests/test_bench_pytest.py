@@ -39,7 +39,9 @@ CHOSEN = (
 SUITES = ("op", "row", "step", "memory", "accuracy")
 
 
-def run_pytest(folder: Path, **more: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+def run_pytest(
+    folder: Path, chosen: str = CHOSEN, **more: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     """What it says, and the rows of its JSON by name."""
     pytest.importorskip("pytest_benchmark")
     words = "benchmarks --benchmark-only -p no:cacheprovider -p no:xdist --bench-rounds 2".split()
@@ -96,13 +98,15 @@ def test_every_suite_runs_under_pytest_benchmark(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny sizes are a CPU's")
 def test_a_planted_kernel_is_refused_in_every_suite_under_pytest_benchmark(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(PLANTED)
-    done, found = run_pytest(tmp_path, PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))))
+    # Peers of memory and step are dear, and are timed above.
+    chosen = f"({CHOSEN}) and not (test_memory and torch) and not plain"
+    done, found = run_pytest(tmp_path, chosen, PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))))
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
     assert found and not [name for name in found if "fastdpo" in name or "packed]" in name or "row" in name]
     for suite in SUITES:
         assert f"FAILED benchmarks/test_{suite}.py::test_{suite}[" in done.stdout
     # The contenders beside it are timed all the same.
-    assert of("op pairs-gemm", found) and of("step tiny-fp32-plain", found)
+    assert of("op pairs-gemm", found)
     assert of("accuracy float32-pairs-torch-compacted", found)
 
 
