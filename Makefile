@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-gpu test-llama-factory gpu demo bench tables clean
+.PHONY: help setup check test test-gpu test-llama-factory gpu demo bench bench-repeat tables clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -58,7 +58,7 @@ test-llama-factory: $(LLAMA_FACTORY)/.ready  ## patch_llama_factory, and patch_t
 # Uses the active Python with what it has, no .venv and no network: GPU images bring their own torch. A failed test does
 # not keep the measurements from being made (each is checked before it is timed); it does fail the verb. Without nvcc, or
 # where it fails, all else is run, and the CUDA contenders show the reason.
-#   make gpu                            # the build, the tests, all parts of the benchmarks
+#   make gpu                            # the build, the tests, all parts of the benchmarks, their tables and plots
 #   make gpu PART=tests                 # the build and the tests
 #   make gpu PART=3 RESULTS=DIR         # the build and one part, of 1 to 7, within 540 s from now; into a folder
 #   FASTDPO_COMMIT=$(git rev-parse HEAD) make gpu ...     # on a machine that gets a copy without .git
@@ -79,14 +79,26 @@ gpu:  ## on a machine with a GPU: build the CUDA kernels, run tests/gpu, run the
 	case "$$part" in \
 	  '') $(PYTHON) -m benchmarks.gpu --results '$(RESULTS)' || status=$$?;; \
 	  [1-7]) $(PYTHON) -m benchmarks.gpu --results '$(RESULTS)' --part "$$part" --begun "$$begun" || status=$$?;; esac; \
+	case "$$part" in tests) ;; *) \
+	  case '$(RESULTS)' in \
+	    benchmarks/results) $(PYTHON) -m benchmarks.tables;; \
+	    *) $(PYTHON) -m benchmarks.tables --results '$(RESULTS)' --page '$(RESULTS)';; \
+	  esac || echo "make gpu: not all tables and plots were written; \`make tables\` writes them where matplotlib is" >&2;; esac; \
 	if [ -n "$$without" ]; then echo "make gpu: was run WITHOUT THE CUDA BACKEND: $$without" >&2; fi; \
 	exit $$status
 
 demo: setup  ## train a small model with DPO on the spot
 	$(BIN)/python examples/demo.py
 
-bench: setup  ## what `make gpu` times, on the CPU at tiny sizes
-	$(BIN)/python -m benchmarks.run op row accuracy memory --device cpu --preset tiny --results .benchmarks
+bench: setup  ## what `make gpu` times, on the CPU at tiny sizes: JSON, tables and plots in .benchmarks
+	$(BIN)/python -m benchmarks.run op row step accuracy memory --device cpu --preset tiny --results .benchmarks --page .benchmarks
+
+# On a quiet machine: two runs of this version have to agree within the noise that they state, or it exits with 1.
+#   make bench-repeat PRESET=small SUITES='op row'
+SUITES ?= op row step
+PRESET ?= tiny
+bench-repeat: setup  ## whether two runs of one version agree within the stated noise (SUITES=..., PRESET=tiny, small, gpu)
+	$(BIN)/python -m benchmarks.repeat $(SUITES) --preset $(PRESET)
 
 tables: setup  ## write the tables and plots of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 
+import fastdpo
 from benchmarks.results import ROOT
 
 PACKAGES = (
-    "torch", "triton", "transformers", "numpy", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels",
-    "nvidia-cutlass-dsl",
+    "fastdpo", "torch", "triton", "transformers", "numpy", "trl", "liger-kernel", "cut-cross-entropy",
+    "quack-kernels", "nvidia-cutlass-dsl",
 )  # fmt: skip
 SMI_QUERY = (
     "driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,"
@@ -79,7 +80,9 @@ def _command(*words: str) -> str | None:
 
 
 def package_version(package: str) -> str | None:
-    """The installed version of a distribution, None where there is none."""
+    """The version of a distribution that runs, None where there is none; of fastdpo that of the source."""
+    if package == "fastdpo":
+        return fastdpo.__version__
     try:
         return version(package)
     except PackageNotFoundError:
@@ -240,17 +243,47 @@ def even_steps(samples: Sequence[float], num_steps: int) -> list[float]:
     return [sample / medians[i % num_steps] * mean for i, sample in enumerate(samples)]
 
 
+# Of a median, in its standard errors: what its notch is of normal samples, 1.57 IQR = 1.69 x 1.25 sd.
+NOTCH = 1.69
+MEDIAN_ERROR = 1.2533  # standard error of a median over that of a mean
+BLOCKS = 4
+
+
 def summarise(samples: list[float]) -> dict[str, float]:
     """Median, quartiles and noise of milliseconds.
 
-    ``noise`` is half the width of what two medians of one version may differ by, as a share of the median:
-    the notch of McGill, Tukey and Larsen (1978), 1.57 IQR / sqrt(n), or half of what the two halves of the
-    samples, in the order they were taken, differ by, whichever is more: drift is not in the notch.
+    ``noise`` is half the width of what two medians of one version may differ by, as a share of the median,
+    with some 90 % confidence (`benchmarks.compare` widens it by how many it compares). The most of: the notch
+    of McGill, Tukey and Larsen (1978), 1.57 IQR / sqrt(n); half of what the two halves of the samples, in the
+    order they were taken, differ by; the same multiple of the standard error that the medians of their four
+    quarters have (batch means). Drift is in the last two, and not in the notch.
     """
     if len(samples) < 2:
         return {"median_ms": samples[0], "low_ms": samples[0], "high_ms": samples[0], "noise": 1.0}
     low, median, high = statistics.quantiles(samples, n=4)
-    half = len(samples) // 2
+    count, half = len(samples), len(samples) // 2
     drift = abs(statistics.median(samples[:half]) - statistics.median(samples[-half:])) / 2
-    noise = max(1.57 * (high - low) / math.sqrt(len(samples)), drift) / median
+    if count >= 2 * BLOCKS:
+        cuts = [k * count // BLOCKS for k in range(BLOCKS + 1)]
+        blocks = [statistics.median(samples[i:k]) for i, k in zip(cuts, cuts[1:], strict=False)]
+        drift = max(drift, NOTCH * statistics.stdev(blocks) / math.sqrt(BLOCKS))
+    noise = max(1.57 * (high - low) / math.sqrt(count), drift) / median
     return {"median_ms": median, "low_ms": low, "high_ms": high, "noise": noise}
+
+
+def summarise_steps(samples: Sequence[float], num_steps: int) -> dict[str, float]:
+    """The same of whole steps, which are of unlike size and come in rounds of ``num_steps``.
+
+    The median is that of `even_steps`, in which the size of a step is no noise. The noise is not: of three
+    rounds, one is the median that it is measured from. It is from the standard deviation over the rounds, of
+    their sums (what slows a round as a whole) or of every step by itself, whichever is more.
+    """
+    summary = summarise(even_steps(samples, num_steps))
+    rounds = [samples[i : i + num_steps] for i in range(0, len(samples), num_steps)]
+    if len(rounds) < 2:
+        return {**summary, "noise": 1.0}
+    of_rounds = statistics.stdev([sum(times) for times in rounds])
+    of_steps = math.sqrt(sum(statistics.variance(times) for times in zip(*rounds, strict=True)))
+    total = statistics.fmean([sum(times) for times in rounds])
+    noise = NOTCH * MEDIAN_ERROR * max(of_rounds, of_steps) / math.sqrt(len(rounds)) / total
+    return {**summary, "noise": noise}

@@ -52,16 +52,13 @@ def bench_memory(
     for method in METHODS:
         if task not in method.tasks:
             continue
-        reason = (left_out or {}).get(method.name) or method.unavailable(device, size.dtype)
+        reason = (left_out or {}).get(method.name)
         if reason is not None:
             found[method.name] = {"not_run": reason}
         elif method.name in (lost_to or {}):
             found[method.name] = {"failed": (lost_to or {})[method.name]}
-        elif device.type == "cuda":  # torch's own counters are per run: a process would mostly start CUDA
-            found[method.name] = measure(method, size, task, device)
-            recover(device, method.name, found[method.name].get("failed", "the device was lost after it"))
         else:
-            found[method.name] = _in_a_process(size, task, device, method.name)
+            found[method.name] = measure_apart(method, size, task, device)
     not_run = {name: cell["not_run"] for name, cell in found.items() if "not_run" in cell}
     return {
         "suite": "memory", "key": memory_key(axes[0], size, task), "axes": list(axes), "model": size.model,
@@ -71,6 +68,22 @@ def bench_memory(
         "not_run": not_run,
         "contenders": {name: cell for name, cell in found.items() if "peak_mib" in cell},
     }  # fmt: skip
+
+
+def measure_apart(method: Method, size: Size, task: str, device: torch.device) -> dict[str, Any]:
+    """`measure` where nothing else can be in its peak: on a CPU a process of its own.
+
+    Raises:
+        DeviceLost: after it the device answers no more.
+    """
+    reason = method.unavailable(device, size.dtype)
+    if reason is not None:
+        return {"not_run": reason}
+    if device.type != "cuda":
+        return _in_a_process(size, task, device, method.name)
+    found = measure(method, size, task, device)  # torch's own counters are per run
+    recover(device, method.name, found.get("failed", "the device was lost after it"))
+    return found
 
 
 def _in_a_process(size: Size, task: str, device: torch.device, name: str) -> dict[str, Any]:
@@ -94,7 +107,10 @@ def _in_a_process(size: Size, task: str, device: torch.device, name: str) -> dic
 
 
 def measure(method: Method, size: Size, task: str, device: torch.device) -> dict[str, Any]:
-    """One method at one size, in this process."""
+    """One method at one size, in this process: its peak and its errors, or ``failed`` or ``not_run``.
+
+    One that is wrong has no peak: what a wrong kernel takes is nobody's memory.
+    """
     # Libraries, thread pools and handles come with the first call, of whatever size.
     small = replace(size, model="tiny", num_tokens=64, vocab=None, sequence_length=None)
     problem = problem_of(size, device)

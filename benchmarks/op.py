@@ -73,25 +73,15 @@ def bench_task(
     for method in methods:
         if task not in method.tasks:
             continue
-        if method.name in (lost_to or {}):
-            failed[method.name] = (lost_to or {})[method.name]
+        found = admit(
+            method, problem, task, beside=floor_bytes, with_peak=is_timed and problem.device.type == "cuda",
+            left_out=left_out, lost_to=lost_to,
+        )  # fmt: skip
+        if "failed" in found or "not_run" in found:
+            failed |= {method.name: found["failed"]} if "failed" in found else {}
+            not_run |= {method.name: found["not_run"]} if "not_run" in found else {}
             continue
-        reason = (left_out or {}).get(method.name) or reason_not_to_run(method, problem, floor_bytes)
-        if reason is not None:
-            not_run[method.name] = reason
-            continue
-        found = checked(method, problem, task, with_peak=is_timed and problem.device.type == "cuda")
-        recover(problem.device, method.name, found.get("failed", "the device was lost after its check"))
-        if "failed" in found:
-            failed[method.name] = found["failed"]
-            continue
-        if "not_run" in found:
-            not_run[method.name] = found["not_run"]
-            continue
-        cells[method.name] = {
-            "rows": method.rows, "what": method.what, "package": method.package,
-            "version": package_version(method.package), **found,
-        }  # fmt: skip
+        cells[method.name] = found
         turns.append(Contender(method.name, lambda m=method: m.run(problem, task)))  # type: ignore[misc]
     size, suite = problem.size, "op" if is_timed else "accuracy"
     result = {
@@ -125,6 +115,39 @@ def bench_task(
         if "gemm" in samples:
             cells[name]["ratio_to_gemm"] = cells[name]["median_ms"] / summarise(samples["gemm"])["median_ms"]
     return {**result, "smi": [before, after]}
+
+
+def admit(
+    method: Method,
+    problem: HeadProblem,
+    task: str,
+    *,
+    beside: int = 0,
+    with_peak: bool = False,
+    left_out: Mapping[str, str] | None = None,
+    lost_to: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What there is to know of a method before it is timed, under `fastdpo bench` and pytest-benchmark alike.
+
+    Returns:
+        ``not_run`` or ``failed`` with why; otherwise its errors, version and which rows it projects.
+
+    Raises:
+        DeviceLost: after its check the device answers no more.
+    """
+    if method.name in (lost_to or {}):
+        return {"failed": (lost_to or {})[method.name]}
+    reason = (left_out or {}).get(method.name) or reason_not_to_run(method, problem, beside)
+    if reason is not None:
+        return {"not_run": reason}
+    found = checked(method, problem, task, with_peak=with_peak)
+    recover(problem.device, method.name, found.get("failed", "the device was lost after its check"))
+    if "failed" in found or "not_run" in found:
+        return found
+    return {
+        "rows": method.rows, "what": method.what, "package": method.package,
+        "version": package_version(method.package), **found,
+    }  # fmt: skip
 
 
 def checked(method: Method, problem: HeadProblem, task: str, *, with_peak: bool) -> dict[str, Any]:

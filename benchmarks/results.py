@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,19 @@ def label(environment: dict[str, Any]) -> str:
 def is_gpu(payload: dict[str, Any]) -> bool:
     """Whether a file's numbers are of a GPU; those of a CPU never stand in a GPU's table."""
     return "nvidia_smi" in payload["environment"]
+
+
+def newest(results: Sequence[dict[str, Any]], *, of_gpu: bool) -> dict[str, dict[str, dict[str, Any]]]:
+    """Device -> case -> its newest result, with its file; of GPUs or of CPUs.
+
+    What was measured stands until it is measured anew: a case skipped later does not take its place.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for payload in results:
+        if is_gpu(payload) == of_gpu:
+            cases = found.setdefault(label(payload["environment"]), {})
+            for result in payload["results"]:
+                where = {"file": payload["file"], "environment": payload["environment"]}
+                if "skipped" not in result or "skipped" in cases.get(result["key"], result):
+                    cases[result["key"]] = {**result, **where}
+    return dict(sorted(found.items()))

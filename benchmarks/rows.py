@@ -51,20 +51,25 @@ class RowProblem:
         logits = self.logits[:, : self.vocab]
         kernel(logits, self.labels, LogitTransform(), outputs, target_logits=self.target, d_out=self.d)
 
-    def wrong(self, backend: str) -> str | None:
-        """What is off beside fp64 in log-probabilities or D, and by how much; None where nothing is."""
-        self.refill()
-        self.run(backend)
-        z = self.source[:CHECKED, : self.vocab].double()
-        labels = self.labels[:CHECKED, None]
-        log_p = z.log_softmax(-1)
-        error = (self.logps[:CHECKED].double() - log_p.gather(1, labels)[:, 0]).abs().max().item()
-        if not error <= 1e-5:
-            return f"log-probabilities are off by {error:.3e} nats; not timed"
-        want = torch.zeros_like(z).scatter_(1, labels, 1.0) - log_p.exp()
-        off = ((self.d[:CHECKED].double() - want).norm() / want.norm()).item()
-        # One rounding to bf16: 2^-9 of each entry at most on average, twice that.
-        return None if off <= 2**-8 else f"D is off by {off:.3e} of its norm; not timed"
+    def checked(self, backend: str) -> dict[str, Any]:
+        """Errors beside fp64 of log-probabilities, in nats, and of D, relative; or ``failed`` with why."""
+        try:
+            self.refill()
+            self.run(backend)
+            z = self.source[:CHECKED, : self.vocab].double()
+            labels = self.labels[:CHECKED, None]
+            log_p = z.log_softmax(-1)
+            error = (self.logps[:CHECKED].double() - log_p.gather(1, labels)[:, 0]).abs().max().item()
+            if not error <= 1e-5:
+                return {"failed": f"log-probabilities are off by {error:.3e} nats; not timed"}
+            want = torch.zeros_like(z).scatter_(1, labels, 1.0) - log_p.exp()
+            off = ((self.d[:CHECKED].double() - want).norm() / want.norm()).item()
+            # One rounding to bf16: 2^-9 of each entry at most on average, twice that.
+            if not off <= 2**-8:
+                return {"failed": f"D is off by {off:.3e} of its norm; not timed"}
+        except Exception as error_raised:  # its result, and no reason to lose the others'
+            return {"failed": why(error_raised)}
+        return {"logps_error_nats": error, "d_relative_error": off}
 
 
 def bench_rows(
@@ -89,15 +94,14 @@ def bench_rows(
     problem = RowProblem(device, vocab, logits_dtype, rows)
     contenders = [Contender("copy", problem.refill)]
     failed = {name: reason for name, reason in (lost_to or {}).items() if name in backends}
+    errors: dict[str, dict[str, Any]] = {}
     for backend in [name for name in backends if name not in failed]:
-        try:
-            reason = problem.wrong(backend)
-        except Exception as error:  # its result, and no reason to lose the others'
-            reason = why(error)
-        if reason is not None:
-            failed[backend] = reason
-            recover(device, backend, reason)
+        found = problem.checked(backend)
+        if "failed" in found:
+            failed[backend] = found["failed"]
+            recover(device, backend, failed[backend])
             continue
+        errors[backend] = found
         # D overwrites the logits, so each run gets them anew.
         contenders.append(
             Contender(backend, lambda backend=backend: problem.run(backend), prepare=problem.refill)  # type: ignore[misc]
@@ -111,7 +115,7 @@ def bench_rows(
         summary = summarise(values)
         moved = copied if name == "copy" else problem.bytes_moved
         bandwidth = moved / (summary["median_ms"] * 1e6)
-        cells[name] = {**summary, "gb_per_s": bandwidth, "samples_ms": values}
+        cells[name] = {**summary, **errors.get(name, {}), "gb_per_s": bandwidth, "samples_ms": values}
     return {
         "suite": "row", "key": row_key(vocab, rows, logits_dtype), "vocab": vocab, "rows": rows,
         "logits_dtype": str(logits_dtype).removeprefix("torch."), "failed": failed, "not_run": {},

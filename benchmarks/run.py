@@ -1,21 +1,12 @@
 """``fastdpo bench``: runs suites, keeps every case as it is measured, compares with an older file.
 
-    fastdpo bench op row                                     # the sizes of this device, a GPU's or a CPU's
-    fastdpo bench op --device cpu --preset tiny              # what the tests run
-    fastdpo bench op --models llama-3-8b --tokens 4096 --tasks stash pairs
-    fastdpo bench --resume benchmarks/results/FILE.json      # goes on where a run stopped
-    fastdpo bench --compare OLD.json                         # runs what is in OLD again
-    fastdpo bench --compare OLD.json --with NEW.json         # runs nothing
-
-Exit code: 0; 1 where a contender of ours is wrong, raised, is slower than the noise explains, or is gone
-where it was; 2 for a mistake in what was asked; 130 after ^C, which keeps what was measured.
+What it takes, and its exit codes: `benchmarks.options`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import sys
@@ -31,18 +22,17 @@ import torch
 from benchmarks.compare import compare_results, report
 from benchmarks.harness import DeviceLost, environment, free_bytes, recover, why
 from benchmarks.method import WHOLE, is_ours
-from benchmarks.problem import MODELS, TASKS, problem_of
-from benchmarks.results import RESULTS, ROOT, ResultFile, is_gpu, read_result, runs_of
-from benchmarks.suites import PRESETS, SUITES, Case, Options, check_options, contenders_of, make_cases
+from benchmarks.options import SETTINGS, parse
+from benchmarks.problem import problem_of
+from benchmarks.results import ROOT, ResultFile, is_gpu, read_result, runs_of
+from benchmarks.sizes import preset_of
+from benchmarks.suites import Case, Options, check_options, contenders_of, make_cases
 from fastdpo.ops.backends import backend_report
 
 try:
     from tqdm import tqdm
 except ImportError:  # a GPU image's Python runs the suites with what it has
     tqdm = None
-
-# What is kept of a request, and may be asked for otherwise when a file is gone on with or compared.
-SETTINGS = ("preset", "repeats", "seconds", "models", "tokens", "tasks", "contenders", "without", "data")
 
 
 class TimeUp(KeyboardInterrupt):
@@ -191,7 +181,8 @@ def _line(result: dict[str, Any], said: set[tuple[str, str]]) -> str:
             ("ratio_to_gemm", "x GEMM", ".3f"), ("gb_per_s", "GB/s", ".0f"), ("peak_mib", "MiB", ".0f"),
             ("useful_tokens_per_s", "tokens/s", ".0f"), ("backbone_positions_per_pair", "positions", ".0f"),
             ("logps_error_nats", "nats", ".1e"), ("dhidden_relative_error", "dhidden", ".1e"),
-            ("dweight_relative_error", "dweight", ".1e"),
+            ("dweight_relative_error", "dweight", ".1e"), ("loss_error_nats", "nats", ".1e"),
+            ("gradient_norm_relative_error", "gradient norm", ".1e"),
         ):  # fmt: skip
             if cell.get(key) is not None:
                 parts.append(f"{cell[key]:{form}} {unit}")
@@ -206,54 +197,6 @@ def _line(result: dict[str, Any], said: set[tuple[str, str]]) -> str:
 
         lines += [f"  {line}" for line in loss_table(result["losses"]).splitlines()]
     return "\n".join(lines)
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="fastdpo bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(SUITES))
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
-    parser.add_argument(
-        "--preset", choices=PRESETS, help="which sizes; default: gpu on a GPU, small on a CPU"
-    )
-    parser.add_argument(
-        "--models", nargs="+", metavar="MODEL", help=f"of {', '.join(MODELS)}; of suite step its own sizes"
-    )
-    parser.add_argument("--tokens", nargs="+", type=int, help="N, positions")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS)
-    parser.add_argument("--contenders", nargs="+", help="only these; the floor runs always")
-    parser.add_argument("--without", nargs="+", default=[], help="all but these")
-    parser.add_argument("--repeats", type=int, help="op, row: of each contender; default: 20, on `tiny` 3")
-    parser.add_argument("--seconds", type=float, help="op, row: about how long to time a case; default: 12")
-    parser.add_argument(
-        "--max_seconds", type=float, help="begin no case that would end later, give up one that does"
-    )
-    parser.add_argument("--data", help="suite step: preference pairs, JSONL; default: pairs made up")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--part", type=int, help="number that the result file's name says")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="a result file to go on with")
-    parser.add_argument("--compare", type=Path, metavar="OLD", help="a result file to compare with")
-    parser.add_argument("--with", type=Path, metavar="NEW", dest="new", help="compare this file; run nothing")
-    args = parser.parse_args(list(argv))
-    unknown = [name for name in args.suites if name not in SUITES]
-    if unknown:
-        parser.error(f"suite: got {unknown[0]!r}, wanted one of {', '.join(SUITES)}")
-    if args.new is not None and args.compare is None:
-        parser.error("--with is for --compare OLD")
-    if not (args.suites or args.resume or args.compare):
-        parser.error(f"name a suite: {', '.join(SUITES)}")
-    if args.repeats is not None and args.repeats < 1:
-        parser.error(f"--repeats: got {args.repeats}, wanted 1 at least")
-    for name in ("seconds", "max_seconds"):
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            parser.error(f"--{name}: got {value}, wanted a number of seconds above 0")
-    if args.new is not None:
-        for name in ("suites", "resume", "device", "max_seconds", *SETTINGS):
-            if getattr(args, name) not in (None, []):
-                parser.error(f"--{name}: got {getattr(args, name)}, but --with runs nothing")
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -317,7 +260,7 @@ def _main(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def _filled(plan: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """A request with the defaults of the device for what it leaves open."""
-    preset = plan.get("preset") or ("gpu" if device.type == "cuda" else "small")
+    preset = plan.get("preset") or preset_of(device)
     defaults = {
         "preset": preset, "repeats": 3 if preset == "tiny" else 20, "seconds": 12.0, "without": [],
         "suites": [], "device": device.type,
@@ -372,6 +315,7 @@ def _run_and_report(
         print(f"interrupted: {kept}")
         return 130
     print(f"wrote {file.path}")
+    paged = _write_page(file.folder, args.page) if args.page else 0
     keys = {case.key for case in cases}
     wrong = [
         f"{result['key']}: {name} FAILED: {reason}"
@@ -382,7 +326,17 @@ def _run_and_report(
     code = 0
     if old is not None and is_complete:
         code = report(compare_results(old, {"file": file.path and file.path.name, **file.payload}))
-    return 1 if wrong else code
+    return 1 if wrong else code or paged
+
+
+def _write_page(results: Path, page: Path) -> int:
+    """Tables and plots of all files of a folder; 0, or 2 where they cannot be written."""
+    from benchmarks import tables  # which the suites do without
+
+    code = tables.main(["--results", str(results), "--page", str(page)])
+    if code == 0:
+        print(f"wrote {page / 'benchmarks.md'} and its plots")
+    return code
 
 
 def _device(name: str | None) -> torch.device:

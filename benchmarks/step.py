@@ -7,7 +7,8 @@
 A step is: log-probabilities of the reference, of the policy, loss, backward pass, clipping to norm 1,
 AdamW; fp32 weights, no activation checkpointing, no precomputed reference. Equal for all contenders: the
 token ids of every batch, the seed of the weights, the optimiser and the order of the batches. The first steps
-of each contender are compared before anything is timed: who computes another loss is reported and not timed.
+of each contender are compared with fp64 before anything is timed (`benchmarks.step_truth`): whose losses or
+gradient norms are others is reported and not timed.
 
 Contenders: ``plain``, padded pairs and full logits in a loop without a trainer; ``trl`` as it comes;
 ``trl-compacted`` with its dropping of unlabelled tokens, which it does on GPUs alone, forced on; ``padded``,
@@ -19,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
-import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,16 +29,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import environment, even_steps, peak_mib, summarise
+from benchmarks.harness import environment, peak_mib, summarise_steps, why
 from benchmarks.results import RESULTS, ResultFile
 from benchmarks.step_contenders import CONTENDERS, OURS, SIZES, Contender, Size
 from benchmarks.step_data import MADE_UP, made_up_rows, make_data
+from benchmarks.step_truth import LOSS_BOUND, Truth, true_steps, wrong
 from fastdpo.training.batches import sequence_tokens
 from fastdpo.training.data import PreferenceDataset
-
-# By how much losses may differ. fp32: sums of some thousand tokens of 1e-5 nats, times beta. bf16: TRL rounds
-# logits to 16 bits, 2e-2 nats a token of random sign: times beta and the root of a thousand tokens.
-LOSS_BOUND = {"fp32": 1e-3, "bf16": 6e-2}
 
 
 class Run:
@@ -62,75 +58,106 @@ class Run:
         order = (order * -(-needed // len(order)))[:needed]
         self.batches = [[data[i] for i in order[k : k + size.pairs]] for k in range(0, needed, size.pairs)]
 
+    def truth(self, steps: int) -> Truth:
+        """What the first ``steps`` steps give in fp64."""
+        try:
+            batches = self.batches[:steps]
+            return true_steps(self.size, batches, self.tokenizer, self.device, self.precision, self.attention)
+        finally:
+            self.free()
+
+    def build(self, name: str) -> Contender:
+        return Contender(
+            name, self.size, self.data, self.tokenizer, self.device, self.precision, self.attention
+        )
+
     def once(self, name: str, steps: int, *, measure_peak: bool = False) -> dict[str, Any]:
         """Losses, milliseconds, tokens and peak memory of the first ``steps`` steps of a new contender."""
         contender = None
         try:
-            contender = Contender(
-                name, self.size, self.data, self.tokenizer, self.device, self.precision, self.attention
-            )
+            contender = self.build(name)
             return self._steps(contender, steps, measure_peak)
         finally:
             # Also of one that failed: what it holds would be missing for the next.
             del contender
-            gc.collect()  # trainers and models refer to each other
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.free()
+
+    def free(self) -> None:
+        gc.collect()  # trainers and models refer to each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def inputs(self, contender: Contender, steps: int) -> list[Any]:
+        """The first batches as a contender takes them: loaders collate in processes of their own while the
+        device computes."""
+        return [contender.trainer._prepare_inputs(contender.collate(b)) for b in self.batches[:steps]]
 
     def _steps(self, contender: Contender, steps: int, measure_peak: bool) -> dict[str, Any]:
-        # Collated beforehand: loaders do it in processes of their own while the device computes.
-        inputs = [contender.trainer._prepare_inputs(contender.collate(b)) for b in self.batches[:steps]]
+        inputs = self.inputs(contender, steps)
         found: dict[str, Any] = {"samples_ms": [], "tokens": [], "positions": []}
-        losses = []
+        losses, norms = [], []
         for batch in inputs:
-            self._synchronise()
+            self.synchronise()
             start = time.perf_counter()
             losses.append(contender.step(batch))
-            self._synchronise()
+            self.synchronise()
             found["samples_ms"].append((time.perf_counter() - start) * 1e3)
+            norms.append(contender.gradient_norm)
             calls = batch.get("calls", [batch])
             found["positions"].append(sum(call["input_ids"].numel() for call in calls))
             found["tokens"].append(int(sequence_tokens(batch)))
         found["losses"] = [float(loss) for loss in losses]
+        found["gradient_norms"] = [float(norm) for norm in norms]
         if measure_peak:
             largest = inputs[max(range(steps), key=lambda i: found["positions"][i])]
             # Above what is held between steps: weights, reference, Adam's state.
             found["peak_mib"] = peak_mib(lambda: contender.step(largest), self.device)
         return found
 
-    def _synchronise(self) -> None:
+    def synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def compare(run: Run, names: Sequence[str], *, check_steps: int, steps: int, rounds: int) -> dict[str, Any]:
-    """Check the contenders against each other, then time those that agree.
+def checked(run: Run, name: str, truth: Truth, check_steps: int) -> dict[str, Any]:
+    """A contender's first steps and their errors: of `fastdpo bench` and of pytest-benchmark.
 
     Returns:
-        ``failed`` and ``not_run`` by name; ``contenders``: losses, milliseconds, tokens a second, positions
-        of the backbone a pair, peak memory; ``losses`` by name, of those that failed the check too.
+        ``failed`` or ``not_run`` with why where it is not to be timed, and otherwise its peak memory; in any
+        case the losses of the steps that it made.
     """
-    failed: dict[str, str] = {}
-    not_run: dict[str, str] = {}
-    checked: dict[str, dict[str, Any]] = {}
-    for name in names:
-        try:
-            checked[name] = run.once(name, check_steps, measure_peak=True)
-        except ImportError as error:
-            not_run[name] = f"not installed: {error}"
-        except Exception as error:  # whatever a peer does, the others are measured
-            # One that does not fit is a result; whatever else is raised, and ours, is a mistake to mend.
-            is_result = isinstance(error, torch.OutOfMemoryError) and name not in OURS
-            (not_run if is_result else failed)[name] = _said(error)
-    bound = LOSS_BOUND[run.precision]
-    # One NaN would make the middle of all of them NaN.
-    finite = [c["losses"] for c in checked.values() if all(map(math.isfinite, c["losses"]))]
-    middle = [statistics.median(losses) for losses in zip(*finite, strict=True)] or [math.nan] * check_steps
-    for name, found in checked.items():
-        gap = max(abs(a - b) for a, b in zip(found["losses"], middle, strict=True))
-        if not gap <= bound:
-            failed[name] = f"its losses are off by {gap:.1e}, allowed {bound:.0e}; not timed"
-    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in checked if name not in failed}
+    try:
+        found = run.once(name, check_steps, measure_peak=True)
+    except ImportError as error:
+        return {"not_run": f"not installed: {error}"}
+    except Exception as error:  # whatever a peer does, the others are measured
+        # One that does not fit is a result; whatever else is raised, and ours, is a mistake to mend.
+        is_result = isinstance(error, torch.OutOfMemoryError) and name not in OURS
+        return {"not_run" if is_result else "failed": why(error)}
+    errors = truth.errors(found)
+    reason = wrong(errors, run.precision)
+    if reason is not None:
+        return {"failed": reason, "losses": found["losses"], "errors": errors}
+    return {**found, "errors": errors}
+
+
+def compare(run: Run, names: Sequence[str], *, check_steps: int, steps: int, rounds: int) -> dict[str, Any]:
+    """Check the contenders against fp64, then time those that are right.
+
+    Returns:
+        ``failed`` and ``not_run`` by name; ``contenders``: losses, errors, milliseconds, tokens a second,
+        positions of the backbone a pair, peak memory; ``losses`` by name, of those that failed the check too;
+        ``truth``: the losses and gradient norms that they were held to.
+
+    Raises:
+        torch.OutOfMemoryError: the truth does not fit.
+    """
+    truth = run.truth(check_steps)
+    found = {name: checked(run, name, truth, check_steps) for name in names}
+    failed = {name: cell["failed"] for name, cell in found.items() if "failed" in cell}
+    not_run = {name: cell["not_run"] for name, cell in found.items() if "not_run" in cell}
+    curves = {name: cell["losses"] for name, cell in found.items() if "losses" in cell}
+    samples: dict[str, list[dict[str, Any]]] = {name: [] for name in curves if name not in failed}
     for number in range(rounds):
         turn = list(samples)
         for name in turn[number % max(len(turn), 1) :] + turn[: number % max(len(turn), 1)]:
@@ -139,18 +166,17 @@ def compare(run: Run, names: Sequence[str], *, check_steps: int, steps: int, rou
             try:
                 samples[name].append(run.once(name, steps + 1))
             except Exception as error:
-                failed[name] = f"in round {number + 1}: {_said(error)}"
+                failed[name] = f"in round {number + 1}: {why(error)}"
     contenders = {
-        name: _summary(run, rounds_of, checked[name])
+        name: _summary(run, rounds_of, found[name])
         for name, rounds_of in samples.items()
         if name not in failed
     }
-    losses = {name: contenders.get(name, found)["losses"] for name, found in checked.items()}
-    return {"failed": failed, "not_run": not_run, "contenders": contenders, "losses": losses}
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    return {
+        "failed": failed, "not_run": not_run, "contenders": contenders,
+        "losses": {name: contenders.get(name, {"losses": curve})["losses"] for name, curve in curves.items()},
+        "truth": {**vars(truth), "dtype": str(truth.dtype).removeprefix("torch.")},
+    }  # fmt: skip
 
 
 def _summary(run: Run, rounds: Sequence[dict[str, Any]], checked: dict[str, Any]) -> dict[str, Any]:
@@ -160,10 +186,11 @@ def _summary(run: Run, rounds: Sequence[dict[str, Any]], checked: dict[str, Any]
     tokens = sum(count for found in rounds for count in found["tokens"][1:])
     positions = sum(count for found in rounds for count in found["positions"][1:])
     return {
-        **summarise(even_steps(times, len(rounds[0]["samples_ms"]) - 1)),
+        **summarise_steps(times, len(rounds[0]["samples_ms"]) - 1),
         "useful_tokens_per_s": tokens / seconds,
         "backbone_positions_per_pair": positions / (run.size.pairs * len(times)),
         "peak_mib": checked.get("peak_mib"),
+        **checked["errors"],
         "losses": rounds[0]["losses"],
         "samples_ms": times,
     }
@@ -243,11 +270,12 @@ def bench_step(
     """One size by every contender; ``data`` None: pairs made up."""
     # On a GPU TRL drops unlabelled tokens by itself: the two are one.
     names = contenders or [n for n in CONTENDERS if n != "trl-compacted" or device.type == "cpu"]
-    size = SIZES[size_name]
-    size = replace(size, pairs=pairs or size.pairs)
-    count = size.pairs * max(steps + 1, check_steps)
-    pairs_data, tokenizer = make_data(data or made_up_rows(count), size.vocab, max_length)
-    run = Run(size, pairs_data, tokenizer, device, precision, max(steps + 1, check_steps), attention)
+    count = max(steps + 1, check_steps)
+    run = make_run(
+        size_name, device, precision, steps=count, data=data, pairs=pairs, attention=attention,
+        max_length=max_length,
+    )  # fmt: skip
+    size = run.size
     compared = compare(run, names, check_steps=check_steps, steps=steps, rounds=rounds)
     return {
         "suite": "step", "key": step_key(size_name, precision, data, size.pairs, max_length, attention),
@@ -256,6 +284,24 @@ def bench_step(
         "data": data.name if data else MADE_UP, "equal": "token ids, weights, optimiser, order of batches",
         **compared,
     }  # fmt: skip
+
+
+def make_run(
+    size_name: str,
+    device: torch.device,
+    precision: str,
+    *,
+    steps: int,
+    data: Path | None = None,
+    pairs: int | None = None,
+    attention: str = "sdpa",
+    max_length: int = 1024,
+) -> Run:
+    """The batches of ``steps`` steps at one size; ``data`` None: pairs made up."""
+    size = SIZES[size_name]
+    size = replace(size, pairs=pairs or size.pairs)
+    dataset, tokenizer = make_data(data or made_up_rows(size.pairs * steps), size.vocab, max_length)
+    return Run(size, dataset, tokenizer, device, precision, steps, attention)
 
 
 def step_key(

@@ -63,27 +63,21 @@ class Contender:
     ) -> None:
         self.name, self.size, self.data = name, size, data
         self.device, self.precision = device, precision
-        dtype = torch.bfloat16 if size.is_adapted and precision == "bf16" else torch.float32
-        # Made where they run: billions of weights take minutes to draw on a CPU.
-        how = {"device": device, "dtype": dtype, "attention": attention}
+        how = {"device": device, "dtype": weights_dtype(size, precision), "attention": attention}
         self.model = make_model(size, tokenizer, seed=0, **how)
         self.peft_config: Any = None
         # Of another seed, so that losses differ from ln 2 and from batch to batch.
         self.reference = None if size.is_adapted else make_model(size, tokenizer, seed=1, **how)
         if size.is_adapted:
-            from peft import LoraConfig
-
-            names = ["q_proj", "k_proj", "v_proj", "o_proj"]
-            self.peft_config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=names)
+            self.peft_config = lora_config()
         builders = {"plain": self._build_plain, **dict.fromkeys(OURS, self._build_ours)}
         with tempfile.TemporaryDirectory() as folder:  # nothing is written: no trainer trains by itself
             self.trainer, self.collate = builders.get(name, self._build_trl)(tokenizer, folder)
         self.model = self.trainer.model.train()
         self.model.to(device)
         if size.is_adapted:
-            _move_adapter(self.model)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+            move_adapter(self.model)
+        self.optimizer = make_optimizer(self.model)
 
     def _build_ours(self, tokenizer: Any, folder: str) -> tuple[Any, Callable[..., Any]]:
         args = PreferenceConfig(
@@ -119,10 +113,11 @@ class Contender:
             gradient_checkpointing=False, max_length=None, disable_tqdm=True, report_to="none",
         )  # fmt: skip
         stand_in = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
-        trainer = DPOTrainer(
-            self.model, self.reference, args, train_dataset=stand_in, processing_class=tokenizer,
-            peft_config=self.peft_config,
-        )  # fmt: skip
+        with _quiet_data():
+            trainer = DPOTrainer(
+                self.model, self.reference, args, train_dataset=stand_in, processing_class=tokenizer,
+                peft_config=self.peft_config,
+            )  # fmt: skip
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
 
         def collate(pairs: Sequence[Any]) -> Any:
@@ -136,9 +131,8 @@ class Contender:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16), self._compacted():
             loss = self.trainer.compute_loss(self.model, inputs)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # ``()``, before clipping: kept, because Adam's steps hide a gradient that is off by a factor.
+        self.gradient_norm = update(self.model, self.optimizer)
         return loss.detach()
 
     @contextlib.contextmanager
@@ -155,6 +149,20 @@ class Contender:
             yield
         finally:
             utils._use_triton = own
+
+
+@contextlib.contextmanager
+def _quiet_data() -> Iterator[None]:
+    """Without the progress bars of two made-up rows, which would run over the suites' own."""
+    import datasets
+
+    were_off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            datasets.enable_progress_bars()
 
 
 class PlainLoop:
@@ -186,13 +194,38 @@ def answer_logps(model: nn.Module, batch: Any) -> Tensor:
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     labels = batch["labels"][:, 1:]
     is_answer = labels != IGNORE_INDEX
-    logps = logits[:, :-1].log_softmax(-1)
+    logps = logits[:, :-1].log_softmax(-1, dtype=torch.float32)  # as autocast does by itself on a GPU
     logps = logps.gather(-1, labels.masked_fill(~is_answer, 0).unsqueeze(-1)).squeeze(-1)
     total: Tensor = (logps * is_answer).sum(-1)
     return total
 
 
-def _move_adapter(model: nn.Module) -> None:
+def weights_dtype(size: Size, precision: str) -> torch.dtype:
+    """Of a model as it is made; an adapter is fp32."""
+    return torch.bfloat16 if size.is_adapted and precision == "bf16" else torch.float32
+
+
+def lora_config() -> Any:
+    from peft import LoraConfig
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=names)
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=LEARNING_RATE)
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Clip, step, forget the gradients; their norm before it, ``()``."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.detach()
+
+
+def move_adapter(model: nn.Module) -> None:
     """Away from zero, where policy and reference are one, and to the same values for every contender."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -204,7 +237,10 @@ def _move_adapter(model: nn.Module) -> None:
 def make_model(
     size: Size, tokenizer: Any, *, seed: int, device: torch.device, dtype: torch.dtype, attention: str
 ) -> nn.Module:
-    """A Llama with random weights, the same for every contender on a device."""
+    """A Llama with random weights, the same for every contender on a device.
+
+    Made where it runs: billions of weights take minutes to draw on a CPU.
+    """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(seed)

@@ -1,9 +1,4 @@
-"""What each suite measures, at which sizes: cases in the order they run.
-
-``tiny`` is for tests, ``small`` for a CPU, ``gpu`` what an H200 should do in about 25 minutes: every model at
-N = 16384, one model over N and over the share of ignored labels; ``full`` is every model at every N and
-share.
-"""
+"""What each suite measures: cases in the order they run, at the sizes of `benchmarks.sizes`."""
 
 from __future__ import annotations
 
@@ -16,19 +11,22 @@ import torch
 
 from benchmarks.memory import bench_memory, memory_key
 from benchmarks.op import METHODS, bench_task, op_key
-from benchmarks.problem import MODELS, PASSES, Size, problem_of
-from benchmarks.rows import VOCABULARIES, bench_rows, row_key
-from fastdpo.ops.backends import DEVICE_TYPE, unavailable_reason
+from benchmarks.problem import Size, problem_of
+from benchmarks.rows import bench_rows, row_key
+from benchmarks.sizes import (
+    COMPILED,
+    SizeTasks,
+    accuracy_sizes,
+    is_compiled_at,
+    memory_points,
+    op_sizes,
+    row_backends,
+    row_sizes,
+    step_sizes,
+)
+from fastdpo.ops.backends import DEVICE_TYPE
 
 SUITES = ("op", "row", "step", "memory", "accuracy")
-PRESETS = ("tiny", "small", "gpu", "full")
-# Whose targets are in DESIGN section 6.
-TARGET_MODELS = ("llama-3-8b", "qwen2.5-7b", "gemma-2-9b")
-REAL_MODELS = tuple(name for name in MODELS if name not in ("small", "tiny"))
-TOKENS = (1024, 4096, 16384, 65536)
-IGNORED_PERCENT = (0, 50, 80)
-CENTRE = Size("llama-3-8b", 16384)
-COMPILED = "left out: compiled anew for every size; timed at one size of a preset, or when asked for"
 BY_REQUEST = "left out: not asked for"
 
 
@@ -162,48 +160,15 @@ def check_options(suites: Sequence[str], options: Options, asked: Sequence[str])
                 raise ValueError(f"--{name}: got {value!r}, wanted some of {wanted} at {options.preset!r}")
 
 
-def op_sizes(preset: str) -> list[tuple[Size, tuple[str, ...]]]:
-    """Sizes, and which tasks at each."""
-    every = tuple(PASSES)
-    if preset == "tiny":
-        return [(Size("tiny", 256, torch.float32, 50), every)]
-    if preset == "small":
-        return [(Size("small", 1024, torch.float32, share), every) for share in IGNORED_PERCENT]
-    if preset == "full":
-        return [
-            (Size(model, tokens, ignored_percent=share), every)
-            for model in REAL_MODELS for tokens in TOKENS for share in IGNORED_PERCENT
-        ]  # fmt: skip
-    both = ("stash", "pairs")
-    sizes = [(CENTRE, every)]
-    sizes += [(replace(CENTRE, num_tokens=n), both) for n in TOKENS if n != CENTRE.num_tokens]
-    sizes += [(replace(CENTRE, ignored_percent=share), both) for share in IGNORED_PERCENT[1:]]
-    for model in REAL_MODELS:
-        if model != CENTRE.model:
-            sizes.append((replace(CENTRE, model=model), ("score", *both) if model in TARGET_MODELS else both))
-    return sizes + [(Size(model, 4096), ("cache",)) for model in TARGET_MODELS]
-
-
 def op_cases(options: Options) -> list[Case]:
     return _head_cases(options, op_sizes(options.preset), is_timed=True)
 
 
 def accuracy_cases(options: Options) -> list[Case]:
-    """Errors do not depend on how long a run is: N = 4096 is enough for chunks, groups and sums in bf16."""
-    every = tuple(PASSES)
-    sizes = {
-        "tiny": [(Size("tiny", 256, dtype), every) for dtype in (torch.bfloat16, torch.float32)],
-        # Products of 16-bit operands are slow on a CPU that has no instructions for them.
-        "small": [(Size("tiny", 2048), every), (Size("small", 1024, torch.float32), every)],
-        "gpu": [(Size(model, 4096), ("cache", "pairs", "ce")) for model in TARGET_MODELS],
-        "full": [(Size(model, 4096), every) for model in REAL_MODELS],
-    }
-    return _head_cases(options, sizes[options.preset], is_timed=False)
+    return _head_cases(options, accuracy_sizes(options.preset), is_timed=False)
 
 
-def _head_cases(
-    options: Options, sizes: Sequence[tuple[Size, tuple[str, ...]]], *, is_timed: bool
-) -> list[Case]:
+def _head_cases(options: Options, sizes: SizeTasks, *, is_timed: bool) -> list[Case]:
     cases = []
     for size, of_size in sizes:
         if options.models is not None and size.model not in options.models:
@@ -212,7 +177,7 @@ def _head_cases(
             continue
         tasks = [task for task in of_size if task in (options.tasks or of_size)]
         for task in tasks:
-            left_out = _left_out(options, keeps_compiled=size in (CENTRE, Size("small", 1024, torch.float32)))
+            left_out = _left_out(options, keeps_compiled=is_compiled_at(size))
             suite = "op" if is_timed else "accuracy"
             key = op_key(suite, size, task)
 
@@ -234,40 +199,12 @@ def _head_cases(
 
 
 def memory_cases(options: Options) -> list[Case]:
-    """From a centre along each axis; T at a fixed N, so that only the length of a pair changes."""
-    if options.preset in ("tiny", "small"):
-        base = Size("tiny", 512, torch.float32, vocab=8000)
-        points = {"N": [512]} if options.preset == "tiny" else {
-            "N": [512, 1024, 2048, 4096], "V": [4000, 8000, 16000, 32000], "T": [128, 256, 512, 1024]
-        }  # fmt: skip
-        if options.preset == "small":
-            base = replace(base, model="small", num_tokens=2048, vocab=None)
-    else:
-        base = CENTRE
-        points = {
-            "N": [2048, 8192, 16384, 32768], "V": [32000, 128256, 152064, 256000],
-            "T": [512, 1024, 2048, 4096],
-        }  # fmt: skip
-    # The frozen head over N alone: its curves over V and T are those of the trained one less dweight.
-    tasks = [task for task in ("pairs", "pairs-frozen") if task in (options.tasks or PASSES)]
-    if options.models is not None and base.model not in options.models:
-        return []
-    axes_of: dict[tuple[Size, str], list[str]] = {}
-    for axis, values in points.items():
-        for value in values:
-            size = {
-                "N": replace(base, num_tokens=value),
-                "V": replace(base, vocab=value),
-                "T": replace(base, sequence_length=value),
-            }[axis]
-            size = replace(
-                size, vocab=size.vocab_size, sequence_length=size.length
-            )  # written out: comparable
-            if options.tokens is not None and size.num_tokens not in options.tokens:
-                continue
-            for task in tasks if axis == "N" and options.preset != "tiny" else tasks[:1]:
-                axes_of.setdefault((size, task), []).append(axis)
-    return [_memory_case(axes, size, task, options) for (size, task), axes in axes_of.items()]
+    return [
+        _memory_case(axes, size, task, options)
+        for (size, task), axes in memory_points(options.preset, options.tasks).items()
+        if options.models is None or size.model in options.models
+        if options.tokens is None or size.num_tokens in options.tokens
+    ]
 
 
 def _memory_case(axes: list[str], size: Size, task: str, options: Options) -> Case:
@@ -283,68 +220,79 @@ def _memory_case(axes: list[str], size: Size, task: str, options: Options) -> Ca
 
 
 def row_cases(options: Options) -> list[Case]:
-    tiny = options.preset == "tiny"
-    vocabularies = (4001,) if tiny else (32000,) if options.preset == "small" else VOCABULARIES
-    rows = 64 if options.preset in ("tiny", "small") else 2048
-    backends = [name for name in DEVICE_TYPE if unavailable_reason(name, options.device) is None] or [
-        "reference"
-    ]
+    backends = row_backends(options.device)
     backends = [name for name in backends if name in (options.contenders or backends)]
     backends = [name for name in backends if name not in options.without]
     if not backends:
         return []
     cases = []
-    for vocab in vocabularies:
-        for dtype in (torch.float32, torch.bfloat16):
-            key = row_key(vocab, rows, dtype)
+    for vocab, rows, dtype in row_sizes(options.preset):
+        key = row_key(vocab, rows, dtype)
 
-            def run(vocab: int = vocab, dtype: torch.dtype = dtype, key: str = key) -> dict[str, Any]:
-                return bench_rows(
-                    options.device, backends, vocab=vocab, logits_dtype=dtype, rows=rows,
-                    repeats=options.repeats, seconds=options.seconds, lost_to=options.lost.get(key),
-                )  # fmt: skip
+        def run(
+            vocab: int = vocab, rows: int = rows, dtype: torch.dtype = dtype, key: str = key
+        ) -> dict[str, Any]:
+            return bench_rows(
+                options.device, backends, vocab=vocab, logits_dtype=dtype, rows=rows,
+                repeats=options.repeats, seconds=options.seconds, lost_to=options.lost.get(key),
+            )  # fmt: skip
 
-            cases.append(Case(key, "row", run, 1 + rows * vocab / 1e8, 3 * rows * vocab * 4))
+        cases.append(Case(key, "row", run, 1 + rows * vocab / 1e8, 3 * rows * vocab * 4))
     return cases
 
 
-# Sizes of `benchmarks.step` and their precision.
-STEPS = {
-    "tiny": (("tiny", "fp32"), ("tiny-lora", "fp32")),
-    "small": (("mini-llama", "fp32"), ("small-llama", "fp32")),
-    "gpu": (("qwen2.5-0.5b", "bf16"), ("llama-3.2-1b", "bf16"), ("llama-3-8b-lora", "bf16")),
-}
-
-
 def step_cases(options: Options) -> list[Case]:
-    """Whole steps; ``repeats`` is of a GPU's kernels, not of steps, which have their own."""
+    """Whole steps; ``repeats`` is of a GPU's kernels, not of steps, which have their own.
+
+    Raises:
+        ValueError: there is no such data, or none that can be read.
+    """
     step = _step()
-    names = [name for name in step.CONTENDERS if name in (options.contenders or step.CONTENDERS)]
+    asked = options.contenders or step_names(options.device)
+    names = [name for name in step.CONTENDERS if name in asked]
     names = [name for name in names if name not in options.without]
     if not names:
         return []
-    if options.device.type == "cuda" and options.contenders is None and "trl-compacted" in names:
-        names.remove("trl-compacted")  # there TRL drops unlabelled tokens by itself
     brief = {"check_steps": 2, "steps": 1, "rounds": 1} if options.preset == "tiny" else {}
     cases = []
     data = None if options.data is None else Path(options.data)
-    for model, precision in STEPS.get(options.preset, STEPS["gpu"]):
+    if data is not None:
+        from fastdpo.training.data import read_rows
+
+        read_rows(data)  # better before the first measurement than in the place of it
+    for model, precision in step_sizes(options.preset):
         if options.models is not None and model not in options.models:
             continue
 
         def run(model: str = model, precision: str = precision) -> dict[str, Any]:
             return step.bench_step(model, options.device, precision, data=data, contenders=names, **brief)
 
-        size = step.SIZES[model]
-        weights = (
-            size.layers * size.hidden * (4 * size.hidden + 3 * size.intermediate) + size.vocab * size.hidden
-        )
-        # Policy, gradient, two moments and the reference in fp32; an adapted one holds 16 bits of one model.
-        held = weights * (2 if size.is_adapted and precision == "bf16" else 20)
+        size, held = step.SIZES[model], step_bytes(model, precision)
         # Forward and backward of the policy, forward of the reference: 8 FLOP a weight and token.
-        cost = 30 + options.seconds_of(8 * weights * size.pairs * 1500 * (10 if brief else 70))
+        cost = 30 + options.seconds_of(8 * _weights(size) * size.pairs * 1500 * (10 if brief else 70))
         cases.append(Case(step.step_key(model, precision, data), "step", run, cost, held, model))
     return cases
+
+
+def step_names(device: torch.device) -> list[str]:
+    """Contenders of whole steps of who names none: on a GPU TRL drops unlabelled tokens by itself."""
+    return [n for n in _step().CONTENDERS if n != "trl-compacted" or device.type == "cpu"]
+
+
+def _weights(size: Any) -> int:
+    """Of a model of whole steps."""
+    of_layers: int = size.layers * size.hidden * (4 * size.hidden + 3 * size.intermediate)
+    return of_layers + size.vocab * size.hidden
+
+
+def step_bytes(model: str, precision: str) -> int:
+    """What a step holds, at least.
+
+    Policy, gradient, two moments and the reference, one model where it is adapted; of the truth in fp64,
+    which in bf16 may be fp32 (`benchmarks.step_truth`).
+    """
+    size = _step().SIZES[model]
+    return _weights(size) * (1 if size.is_adapted else 5) * (4 if precision == "bf16" else 8)
 
 
 def _step() -> Any:

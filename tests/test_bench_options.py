@@ -76,6 +76,17 @@ def test_steps_refuse_what_they_do_not_take(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("text", "said"), [(None, "no such file"), ("no json", "row 1: not valid JSON")])
+def test_data_that_cannot_be_read_is_refused_before_anything_is_measured(
+    text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, results = tmp_path / "pairs.jsonl", tmp_path / "results"
+    if text is not None:
+        data.write_text(text)
+    assert run.main(["step", *TINY, "--data", str(data), "--results", str(results)]) == 2
+    assert said in capsys.readouterr().err and not results.exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -16,7 +16,8 @@ from benchmarks.harness import environment, peak_mib
 from benchmarks.memory import bench_memory
 from benchmarks.problem import Size
 from benchmarks.results import ResultFile, read_result, read_results, write_results
-from benchmarks.suites import PRESETS, SUITES, Case, Options, make_cases
+from benchmarks.sizes import PRESETS
+from benchmarks.suites import SUITES, Case, Options, make_cases
 
 CPU = torch.device("cpu")
 BRIEF = ["--device", "cpu", "--preset", "tiny", "--repeats", "2", "--tasks", "score"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu, run, tables
+from benchmarks.head_tables import PEER_TARGETS
 from benchmarks.op import METHODS
 from benchmarks.plots import PLOTS, check_plots, memory_data, plot_files, write_plots
 from benchmarks.problem import PASSES
@@ -47,7 +48,7 @@ def of_cpu(ratio: float) -> dict[str, Any]:
 
 def test_the_table_shows_the_newest_measurement_and_what_was_not_run(tmp_path: Path) -> None:
     assert tables.head_table([]).count("*not run*") == 12
-    assert tables.peer_targets_table([]).count("*not run*") == len(tables.PEER_TARGETS)
+    assert tables.peer_targets_table([]).count("*not run*") == len(PEER_TARGETS)
     write_results(payload(1.5, "2026-01-01T00:00:00+00:00"), tmp_path)
     write_results(payload(1.125, "2026-01-02T00:00:00+00:00"), tmp_path)
     results = read_results(tmp_path)
@@ -155,7 +156,7 @@ def test_a_cpu_result_does_not_fill_a_gpu_table(tmp_path: Path) -> None:
     write_results(of_cpu(1.1), tmp_path)
     results = read_results(tmp_path)
     assert tables.head_table(results).count("*not run*") == 12
-    assert tables.peer_targets_table(results).count("*not run*") == len(tables.PEER_TARGETS)
+    assert tables.peer_targets_table(results).count("*not run*") == len(PEER_TARGETS)
     gpu, cpu = tables.document(results).split("## On a CPU")
     assert "*not run*: `make gpu`" in gpu and "| `trl`" not in gpu
     assert "numbers of a CPU" in cpu and "1.65 x" in cpu
@@ -210,7 +211,8 @@ def test_one_command_gives_json_tables_and_plots(tmp_path: Path, capsys: pytest.
     left_out = [m.name for m in METHODS if m.name not in ("fastdpo-cpu", "torch", "cce")]
     brief = ["--device", "cpu", "--preset", "tiny", "--repeats", "2", "--tasks", "stash", "pairs"]
     words = ["op", "row", "accuracy", "memory", *brief, "--without", *left_out]
-    assert run.main([*words, "--results", str(tmp_path / "results")]) == 0
+    page = tmp_path / "page"
+    assert run.main([*words, "--results", str(tmp_path / "results"), "--page", str(page)]) == 0
     shown = capsys.readouterr().out
     assert "x GEMM" in shown and "cce                    not run: runs on CUDA GPUs only" in shown
     (result,) = read_results(tmp_path / "results")
@@ -218,6 +220,10 @@ def test_one_command_gives_json_tables_and_plots(tmp_path: Path, capsys: pytest.
     assert result["environment"]["packages"]["torch"] and result["settings"]["preset"] == "tiny"
     timed = next(r for r in result["results"] if r["key"].endswith("/stash") and r["suite"] == "op")
     assert len(timed["contenders"]["torch"]["samples_ms"]) == 2
+    # The one command has written them all.
+    device = slug(label(result["environment"]))
+    assert f"`{tmp_path}/results/{result['file']}`" in (page / "benchmarks.md").read_text()
+    assert {path.name for path in (page / "plots").iterdir()} == {f"{device}-{p.name}.svg" for p in PLOTS}
 
     docs, readme = tmp_path / "docs", tmp_path / "README.md"
     readme.write_text(MARKERS)
@@ -225,7 +231,6 @@ def test_one_command_gives_json_tables_and_plots(tmp_path: Path, capsys: pytest.
     assert tables.main([*places, "--check"]) == 1
     assert tables.main(places) == 0 and tables.main([*places, "--check"]) == 0
     page = (docs / "benchmarks.md").read_text()
-    device = slug(label(result["environment"]))
     for plot in PLOTS:
         assert f"plots/{device}-{plot.name}.svg" in page
         assert "</svg>" in (docs / "plots" / f"{device}-{plot.name}.svg").read_text()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks import ours, peers
-from benchmarks.harness import Contender, summarise, time_interleaved
+from benchmarks.compare import agreement, compare_results
+from benchmarks.harness import Contender, summarise, summarise_steps, time_interleaved
 from benchmarks.method import Method
 from benchmarks.op import METHODS, bench_task
 from benchmarks.problem import IGNORED, MODELS, OF_PAIRS, PASSES, HeadProblem, Outcome, Size, Wrong
@@ -49,12 +51,57 @@ def test_a_time_limit_leaves_enough_repeats() -> None:
 
 def test_the_noise_of_a_median_knows_spread_and_drift() -> None:
     assert summarise([10.0] * 20)["noise"] == 0
-    steady = summarise([9.0, 11.0] * 10)
+    steady = summarise([9.0, 9.0, 10.0, 11.0, 11.0] * 4)
     assert steady["median_ms"] == 10 and steady["noise"] == pytest.approx(1.57 * 2 / 20**0.5 / 10)
     # The halves differ by 8: half of that is more than the notch of the whole.
     drifting = summarise([6.0] * 50 + [14.0] * 50)
     assert drifting["noise"] == pytest.approx(0.4)
+    # The halves are alike, the quarters are not: 1.69 standard errors of their mean, sd 4.62 of four.
+    slow_waves = summarise(([6.0] * 25 + [14.0] * 25) * 2)
+    assert slow_waves["noise"] > 1.69 * 4.6 / 2 / 10
     assert summarise([3.0])["noise"] == 1.0  # one sample knows nothing
+
+
+def test_two_runs_of_one_version_agree_as_often_as_is_said() -> None:
+    """Of a hundred pairs of runs of 40 contenders each, made up, some five may have one that is outside."""
+    random = Random(0)
+
+    def run() -> dict[str, Any]:
+        def cell(count: int) -> dict[str, Any]:
+            return summarise([random.gauss(1.0, 0.05) for _ in range(count)])
+
+        def step() -> dict[str, Any]:
+            times = [size * random.gauss(1.0, 0.05) for _ in range(3) for size in (1.0, 0.5, 2.0, 1.5, 0.8)]
+            return summarise_steps(times, 5)
+
+        kernels = {"gemm": cell(20)} | {f"fastdpo-{k}": cell(20) for k in range(30)}
+        steps = {f"step-{k}": step() for k in range(10)}
+        results = [
+            {"key": key, "failed": {}, "not_run": {}, "contenders": cells}
+            for key, cells in (("op", kernels), ("step", steps))
+        ]
+        return {"environment": {}, "results": results}
+
+    agree = [agreement(compare_results(run(), run()))[1] for _ in range(100)]
+    assert sum(agree) >= 85
+    # And a version that is slower by more than the noise is told from it, in all of them.
+    slower = run()
+    for cell in slower["results"][0]["contenders"].values():
+        cell["median_ms"] *= 1.25
+    assert (
+        sum(change.is_regression for change in compare_results(run(), slower).changes) == 0
+    )  # as is the floor
+    slower["results"][0]["contenders"]["gemm"]["median_ms"] /= 1.25
+    assert sum(change.is_regression for change in compare_results(run(), slower).changes) >= 29
+
+
+def test_the_noise_of_steps_is_not_that_of_their_sizes() -> None:
+    assert summarise_steps([1.0, 3.0, 1.0, 3.0], 2)["noise"] == 0
+    assert summarise_steps([1.0, 3.0], 2)["noise"] == 1.0  # one round knows nothing
+    # Three rounds of 4, 4.4 and 4.8 in all: sd 0.4 of 4.4, by 1.69 x 1.2533 over the root of 3.
+    found = summarise_steps([1.0, 3.0, 1.1, 3.3, 1.2, 3.6], 2)
+    assert found["noise"] == pytest.approx(1.69 * 1.2533 * 0.4 / 4.4 / 3**0.5)
+    assert found["median_ms"] == pytest.approx(2.2)
 
 
 @pytest.mark.parametrize("task", PASSES)

@@ -37,6 +37,9 @@ def test_all_contenders_agree(data: str, tmp_path: Path, capsys: pytest.CaptureF
     for cell in cells.values():
         assert cell["losses"] == pytest.approx(cells["trl"]["losses"], abs=1e-5)
         assert len(cell["samples_ms"]) == 1 and cell["useful_tokens_per_s"] > 0
+        # fp32 beside fp64: far below what is allowed.
+        assert cell["loss_error_nats"] < 1e-4 and cell["gradient_norm_relative_error"] < 2e-4
+    assert result["truth"]["dtype"] == "float64" and len(result["truth"]["losses"]) == 2
     assert abs(cells["trl"]["losses"][0] - 0.6931) > 1e-3  # there is something to agree on
     positions = {name: cells[name]["backbone_positions_per_pair"] for name in step.OURS}
     auto = positions.pop("auto")
@@ -86,6 +89,27 @@ def test_a_wrong_contender_is_not_timed(
     assert "shared_prompt  FAILED" in printed
     assert list(result["losses"]) == ["padded", "packed", "shared_prompt"]
     assert "  ".join(f"{result['losses'][name][0]:.5f}" for name in ("padded", "packed")) in printed
+
+
+@pytest.mark.parametrize(
+    ("planted", "said"),
+    [
+        (lambda loss: loss * 1.01, "its losses are off by"),
+        # The value stays as it is, and Adam and clipping take a factor out of the steps.
+        (lambda loss: loss + 0.01 * (loss - loss.detach()), "its gradient's norm is off by 1.0e-02"),
+    ],
+)
+def test_a_mistake_that_all_of_ours_share_is_no_truth(
+    planted: Any, said: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Three against one: the truth is fp64, not the middle."""
+    right = PreferenceTrainer.compute_loss
+    monkeypatch.setattr(PreferenceTrainer, "compute_loss", lambda *args, **kw: planted(right(*args, **kw)))
+    names = ["--contenders", "plain", "padded", "packed", "shared_prompt"]
+    assert step.main(["--data", data, *OPTIONS, *names, "--results", str(tmp_path / "results")]) == 1
+    (result,) = read_results(tmp_path / "results")[0]["results"]
+    assert set(result["contenders"]) == {"plain"} and set(result["failed"]) == set(names[2:])
+    assert all(said in reason and "not timed" in reason for reason in result["failed"].values())
 
 
 def test_a_peer_that_does_not_fit_is_no_failure(
