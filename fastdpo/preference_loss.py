@@ -78,7 +78,7 @@ def fused_preference_loss(
     Args:
         hidden, lm_head, labels, layout, shift, ignore_index, execution: as in ``fused_dpo_loss``, for B
             sequences: ``(B, T, H)`` and ``(B, T)``, or packed. For losses with divergences ``execution`` is
-            what ``token_divergence`` takes, which has no backends, no ``lean`` and no bf16 logits.
+            what ``token_divergence`` takes, which has backends of its own, no ``lean`` and no bf16 logits.
         loss_type, loss_weights: names in ``LOSSES`` of one kind other than plain pairs; their weighted sum.
             For pairs with divergences (``tdpo1``, ``tdpo2``) B = 2P, chosen answers first; the forward KL
             from the reference to the policy is made here, of ``ref_hidden``, together with the

@@ -262,14 +262,13 @@ def _divergence_kernel(
                 if IN_ONE:
                     forward_sums += _weighted(q, delta)
             if logps is not None:
-                is_label = columns == label
+                logps_d = tl.where(columns == label, 1.0, 0.0) - p
                 if grad_coeffs is not None:
-                    d += (tl.where(is_label, 1.0, 0.0) - p) * w_logps
+                    d += logps_d * w_logps
             if IN_PLACE:
                 tl.debug_barrier()  # no thread writes before all have read the tile
             _store_d(d_row, d, v, columns, mask, CAP)
             if logps_d_out is not None:
-                logps_d = tl.where(columns == label, 1.0, 0.0) - p
                 _store_d(logps_d_out + row * logps_d_stride, logps_d, v, columns, mask, CAP)
     if forward_kl is not None:
         tl.store(forward_kl + row, tl.sum(forward_sums))
