@@ -26,7 +26,7 @@ def divergence_loss(
     args: PreferenceConfig,
     reference: Reference,
 ) -> DPOLossOutput:
-    """The loss of a batch of pairs (TDPO) as its share of the mean over ``num_pairs``; see ``pair_loss``.
+    """The loss of a batch of pairs (TDPO) as its share of the mean over ``num_pairs``; see ``batch_loss``.
 
     ``metrics`` has ``kl/chosen`` and ``kl/rejected`` in place of what looks at single tokens.
     """

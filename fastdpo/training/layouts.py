@@ -214,12 +214,20 @@ def first_batches(dataset: RowDataset, budget: TokenBudget | None, args: Prefere
     """The pairs (or rows) of every batch of the first epoch, as the samplers of training make them."""
     if budget is not None:
         return [torch.tensor(batch) for batch in training_sampler(dataset, budget, args) if batch]
-    seed = args.seed if args.data_seed is None else args.data_seed
     if args.train_sampling_strategy == "sequential":
         order = torch.arange(len(dataset))
     elif args.train_sampling_strategy == "group_by_length":
-        group = args.train_batch_size * args.gradient_accumulation_steps
-        order = torch.tensor(list(LikeLengthSampler(group, dataset.lengths.tolist(), seed=seed)))
+        order = torch.tensor(list(like_length_sampler(dataset, args)))
     else:  # what accelerate makes of the trainer's random sampler
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(_seed(args)))
     return list(order.split(args.train_batch_size))
+
+
+def like_length_sampler(dataset: RowDataset, args: PreferenceConfig) -> LikeLengthSampler:
+    """The sampler of ``group_by_length``: groups are the pairs of an optimiser step."""
+    group = args.train_batch_size * args.gradient_accumulation_steps
+    return LikeLengthSampler(group, dataset.lengths.tolist(), seed=_seed(args))
+
+
+def _seed(args: PreferenceConfig) -> int:
+    return args.seed if args.data_seed is None else args.data_seed

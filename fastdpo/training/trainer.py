@@ -29,13 +29,13 @@ from fastdpo.integrations.model import patch_model
 from fastdpo.training.answer_step import with_margins
 from fastdpo.training.batches import Batch, is_filler, sequence_tokens
 from fastdpo.training.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
-from fastdpo.training.collate import LikeLengthSampler, pad_token_id
+from fastdpo.training.collate import pad_token_id
 from fastdpo.training.config import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, PreferenceConfig
 from fastdpo.training.data import row_list
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.evaluation import EvaluatingTrainer
 from fastdpo.training.largest_batch import try_before_scoring
-from fastdpo.training.layouts import choose_collator, token_budget
+from fastdpo.training.layouts import choose_collator, like_length_sampler, token_budget
 from fastdpo.training.loss_state import LossState
 from fastdpo.training.metrics import MetricSums
 from fastdpo.training.offload import offloaded_activations
@@ -242,9 +242,7 @@ class PreferenceTrainer(EvaluatingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, RowDataset):
-            group = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return LikeLengthSampler(group, dataset.lengths.tolist(), seed=seed)
+            return like_length_sampler(dataset, self.args)
         return super()._get_train_sampler(train_dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
