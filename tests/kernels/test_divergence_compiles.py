@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.kernels.divergence_compile import CASES, CompileCase, Compiled
+from tests.kernels.triton_processes import compile_reports
 
 ROOT = Path(__file__).parents[2]
 ARCHS = (80, 90, 100)
@@ -24,25 +20,11 @@ Reports = dict[str, Compiled]
 
 @pytest.fixture(scope="module")
 def all_reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Reports]:
-    # A process of its own for each architecture, so that an interpreting or a real GPU's driver stays out.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-
-    def compile_for(arch: int) -> Reports:
-        result = subprocess.run(
-            [sys.executable, "-m", "tests.kernels.divergence_compile", str(arch)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-        return {name: Compiled(**report) for name, report in json.loads(result.stdout).items()}
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(ARCHS, pool.map(compile_for, ARCHS), strict=True))
+    found = compile_reports("tests.kernels.divergence_compile", ARCHS, tmp_path_factory.mktemp("triton"))
+    return {
+        arch: {name: Compiled(**report) for name, report in reports.items()}
+        for arch, reports in found.items()
+    }
 
 
 @pytest.fixture(params=ARCHS, ids="sm_{}".format)

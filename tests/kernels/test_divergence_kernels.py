@@ -8,9 +8,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -38,6 +35,7 @@ from tests.kernels.divergence_cases import (
     run,
 )
 from tests.kernels.test_rows import _rounded
+from tests.kernels.triton_processes import run_interpreted
 
 HAS_GPU = torch.cuda.is_available()
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -82,7 +80,7 @@ CASES = [
     DivergenceCase(128256, TDPO, 2, d_dtype=BF16, in_place=True, has_logps_d=True),
     DivergenceCase(128256, EVERYTHING, 2, "capped", d_dtype=BF16, has_coeffs=True),
 ]  # fmt: skip
-INTERPRETED_CASES = pick(CASES, largest=8193)
+INTERPRETED_CASES = pick(CASES, largest=4001)
 BACKENDS = [
     "reference",
     *(
@@ -346,15 +344,4 @@ def test_no_rows(backend: Backend) -> None:
 @pytest.mark.skipif(IS_INTERPRETED or HAS_GPU, reason="Triton runs in this process")
 def test_triton_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton", "-q", "-W", "ignore::RuntimeWarning"]
-    result = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) > len(INTERPRETED_CASES), result.stdout
+    run_interpreted(__file__, at_least=len(INTERPRETED_CASES) + 1, chosen="triton")

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.kernels.lean_compile import CASES, FP32, SLAB_CASES, Compiled
+from tests.kernels.triton_processes import compile_reports
 
 ROOT = Path(__file__).parents[2]
 ARCHS = (80, 90, 100)
@@ -30,20 +27,8 @@ def arch(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def reports(arch: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
-    # A process of its own, so that an interpreting or a real GPU's driver stays out.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.lean_compile", str(arch)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return {name: Compiled(**report) for name, report in json.loads(result.stdout).items()}
+    found = compile_reports("tests.kernels.lean_compile", (arch,), tmp_path_factory.mktemp("triton"))
+    return {name: Compiled(**report) for name, report in found[arch].items()}
 
 
 def count(compiled: Compiled, pattern: str) -> int:

@@ -8,9 +8,6 @@ which therefore runs on a GPU only.
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,6 +24,7 @@ from fastdpo.types import TOKEN_STATISTICS
 from tests.kernels.lean_cases import DEVICE, HEADS, NAMES, Head, assert_equal_bits
 from tests.kernels.row_cases import RowCase, make_data, pairwise_cases, run
 from tests.kernels.test_rows import EXTREMES, OPTIONS, assert_meets_contract, assert_same_bits
+from tests.kernels.triton_processes import run_interpreted
 
 HAS_GPU = torch.cuda.is_available()
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -323,15 +321,4 @@ class TestTritonLogprobs:
 @pytest.mark.skipif(RUNS_TRITON, reason="Triton runs in this process")
 def test_triton_under_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-W", "ignore::RuntimeWarning"]
-    result = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) > len(SLAB_CASES) + 2 * len(HEADS), result.stdout
+    run_interpreted(__file__, at_least=len(SLAB_CASES) + 2 * len(HEADS) + 1)

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +30,7 @@ from tests.kernels.row_cases import (
     pairwise_cases,
     run,
 )
+from tests.kernels.triton_processes import run_interpreted
 
 HAS_GPU = torch.cuda.is_available()
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -290,15 +288,4 @@ def test_no_rows(backend: Backend):
 @pytest.mark.skipif(IS_INTERPRETED or HAS_GPU, reason="Triton runs in this process")
 def test_triton_under_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton", "-q", "-W", "ignore::RuntimeWarning"]
-    result = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) > len(INTERPRETED_CASES), result.stdout
+    run_interpreted(__file__, at_least=len(INTERPRETED_CASES) + 1, chosen="triton")

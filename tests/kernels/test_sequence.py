@@ -10,10 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +37,7 @@ from tests.kernels.sequence_cases import (
     run_sums,
     sum_tolerances,
 )
+from tests.kernels.triton_processes import run_interpreted
 
 HAS_GPU = torch.cuda.is_available()
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -381,15 +379,4 @@ def test_an_odd_number_of_answers_is_refused():
 @pytest.mark.skipif(IS_INTERPRETED or HAS_GPU, reason="Triton runs in this process")
 def test_triton_under_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton", "-q", "-W", "ignore::RuntimeWarning"]
-    result = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) > len(mixed_cases(2)), result.stdout
+    run_interpreted(__file__, at_least=len(mixed_cases(2)) + 1, chosen="triton")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.kernels.test_cuda_compiles import count, find_cuobjdump, parse_reports, parse_sass
+from tests.kernels.triton_processes import compile_reports
 
 ROOT = Path(__file__).parents[2]
 REGISTERS_PER_SM = 65536
@@ -69,20 +66,7 @@ def test_cuda_takes_one_ticket_and_reads_losses_past_l1(cuda: tuple[dict, dict])
 @pytest.fixture(scope="module")
 def all_triton(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
     pytest.importorskip("triton")
-    # A process of its own for each architecture, so that an interpreting or a real GPU's driver stays out.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-
-    def compile_for(arch: int) -> dict:
-        command = [sys.executable, "-m", "tests.kernels.sequence_compile", str(arch)]
-        result = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(TRITON_ARCHS, pool.map(compile_for, TRITON_ARCHS), strict=True))
+    return compile_reports("tests.kernels.sequence_compile", TRITON_ARCHS, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.fixture(params=TRITON_ARCHS, ids="sm_{}".format)

@@ -6,9 +6,6 @@ Triton's under its interpreter in a process of its own; ``tests/gpu`` has it on 
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -17,6 +14,7 @@ import torch
 from fastdpo import Execution, TokenDivergenceOutput, token_divergence
 from fastdpo.ops.backends import DIVERGENCE_BACKENDS, resolve_divergence_backend
 from fastdpo.ops.token_divergence import plan_divergences
+from tests.kernels.triton_processes import run_interpreted
 from tests.ops.common import backend_or_skip
 from tests.ops.divergence_cases import assert_divergence_right, make_divergence_case, run_divergence, small
 
@@ -107,25 +105,4 @@ def test_which_backend_runs() -> None:
 @pytest.mark.skipif(IS_INTERPRETED or torch.cuda.is_available(), reason="Triton runs in this process")
 def test_triton_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "-q",
-        "-W",
-        "ignore::RuntimeWarning",
-        "-k",
-        "triton-",
-    ]
-    result = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) >= 20, result.stdout
+    run_interpreted(__file__, at_least=20)

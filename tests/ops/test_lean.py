@@ -7,9 +7,6 @@ or under Triton's interpreter in a process of its own (see ``tests/kernels/test_
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -40,6 +37,7 @@ from fastdpo.testing import (
     same_sign_case,
 )
 from fastdpo.types import TOKEN_STATISTICS
+from tests.kernels.triton_processes import run_interpreted
 from tests.ops.common import backend_or_skip, dense_output, leaves, op_results, run_op
 from tests.ops.test_gemm_passes import count_passes
 from tests.ops.test_numbers import OPTIONS, _dense_grads, _flat, _statistic_grads
@@ -383,16 +381,4 @@ def test_bf16_logits_are_refused() -> None:
 def test_triton_under_the_interpreter() -> None:
     pytest.importorskip("triton")
     # Every other test of fp32 takes the same path as under `reference`.
-    chosen = "float16 and (values or plain or all or alone or lse)"
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-W", "ignore::RuntimeWarning", "-k", chosen]
-    result = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) >= 9, result.stdout
+    run_interpreted(__file__, at_least=9, chosen="float16 and (values or plain or all or alone or lse)")
