@@ -1,5 +1,5 @@
-// The divergence kernel of fastdpo/kernels/divergence.py on a CPU: rows over OpenMP threads, a row in blocks that fit in
-// L1, walked over from the first block to the last:
+// The divergence kernel of fastdpo/kernels/divergence.py on a CPU: rows over OpenMP threads, a row in blocks that fit
+// in L1, walked over from the first block to the last:
 //
 // 1. with two teachers: each one's maximum and, where their distance is wanted, sum of exponentials and that distance;
 // 2. policy and teacher (or the teachers' combination, made here): maxima, sums of exponentials, and the sums that
@@ -8,7 +8,7 @@
 // 4. where a gradient is wanted, D.
 //
 // The logits are scratch: tanh of a softcap, the sum with a bias and the combination are made once and put in their
-// place. So are, where D is of one divergence, the exponentials and what D is the product of: its walk needs no exp then.
+// place. So are, where D is of one divergence, the exponentials and what D multiplies them by: its walk needs no exp.
 //
 // With b = z - shift and a = c - shift of the policy's and the teacher's logits, e the exp of them and S the sum of e:
 //
@@ -16,214 +16,13 @@
 //     forward_kl = sum e_q (a - b) / S_q + k,           reverse_kl = -sum e_p (a - b) / S_p - k
 //
 // Sums run over kLanes fp32 lanes within a block and in double from block to block, in an order that depends on V only.
-#include <vector>
-
-#include "row_math.h"
+#include "divergence_row.h"
 
 namespace {
 
 using namespace fastdpo;
 
-constexpr int kBlock = 1024;
-
-struct Block {
-  int64_t start;
-  int size;
-  int padded;
-  alignas(64) float b[kBlock];  // the policy's logits less their shift; -inf from `size` to `padded`
-  alignas(64) float a[kBlock];  // the teacher's
-  alignas(64) float p[kBlock];
-  alignas(64) float x[kBlock];  // of the teacher: q, or what p is multiplied by
-  alignas(64) float d[kBlock];
-  alignas(64) float tanh[kBlock];  // of the policy's softcap
-};
-
-// One head's logits: z = slope * value, and values are in place once is_raw is false.
-struct Stream {
-  f32* row = nullptr;
-  const float* bias = nullptr;
-  float factor = 1.0f;
-  float slope = 1.0f;
-  bool is_capped = false;
-  bool is_raw = false;
-};
-
-struct Softmax {
-  float max = -kInf;
-  float shift = 0.0f;  // max, or 0 while that is -inf
-  double sum = 0.0;    // of exp(z - shift)
-  float label_logit = kNaN;
-
-  double log_prob(float z) const { return (static_cast<double>(z) - shift) - std::log(sum); }
-};
-
-// What D's walk finds in the place of the teacher's logits (and e_p, or p, in the policy's).
-enum class Kept { nothing, e_q, minus_delta, log_ratio };
-
-struct Shifts {
-  float p;
-  float q;
-};
-
-struct Row {
-  const DivergenceArgs& args;
-  int64_t index;
-  int64_t label;  // -1 where it is none of 0..V-1
-  Stream policy, teacher, second;
-  Softmax p{}, q{};
-  double q_apart = 0.0;  // sum of e_q (a - b)
-  double p_apart = 0.0;  // sum of e_p (a - b)
-  double reverse_kl = 0.0;
-  double kl_to_mean = 0.0;  // KL(p || m)
-  Kept kept = Kept::nothing;
-  std::vector<Shifts> shifts{};  // of each block when it was kept
-};
-
-INLINE Stream open(const HeadArgs& head, int64_t index) {
-  Stream stream;
-  if (!head.logits) return stream;
-  stream.row = reinterpret_cast<f32*>(head.logits) + index * head.stride;
-  stream.bias = head.bias;
-  stream.is_capped = head.softcap > 0.0f;
-  stream.factor = head.scale / (stream.is_capped ? head.softcap : head.temperature);
-  stream.is_raw = stream.is_capped || head.bias;
-  stream.slope = stream.is_capped ? head.softcap / head.temperature : head.bias ? 1.0f : stream.factor;
-  return stream;
-}
-
-INLINE void move_to(Block& block, const Row& row, int64_t start) {
-  block.start = start;
-  block.size = static_cast<int>(std::min<int64_t>(kBlock, row.args.vocab - start));
-  block.padded = padded_size(block.size);
-}
-
-INLINE void put(const Stream& stream, const Block& block, const float* values) {
-  f32* row = stream.row + block.start;
-  for (int i = 0; i < block.size; ++i) row[i] = values[i];
-}
-
-INLINE void get(const Stream& stream, const Block& block, float* values) {
-  const f32* row = stream.row + block.start;
-  for (int i = 0; i < block.size; ++i) values[i] = row[i];
-}
-
-// z less `shift`, and -inf up to a whole number of lanes.
-INLINE void load(const Stream& stream, const Block& block, float shift, float* z) {
-  get(stream, block, z);
-  if (stream.is_raw) {
-    scale_block(z, stream.bias ? stream.bias + block.start : nullptr, stream.factor, block.size);
-    if (stream.is_capped) {
-      for (int i = 0; i < block.size; ++i) z[i] = tanh_f32(z[i]);
-    }
-    put(stream, block, z);
-  }
-  for (int i = 0; i < block.size; ++i) {
-    const float logit = z[i] * stream.slope;
-    z[i] = logit - shift;
-  }
-  for (int i = block.size; i < block.padded; ++i) z[i] = -kInf;
-}
-
-// value * weight, 0 where the weight is: a probability of 0 contributes nothing, whatever it is multiplied by.
-INLINE float weighted(float weight, float value) { return weight == 0.0f ? 0.0f : weight * value; }
-
-struct Raised {
-  double offset = 0.0;  // of the old shift from the new one
-  double factor = 1.0;  // of sums of exponentials
-};
-
-INLINE Raised raise_max(Softmax& softmax, float max) {
-  Raised raised;
-  if (!(max > softmax.max)) return raised;
-  raised.offset = static_cast<double>(softmax.shift) - max;
-  if (softmax.max != -kInf) raised.factor = std::exp(raised.offset);  // else there is nothing in the sums, or NaN
-  softmax.sum *= raised.factor;
-  softmax.max = softmax.shift = max;
-  return raised;
-}
-
-// A sum times a factor of 0 or more: infinity of probabilities that are now 0 is no NaN.
-INLINE double scaled(double sum, double factor) { return factor == 0.0 && sum == sum ? 0.0 : sum * factor; }
-
-INLINE void take_label(Softmax& softmax, const Row& row, const Block& block, const float* z) {
-  const int64_t offset = row.label - block.start;
-  if (offset >= 0 && offset < block.size) softmax.label_logit = z[offset];
-}
-
-// ---- Two teachers ----
-
-// The maximum of a teacher; with `sums` also its sum of exponentials.
-INLINE Softmax teacher_softmax(const Row& row, Stream& stream, Block& block, bool sums) {
-  Softmax softmax;
-  for (int64_t start = 0; start < row.args.vocab; start += kBlock) {
-    move_to(block, row, start);
-    load(stream, block, 0.0f, block.a);
-    raise_max(softmax, padded_max(block.a, block.padded));
-    if (!sums) continue;
-    float lanes[kLanes] = {};
-    for (int i = 0; i < block.padded; i += kLanes) {
-      for (int l = 0; l < kLanes; ++l) lanes[l] += exp_f32(block.a[i + l] - softmax.shift);
-    }
-    softmax.sum += total(lanes);
-  }
-  stream.is_raw = false;
-  return softmax;
-}
-
-INLINE double teachers_distance(const Row& row, const Softmax& first, const Softmax& second, Block& block) {
-  const float of_first = static_cast<float>(1.0 / first.sum), of_second = static_cast<float>(1.0 / second.sum);
-  double distance = 0.0;
-  for (int64_t start = 0; start < row.args.vocab; start += kBlock) {
-    move_to(block, row, start);
-    load(row.teacher, block, first.shift, block.a);
-    load(row.second, block, second.shift, block.b);
-    float lanes[kLanes] = {};
-    for (int i = 0; i < block.padded; i += kLanes) {
-      for (int l = 0; l < kLanes; ++l) {
-        lanes[l] += std::fabs(exp_f32(block.a[i + l]) * of_first - exp_f32(block.b[i + l]) * of_second);
-      }
-    }
-    distance += total(lanes);
-  }
-  return distance;
-}
-
-// a first + b second, up to a constant of the row.
-struct Combination {
-  float a = 1.0f, b = 0.0f;
-  float first_shift = 0.0f, second_shift = 0.0f;
-};
-
-INLINE Combination combination_of(Row& row, Block& block) {
-  const DivergenceArgs& args = row.args;
-  const bool needs_distance = args.l1_distance || args.first_slope != 0.0f || args.second_slope != 0.0f;
-  const Softmax first = teacher_softmax(row, row.teacher, block, needs_distance);
-  const Softmax second = teacher_softmax(row, row.second, block, needs_distance);
-  const float* coefficients = args.coefficients + row.index;
-  Combination mix{coefficients[0], coefficients[args.rows], first.shift, second.shift};
-  if (needs_distance) {
-    const float distance = static_cast<float>(teachers_distance(row, first, second, block));
-    if (args.l1_distance) args.l1_distance[row.index] = distance;
-    mix.a += args.first_slope * distance;
-    mix.b += args.second_slope * distance;
-  }
-  return mix;
-}
-
-// The teacher's logits of a block into block.a: of the one, or of two combined.
-INLINE void load_teacher(const Row& row, const Combination& mix, Block& block) {
-  load(row.teacher, block, mix.first_shift, block.a);
-  if (!row.second.row) return;
-  load(row.second, block, mix.second_shift, block.x);
-  for (int i = 0; i < block.padded; ++i) {
-    const bool is_masked = block.a[i] == -kInf || block.x[i] == -kInf;
-    const float combined = mix.a * block.a[i] + mix.b * block.x[i];
-    block.a[i] = is_masked ? -kInf : combined;
-  }
-}
-
-// ---- Softmaxes, forward_kl and reverse_kl ----
-
+// Adds a block to all sums, and leaves e_p, e_q and a - b in block.p, block.x and block.d.
 INLINE void fold(Row& row, Block& block) {
   const Raised p = raise_max(row.p, padded_max(block.b, block.padded));
   const Raised q = raise_max(row.q, padded_max(block.a, block.padded));
@@ -233,18 +32,19 @@ INLINE void fold(Row& row, Block& block) {
     row.p_apart = scaled(row.p_apart, p.factor) + gained * row.p.sum;
   }
   const float p_shift = row.p.shift, q_shift = row.q.shift;
+  for (int i = 0; i < block.padded; ++i) {
+    const float b = block.b[i] - p_shift, a = block.a[i] - q_shift;
+    block.p[i] = exp_f32(b);
+    block.x[i] = exp_f32(a);
+    block.d[i] = a - b;
+  }
   float p_sums[kLanes] = {}, q_sums[kLanes] = {}, p_aparts[kLanes] = {}, q_aparts[kLanes] = {};
   for (int i = 0; i < block.padded; i += kLanes) {
     for (int l = 0; l < kLanes; ++l) {
-      const float b = block.b[i + l] - p_shift, a = block.a[i + l] - q_shift;
-      const float e_p = exp_f32(b), e_q = exp_f32(a);
-      block.p[i + l] = e_p;
-      block.x[i + l] = e_q;
-      block.d[i + l] = a - b;
-      p_sums[l] += e_p;
-      q_sums[l] += e_q;
-      p_aparts[l] += weighted(e_p, a - b);
-      q_aparts[l] += weighted(e_q, a - b);
+      p_sums[l] += block.p[i + l];
+      q_sums[l] += block.x[i + l];
+      p_aparts[l] += weighted(block.p[i + l], block.d[i + l]);
+      q_aparts[l] += weighted(block.x[i + l], block.d[i + l]);
     }
   }
   row.p.sum += total(p_sums);
@@ -253,6 +53,7 @@ INLINE void fold(Row& row, Block& block) {
   row.q_apart += total(q_aparts);
 }
 
+// What D's walk is to find in the place of the block's logits.
 INLINE void keep(Row& row, Block& block) {
   if (row.kept == Kept::minus_delta) {
     for (int i = 0; i < block.size; ++i) block.x[i] = -block.d[i];
@@ -279,8 +80,6 @@ INLINE void reduce(Row& row, Block& block) {
   if (row.second.row) row.teacher.slope = 1.0f;
 }
 
-// ---- jsd ----
-
 struct Logs {
   float p, q;   // of the sums
   float apart;  // k
@@ -291,22 +90,26 @@ INLINE Logs logs_of(const Row& row) {
   return {static_cast<float>(p), static_cast<float>(q), static_cast<float>(p - q)};
 }
 
-// p, q and the ratios of the mixture m = beta q + (1 - beta) p at one token.
-struct Mixture {
-  float p, q;
-  float p_ratio;  // log p - log m
-  float q_ratio;  // log q - log m
-};
-
-INLINE Mixture mixture(float b, float a, const Logs& logs, float beta) {
-  const float log_p = b - logs.p, log_q = a - logs.q, delta = (a - b) + logs.apart;
-  const bool is_teachers = delta > 0.0f;
-  const float larger = exp_f32(log_p > log_q ? log_p : log_q);
-  const Reduced apart = reduce_exponent(-std::fabs(delta));
-  const float smaller = weighted(larger, exp_of(apart));  // delta of two masked tokens is NaN
-  const float s = log1p_f32((is_teachers ? 1.0f - beta : beta) * expm1_of(apart));
-  return {is_teachers ? smaller : larger, is_teachers ? larger : smaller,
-          -((is_teachers ? delta : 0.0f) + s), (is_teachers ? 0.0f : delta) - s};
+// Of the mixture m = beta q + (1 - beta) p at a block's tokens: p and q into block.p and block.x, log p - log m and
+// log q - log m into block.b and block.a. Two loops, because one would be a single long chain of operations.
+INLINE void mix(Block& block, const Logs& logs, float beta) {
+  for (int i = 0; i < block.padded; ++i) {
+    const float log_p = block.b[i] - logs.p, log_q = block.a[i] - logs.q;
+    const float delta = (block.a[i] - block.b[i]) + logs.apart;
+    const bool is_teachers = delta > 0.0f;
+    const float larger = exp_f32(log_p > log_q ? log_p : log_q);
+    const Reduced apart = reduce_exponent(-std::fabs(delta));
+    const float smaller = weighted(larger, exp_of(apart));  // delta of two masked tokens is NaN
+    block.p[i] = is_teachers ? smaller : larger;
+    block.x[i] = is_teachers ? larger : smaller;
+    block.a[i] = delta;
+    block.b[i] = (is_teachers ? 1.0f - beta : beta) * expm1_of(apart);
+  }
+  for (int i = 0; i < block.padded; ++i) {
+    const float s = log1p_f32(block.b[i]), delta = block.a[i];
+    block.b[i] = -((delta > 0.0f ? delta : 0.0f) + s);
+    block.a[i] = (delta > 0.0f ? 0.0f : delta) - s;
+  }
 }
 
 INLINE void load_both(const Row& row, Block& block) {
@@ -321,28 +124,24 @@ INLINE void reduce_jsd(Row& row, Block& block) {
   for (int64_t start = 0; start < row.args.vocab; start += kBlock) {
     move_to(block, row, start);
     load_both(row, block);
+    mix(block, logs, beta);
     float p_lanes[kLanes] = {}, q_lanes[kLanes] = {};
     for (int i = 0; i < block.padded; i += kLanes) {
       for (int l = 0; l < kLanes; ++l) {
-        const Mixture at = mixture(block.b[i + l], block.a[i + l], logs, beta);
-        block.p[i + l] = at.p;
-        block.x[i + l] = at.p_ratio;
-        p_lanes[l] += weighted(at.p, at.p_ratio);
-        q_lanes[l] += weighted(at.q, at.q_ratio);
+        p_lanes[l] += weighted(block.p[i + l], block.b[i + l]);
+        q_lanes[l] += weighted(block.x[i + l], block.a[i + l]);
       }
     }
     to_mean += total(p_lanes);
     teacher_to_mean += total(q_lanes);
     if (row.kept == Kept::log_ratio) {
       put(row.policy, block, block.p);
-      put(row.teacher, block, block.x);
+      put(row.teacher, block, block.b);
     }
   }
   row.kl_to_mean = to_mean;
   row.args.jsd[row.index] = static_cast<float>(beta * teacher_to_mean + (1.0 - beta) * to_mean);
 }
-
-// ---- D ----
 
 struct Weights {
   float forward = 1.0f, reverse = 1.0f, jsd = 1.0f, logps = 0.0f;
@@ -364,8 +163,8 @@ INLINE void multiply(float* values, float factor, int size) {
 }
 
 // d += weight p (x + offset)
-INLINE void add_product(Block& block, float weight, float offset) {
-  for (int i = 0; i < block.size; ++i) block.d[i] += weight * weighted(block.p[i], block.x[i] + offset);
+INLINE void add_product(Block& block, const float* x, float weight, float offset) {
+  for (int i = 0; i < block.size; ++i) block.d[i] += weight * weighted(block.p[i], x[i] + offset);
 }
 
 INLINE void add_difference(Block& block, float weight) {
@@ -379,8 +178,9 @@ INLINE void add_divergences(const Row& row, const Weights& weights, Block& block
   double p_moved = 0.0, q_moved = 0.0;  // of the shifts since the block was kept
   if (is_kept && row.kept != Kept::log_ratio) {
     const Shifts& then = row.shifts[block.start / kBlock];
-    p_moved = static_cast<double>(then.p) - row.p.shift;
-    q_moved = static_cast<double>(then.q) - row.q.shift;
+    // Above 0 where nothing but masked tokens had come, whose exponentials of 0 stay 0.
+    p_moved = std::min(static_cast<double>(then.p) - row.p.shift, 0.0);
+    q_moved = std::min(static_cast<double>(then.q) - row.q.shift, 0.0);
   }
   if (is_kept) {
     get(row.policy, block, block.p);
@@ -403,17 +203,16 @@ INLINE void add_divergences(const Row& row, const Weights& weights, Block& block
       for (int i = 0; i < block.size; ++i) block.x[i] = block.b[i] - block.a[i];
     }
     const double k = std::log(row.p.sum) - std::log(row.q.sum);
-    add_product(block, weights.reverse, static_cast<float>(p_moved - q_moved - (k + row.reverse_kl)));
+    add_product(block, block.x, weights.reverse, static_cast<float>(p_moved - q_moved - (k + row.reverse_kl)));
   }
   if (args.jsd) {
-    const Logs logs = logs_of(row);
-    if (!is_kept) {
-      for (int i = 0; i < block.size; ++i) block.x[i] = mixture(block.b[i], block.a[i], logs, args.jsd_beta).p_ratio;
-    }
-    add_product(block, (1.0f - args.jsd_beta) * weights.jsd, -static_cast<float>(row.kl_to_mean));
+    if (!is_kept) mix(block, logs_of(row), args.jsd_beta);
+    const float* log_ratio = is_kept ? block.x : block.b;
+    add_product(block, log_ratio, (1.0f - args.jsd_beta) * weights.jsd, -static_cast<float>(row.kl_to_mean));
   }
 }
 
+// block.d as D of one of the two outputs: the label's share, the slope of the cap, the dtype.
 INLINE void finish_d(const Row& row, const DArgs& out, float at_label, Block& block) {
   const int64_t offset = row.label - block.start;
   if (offset >= 0 && offset < block.size) block.d[offset] += at_label;

@@ -1,4 +1,4 @@
-"""The divergence kernel in C++ (``csrc/cpu/divergence.cpp``): rows over OpenMP threads, vectorised exp and log."""
+"""The divergence kernel in C++ (``csrc/cpu/divergence.cpp``): rows over OpenMP threads, vectorised."""
 
 from __future__ import annotations
 
