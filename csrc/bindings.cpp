@@ -13,7 +13,10 @@
 #endif
 
 namespace py = pybind11;
+using fastdpo::DArgs;
+using fastdpo::DivergenceArgs;
 using fastdpo::DType;
+using fastdpo::HeadArgs;
 using fastdpo::PerPair;
 using fastdpo::RowArgs;
 using fastdpo::SequenceArgs;
@@ -54,6 +57,43 @@ void bind_row_args(py::module_& module) {
   address(args, "target_logits", &RowArgs::target_logits);
   address(args, "d_out", &RowArgs::d_out);
   address(args, "grad_coeffs", &RowArgs::grad_coeffs);
+}
+
+void bind_divergence_args(py::module_& module) {
+  py::class_<HeadArgs> head(module, "HeadArgs");
+  head.def(py::init<>())
+      .def_readwrite("stride", &HeadArgs::stride)
+      .def_readwrite("scale", &HeadArgs::scale)
+      .def_readwrite("softcap", &HeadArgs::softcap)
+      .def_readwrite("temperature", &HeadArgs::temperature);
+  address(head, "logits", &HeadArgs::logits);
+  address(head, "bias", &HeadArgs::bias);
+
+  py::class_<DArgs> d_out(module, "DArgs");
+  d_out.def(py::init<>()).def_readwrite("dtype", &DArgs::dtype).def_readwrite("stride", &DArgs::stride);
+  address(d_out, "d", &DArgs::d);
+
+  py::class_<DivergenceArgs> args(module, "DivergenceArgs");
+  args.def(py::init<>())
+      .def_readwrite("rows", &DivergenceArgs::rows)
+      .def_readwrite("vocab", &DivergenceArgs::vocab)
+      .def_readwrite("policy", &DivergenceArgs::policy)
+      .def_readwrite("first", &DivergenceArgs::first)
+      .def_readwrite("second", &DivergenceArgs::second)
+      .def_readwrite("first_slope", &DivergenceArgs::first_slope)
+      .def_readwrite("second_slope", &DivergenceArgs::second_slope)
+      .def_readwrite("jsd_beta", &DivergenceArgs::jsd_beta)
+      .def_readwrite("d_out", &DivergenceArgs::d_out)
+      .def_readwrite("logps_d_out", &DivergenceArgs::logps_d_out);
+  address(args, "labels", &DivergenceArgs::labels);
+  address(args, "coefficients", &DivergenceArgs::coefficients);
+  address(args, "forward_kl", &DivergenceArgs::forward_kl);
+  address(args, "reverse_kl", &DivergenceArgs::reverse_kl);
+  address(args, "jsd", &DivergenceArgs::jsd);
+  address(args, "logps", &DivergenceArgs::logps);
+  address(args, "l1_distance", &DivergenceArgs::l1_distance);
+  address(args, "ref_logps", &DivergenceArgs::ref_logps);
+  address(args, "grad_coeffs", &DivergenceArgs::grad_coeffs);
 }
 
 void bind_sequence_args(py::module_& module) {
@@ -101,11 +141,13 @@ PYBIND11_MODULE(_C, module) {
   module.attr("compiler") = FASTDPO_COMPILER;
   module.attr("cuda_archs") = FASTDPO_CUDA_ARCHS;
   bind_row_args(module);
+  bind_divergence_args(module);
   bind_sequence_args(module);
   const auto def_cpu = [&](const char* name, auto kernel) {
     module.def(name, kernel, py::arg("args"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   };
   def_cpu("cpu_row_kernel", &fastdpo_cpu_row_kernel);
+  def_cpu("cpu_divergence_kernel", &fastdpo_cpu_divergence_kernel);
   def_cpu("cpu_sequence_sums", &fastdpo_cpu_sequence_sums);
   def_cpu("cpu_sigmoid_pairs", &fastdpo_cpu_sigmoid_pairs);
 #ifdef FASTDPO_WITH_CUDA

@@ -41,6 +41,50 @@ struct RowArgs {
   const float* grad_coeffs = nullptr;  // (3, C) contiguous: a, b, c; or null: D itself. Only with d_out.
 };
 
+// Raw products of one head over a chunk of C rows, with its transform as in RowArgs.
+struct HeadArgs {
+  float* logits = nullptr;  // (C, V), scratch; null: there is no such head
+  int64_t stride = 0;
+  const float* bias = nullptr;  // (V,) or null
+  float scale = 1.0f;
+  float softcap = 0.0f;  // 0: none
+  float temperature = 1.0f;
+};
+
+// Where a D goes, (C, V); null: not wanted.
+struct DArgs {
+  void* d = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride = 0;
+};
+
+// The divergence kernel's arguments: fastdpo/kernels/divergence.py in C++, filled by
+// fastdpo/kernels/divergence_native.py.
+struct DivergenceArgs {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+  HeadArgs policy;
+  HeadArgs first;   // teacher
+  HeadArgs second;  // null logits: one teacher
+  const int64_t* labels = nullptr;  // (C,)
+
+  const float* coefficients = nullptr;  // (2, C) contiguous: a and b of two teachers' combination
+  float first_slope = 0.0f;             // what their distance is multiplied by and added to a
+  float second_slope = 0.0f;            // and to b
+  float jsd_beta = 0.5f;
+
+  float* forward_kl = nullptr;  // (C,), as all outputs; null: not wanted
+  float* reverse_kl = nullptr;
+  float* jsd = nullptr;
+  float* logps = nullptr;
+  float* l1_distance = nullptr;
+  float* ref_logps = nullptr;
+
+  DArgs d_out;
+  DArgs logps_d_out;                   // only with d_out
+  const float* grad_coeffs = nullptr;  // (4, C) contiguous, or null: of the one divergence
+};
+
 // The sequence kernel's arguments: fastdpo/kernels/sequence.py in C++, filled by fastdpo/kernels/sequence_native.py.
 // N tokens ("tokens") in S sequences ("sequences"), one after the other.
 struct SequenceArgs {
@@ -78,8 +122,9 @@ struct SigmoidArgs : SequenceArgs {
 // C linkage, so that nvcc's host compiler and the C++ compiler agree on the names.
 extern "C" {
 
-// Returns when the rows are done; uses at most `threads` threads (at least 1).
+// Return when the rows are done; use at most `threads` threads (at least 1).
 void fastdpo_cpu_row_kernel(const fastdpo::RowArgs& args, int threads);
+void fastdpo_cpu_divergence_kernel(const fastdpo::DivergenceArgs& args, int threads);
 
 // Launches on `stream` (a cudaStream_t) of the current device and returns the launch's cudaError_t, 0 for success.
 int fastdpo_cuda_row_kernel(const fastdpo::RowArgs& args, void* stream);

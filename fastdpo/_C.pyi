@@ -36,6 +36,46 @@ class RowArgs:
 
     def __init__(self) -> None: ...
 
+class HeadArgs:
+    logits: int
+    stride: int
+    bias: int
+    scale: float
+    softcap: float
+    temperature: float
+
+    def __init__(self) -> None: ...
+
+class DArgs:
+    d: int
+    dtype: DType
+    stride: int
+
+    def __init__(self) -> None: ...
+
+class DivergenceArgs:
+    rows: int
+    vocab: int
+    policy: HeadArgs
+    first: HeadArgs
+    second: HeadArgs
+    labels: int
+    coefficients: int
+    first_slope: float
+    second_slope: float
+    jsd_beta: float
+    forward_kl: int
+    reverse_kl: int
+    jsd: int
+    logps: int
+    l1_distance: int
+    ref_logps: int
+    d_out: DArgs
+    logps_d_out: DArgs
+    grad_coeffs: int
+
+    def __init__(self) -> None: ...
+
 class SequenceArgs:
     tokens: int
     sequences: int
@@ -69,6 +109,7 @@ class SigmoidArgs(SequenceArgs):
 
 def cpu_row_kernel(args: RowArgs, threads: int) -> None: ...
 def cuda_row_kernel(args: RowArgs, stream: int) -> None: ...
+def cpu_divergence_kernel(args: DivergenceArgs, threads: int) -> None: ...
 def cpu_sequence_sums(args: SequenceArgs, threads: int) -> None: ...
 def cpu_sigmoid_pairs(args: SigmoidArgs, threads: int) -> None: ...
 def cuda_sequence_sums(args: SequenceArgs, stream: int) -> None: ...

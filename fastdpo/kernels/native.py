@@ -19,6 +19,8 @@ except ImportError as error:
 else:
     _IMPORT_ERROR = None
 
+D_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def extension_problem() -> str | None:
     """Why ``fastdpo._C`` cannot be used here, with the remedy, or None."""
@@ -76,8 +78,8 @@ def row_args(
 
     if d_out is not None:
         args.d_out, args.d_stride = _matrix("d_out", d_out, (rows, vocab), device)
-        args.d_dtype = _dtype("d_out", d_out, (torch.float32, torch.bfloat16, torch.float16))
-        _check_overlap(logits, d_out)
+        args.d_dtype = _dtype("d_out", d_out, D_DTYPES)
+        _check_overlap("d_out", logits, d_out)
         args.grad_coeffs = _vector("grad_coeffs", grad_coeffs, (3, rows), torch.float32, device)
     elif grad_coeffs is not None:
         raise ValueError("grad_coeffs: wanted only with d_out, got d_out=None")
@@ -125,13 +127,13 @@ def _dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> _C.DT
     ]
 
 
-def _check_overlap(logits: Tensor, d_out: Tensor) -> None:
+def _check_overlap(name: str, logits: Tensor, d_out: Tensor) -> None:
     """D in the place of the logits must keep every row inside that row's own logits."""
     if d_out.data_ptr() != logits.data_ptr() or logits.shape[0] < 2:
         return
     logits_bytes, d_bytes = (t.stride(0) * t.element_size() for t in (logits, d_out))
     if logits_bytes != d_bytes or d_out.element_size() > logits.element_size():
         raise ValueError(
-            f"d_out: wanted rows of {logits_bytes} bytes and elements no larger than the logits' where both "
+            f"{name}: wanted rows of {logits_bytes} bytes and elements no larger than the logits' where both "
             f"share memory, got rows of {d_bytes} bytes and {d_out.dtype} in the place of {logits.dtype}"
         )

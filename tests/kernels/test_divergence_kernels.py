@@ -83,6 +83,7 @@ CASES = [
 INTERPRETED_CASES = pick(CASES, largest=4001)
 BACKENDS = [
     "reference",
+    "cpu",
     *(
         [pytest.param("triton", marks=pytest.mark.gpu if HAS_GPU else ())]
         if HAS_GPU or IS_INTERPRETED
