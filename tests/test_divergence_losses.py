@@ -283,7 +283,7 @@ BAD_DISTILLATION: list[tuple[dict[str, Any], str]] = [
         {"beta": torch.ones(6), "teacher_mode": "theorem1"},
         "beta: got a tensor of shape (6,), wanted a number",
     ),
-    ({"execution": Execution(backend="cpu")}, "execution.backend: got 'cpu'"),
+    ({"execution": Execution(backend="cuda")}, "execution.backend: got 'cuda'"),
     (
         {"teacher_lm_head": torch.randn(V + 1, H)},
         "teacher_lm_head: got a vocabulary of 54, wanted 53, as lm_head has it, or vocab",
@@ -369,7 +369,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"win_rates": torch.ones(6)}, "win_rates: got a value that tdpo1 does not use"),
     ({"loss_type": ["tdpo1", "sigmoid"]}, "loss_type"),
     ({"execution": Execution(mode="lean")}, "execution.mode: got 'lean'"),
-    ({"execution": Execution(backend="cpu")}, "execution.backend: got 'cpu'"),
+    ({"execution": Execution(backend="cuda")}, "execution.backend: got 'cuda'"),
     ({"execution": Execution(logits_dtype="bf16")}, "execution.logits_dtype: got 'bf16'"),
     ({"ref_lm_head": torch.randn(V + 1, H)}, "ref_lm_head: got a vocabulary of 54"),
 ]

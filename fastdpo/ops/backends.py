@@ -21,7 +21,7 @@ from fastdpo.kernels.sequence import SequenceKernels
 
 DEVICE_TYPE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # Backends with a kernel for divergences over the vocabulary.
-DIVERGENCE_BACKENDS = ("reference", "triton")
+DIVERGENCE_BACKENDS = ("reference", "cpu", "triton")
 # In order of preference on each kind of device.
 AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 

@@ -287,7 +287,7 @@ def _divergence_call(
         policy,
         tuple(calls),
         coefficients,
-        (run.first_slope, run.second_slope),
+        (run.first_slope, run.second_slope) if num_teachers == 2 else (0.0, 0.0),
         names,
         with_gradient,
         run.jsd_beta,

@@ -81,8 +81,8 @@ def token_divergence(
         vocab_size: the size of the vocabulary that all of it is over, the first so many rows of each head:
             for heads of one tokenizer, padded to different sizes. None: heads of one size.
         ignore_index, token_index: as in ``linear_logprob``.
-        execution: ``mode``, ``compute_dtype``, the two budgets, and ``backend``: ``triton`` on a GPU, else
-            plain torch (``reference``), in fp32 (fp64 for float64, plain torch's alone). See `Execution`.
+        execution: ``mode``, ``compute_dtype``, the budgets, and ``backend``: ``triton`` on a GPU, ``cpu``,
+            or plain torch (``reference``), in fp32 (fp64 for float64, plain torch's alone). See `Execution`.
 
     Returns:
         `TokenDivergenceOutput` of tensors of the labels' shape, float32 (float64 for float64 operands), in

@@ -220,6 +220,15 @@ def test_equal_streams_give_exactly_0(backend: Backend, outputs: tuple[str, ...]
         assert bits(results.values["logps"]) == bits(results.values["ref_logps"])
 
 
+@pytest.mark.parametrize("heads", ["plain", "capped"])
+def test_equal_teachers_are_exactly_0_apart(backend: Backend, heads: str) -> None:
+    case = DivergenceCase(1000, DISTILLED, heads=heads, num_teachers=2)
+    data = make_data(case)
+    data.products[2].copy_(data.products[1])
+    data = replace(data, transforms=(data.transforms[0], data.transforms[1], data.transforms[1]))
+    assert not backend.run(case, data).values["l1_distance"].any()
+
+
 def _large(products: tuple[Tensor, ...]) -> None:
     for rows in products:
         rows[1:] *= 1e4 / 3

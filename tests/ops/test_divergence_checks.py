@@ -40,7 +40,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     (SECOND | {"combination": TeacherCombination(1.0, 0.0, LABELS)}, "combination.first_slope"),  # type: ignore[arg-type]
     ({"execution": Execution(mode="lean")}, "execution.mode: got 'lean'"),
     ({"execution": Execution(mode="pairs")}, "execution.mode: got 'pairs'"),
-    ({"execution": Execution(backend="cpu")}, "execution.backend: got 'cpu'"),
+    ({"execution": Execution(backend="cuda")}, "execution.backend: got 'cuda'"),
     ({"execution": Execution(logits_dtype="bf16")}, "execution.logits_dtype: got 'bf16'"),
     ({"execution": Execution(mode="score"), "hidden": HIDDEN.clone().requires_grad_()}, "'score'"),
     (
@@ -66,7 +66,7 @@ def test_a_workspace_without_room_for_a_row_of_each_head() -> None:
     with pytest.raises(ValueError, match="workspace_mib"):
         token_divergence(
             torch.randn(2, 4),
-            torch.randn(100_000, 4),
+            torch.randn(150_000, 4),
             torch.randn(2, 4),
             torch.zeros(2).long(),
             execution=small(),

@@ -389,8 +389,8 @@ def test_planted_bugs_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> No
     """The comparison of these tests fails where a term is missing; it passes without."""
     case = make_divergence_case("a cap on the policy", num_teachers=2)
     outputs = (*DIVERGENCES, "l1_distance")
-    assert_divergence_right(case, outputs, small(), value_factor=5.0)
+    assert_divergence_right(case, outputs, small(backend="reference"), value_factor=5.0)
     name, wrong = BUGS[bug]
     monkeypatch.setattr(kernel, name, wrong)
     with pytest.raises(AssertionError):
-        assert_divergence_right(case, outputs, small(), value_factor=5.0)
+        assert_divergence_right(case, outputs, small(backend="reference"), value_factor=5.0)

@@ -32,7 +32,7 @@ MakeArgs = Callable[..., PreferenceConfig]
             "tdpo1 needs the reference's whole distribution",
         ),
         ({"loss_type": "tdpo2", "mode": "lean"}, "mode: got 'lean' with tdpo2"),
-        ({"loss_type": "tdpo1", "backend": "cpu"}, "backend: got 'cpu' with tdpo1"),
+        ({"loss_type": "tdpo1", "backend": "cuda"}, "backend: got 'cuda' with tdpo1"),
         ({"loss_type": "tdpo1", "logits_dtype": "bf16"}, "logits_dtype: got 'bf16' with tdpo1"),
         ({"loss_type": "tdpo1", "dynamic_beta": {}}, "dynamic_beta: got a value with tdpo1"),
         ({"loss_type": ["kto", "sigmoid"]}, "got kto of unpaired, sigmoid of paired data"),
