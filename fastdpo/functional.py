@@ -84,6 +84,8 @@ def fused_dpo_loss(
     margin: PerPair | None = None,
     pair_weights: PerPair | None = None,
     soft_labels: PerPair | None = None,
+    chosen_win_rate: PerPair | None = None,
+    rejected_win_rate: PerPair | None = None,
     token_weights: Tensor | None = None,
     nll_labels: Tensor | None = None,
     num_pairs: float | Tensor | None = None,
@@ -116,6 +118,8 @@ def fused_dpo_loss(
         margin: psi, subtracted from the margin beta * (u_w - u_l); a number or ``(P,)``.
         pair_weights: at least 0, a number or ``(P,)``; multiplies the pair's share of every loss.
         soft_labels: probability in [0, 1] that chosen is the better answer, a number or ``(P,)``.
+        chosen_win_rate, rejected_win_rate: probability in [0, 1] that the answer beats another sample of the
+            policy, for losses that regress on it (``sppo``): both or neither, numbers or ``(P,)``.
         token_weights: the labels' shape, aligned with them; an answer's log-probability becomes the
             weighted sum, for policy and reference. Lengths and the NLL of sft stay unweighted.
         nll_labels: the labels' shape; its tokens of the chosen sequences, and no others, are what sft trains
@@ -155,8 +159,9 @@ def fused_dpo_loss(
     """
     loss_arguments = {
         "loss_type": loss_type, "loss_weights": loss_weights, "beta": beta, "margin": margin,
-        "soft_labels": soft_labels, "pair_weights": pair_weights, "num_pairs": num_pairs,
-        "num_tokens": num_tokens, **loss_options,
+        "pair_weights": pair_weights, "soft_labels": soft_labels, "chosen_win_rate": chosen_win_rate,
+        "rejected_win_rate": rejected_win_rate, "num_pairs": num_pairs, "num_tokens": num_tokens,
+        **loss_options,
     }  # fmt: skip
     objective = build_objective(**loss_arguments)
     combination = as_combination(ref_combination)
@@ -251,7 +256,8 @@ def dpo_loss_from_logps(
         nll_mask: bool; its tokens of the chosen sequences are those of an NLL term. None: ``mask``.
         token_weights, layout: as in ``fused_dpo_loss``.
         loss_arguments: ``loss_type``, ``loss_weights``, ``beta``, ``margin``, ``soft_labels``,
-            ``pair_weights``, ``num_pairs``, ``num_tokens`` and the losses' own options, as there.
+            ``chosen_win_rate``, ``rejected_win_rate``, ``pair_weights``, ``num_pairs``, ``num_tokens`` and
+            the losses' own options, as there.
 
     Returns, raises: as ``fused_dpo_loss``.
     """

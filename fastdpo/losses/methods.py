@@ -51,7 +51,7 @@ A9 | BCO on pairs | 2404.04656 | loss
 A10 | SPPO, hard labels | 2405.00675 | loss
     `sppo_hard`
 A11 | SPPO, soft labels | 2405.00675 | loss
-    `sppo` with win rates or `soft_labels`
+    `sppo` with `chosen_win_rate` and `rejected_win_rate`, or `soft_labels`
     -> Rounds of self-play
 A12 | AOT, paired | 2406.05882 | loss
     `aot`, over the batch it is given

@@ -191,6 +191,23 @@ BAD_ARGUMENTS = [
     (dict(loss_type="robust", soft_labels=0.5), "soft_labels: got a value, wanted None: robust takes none"),
     (dict(loss_type=["sigmoid", "robust"], soft_labels=0.5), "soft_labels: .* robust takes none"),
     (dict(loss_type="sft", margin=0.5), "margin: got a value, wanted None: sft takes none"),
+    (
+        dict(chosen_win_rate=0.5, rejected_win_rate=0.5),
+        "chosen_win_rate: got a value, wanted None: sigmoid takes none",
+    ),
+    (
+        dict(loss_type="sppo", chosen_win_rate=0.5),
+        "rejected_win_rate: got None beside chosen_win_rate, wanted both",
+    ),
+    (dict(loss_type="sppo", rejected_win_rate=0.5), "chosen_win_rate: got None beside rejected_win_rate"),
+    (
+        dict(loss_type="sppo", chosen_win_rate=1.5, rejected_win_rate=0.5),
+        "chosen_win_rate: got 1.5, wanted a number in [0, 1]",
+    ),
+    (
+        dict(loss_type="sppo", chosen_win_rate=0.7, rejected_win_rate=0.5, soft_labels=0.7),
+        "soft_labels: got a value together with win rates, wanted one of the two",
+    ),
     (dict(num_pairs=0), "num_pairs: got 0, wanted a positive number or a 0-d tensor"),
     (dict(num_pairs=torch.ones(2)), "num_pairs: got shape (2,)"),
     (dict(loss_type="sft", num_pairs=4), "num_tokens: got None, wanted a count: sft divides by it"),
