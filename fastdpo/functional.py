@@ -146,7 +146,9 @@ def fused_dpo_loss(
     Raises:
         ValueError: a wrong shape, dtype, device, value or combination; an unknown loss or option; a
             reference that is needed and missing, given twice, or given to losses none of which uses one; K
-            references without ``ref_combination``, or weights that are not theirs.
+            references without ``ref_combination``, or weights that are not theirs. The values of a tensor
+            (beta, margin, soft_labels ...) are checked on the CPU, out of ``torch.compile``; on a device,
+            which would have to be waited for, they are taken on trust.
         TypeError: what should be a tensor is none.
 
     Example:

@@ -123,7 +123,7 @@ def fused_preference_loss(
 
     Raises:
         ValueError: a loss of pairs, a wrong shape, dtype, device or value, data that a loss needs and lacks,
-            or is given and does not use.
+            or is given and does not use. Values of tensors are looked at on the CPU only.
         TypeError: what should be a tensor is none.
 
     Example:

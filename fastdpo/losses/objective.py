@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.losses.batches import ListLogps, UnpairedLogps
-from fastdpo.losses.inputs import Batch, PairLogps, PerPair
+from fastdpo.losses.inputs import Batch, PairLogps, PerPair, can_be_read
 from fastdpo.losses.registry import NLL_WEIGHT, PER_PAIR, WIN_RATES, Interval, LossSpec, find_loss
 from fastdpo.losses.stable import masked_sum, token_mean
 
@@ -94,7 +94,10 @@ class Objective:
         has_token_weights: bool = False,
         has_nll_tokens: bool = False,
     ) -> None:
-        """Raise ValueError unless what comes with a batch is what the losses use, no less and no more."""
+        """Raise ValueError unless what comes with a batch is what the losses use, no less and no more.
+
+        The values of tensors are looked at on the CPU only: elsewhere that would synchronise.
+        """
         names = self._names()
         if self.inputs is not PairLogps:
             wanted = f"losses of chosen and rejected answers: {names} takes {self.inputs.__name__}"
@@ -152,6 +155,12 @@ class Objective:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted a number or ({num_pairs},)")
             if value.device != device:
                 raise ValueError(f"{name}: got {value.device}, wanted {device}, the device of the batch")
+            if can_be_read(value):
+                bad = [
+                    number for number in value.detach().reshape(-1).tolist() if number not in _RANGES[name]
+                ]
+                if bad:
+                    raise ValueError(f"{name}: got {bad[0]!r} among them, wanted each {_RANGES[name]}")
 
     def loss(self, pair: Batch) -> Tensor:
         """The weighted sum of the named losses' means, ``()`` in the dtype of the log-probabilities.
@@ -351,7 +360,7 @@ def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def _check_per_pair(name: str, value: Any) -> PerPair:
-    """Numbers are checked against their range; tensors are not read, which would synchronise."""
+    """Numbers are checked against their range; tensors, with their batch, where they can be read."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise ValueError(f"{name}: got {value.dtype}, wanted a floating-point tensor")
