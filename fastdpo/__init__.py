@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastdpo.doctor import doctor
 from fastdpo.functional import dpo_loss_from_logps, fused_dpo_loss, shift_labels
 from fastdpo.integrations import lm_head as _lm_head  # noqa: F401  teaches LMHead.from_model its trade
-from fastdpo.losses import LOSSES, preference_loss
+from fastdpo.losses import LOSSES, ReferenceCombination, preference_loss
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.ops.token_divergence import token_divergence
 from fastdpo.plan import Plan, explain_plan
@@ -49,6 +49,7 @@ __all__ = [
     "PreferenceConfig",
     "PreferenceLossOutput",
     "PreferenceTrainer",
+    "ReferenceCombination",
     "TeacherCombination",
     "Teachers",
     "TokenDivergenceOutput",

@@ -45,6 +45,7 @@ from fastdpo.functional_checks import (
 )
 from fastdpo.losses.inputs import PerPair
 from fastdpo.losses.objective import Objective, build_objective
+from fastdpo.losses.reference_combination import ReferenceCombination, as_combination
 from fastdpo.ops.checks import (
     as_head,
     check_execution,
@@ -55,7 +56,14 @@ from fastdpo.ops.checks import (
 )
 from fastdpo.ops.linear_logprob import indexed_logprob, settle_mode
 from fastdpo.ops.paired_loss import paired_loss
-from fastdpo.pair_loss import LOSS_KEY, METRIC_STATISTICS, loss_output, pack_objective, pair_logps
+from fastdpo.pair_loss import (
+    LOSS_KEY,
+    METRIC_STATISTICS,
+    given_reference,
+    loss_output,
+    pack_objective,
+    pair_logps,
+)
 from fastdpo.types import DPOLossOutput, Execution, LinearLogprobOutput, LMHead, PackedLayout, TokenLayout
 
 __all__ = ["dpo_loss_from_logps", "fused_dpo_loss", "shift_labels"]
@@ -69,12 +77,15 @@ def fused_dpo_loss(
     ref_hidden: Tensor | None = None,
     ref_lm_head: LMHead | Tensor | torch.nn.Linear | None = None,
     ref_logps: Tensor | None = None,
+    ref_combination: str | ReferenceCombination | None = None,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     beta: PerPair | None = None,
     margin: PerPair | None = None,
     pair_weights: PerPair | None = None,
     soft_labels: PerPair | None = None,
+    chosen_win_rate: PerPair | None = None,
+    rejected_win_rate: PerPair | None = None,
     token_weights: Tensor | None = None,
     nll_labels: Tensor | None = None,
     num_pairs: float | Tensor | None = None,
@@ -97,11 +108,18 @@ def fused_dpo_loss(
             with ``ref_lm_head`` (default: ``lm_head``) and carry no gradient.
         ref_logps: instead of it, ``(2P,)`` sums, or (the only form with ``token_weights``) per token in the
             labels' shape as ``linear_logprob`` returned them: aligned with ``hidden``, whatever ``shift``.
+            With ``ref_combination`` K of either, in a further first dimension: ``(K, 2P)`` or ``(K, 2P, T)``.
+        ref_combination: how K references become the one that the losses see: ``harmonic``, ``geometric``,
+            ``mrpo`` (MRPO), ``max_margin`` or ``mean`` (InfiFPO), or a ``ReferenceCombination`` with options.
+            They become one once a batch, without a gradient, and what is returned is that one. None: one
+            reference; K without a word on how are refused.
         loss_type, loss_weights: names in ``LOSSES``; the loss is their weighted sum.
         beta: positive, a number or ``(P,)``. None: each loss's own default, as ``losses_table()`` has it.
         margin: psi, subtracted from the margin beta * (u_w - u_l); a number or ``(P,)``.
         pair_weights: at least 0, a number or ``(P,)``; multiplies the pair's share of every loss.
         soft_labels: probability in [0, 1] that chosen is the better answer, a number or ``(P,)``.
+        chosen_win_rate, rejected_win_rate: probability in [0, 1] that the answer beats another sample of the
+            policy, for losses that regress on it (``sppo``): both or neither, numbers or ``(P,)``.
         token_weights: the labels' shape, aligned with them; an answer's log-probability becomes the
             weighted sum, for policy and reference. Lengths and the NLL of sft stay unweighted.
         nll_labels: the labels' shape; its tokens of the chosen sequences, and no others, are what sft trains
@@ -127,7 +145,10 @@ def fused_dpo_loss(
 
     Raises:
         ValueError: a wrong shape, dtype, device, value or combination; an unknown loss or option; a
-            reference that is needed and missing, given twice, or given to losses none of which uses one.
+            reference that is needed and missing, given twice, or given to losses none of which uses one; K
+            references without ``ref_combination``, or weights that are not theirs. The values of a tensor
+            (beta, margin, soft_labels ...) are checked on the CPU, out of ``torch.compile``; on a device,
+            which would have to be waited for, they are taken on trust.
         TypeError: what should be a tensor is none.
 
     Example:
@@ -140,10 +161,12 @@ def fused_dpo_loss(
     """
     loss_arguments = {
         "loss_type": loss_type, "loss_weights": loss_weights, "beta": beta, "margin": margin,
-        "soft_labels": soft_labels, "pair_weights": pair_weights, "num_pairs": num_pairs,
-        "num_tokens": num_tokens, **loss_options,
+        "pair_weights": pair_weights, "soft_labels": soft_labels, "chosen_win_rate": chosen_win_rate,
+        "rejected_win_rate": rejected_win_rate, "num_pairs": num_pairs, "num_tokens": num_tokens,
+        **loss_options,
     }  # fmt: skip
     objective = build_objective(**loss_arguments)
+    combination = as_combination(ref_combination)
     run, head = check_execution(execution), as_head(lm_head, takes_adapter=True)
     if isinstance(layout, TokenLayout):
         check_layout_call(layout, hidden, labels, nll_labels)
@@ -153,7 +176,14 @@ def fused_dpo_loss(
         check_labels(labels, hidden)
         per_token, num_pairs_here = labels, batch_pairs(labels, layout)
     check_reference(
-        per_token, num_pairs_here, hidden.shape[:-1], ref_hidden, ref_lm_head, ref_logps, token_weights
+        per_token,
+        num_pairs_here,
+        hidden.shape[:-1],
+        ref_hidden,
+        ref_lm_head,
+        ref_logps,
+        token_weights,
+        combination,
     )
     check_like("token_weights", token_weights, per_token, FLOAT_DTYPES)
     check_like("nll_labels", nll_labels, per_token, INT_DTYPES)
@@ -172,7 +202,8 @@ def fused_dpo_loss(
         if token_weights is not None and shift:
             token_weights = next_token(token_weights, 0, layout)
     weights = None if token_weights is None else tokens.pick(token_weights)
-    reference = _given_reference(ref_logps, tokens, weights)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    reference = given_reference(ref_logps, tokens, weights, combination, dtype)
     ref_head = reference_head(head, ref_hidden, ref_lm_head)
     is_shared = ref_hidden is not None and ref_hidden.dtype == hidden.dtype and is_same_head(head, ref_head)
 
@@ -208,6 +239,7 @@ def dpo_loss_from_logps(
     mask: Tensor | None,
     *,
     ref_logps: Tensor | None = None,
+    ref_combination: str | ReferenceCombination | None = None,
     nll_mask: Tensor | None = None,
     token_weights: Tensor | None = None,
     layout: PackedLayout | TokenLayout | None = None,
@@ -221,11 +253,13 @@ def dpo_loss_from_logps(
         mask: bool, the shape of ``token.logps``: the completion tokens. Every argument here is aligned
             with ``token.logps``, nothing is shifted: ``shift_labels(labels, ...) != ignore_index``. None,
             for all of them, with a ``TokenLayout``.
-        ref_logps: ``(2P,)`` sums or per token; None for losses without a reference.
+        ref_logps: ``(2P,)`` sums or per token; None for losses without a reference. With ``ref_combination``
+            K of them, as there.
         nll_mask: bool; its tokens of the chosen sequences are those of an NLL term. None: ``mask``.
         token_weights, layout: as in ``fused_dpo_loss``.
         loss_arguments: ``loss_type``, ``loss_weights``, ``beta``, ``margin``, ``soft_labels``,
-            ``pair_weights``, ``num_pairs``, ``num_tokens`` and the losses' own options, as there.
+            ``chosen_win_rate``, ``rejected_win_rate``, ``pair_weights``, ``num_pairs``, ``num_tokens`` and
+            the losses' own options, as there.
 
     Returns, raises: as ``fused_dpo_loss``.
     """
@@ -241,7 +275,8 @@ def dpo_loss_from_logps(
     check_like("mask", mask, logps, (torch.bool,))
     check_like("nll_mask", nll_mask, logps, (torch.bool,))
     check_like("token_weights", token_weights, logps, FLOAT_DTYPES)
-    check_reference(logps, num_pairs, logps.shape, None, None, ref_logps, token_weights)
+    combination = as_combination(ref_combination)
+    check_reference(logps, num_pairs, logps.shape, None, None, ref_logps, token_weights, combination)
     objective.check_batch(
         num_pairs,
         logps.device,
@@ -266,17 +301,10 @@ def dpo_loss_from_logps(
             if (value := getattr(token, name)) is not None
         },
     )
-    reference = _given_reference(ref_logps, tokens, weights)
+    dtype = torch.promote_types(logps.dtype, torch.float32)
+    reference = given_reference(ref_logps, tokens, weights, combination, dtype)
     pair = pair_logps(tokens, token.logps, reference, weights, uses_nll=objective.uses_nll)
     return loss_output(objective, pair, token, tokens)
-
-
-def _given_reference(ref_logps: Tensor | None, tokens: AnswerTokens, weights: Tensor | None) -> Tensor | None:
-    """Sums as ``(2, P)``, log-probabilities per token as ``(N,)``."""
-    if ref_logps is None:
-        return None
-    is_sums = weights is None and ref_logps.shape == (2 * tokens.num_pairs,)
-    return ref_logps.view(2, tokens.num_pairs) if is_sums else tokens.pick(ref_logps)
 
 
 def _settle_mode(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.losses.aggregate import check_cu_seqlens
+from fastdpo.losses.reference_combination import COMBINATIONS, ReferenceCombination
 from fastdpo.ops.checks import as_head, check_token_layout, fail
 from fastdpo.types import LMHead, PackedLayout, TokenLayout
 
@@ -71,11 +72,14 @@ def check_reference(
     ref_lm_head: object,
     ref_logps: Tensor | None,
     token_weights: Tensor | None,
+    combination: ReferenceCombination | None = None,
 ) -> None:
     """At most one source of reference log-probabilities, in a shape that fits.
 
     ``tokens`` sets the shape of per-token tensors, ``hidden_shape`` is ``hidden``'s without H.
     """
+    if combination is not None and ref_logps is None:
+        raise fail("ref_combination", "a value without ref_logps", "ref_logps of K references")
     if ref_lm_head is not None and ref_hidden is None:
         raise fail("ref_lm_head", "a head without ref_hidden", "ref_hidden as well")
     if ref_hidden is not None:
@@ -85,10 +89,20 @@ def check_reference(
         if tuple(ref_hidden.shape[:-1]) != tuple(hidden_shape):
             wanted = f"(*{tuple(hidden_shape)}, H), as hidden"
             raise fail("ref_hidden", f"shape {tuple(ref_hidden.shape)}", wanted)
-    if token_weights is not None:
-        check_like("ref_logps (with token_weights)", ref_logps, tokens, FLOAT_DTYPES)
-    else:
-        check_like("ref_logps", ref_logps, tokens, FLOAT_DTYPES, (2 * num_pairs,))
+    name = "ref_logps" if token_weights is None else "ref_logps (with token_weights)"
+    sums: tuple[int, ...] | None = None if token_weights is not None else (2 * num_pairs,)
+    if isinstance(ref_logps, Tensor):
+        shape = tuple(ref_logps.shape)
+        shapes = [one for one in (sums, tuple(tokens.shape)) if one is not None]
+        if combination is not None:
+            if shape[1:] not in shapes or shape[0] == 0:
+                wanted = " or ".join(f"(K, {', '.join(map(str, one))})" for one in shapes)
+                raise fail(f"{name}, with ref_combination", f"shape {shape}", f"{wanted} of K references")
+            sums = shape
+        elif shape not in shapes and shape[1:] in shapes:
+            ways = f"ref_combination to say how {shape[0]} references become one: {', '.join(COMBINATIONS)}"
+            raise fail(name, f"shape {shape}", f"{' or '.join(map(str, shapes))}, or {ways}")
+    check_like(name, ref_logps, tokens, FLOAT_DTYPES, sums)
 
 
 def check_like(

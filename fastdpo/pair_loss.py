@@ -18,6 +18,7 @@ from fastdpo.batch import AnswerTokens
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.metrics import pair_metrics, token_metrics
 from fastdpo.losses.objective import Objective, build_objective
+from fastdpo.losses.reference_combination import ReferenceCombination
 from fastdpo.ops.paired_chunks import GroupLoss
 from fastdpo.ops.paired_loss import GROUP_LOSSES, recording_gradients
 from fastdpo.ops.sequence import sequence_sums_op, sigmoid_pairs
@@ -42,6 +43,38 @@ def answer_lengths(tokens: AnswerTokens, where: Tensor | None, dtype: torch.dtyp
         lengths = tokens.offsets.narrow(0, 1, num_answers) - tokens.offsets.narrow(0, 0, num_answers)
         return lengths.to(dtype).view(tokens.num_pairs, 2).t()
     return answer_sums(where.to(dtype), tokens, None)
+
+
+@torch.no_grad()
+def given_reference(
+    ref_logps: Tensor | None,
+    tokens: AnswerTokens,
+    token_weights: Tensor | None,
+    combination: ReferenceCombination | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """A reference that the caller has, checked: sums as ``(2, P)``, log-probabilities per token as ``(N,)``.
+
+    Args:
+        ref_logps: as the caller gave it; of K references, each a row, where there is a ``combination``, which
+            makes sums of them.
+        token_weights: ``(N,)`` in pair order, or None; with them nothing is a sum yet.
+        dtype: of the log-probabilities that it goes with, at least fp32.
+    """
+    if ref_logps is None:
+        return None
+    num_pairs = tokens.num_pairs
+    if combination is None:
+        is_sums = token_weights is None and ref_logps.shape == (2 * num_pairs,)
+        return ref_logps.view(2, num_pairs) if is_sums else tokens.pick(ref_logps)
+    if token_weights is None and ref_logps.shape[1:] == (2 * num_pairs,):
+        sums = ref_logps.reshape(-1, 2, num_pairs)
+    else:
+        weight = 1 if token_weights is None else token_weights
+        per_token = [tokens.pick(one).to(dtype) * weight for one in ref_logps.detach()]
+        sums = torch.stack([answer_sums(one, tokens, tokens.in_answer) for one in per_token])
+    lengths = answer_lengths(tokens, tokens.in_answer, dtype)
+    return combination.combine(sums.detach(), lengths).to(dtype)
 
 
 def pair_logps(

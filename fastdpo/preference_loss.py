@@ -115,11 +115,15 @@ def fused_preference_loss(
         ``PreferenceLossOutput``; ``metrics`` has ``num_tokens`` and TRL's names for unpaired answers; for
         lists ``rewards/best``, ``rewards/others``, ``rewards/margins`` and ``rewards/accuracies``; for pairs
         with divergences TRL's names and ``kl/chosen``, ``kl/rejected``; for others ``logps``, the rows' mean,
-        and with a teacher ``kl/teacher`` and ``teachers/l1_distance`` (``losses.metrics``).
+        and with a teacher ``kl/teacher`` and ``teachers/l1_distance`` (``losses.metrics``). Of unpaired
+        answers without a desirable one ``rewards/chosen``, ``logps/chosen`` and ``rewards/margins`` are NaN,
+        without an undesirable one ``rewards/rejected``, ``logps/rejected`` and the margins: there is no mean
+        of none. To average such batches, weigh each side by its number of answers (the loop does); the loss
+        is of what there is.
 
     Raises:
         ValueError: a loss of pairs, a wrong shape, dtype, device or value, data that a loss needs and lacks,
-            or is given and does not use.
+            or is given and does not use. Values of tensors are looked at on the CPU only.
         TypeError: what should be a tensor is none.
 
     Example:

@@ -16,6 +16,7 @@ from tests.pair_cases import (  # noqa: F401  (a fixture)
     LENGTHS,
     SMALL,
     Pairs,
+    dense,
     gradients,
     make_pairs,
     mode,
@@ -49,6 +50,31 @@ def test_arguments_per_pair_and_per_token() -> None:
         torch.testing.assert_close(out.loss, want_out.loss)
         for ours, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["cache", "pairs"])
+def test_win_rates_are_regressed_on(name: str) -> None:
+    """SPPO with soft win rates, by hand: half the squares of u - (P - 1/2) / beta, in every mode."""
+    pairs, beta = make_pairs(torch.float64), 0.05
+    generator = torch.Generator().manual_seed(4)
+    rates = torch.rand(2, len(LENGTHS), generator=generator, dtype=torch.float64)
+    given = {"chosen_win_rate": rates[0], "rejected_win_rate": rates[1]}
+    out, got = gradients(pairs, mode(name), loss_type="sppo", beta=beta, **given)
+    other, _ = gradients(pairs, mode("cache"))  # for its log-probabilities
+    assert other.ref_chosen_logps is not None and other.ref_rejected_logps is not None
+    u = torch.stack(
+        [other.chosen_logps - other.ref_chosen_logps, other.rejected_logps - other.ref_rejected_logps]
+    )
+    is_scored = torch.tensor([chosen + rejected > 0 for chosen, rejected in LENGTHS])
+    losses = 0.5 * (u - (rates - 0.5) / beta).square().sum(0)
+    torch.testing.assert_close(out.loss, losses[is_scored].mean())
+    _, want = dense(pairs, torch.float64, loss_type="sppo", beta=beta, **given)
+    torch.testing.assert_close(got[:2], want[:2])
+    hard, _ = gradients(
+        pairs, mode(name), loss_type="sppo", beta=beta, chosen_win_rate=1, rejected_win_rate=0
+    )
+    twice, _ = gradients(pairs, mode(name), loss_type="sppo_hard", beta=beta)
+    torch.testing.assert_close(2 * hard.loss, twice.loss)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])

@@ -13,6 +13,7 @@ from fastdpo.losses import unpaired as _unpaired  # noqa: F401
 from fastdpo.losses.batches import DivergencePairLogps, ListLogps, StepLogps, UnpairedLogps
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.objective import Objective, build_objective
+from fastdpo.losses.reference_combination import ReferenceCombination
 from fastdpo.losses.registry import (
     LOSSES,
     BatchExample,
@@ -38,6 +39,7 @@ __all__ = [
     "LossSpec",
     "Objective",
     "PairLogps",
+    "ReferenceCombination",
     "StepLogps",
     "TokenDivergences",
     "TokenLogps",

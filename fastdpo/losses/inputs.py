@@ -183,7 +183,7 @@ def check_values(batch: object, name: str, low: float | None = None, high: float
     On the CPU only: to read them elsewhere would synchronise. None is fine.
     """
     values = getattr(batch, name)
-    if values is None or values.device.type != "cpu" or torch.compiler.is_compiling():
+    if values is None or not can_be_read(values):
         return
     is_good = values.isfinite()
     if low is not None and high is not None:
@@ -192,3 +192,13 @@ def check_values(batch: object, name: str, low: float | None = None, high: float
         got = values[~is_good][0].item()
         wanted = "finite ones" if low is None else f"each from {low:g} to {high:g}"
         raise ValueError(f"{type(batch).__name__}.{name}: got {got!r} among them, wanted {wanted}")
+
+
+def can_be_read(values: Tensor) -> bool:
+    """Whether looking at the numbers of a tensor costs nothing: on the CPU, in a plain run.
+
+    Elsewhere it would wait for the device. A tensor that is traced or fake (as every subclass may be) has no
+    numbers yet.
+    """
+    is_plain = type(values) in (Tensor, torch.nn.Parameter)
+    return is_plain and values.device.type == "cpu" and not torch.compiler.is_compiling()

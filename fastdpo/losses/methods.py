@@ -51,7 +51,7 @@ A9 | BCO on pairs | 2404.04656 | loss
 A10 | SPPO, hard labels | 2405.00675 | loss
     `sppo_hard`
 A11 | SPPO, soft labels | 2405.00675 | loss
-    `sppo` with win rates or `soft_labels`
+    `sppo` with `chosen_win_rate` and `rejected_win_rate`, or `soft_labels`
     -> Rounds of self-play
 A12 | AOT, paired | 2406.05882 | loss
     `aot`, over the batch it is given
@@ -101,14 +101,15 @@ A30 | LD-DPO | 2409.06411 | weights
     `token_weights=ld_weights(...)`
     -> Weights of tokens
 A31 | MRPO, multi-reference DPO | 2405.16388 | reference
-    `reference_logps.mrpo_reference`
+    `ref_combination="mrpo"` or `"harmonic"` of K `ref_logps`, or `reference_logps.mrpo_reference`
     -> Several references
 A32 | weighting strategies for MRPO | 2512.10040 | state
-    `controllers.ReferenceWeights`, by accuracy or confidence; the sliding window and Thompson
-    sampling could not be read
+    `controllers.ReferenceWeights`, by accuracy or confidence, for `ReferenceCombination(weights=...)`; the
+    sliding window and Thompson sampling could not be read
     -> Several references
 A33 | InfiFPO | 2505.13878 | reference
-    `reference_logps.fused_reference` with `sigmoid_norm`
+    `sigmoid_norm` with `ref_combination="max_margin"` or `"mean"` of K `ref_logps`, or
+    `reference_logps.fused_reference`
     -> Several references
 A34 | WRPO | 2412.03187 | loss
     `wrpo`

@@ -1,7 +1,8 @@
 """What a training loop logs, under TRL's names and with its meaning, as detached device tensors.
 
 Every value is ``()``. Means over pairs leave out pairs without a token, means over tokens take the
-completion's tokens only; an empty mean is 0.
+completion's tokens only; an empty mean is 0, but for ``unpaired_metrics``, where one side may be absent from
+a batch that has the other: NaN there.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ def divergence_metrics(pair: DivergencePairLogps) -> dict[str, Tensor]:
 def unpaired_metrics(answers: UnpairedLogps, rewards: Tensor) -> dict[str, Tensor]:
     """TRL's KTO metrics: means over the desirable (``chosen``) and the undesirable (``rejected``) answers.
 
-    ``rewards/*`` and ``logps/*``; ``rewards/margins`` is the difference of the two means. NaN where a batch
-    has no answer of the kind: a loop leaves those out.
+    ``rewards/*`` and ``logps/*``; ``rewards/margins`` is the difference of the two means.
+
+    A side without an answer has NaN for its ``rewards`` and ``logps``, and ``rewards/margins`` is NaN too: 0
+    would look like a policy equal to its reference. Whoever averages over batches weighs each side's means by
+    its number of answers, where none counts nothing, and takes the margins of the averages (the loop does).
     """
     scored = answers.is_scored
     sides = {"chosen": scored & answers.is_desirable, "rejected": scored & ~answers.is_desirable}

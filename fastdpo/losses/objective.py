@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fastdpo.losses.batches import ListLogps, UnpairedLogps
-from fastdpo.losses.inputs import Batch, PairLogps, PerPair
-from fastdpo.losses.registry import NLL_WEIGHT, PER_PAIR, Interval, LossSpec, find_loss
+from fastdpo.losses.inputs import Batch, PairLogps, PerPair, can_be_read
+from fastdpo.losses.registry import NLL_WEIGHT, PER_PAIR, WIN_RATES, Interval, LossSpec, find_loss
 from fastdpo.losses.stable import masked_sum, token_mean
 
 DEFAULT_BETA = 0.1  # scales the reported rewards where no named loss has a beta
@@ -31,6 +31,7 @@ _RANGES = {
     "margin": Interval(),
     "soft_labels": Interval(0.0, 1.0, includes_high=True),
     "pair_weights": Interval(0.0),
+    **{name: Interval(0.0, 1.0, includes_high=True) for name in WIN_RATES},
 }
 
 
@@ -48,7 +49,7 @@ class Objective:
     """What ``build_objective`` makes; call ``loss`` and ``rewards`` with the batch's ``PairLogps``."""
 
     terms: tuple[LossTerm, ...]
-    per_pair: dict[str, PerPair]  # beta, margin, soft_labels and pair_weights where given
+    per_pair: dict[str, PerPair]  # those of PER_PAIR and pair_weights that are given
     num_pairs: float | Tensor | None
     num_tokens: float | Tensor | None
 
@@ -93,7 +94,10 @@ class Objective:
         has_token_weights: bool = False,
         has_nll_tokens: bool = False,
     ) -> None:
-        """Raise ValueError unless what comes with a batch is what the losses use, no less and no more."""
+        """Raise ValueError unless what comes with a batch is what the losses use, no less and no more.
+
+        The values of tensors are looked at on the CPU only: elsewhere that would synchronise.
+        """
         names = self._names()
         if self.inputs is not PairLogps:
             wanted = f"losses of chosen and rejected answers: {names} takes {self.inputs.__name__}"
@@ -123,8 +127,14 @@ class Objective:
             if is_given != (name in needed):
                 got, wanted = ("a value", "None") if is_given else ("None", "a value")
                 raise ValueError(f"{name}: got {got}, wanted {wanted} for {self._names()}")
+        for name in WIN_RATES:
+            if getattr(batch, name, None) is not None and not self._takes(name):
+                raise ValueError(f"{name}: got a value, wanted None for {self._names()}")
         batch.check()
         self._check_per_pair(batch.num_rows, batch.logps_like.device)
+
+    def _takes(self, name: str) -> bool:
+        return any(name in term.spec.per_pair for term in self.terms)
 
     def _names(self) -> str:
         return ", ".join(dict.fromkeys(term.spec.name for term in self.terms))
@@ -145,6 +155,12 @@ class Objective:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted a number or ({num_pairs},)")
             if value.device != device:
                 raise ValueError(f"{name}: got {value.device}, wanted {device}, the device of the batch")
+            if can_be_read(value):
+                bad = [
+                    number for number in value.detach().reshape(-1).tolist() if number not in _RANGES[name]
+                ]
+                if bad:
+                    raise ValueError(f"{name}: got {bad[0]!r} among them, wanted each {_RANGES[name]}")
 
     def loss(self, pair: Batch) -> Tensor:
         """The weighted sum of the named losses' means, ``()`` in the dtype of the log-probabilities.
@@ -212,6 +228,8 @@ def build_objective(
     beta: PerPair | None = None,
     margin: PerPair | None = None,
     soft_labels: PerPair | None = None,
+    chosen_win_rate: PerPair | None = None,
+    rejected_win_rate: PerPair | None = None,
     pair_weights: PerPair | None = None,
     num_pairs: float | Tensor | None = None,
     num_tokens: float | Tensor | None = None,
@@ -225,6 +243,8 @@ def build_objective(
         beta: positive, a number or ``(P,)``; goes to every named loss that has one and scales the
             rewards. None: each loss's own default.
         margin, soft_labels: numbers or ``(P,)``; every named loss that compares two answers must take them.
+        chosen_win_rate, rejected_win_rate: likewise, both or neither: the probability in [0, 1] that the
+            answer beats another sample of the policy (``sppo``).
         pair_weights: a number or ``(P,)``, at least 0; multiplies the pair's share of every named loss.
         num_pairs, num_tokens: positive numbers or 0-d tensors to divide by. Where one is given, all that
             the named losses divide by must be.
@@ -239,13 +259,17 @@ def build_objective(
     specs = [find_loss(name) for name in names]
     weights = _check_weights(loss_weights, len(names))
 
-    given = {"beta": beta, "margin": margin, "soft_labels": soft_labels, "pair_weights": pair_weights}
+    given = {
+        "beta": beta, "margin": margin, "soft_labels": soft_labels, "chosen_win_rate": chosen_win_rate,
+        "rejected_win_rate": rejected_win_rate, "pair_weights": pair_weights,
+    }  # fmt: skip
     per_pair = {name: _check_per_pair(name, value) for name, value in given.items() if value is not None}
-    for name in ("margin", "soft_labels"):
+    for name in PER_PAIR[1:]:  # a beta is also that of the rewards
         refusing = [spec.name for spec in specs if name not in spec.per_pair and not spec.is_nll]
         if name in per_pair and (refusing or all(spec.is_nll for spec in specs)):
             raise ValueError(f"{name}: got a value, wanted None: {', '.join(refusing or names)} takes none")
 
+    _check_win_rates(per_pair)
     _check_named(specs, options)
 
     objective = Objective(
@@ -260,6 +284,16 @@ def build_objective(
     )
     _check_counts(objective.terms, num_pairs, num_tokens)
     return objective
+
+
+def _check_win_rates(per_pair: dict[str, PerPair]) -> None:
+    """Both or neither, and no other word on which answer is the better one."""
+    given = [name for name in WIN_RATES if name in per_pair]
+    if len(given) == 1:
+        (missing,) = set(WIN_RATES) - set(given)
+        raise ValueError(f"{missing}: got None beside {given[0]}, wanted both or neither")
+    if given and "soft_labels" in per_pair:
+        raise ValueError("soft_labels: got a value together with win rates, wanted one of the two")
 
 
 def _check_counts(
@@ -326,7 +360,7 @@ def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def _check_per_pair(name: str, value: Any) -> PerPair:
-    """Numbers are checked against their range; tensors are not read, which would synchronise."""
+    """Numbers are checked against their range; tensors, with their batch, where they can be read."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise ValueError(f"{name}: got {value.dtype}, wanted a floating-point tensor")

@@ -75,17 +75,29 @@ def sppo_hard_loss(pair: PairLogps, *, beta: PerPair = 0.001) -> Tensor:
     # q = 0.8: ((1 - 3)^2 + (-1 + 3)^2) / 2
     example=replace(_PAIR, loss=4.0, options={"beta": 0.1, "soft_labels": 0.8}),
 )
-def sppo_loss(pair: PairLogps, *, beta: PerPair = 0.001, soft_labels: PerPair | None = None) -> Tensor:
+def sppo_loss(
+    pair: PairLogps,
+    *,
+    beta: PerPair = 0.001,
+    soft_labels: PerPair | None = None,
+    chosen_win_rate: PerPair | None = None,
+    rejected_win_rate: PerPair | None = None,
+) -> Tensor:
     """SPPO with win rates: u regressed on (P - 1/2) / beta for each answer; mean of the squares.
 
-    P is ``PairLogps.chosen_win_rate`` and ``rejected_win_rate``, each answer against samples of the policy.
-    Without them q and 1 - q of ``soft_labels`` (the authors' ``sppo_single``), without these 1 and 0, which
-    is half of ``sppo_hard``.
+    P is ``chosen_win_rate`` and ``rejected_win_rate``, each answer against samples of the policy (or the
+    fields of ``PairLogps`` of these names). Without them q and 1 - q of ``soft_labels`` (the authors'
+    ``sppo_single``), without these 1 and 0, which is half of ``sppo_hard``.
 
     Raises:
-        ValueError: one win rate without the other, or both beside ``soft_labels``.
+        ValueError: one win rate without the other, given twice, or both beside ``soft_labels``.
     """
-    chosen, rejected = pair.chosen_win_rate, pair.rejected_win_rate
+    chosen: PerPair | None = pair.chosen_win_rate
+    rejected: PerPair | None = pair.rejected_win_rate
+    if chosen_win_rate is not None or rejected_win_rate is not None:
+        if chosen is not None or rejected is not None:
+            raise ValueError("chosen_win_rate: got a value beside the PairLogps' own, wanted one of the two")
+        chosen, rejected = chosen_win_rate, rejected_win_rate
     if (chosen is None) != (rejected is None):
         raise ValueError("rejected_win_rate and chosen_win_rate: got one of the two, wanted both or neither")
     if chosen is not None and soft_labels is not None:

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastdpo.losses.inputs import can_be_read
+
 Fusion = Literal["max_margin", "mean"]
 
 
@@ -65,7 +67,7 @@ def clip_to_first(logps: Tensor, eta: float | Tensor) -> Tensor:
 
     Source: arXiv:2405.16388 (clipped trust region optimisation, CTRO).
     """
-    first = logps[:1]
+    first = logps.narrow(0, 0, 1)
     return torch.maximum(torch.minimum(logps, (1 - eta) * first), (1 + eta) * first)
 
 
@@ -175,7 +177,7 @@ def _weights(logps: Tensor, weights: Tensor | None) -> Tensor:
         raise ValueError(f"weights: got shape {tuple(weights.shape)}, wanted {wanted}")
     if weights.dim() == 1:
         weights = weights.unsqueeze(1)
-    if weights.device.type == "cpu":
+    if can_be_read(weights):
         total = weights.double().sum(0)
         if not ((weights >= 0).all() and torch.allclose(total, torch.ones_like(total), atol=1e-5)):
             raise ValueError(

@@ -24,7 +24,8 @@ Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
 # Keyword-only parameters with these names are no options: they take a number or a (P,) tensor, and a
 # loss that has no such parameter refuses them.
-PER_PAIR = ("beta", "margin", "soft_labels")
+WIN_RATES = ("chosen_win_rate", "rejected_win_rate")
+PER_PAIR = ("beta", "margin", "soft_labels", *WIN_RATES)
 
 # What a loss needs beside its own row, and what its sum over the batch is divided by (a row is a pair,
 # or whatever the loss returns a number for):
@@ -183,7 +184,7 @@ def preference_loss(
     The function takes a ``PairLogps`` (or the ``inputs`` of its kind) and returns ``(P,)``, one number per
     row. Its options are keyword-only, each with a default of type bool, int, float or str, an
     ``Interval`` in its annotation where it has a range, a ``Literal`` where it has a list of values.
-    ``beta``, ``margin`` and ``soft_labels`` may be ``(P,)`` tensors.
+    Those of the names in ``PER_PAIR`` may be ``(P,)`` tensors.
 
     Args:
         name: what users write in ``loss_type``.

@@ -75,7 +75,12 @@ def record(sums: MetricSums, batch: Batch, result: PreferenceLossOutput) -> None
         if name == "rewards/margins" and batch["kind"] == "unpaired":
             continue  # of the means over all batches: ``with_margins``
         count = 0 if is_filler(batch) else counts.get(name, size)
-        sums.add_mean(name, mean.nan_to_num(), count, is_share=name == "rewards/accuracies")
+        # The mean of none is NaN, and has to add nothing; of some, a NaN is to be seen.
+        if isinstance(count, Tensor):
+            known = mean.where((count > 0).to(mean.device), 0)
+        else:
+            known = mean if count > 0 else torch.zeros_like(mean)
+        sums.add_mean(name, known, count, is_share=name == "rewards/accuracies")
 
 
 def with_margins(means: dict[str, float]) -> dict[str, float]:

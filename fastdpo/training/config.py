@@ -19,7 +19,7 @@ from fastdpo.losses.token_batches import TokenDivergences
 from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
 from fastdpo.training.kinds import DataKind, kind_of
 from fastdpo.training.row_plan import ARRANGEMENTS
-from fastdpo.training.step_settings import COLUMN_FIELDS, check_step_settings, parse_options
+from fastdpo.training.step_settings import COLUMN_FIELDS, check_step_settings, parse_options, stand_ins
 from fastdpo.types import BACKENDS, MODES, Execution
 
 BATCH_LAYOUTS = ("padded", "packed", "shared_prompt", "auto")
@@ -135,6 +135,8 @@ class PreferenceConfig(TrainingArguments):
     soft_label_column: str | None = field(
         default=None, metadata=_help("Column with the probability that chosen is the better answer.")
     )
+    chosen_win_rate_column: str | None = field(default=None, metadata=_help("Column with SPPO's win rate."))
+    rejected_win_rate_column: str | None = field(default=None, metadata=_help("The same of the rejected."))
     pad_to_multiple_of: int | None = field(default=None, metadata=_help("Pad batches to a multiple of this."))
 
     batch_layout: str = field(
@@ -388,12 +390,10 @@ class PreferenceConfig(TrainingArguments):
     def _check_losses(self) -> None:
         kind_of(self.losses)  # raises for losses that want unlike data
         check_step_settings(self)
-        # The stand-ins say that there will be a value per pair; the values are checked with the data.
         build_objective(
             self.loss_type,
             self.loss_weights,
             beta=self.beta,
-            margin=0.0 if self.margin_column else None,
-            soft_labels=0.5 if self.soft_label_column else None,
+            **stand_ins(self),
             **self.options,
         )

@@ -217,7 +217,7 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         tokens: all token ids, int32, pair after pair: prompt, chosen, rejected.
         bounds: ``(P, 4)`` int64 into ``tokens``: start, end of prompt, end of chosen, end of rejected.
         rows: ``(P,)`` int64, the row each pair came from.
-        columns: further numbers per pair, each ``(P,)`` fp32: margin, pair_weights, soft_labels,
+        columns: further numbers per pair, each ``(P,)`` fp32: those of ``COLUMN_FIELDS`` (margin ...),
             ref_chosen_logps, ref_rejected_logps.
         report: what became of the rows.
     """

@@ -16,7 +16,10 @@ from typing import Any
 
 Messages = list[Mapping[str, Any]]
 # What a number per pair may be, by its name in the data set; any number where it has no entry.
-RANGES = {"pair_weights": (0.0, math.inf), "soft_labels": (0.0, 1.0)}
+RANGES = {
+    "pair_weights": (0.0, math.inf),
+    **dict.fromkeys(("soft_labels", "chosen_win_rate", "rejected_win_rate"), (0.0, 1.0)),
+}
 
 
 @dataclass(frozen=True)

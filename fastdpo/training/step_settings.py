@@ -24,7 +24,11 @@ COLUMN_FIELDS = {
     "margin": "margin_column",
     "pair_weights": "pair_weight_column",
     "soft_labels": "soft_label_column",
+    "chosen_win_rate": "chosen_win_rate_column",
+    "rejected_win_rate": "rejected_win_rate_column",
 }
+# What a loss may refuse, by a number that any loss with a use for it takes.
+_STAND_INS = {"margin": 0.0, "soft_labels": 0.5, "chosen_win_rate": 0.5, "rejected_win_rate": 0.5}
 
 
 def check_step_settings(args: PreferenceConfig) -> None:
@@ -54,6 +58,11 @@ def check_step_settings(args: PreferenceConfig) -> None:
         for column in COLUMN_FIELDS.values():
             if getattr(args, column):
                 raise ValueError(f"{column}: got a value with gather_batch_losses, wanted None")
+
+
+def stand_ins(args: PreferenceConfig) -> dict[str, float]:
+    """Numbers that say there will be a value per pair; the values are checked with the data."""
+    return {name: number for name, number in _STAND_INS.items() if getattr(args, COLUMN_FIELDS[name])}
 
 
 def _check_beta_column(args: PreferenceConfig) -> None:

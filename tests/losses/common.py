@@ -80,13 +80,16 @@ def variants(spec: LossSpec, pairs: int = 5) -> list[dict[str, Any]]:
         "beta": torch.linspace(0.05, 0.5, pairs, dtype=torch.float64),
         "margin": torch.linspace(-1.0, 2.0, pairs, dtype=torch.float64),
         "soft_labels": torch.linspace(0.0, 1.0, pairs, dtype=torch.float64),
+        "chosen_win_rate": torch.linspace(0.4, 1.0, pairs, dtype=torch.float64),
     }
+    beside = {"chosen_win_rate": {"rejected_win_rate": torch.linspace(0.6, 0.0, pairs, dtype=torch.float64)}}
+    names = sorted(spec.per_pair & per_pair.keys())
     moved = [
         {option.name: value} | COMPANIONS.get(option.name, {})
         for option in spec.options
         for value in _other_values(option)
     ]
-    return [{}, *moved, *({name: per_pair[name]} for name in sorted(spec.per_pair))]
+    return [{}, *moved, *({name: per_pair[name]} | beside.get(name, {}) for name in names)]
 
 
 def _other_values(option: LossOption) -> list[Any]:

@@ -270,6 +270,10 @@ def test_pairs_are_checked_alike() -> None:
     rates = torch.tensor([0.5, 1.0, 0.0, 0.1, 2.0], dtype=pair.chosen.dtype)
     with pytest.raises(ValueError, match="PairLogps.rejected_win_rate: got 2.0 among them, wanted"):
         build_objective("sppo").check(replace(pair, chosen_win_rate=rates / 2, rejected_win_rate=rates))
+    rated = replace(pair, chosen_win_rate=rates / 2, rejected_win_rate=rates / 2)
+    build_objective(["sigmoid", "sppo"]).check(rated)
+    with pytest.raises(ValueError, match="chosen_win_rate: got a value, wanted None for sigmoid"):
+        build_objective("sigmoid").check(rated)
 
 
 def test_kinds_do_not_mix() -> None:

@@ -69,6 +69,7 @@ def test_the_recipes_run() -> None:
         exec(compile(block, str(PAGE), "exec"), namespace)
     trained = [
         "rpo", "iterative_rpo", "mpo", "wpo", "sem", "ld", "loss", "mrpo", "infifpo", "multi", "tpo", "sdpo",
+        "mrpo_weighted", "mrpo_by_hand",
         "brain", "trpa", "irpo", "kto", "bco", "mcts", "dapo", "srft", "opa", "tdpo",
         "tdpo_from_logps", "tdpo_by_hand", "aligndistil",
         "online", "online_ipo", "sppo", "hypo", "xpo", "total", "aot", "popri",

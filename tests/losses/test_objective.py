@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdpo.losses import LOSSES, PairLogps, build_objective
 from fastdpo.losses.metrics import pair_metrics, token_metrics
@@ -191,6 +193,23 @@ BAD_ARGUMENTS = [
     (dict(loss_type="robust", soft_labels=0.5), "soft_labels: got a value, wanted None: robust takes none"),
     (dict(loss_type=["sigmoid", "robust"], soft_labels=0.5), "soft_labels: .* robust takes none"),
     (dict(loss_type="sft", margin=0.5), "margin: got a value, wanted None: sft takes none"),
+    (
+        dict(chosen_win_rate=0.5, rejected_win_rate=0.5),
+        "chosen_win_rate: got a value, wanted None: sigmoid takes none",
+    ),
+    (
+        dict(loss_type="sppo", chosen_win_rate=0.5),
+        "rejected_win_rate: got None beside chosen_win_rate, wanted both",
+    ),
+    (dict(loss_type="sppo", rejected_win_rate=0.5), "chosen_win_rate: got None beside rejected_win_rate"),
+    (
+        dict(loss_type="sppo", chosen_win_rate=1.5, rejected_win_rate=0.5),
+        "chosen_win_rate: got 1.5, wanted a number in [0, 1]",
+    ),
+    (
+        dict(loss_type="sppo", chosen_win_rate=0.7, rejected_win_rate=0.5, soft_labels=0.7),
+        "soft_labels: got a value together with win rates, wanted one of the two",
+    ),
     (dict(num_pairs=0), "num_pairs: got 0, wanted a positive number or a 0-d tensor"),
     (dict(num_pairs=torch.ones(2)), "num_pairs: got shape (2,)"),
     (dict(loss_type="sft", num_pairs=4), "num_tokens: got None, wanted a count: sft divides by it"),
@@ -263,3 +282,74 @@ def test_batches_that_fit() -> None:
     build_objective(["sigmoid", "sft"], beta=torch.tensor(0.1), margin=torch.ones(5)).check_batch(
         5, CPU, has_reference=True, has_token_weights=True, has_nll_tokens=True
     )
+
+
+OUT_OF_RANGE = [
+    ({"beta": [0.1, 0.0]}, "beta: got 0.0 among them, wanted each a number in (0, inf)"),
+    ({"beta": [0.1, -0.1]}, "beta: got -0.1"),
+    ({"beta": [math.inf, 0.1]}, "beta: got inf"),
+    ({"margin": [math.nan, 0.1]}, "margin: got nan among them, wanted each a finite number"),
+    ({"margin": [-math.inf, 0.1]}, "margin: got -inf"),
+    ({"soft_labels": [0.5, 1.5]}, "soft_labels: got 1.5 among them, wanted each a number in [0, 1]"),
+    ({"soft_labels": [-0.5, 1.0]}, "soft_labels: got -0.5"),
+    ({"pair_weights": [1.0, -1.0]}, "pair_weights: got -1.0 among them, wanted each a number in [0, inf)"),
+    ({"pair_weights": [1.0, math.nan]}, "pair_weights: got nan"),
+    (
+        {"loss_type": "sppo", "chosen_win_rate": [0.5, 2.0], "rejected_win_rate": [0.5, 0.0]},
+        "chosen_win_rate: got 2.0 among them, wanted each a number in [0, 1]",
+    ),
+]
+
+
+def as_tensors(arguments: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+    # In fp64, so that the message has the number as it was written.
+    return {
+        name: torch.tensor(value, dtype=torch.float64, device=device) if isinstance(value, list) else value
+        for name, value in arguments.items()
+    }
+
+
+@pytest.mark.parametrize(("arguments", "message"), OUT_OF_RANGE)
+def test_values_of_tensors_on_the_cpu(arguments: dict[str, Any], message: str) -> None:
+    given = as_tensors(arguments)
+    pair = random_pair(pairs=2)
+    for check in (
+        lambda objective: objective.check_batch(2, CPU, has_reference=True),
+        lambda objective: objective.check(pair),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check(build_objective(**given))
+        one_for_all = build_objective("sigmoid", beta=torch.tensor(-2.0))
+        with pytest.raises(ValueError, match="beta: got -2.0 among them"):
+            check(one_for_all)
+
+
+@pytest.mark.parametrize(("arguments", "message"), OUT_OF_RANGE)
+def test_values_of_tensors_are_taken_on_trust_where_reading_would_wait(
+    arguments: dict[str, Any], message: str
+) -> None:
+    """Of tensors on a device, or without values yet (fake ones, of any device); and in compiled code."""
+    build_objective(**as_tensors(arguments, "meta")).check_batch(2, torch.device("meta"), has_reference=True)
+    with FakeTensorMode():
+        for device in ("cuda", "cpu"):
+            fake = {
+                name: torch.zeros(2, device=device) if isinstance(value, list) else value
+                for name, value in arguments.items()
+            }
+            where = next(value.device for value in fake.values() if isinstance(value, Tensor))
+            build_objective(**fake).check_batch(2, where, has_reference=True)
+
+    def check(given: dict[str, Any]) -> Tensor:
+        build_objective(**given).check_batch(2, CPU, has_reference=True)
+        return torch.zeros(())
+
+    torch.compile(check, fullgraph=True, backend="eager")(as_tensors(arguments))
+
+
+def test_the_ends_of_the_ranges_and_a_learnt_beta_are_fine() -> None:
+    build_objective(
+        beta=torch.tensor([1e-30, 1e30], requires_grad=True),
+        margin=torch.tensor([-1e30, 1e30]),
+        soft_labels=torch.tensor([0.0, 1.0]).bfloat16(),
+        pair_weights=torch.tensor([0.0, 1e30]),
+    ).check_batch(2, CPU, has_reference=True)

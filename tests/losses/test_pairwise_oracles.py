@@ -200,6 +200,10 @@ def test_sppo_targets() -> None:
         rejected_win_rate=lose,
     )
     value = losses("sppo", rated, beta=BETA)
+    unrated = replace(rated, chosen_win_rate=None, rejected_win_rate=None)
+    assert_same(losses("sppo", unrated, beta=BETA, chosen_win_rate=win, rejected_win_rate=lose), value)
+    with pytest.raises(ValueError, match="chosen_win_rate: got a value beside the PairLogps' own"):
+        losses("sppo", rated, chosen_win_rate=win, rejected_win_rate=lose)
     grads = torch.autograd.grad(value.sum(), (rated.chosen, rated.rejected))
     assert value.abs().max() < 1e-20 and max(g.abs().max() for g in grads) < 1e-13
     single = losses("sppo", replace(pair, chosen_win_rate=win, rejected_win_rate=1 - win), beta=BETA)

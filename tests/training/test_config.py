@@ -26,6 +26,11 @@ MakeArgs = Callable[..., PreferenceConfig]
         ({"loss_options": "{not json"}, "loss_options"),
         ({"loss_options": "[1]"}, "loss_options"),
         ({"loss_type": "sft", "margin_column": "gap"}, "margin"),
+        (
+            {"chosen_win_rate_column": "w", "rejected_win_rate_column": "l"},
+            "chosen_win_rate: got a value, wanted",
+        ),
+        ({"loss_type": "sppo", "chosen_win_rate_column": "w"}, "rejected_win_rate: got None beside"),
         ({"loss_type": ["tdpo1", "sigmoid"]}, "wanted losses of the same batch"),
         (
             {"loss_type": "tdpo1", "reference": "precomputed"},

@@ -258,7 +258,8 @@ def test_a_column_without_a_number_names_the_row(tokenizer: Any, value: Any):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("soft_labels", 1.2), ("soft_labels", -0.1), ("pair_weights", -1)]
+    ("name", "value"),
+    [("soft_labels", 1.2), ("soft_labels", -0.1), ("pair_weights", -1), ("chosen_win_rate", 1.2)],
 )
 def test_a_number_out_of_range_names_the_row(tokenizer: Any, name: str, value: float):
     with pytest.raises(ValueError, match=rf"row 1: column 'x': got {value}, wanted"):

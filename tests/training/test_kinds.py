@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from peft import LoraConfig
 
 from fastdpo import LMHead, fused_preference_loss
 from fastdpo.integrations.model import unpatch_model
-from fastdpo.losses import find_loss
+from fastdpo.losses import UnpairedLogps, find_loss
+from fastdpo.losses.metrics import unpaired_metrics
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.kinds import kind_of
 from fastdpo.training.loss_state import StepValues
-from fastdpo.training.step import BatchCounts, batch_loss
+from fastdpo.training.metrics import MetricSums
+from fastdpo.training.step import BatchCounts, batch_loss, record
 from fastdpo.training.trainer import PreferenceTrainer
+from fastdpo.types import PreferenceLossOutput
 from tests.losses.test_trl_parity import needs_trl
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
 from tests.training.kinds_data import LOSS_OF_KIND, rows_of
@@ -91,6 +95,53 @@ def data_kind(name: str) -> str:
     kind = kind_of([find_loss(name)])
     assert kind is not None
     return kind.name
+
+
+@pytest.mark.parametrize("label", [True, False], ids=["desirable", "undesirable"])
+def test_answers_of_one_side_only(make_args: MakeArgs, tokenizer: Any, label: bool):
+    """The other side's means, and the margins, are left out of the log: not 0, and not NaN."""
+    rows = [{**row, "label": label} for row in rows_of("unpaired", 4)]
+    args = make_args(loss_type="apo_zero_unpaired", max_steps=2, logging_steps=1)
+    trainer = made_trainer(args, rows, tokenizer, eval_dataset=rows, ref_model=tiny_llama(2))
+    trainer.train()
+    here, absent = ("chosen", "rejected") if label else ("rejected", "chosen")
+    evaluated = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    for log in (read_metrics(args.output_dir)[0], evaluated):
+        assert log[f"rewards/{here}"] != 0 and math.isfinite(log[f"logps/{here}"])
+        assert not {f"rewards/{absent}", f"logps/{absent}", "rewards/margins"} & log.keys()
+
+
+def test_means_of_a_side_are_over_the_answers_it_has(make_args: MakeArgs, tokenizer: Any):
+    """In batches of one row every batch lacks a side; the log is that of one batch of all rows."""
+    rows = [{**row, "label": place in (0, 3, 4)} for place, row in enumerate(rows_of("unpaired", 5))]
+    found = []
+    for size in (1, 5):
+        args = make_args(loss_type="apo_zero_unpaired", per_device_eval_batch_size=size)
+        trainer = made_trainer(args, rows, tokenizer, ref_model=tiny_llama(2))
+        found.append(trainer.evaluate(rows))
+    names = [f"eval_{group}/{side}" for group in ("rewards", "logps") for side in ("chosen", "rejected")]
+    for name in (*names, "eval_rewards/margins"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
+    rewards = found[1]["eval_rewards/chosen"], found[1]["eval_rewards/rejected"]
+    assert found[1]["eval_rewards/margins"] == pytest.approx(rewards[0] - rewards[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_nan_of_answers_there_are_is_not_hidden(side: str):
+    is_desirable = torch.tensor([side == "chosen"] * 2)
+    batch = {
+        "kind": "unpaired",
+        "rows": torch.arange(2),
+        "is_desirable": is_desirable,
+        "labels": torch.ones(2, 3, dtype=torch.int64),
+    }
+    answers = UnpairedLogps(torch.tensor([torch.nan, -1.0]), is_desirable, torch.ones(2))
+    metrics = unpaired_metrics(answers, torch.tensor([torch.nan, 0.5]))
+    sums = MetricSums()
+    record(sums, batch, PreferenceLossOutput(torch.zeros(()), answers.logps, None, None, metrics))
+    means = sums.means(lambda table: table)
+    assert means.keys() == {f"rewards/{side}", f"logps/{side}"}
+    assert all(math.isnan(mean) for mean in means.values())
 
 
 # BCO's and KTO's numbers of a step come from all of it.

@@ -103,7 +103,7 @@ def test_without_gradients_it_only_scores() -> None:
     assert count_passes(run, TOKENS, HIDDEN, VOCAB, of_size=VOCAB) == 1
 
 
-def test_the_hook_refuses_what_it_cannot_honour() -> None:
+def test_the_hook_honours_what_it_is_given_or_refuses_it() -> None:
     model = make_model("llama")
     patch_model(model)
     batch = make_batch("padded")
@@ -119,3 +119,14 @@ def test_the_hook_refuses_what_it_cannot_honour() -> None:
         model(**inputs, return_logps=True, pair_loss={**loss, "no_such_option": 1})
     out = model(**inputs, return_logps=True, pair_loss=loss)
     assert out.logps is None and out.loss is out.pair_loss.loss
+    # Several references, and win rates, are arguments like any other.
+    several = torch.stack([batch["ref_logps"], batch["ref_logps"] - 3])
+    mixed = model(
+        **inputs, return_logps=True, pair_loss={"ref_logps": several, "ref_combination": "geometric"}
+    )
+    chosen = mixed.pair_loss.ref_chosen_logps
+    torch.testing.assert_close(chosen, several.mean(0)[: len(chosen)])
+    rates = {"chosen_win_rate": 1.0, "rejected_win_rate": 0.0}
+    sppo = model(**inputs, return_logps=True, pair_loss={**loss, "loss_type": "sppo", **rates}).loss
+    hard = model(**inputs, return_logps=True, pair_loss={**loss, "loss_type": "sppo_hard"}).loss
+    torch.testing.assert_close(2 * sppo, hard)

@@ -260,6 +260,17 @@ def test_numbers_of_the_pairs_reach_the_loss(make_args: MakeArgs, tokenizer: Any
     assert metrics["eval_loss"] == pytest.approx((torch.arange(4) * loss).mean().item(), rel=1e-5)
 
 
+def test_win_rates_of_the_pairs_reach_sppo(make_args: MakeArgs, tokenizer: Any):
+    rows = [{**row, "w": 0.25 * i, "l": 1 - 0.125 * i} for i, row in enumerate(make_rows(4))]
+    args = make_args(loss_type="sppo", chosen_win_rate_column="w", rejected_win_rate_column="l", beta=0.2)
+    trainer = PreferenceTrainer(tiny_llama(1), args, processing_class=tokenizer, ref_model=tiny_llama(2))
+    predictions = torch.from_numpy(trainer.predict(rows).predictions)
+    rates = torch.tensor([[row["w"], row["l"]] for row in rows])
+    # With rewards r = beta u: half of (r - (P - 1/2))^2 / beta^2 of each answer.
+    loss = 0.5 * ((predictions - (rates - 0.5)) / 0.2).square().sum(1).mean()
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["padded", "shared_prompt"])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "tdpo1"])
 def test_a_beta_per_pair(make_args: MakeArgs, tokenizer: Any, loss_type: str, layout: str):
