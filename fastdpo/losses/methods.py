@@ -89,7 +89,7 @@ A25 | RPO, iterative RPO, MPO | 2405.16436 | recipe
 A26 | SFT term | 2405.16436 | loss
     `sft`, a mean over tokens; `sft_mean`, over answers
 A27 | WPO | 2406.11827 | weights
-    `pair_weights=wpo_weights(...)`
+    `pair_weights=wpo_weights(...)`; in the loop `--use_weighting`
     -> Weights of pairs
 A28 | Sem-DPO | 2507.20133 | weights
     `pair_weights=semantic_weights(...)`
@@ -98,7 +98,7 @@ A29 | beta-DPO | 2407.08639 | state
     `controllers.BetaController`
     -> A beta per batch
 A30 | LD-DPO | 2409.06411 | weights
-    `token_weights=ld_weights(...)`
+    `token_weights=ld_weights(...)`; in the loop `--ld_alpha`
     -> Weights of tokens
 A31 | MRPO, multi-reference DPO | 2405.16388 | reference
     `reference_logps.mrpo_reference`

@@ -16,7 +16,7 @@ from fastdpo.training.collate import IGNORE_INDEX
 from fastdpo.types import PackedLayout, TokenLayout
 
 Batch = Mapping[str, Any]
-_PER_TOKEN = ("token_index", "target_ids", "sequence_ids")
+_PER_TOKEN = ("token_index", "target_ids", "sequence_ids", "token_weights")
 
 
 def is_in_rows(batch: Batch) -> bool:
@@ -110,7 +110,7 @@ def _first_pairs_in_rows(batch: Batch, size: int, count: int) -> dict[str, Any]:
     end = start + sum(lengths[count:])
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(batch["cu_seqlens"].device)
     first: dict[str, Any] = {**batch, "lengths": lengths, "cu_seqlens": bounds}
-    for name in _PER_TOKEN:
+    for name in (name for name in _PER_TOKEN if name in batch):
         first[name] = torch.cat([batch[name][:chosen], batch[name][start:end]])
     first["sequence_ids"] = torch.repeat_interleave(
         torch.arange(2 * count, device=bounds.device), bounds.diff(), output_size=len(first["target_ids"])

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from fastdpo.losses.aggregate import ld_weights
 from fastdpo.training.data import REF_COLUMNS
 
 Batch = dict[str, Any]
 IGNORE_INDEX = -100
+TOKEN_WEIGHTS = "token_weights"
 # What an item of a PreferenceDataset holds beside its per-pair numbers.
 TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "row")
 
@@ -28,16 +30,18 @@ class PreferenceCollator:
     Args:
         pad_token_id: fills ``input_ids``; any id will do, as padding is masked and never a label.
         pad_to_multiple_of: rounds T up.
+        ld_alpha: of LD-DPO, whose ``token_weights`` ``(2P, T)`` the batch then has.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    ld_alpha: float | None = None
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> Batch:
         prompts = [pair["prompt_ids"] for pair in pairs] * 2
         answers = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
         batch = padded_batch(prompts, answers, self.pad_token_id, self.pad_to_multiple_of)
-        return {**batch, **pair_numbers(pairs)}
+        return with_ld_weights({**batch, **pair_numbers(pairs)}, self.ld_alpha)
 
 
 def padded_batch(
@@ -56,6 +60,22 @@ def padded_batch(
         attention_mask[i, : ends[i]] = 1
         labels[i, len(prompt) : ends[i]] = answer
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def with_ld_weights(batch: Mapping[str, Any], alpha: float | None) -> Batch:
+    """A batch of pairs, padded or in rows, with LD-DPO's weight of each of its scored tokens.
+
+    They depend on lengths alone, so they are made where the batch is.
+    """
+    if alpha is None:
+        return dict(batch)
+    if "labels" in batch:
+        mask, bounds = batch["labels"] != IGNORE_INDEX, None
+        mask[:, 0] = False  # nothing predicts the first token of a row
+    else:
+        mask, bounds = torch.ones_like(batch["target_ids"], dtype=torch.bool), batch["cu_seqlens"]
+    weights = ld_weights(mask, alpha, bounds) if len(batch["rows"]) else mask.float()
+    return {**batch, TOKEN_WEIGHTS: weights}
 
 
 def pair_numbers(pairs: Sequence[Mapping[str, Any]]) -> Batch:

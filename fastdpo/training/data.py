@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# The ld_alpha that they were weighted with; without this column they are plain sums.
+LD_COLUMN = "ref_ld_alpha"
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -218,7 +220,7 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         bounds: ``(P, 4)`` int64 into ``tokens``: start, end of prompt, end of chosen, end of rejected.
         rows: ``(P,)`` int64, the row each pair came from.
         columns: further numbers per pair, each ``(P,)`` fp32: margin, pair_weights, soft_labels,
-            ref_chosen_logps, ref_rejected_logps.
+            ref_chosen_logps, ref_rejected_logps, and with LD-DPO their ref_ld_alpha.
         report: what became of the rows.
     """
 
@@ -289,9 +291,10 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def scores_by_row(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Each pair's row, and its reference log-probabilities by column."""
-        table = torch.stack([self.columns[name] for name in REF_COLUMNS], 1)
+        names = [*REF_COLUMNS, *([LD_COLUMN] if LD_COLUMN in self.columns else [])]
+        table = torch.stack([self.columns[name] for name in names], 1)
         for row, values in zip(self.rows.tolist(), table.tolist(), strict=True):
-            yield row, dict(zip(REF_COLUMNS, values, strict=True))
+            yield row, dict(zip(names, values, strict=True))
 
     def rows_not_finite(self, scores: Tensor) -> list[int]:
         """Rows with a score that is NaN or infinite."""

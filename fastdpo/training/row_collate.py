@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastdpo.training.collate import Batch, pair_numbers
+from fastdpo.training.collate import Batch, pair_numbers, with_ld_weights
 from fastdpo.training.row_plan import ARRANGEMENTS, RowCosts, RowPlan, plan_rows
 from fastdpo.training.rows import Rows, Unit, build_rows
 
@@ -36,6 +36,7 @@ class RowCollator:
         arrangements: what it may choose from.
         single_call: the backbone may run only once a step.
         pad_to_multiple_of: rounds rows up.
+        ld_alpha: of LD-DPO, whose ``token_weights`` ``(N,)`` the batch then has.
     """
 
     pad_token_id: int
@@ -44,6 +45,7 @@ class RowCollator:
     arrangements: tuple[str, ...] = ARRANGEMENTS
     single_call: bool = False
     pad_to_multiple_of: int | None = None
+    ld_alpha: float | None = None
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> Batch:
         units = make_units(pairs, self.layout)
@@ -57,7 +59,8 @@ class RowCollator:
             multiple_of=self.pad_to_multiple_of or 1,
         )
         sequences = (len(p["prompt_ids"]) * 2 + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
-        return {**pair_numbers(pairs), **row_tensors(rows), "num_tokens": torch.tensor(sum(sequences))}
+        batch = {**pair_numbers(pairs), **row_tensors(rows), "num_tokens": torch.tensor(sum(sequences))}
+        return with_ld_weights(batch, self.ld_alpha)
 
     def plan(self, lengths: Sequence[int]) -> RowPlan:
         """How units of these lengths are arranged."""

@@ -21,7 +21,14 @@ from fastdpo.training.answers import REFERENCE, AnswerDataset
 from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
 from fastdpo.training.checkpointing import recomputes_activations
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
-from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, RowSource, read_rows, row_list
+from fastdpo.training.data import (
+    LD_COLUMN,
+    REF_COLUMNS,
+    PreferenceDataset,
+    RowSource,
+    read_rows,
+    row_list,
+)
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.encode import EncodingOptions, encode_rows
 from fastdpo.training.kinds import list_size
@@ -143,7 +150,8 @@ def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> RowDat
         return encode_answers(source, tokenizer, options, replace(wanted, has_reference=has(names)))
     columns = dict(options.columns)
     if has(REF_COLUMNS):
-        columns |= {name: name for name in REF_COLUMNS}
+        names = (*REF_COLUMNS, *(LD_COLUMN for row in source.rows[:1] if LD_COLUMN in row))
+        columns |= {name: name for name in names}
     options = EncodingOptions(options.max_length, options.truncation_mode, options.on_bad_row, columns)
     return encode_rows(source, tokenizer, options)
 
@@ -185,6 +193,23 @@ def check_pairs(dataset: RowDataset, args: PreferenceConfig) -> None:
             raise ValueError(
                 f"{column}: the tokenised pairs carry {sorted(dataset.columns)}, wanted {name!r} too"
             )
+    _check_weighted_reference(dataset, args)
+
+
+def _check_weighted_reference(dataset: PreferenceDataset, args: PreferenceConfig) -> None:
+    """Raise ValueError for reference sums that are weighted otherwise than the run's own."""
+    reads = args.needs_reference and args.reference in ("auto", "precomputed")
+    if not (reads and dataset.has_reference):
+        return
+    weighted = dataset.columns.get(LD_COLUMN, torch.full((len(dataset),), torch.nan))
+    alpha = torch.tensor(torch.nan if args.ld_alpha is None else float(args.ld_alpha))
+    if not torch.allclose(weighted, alpha.expand_as(weighted), rtol=1e-6, atol=0, equal_nan=True):
+        found = sorted({f"{value:g}" for value in weighted.tolist()} - {"nan"})
+        raise ValueError(
+            f"dataset: got reference log-probabilities made with ld_alpha={', '.join(found) or None}, wanted "
+            f"{args.ld_alpha}, the run's own: what the tokens of a sum were is not known any more; give data "
+            "without these columns, or reference='copy' or 'adapter'"
+        )
 
 
 def _check_answers(dataset: AnswerDataset, args: PreferenceConfig) -> None:

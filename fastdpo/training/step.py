@@ -6,6 +6,7 @@ Of pairs here; of other kinds in ``answer_step.py``, to which the functions that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,22 +18,21 @@ from fastdpo.losses.aggregate import sequence_sums
 from fastdpo.losses.gather import gather_pairs
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.objective import build_objective
+from fastdpo.losses.weights import wpo_weights
 from fastdpo.training import answer_step
 from fastdpo.training.batches import (
     Batch,
     answer_tokens,
-    completion_mask,
     is_filler,
-    is_in_rows,
     is_pairs,
     num_labelled,
     num_pairs,
-    packed_layout,
 )
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
 from fastdpo.training.divergence_step import divergence_loss
 from fastdpo.training.loss_state import GetValues, StepValues
 from fastdpo.training.metrics import MetricSums
+from fastdpo.training.pair_tokens import LossTokens, loss_tokens
 from fastdpo.training.reference import Reference
 from fastdpo.training.scoring import fused_pair_loss, token_logps
 from fastdpo.types import DPOLossOutput, PreferenceLossOutput
@@ -93,17 +93,22 @@ def batch_loss(
     # The reference first: its activations are gone before the policy's are made.
     ref_logps = reference.logps(policy, batch)
     is_gathered = args.gather_batch_losses and over_ranks
-    # Elsewhere the loss waits for log-probabilities: of all ranks, or for the step's beta.
-    is_one_call = not is_gathered and args.dynamic_beta_options is None
-    token = None if is_one_call else token_logps(model, batch, statistics=METRIC_STATISTICS)
-    step = StepValues() if token is None else values(batch, token.logps, ref_logps)
-    arguments = _pair_arguments(batch, counts, args, step)
-    if token is None:
-        return fused_pair_loss(model, batch, ref_logps=ref_logps, **arguments)
-    mask = completion_mask(batch)
-    result = dpo_loss_from_logps(token, mask, ref_logps=ref_logps, layout=packed_layout(batch), **arguments)
+    tokens = loss_tokens(batch)
+    # Elsewhere the loss waits for log-probabilities: of all ranks, or for the step's beta or weights.
+    if not (is_gathered or args.use_weighting or args.dynamic_beta_options is not None):
+        arguments = _pair_arguments(batch, counts, args, StepValues())
+        return fused_pair_loss(model, batch, **tokens.for_the_head(ref_logps), **arguments)
+    statistics = (*METRIC_STATISTICS, *(["log_sum_sq_probs"] if args.use_weighting else []))
+    token = token_logps(model, batch, statistics=statistics)
+    arguments = _pair_arguments(batch, counts, args, values(batch, token.logps, ref_logps))
+    if args.use_weighting:
+        assert token.log_sum_sq_probs is not None
+        seen = (token.logps, token.log_sum_sq_probs, tokens.mask, tokens.bounds)
+        weights = wpo_weights(*seen, max_weight=args.wpo_max_weight)
+        arguments["pair_weights"] = weights * arguments.get("pair_weights", 1.0)
+    result = dpo_loss_from_logps(token, tokens.mask, **tokens.for_logps(ref_logps), **arguments)
     if is_gathered:
-        return result._replace(loss=_loss_over_ranks(batch, token.logps, mask, ref_logps, arguments))
+        return result._replace(loss=_loss_over_ranks(batch, token.logps, tokens, ref_logps, arguments))
     return result
 
 
@@ -126,19 +131,22 @@ def _pair_arguments(
 
 
 def _loss_over_ranks(
-    batch: Batch, logps: Tensor, mask: Tensor, ref_logps: Tensor | None, arguments: dict[str, Any]
+    batch: Batch, logps: Tensor, tokens: LossTokens, ref_logps: Tensor | None, arguments: dict[str, Any]
 ) -> Tensor:
     """The loss of all ranks' micro-batches as one, with the gradient of this rank's pairs.
 
     Its value is a rank's equal share: summed over the ranks it is the loss.
     """
-    bounds = batch["cu_seqlens"] if is_in_rows(batch) else None
     # A pair without tokens counts nowhere: that is what a filler is.
-    scored = mask & (not is_filler(batch))
-    sums = sequence_sums(logps, scored, bounds).chunk(2)
-    tokens = sequence_sums(scored.to(logps.dtype), scored, bounds).chunk(2)
+    scored = tokens.mask & (not is_filler(batch))
+    sums = sequence_sums(tokens.weighted(logps), scored, tokens.bounds).chunk(2)
+    sizes = sequence_sums(scored.to(logps.dtype), scored, tokens.bounds).chunk(2)
     ref = () if ref_logps is None else ref_logps.to(logps.dtype).chunk(2)
-    loss = build_objective(**arguments).loss(gather_pairs(PairLogps(*sums, *tokens, *ref)))
+    pair = PairLogps(*sums, *sizes, *ref)
+    if tokens.weights is not None:  # which are none of an NLL term's
+        pair = replace(pair, nll_sum=-sequence_sums(logps, scored, tokens.bounds).chunk(2)[0])
+        pair = replace(pair, nll_tokens=sizes[0])
+    loss = build_objective(**arguments).loss(gather_pairs(pair))
     return loss - loss.detach() * (1 - 1 / dist.get_world_size())
 
 

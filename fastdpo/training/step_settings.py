@@ -33,6 +33,8 @@ def check_step_settings(args: PreferenceConfig) -> None:
         _check_dynamic_beta(args.dynamic_beta_options, args.losses, args.beta)
     if args.beta_column is not None:
         _check_beta_column(args)
+    _check_ld_alpha(args)
+    _check_weighting(args)
     if args.sync_ref_model:
         if args.reference not in ("auto", "copy") or not args.needs_reference:
             got = f"reference={args.reference!r}" if args.needs_reference else ", ".join(args.loss_type)
@@ -54,6 +56,36 @@ def check_step_settings(args: PreferenceConfig) -> None:
         for column in COLUMN_FIELDS.values():
             if getattr(args, column):
                 raise ValueError(f"{column}: got a value with gather_batch_losses, wanted None")
+
+
+def _check_ld_alpha(args: PreferenceConfig) -> None:
+    """Raise ValueError for a weight of tokens that is none, or that the losses have no use for."""
+    alpha = args.ld_alpha
+    if alpha is None:
+        return
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+        raise ValueError(f"ld_alpha: got {alpha!r}, wanted a number in [0, 1]")
+    if any(spec.inputs is not PairLogps for spec in args.losses) or all(spec.is_nll for spec in args.losses):
+        names = ", ".join(args.loss_type)
+        wanted = "losses that compare the log-probabilities of a pair's two answers"
+        raise ValueError(f"ld_alpha: got {alpha!r} with {names}, wanted {wanted}")
+
+
+def _check_weighting(args: PreferenceConfig) -> None:
+    """Raise ValueError for WPO's weights where losses are not of one pair each."""
+    if not args.use_weighting:
+        if args.wpo_max_weight is not None:
+            raise ValueError(
+                f"wpo_max_weight: got {args.wpo_max_weight!r} without use_weighting, wanted None"
+            )
+        return
+    bound = args.wpo_max_weight
+    if bound is not None and (isinstance(bound, bool) or not bound > 0):
+        raise ValueError(f"wpo_max_weight: got {bound!r}, wanted a number above 0")
+    for spec in args.losses:
+        if spec.inputs is not PairLogps or spec.scope == "batch":
+            wanted = "losses of pairs, each of one pair's log-probabilities"
+            raise ValueError(f"use_weighting: got True with {spec.name}, wanted {wanted}")
 
 
 def _check_beta_column(args: PreferenceConfig) -> None:

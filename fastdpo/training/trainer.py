@@ -27,6 +27,7 @@ from transformers.trainer_utils import TrainOutput
 
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.answer_step import with_margins
+from fastdpo.training.batch_settings import check_own_collator
 from fastdpo.training.batches import Batch, is_filler, sequence_tokens
 from fastdpo.training.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.collate import LikeLengthSampler, pad_token_id
@@ -137,10 +138,8 @@ class PreferenceTrainer(EvaluatingTrainer):
             raise ValueError(
                 "ref_model: got the model that is trained, wanted another, or None for a copy of it"
             )
-        if data_collator is not None and args.batch_layout != "padded":
-            raise ValueError(
-                f"data_collator: got one with batch_layout={args.batch_layout!r}, wanted 'padded'"
-            )
+        if data_collator is not None:
+            check_own_collator(args)
         policy = prepare_policy(model, args, peft_config)
         if args.learning_rate is None:
             args.learning_rate = ADAPTER_LEARNING_RATE if is_adapter_model(policy) else FULL_LEARNING_RATE
