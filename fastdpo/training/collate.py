@@ -16,7 +16,7 @@ Batch = dict[str, Any]
 IGNORE_INDEX = -100
 TOKEN_WEIGHTS = "token_weights"
 # What an item of a PreferenceDataset holds beside its per-pair numbers.
-TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "row")
+TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "gold_ids", "row")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class PreferenceCollator:
 
     Returns a dict with ``input_ids``, ``attention_mask`` and ``labels`` ``(2P, T)`` (labels -100 on
     prompt and padding), ``rows`` ``(P,)``, every per-pair number ``(P,)`` fp32 under its name, and
-    ``ref_logps`` ``(2P,)`` fp32 where the pairs carry both reference columns.
+    ``ref_logps`` ``(2P,)`` fp32 where the pairs carry both reference columns. ``gold`` is a dict of the first
+    three, ``(P, T')``, where the pairs carry gold answers.
 
     Args:
         pad_token_id: fills ``input_ids``; any id will do, as padding is masked and never a label.
@@ -41,7 +42,18 @@ class PreferenceCollator:
         prompts = [pair["prompt_ids"] for pair in pairs] * 2
         answers = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
         batch = padded_batch(prompts, answers, self.pad_token_id, self.pad_to_multiple_of)
+        if len(answer_names(pairs)) > 2:
+            gold = [pair["gold_ids"] for pair in pairs]
+            batch["gold"] = padded_batch(
+                prompts[: len(gold)], gold, self.pad_token_id, self.pad_to_multiple_of
+            )
         return with_ld_weights({**batch, **pair_numbers(pairs)}, self.ld_alpha)
+
+
+def answer_names(pairs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Under which names pairs carry their answers."""
+    gold = ("gold_ids",) if pairs and "gold_ids" in pairs[0] else ()
+    return ("chosen_ids", "rejected_ids", *gold)
 
 
 def padded_batch(

@@ -19,6 +19,7 @@ from fastdpo.losses.token_batches import TokenDivergences
 from fastdpo.training.batch_settings import check_batches, check_loader
 from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
 from fastdpo.training.kinds import DataKind, kind_of
+from fastdpo.training.nll_settings import trains_on_prompt
 from fastdpo.training.row_plan import ARRANGEMENTS
 from fastdpo.training.step_settings import COLUMN_FIELDS, check_step_settings, parse_options
 from fastdpo.types import BACKENDS, MODES, Execution
@@ -108,6 +109,18 @@ class PreferenceConfig(TrainingArguments):
     wpo_max_weight: float | None = field(
         default=None,
         metadata=_help("Bound of WPO's weights: 1 in the authors' code. Default: none, as in TRL."),
+    )
+    nll_on_prompt: bool | None = field(
+        default=None,
+        metadata=_help(
+            "NLL terms train on the chosen answers' prompts too. Default: where only orpo has one, as in its "
+            "paper's code and TRL."
+        )
+        | {"nargs": "?", "const": True},
+    )
+    gold_column: str | None = field(
+        default=None,
+        metadata=_help("Column with the gold answer of tpo's NLL. Default: reference, where rows have it."),
     )
     dynamic_beta: dict[str, Any] | str | None = field(
         default=None,
@@ -283,6 +296,7 @@ class PreferenceConfig(TrainingArguments):
         """Whether the head's call makes the loss itself, so that a trained head runs in mode ``pairs``."""
         is_one_call = self.dynamic_beta_options is None and not self.gather_batch_losses and not self.fp16
         is_one_call = is_one_call and not self.use_weighting
+        is_one_call = is_one_call and not (self.nll_on_prompt and self.batch_layout != "padded")
         specs = self.losses
         return is_one_call and all(s.inputs is PairLogps and s.scope in ("pair", "token") for s in specs)
 
@@ -372,7 +386,7 @@ class PreferenceConfig(TrainingArguments):
         kind_of(self.losses)  # raises for losses that want unlike data
         check_step_settings(self)
         # The stand-ins say that there will be a value per pair; the values are checked with the data.
-        build_objective(
+        objective = build_objective(
             self.loss_type,
             self.loss_weights,
             beta=self.beta,
@@ -380,3 +394,4 @@ class PreferenceConfig(TrainingArguments):
             soft_labels=0.5 if self.soft_label_column else None,
             **self.options,
         )
+        self.nll_on_prompt = trains_on_prompt(self, has_nll=objective.uses_nll)

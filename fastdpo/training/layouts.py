@@ -79,7 +79,11 @@ def choose_collator(
             multiple = args.pad_to_multiple_of or (128 if is_flex else None)
             settings = (pad_token_id, layout, costs, allowed, single_call, multiple)
             if kind is None:
-                collators.append(RowCollator(*settings, ld_alpha=args.ld_alpha))
+                options: dict[str, Any] = {
+                    "ld_alpha": args.ld_alpha,
+                    "nll_on_prompt": bool(args.nll_on_prompt),
+                }
+                collators.append(RowCollator(*settings, **options))
             else:
                 collators.append(AnswerRowCollator(*settings, kind=kind))
     for (layout, name), reason in refused.items():

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.losses.controllers import BetaController, KLEstimate, RunningMean
-from fastdpo.training.batches import Batch, is_filler, to_device
+from fastdpo.training.batches import Batch, answer_logps, is_filler, to_device
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.dataset import RowDataset
-from fastdpo.training.pair_tokens import answer_logps
 from fastdpo.training.reference import Reference
 from fastdpo.training.scoring import sequence_logps, token_logps
 

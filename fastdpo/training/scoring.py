@@ -13,9 +13,15 @@ from fastdpo.integrations.fused_output import FusedLMOutput, HeadStates, Teacher
 from fastdpo.integrations.model import require_fused_output
 from fastdpo.integrations.row_masks import RowMasks
 from fastdpo.losses.aggregate import segment_sums
-from fastdpo.training.batches import Batch, completion_mask, is_in_rows, to_device, token_layout
+from fastdpo.training.batches import (
+    Batch,
+    answer_logps,
+    completion_mask,
+    is_in_rows,
+    to_device,
+    token_layout,
+)
 from fastdpo.training.dataset import RowDataset
-from fastdpo.training.pair_tokens import answer_logps
 from fastdpo.training.token_budget import TokenBudget
 from fastdpo.types import DPOLossOutput, LinearLogprobOutput
 

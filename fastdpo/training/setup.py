@@ -30,8 +30,9 @@ from fastdpo.training.data import (
     row_list,
 )
 from fastdpo.training.dataset import RowDataset
-from fastdpo.training.encode import EncodingOptions, encode_rows
+from fastdpo.training.encode import encode_rows
 from fastdpo.training.kinds import list_size
+from fastdpo.training.nll_settings import check_gold, gold_column
 from fastdpo.training.reference import disable_dropout, is_adapter_model
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> RowDat
     if has(REF_COLUMNS):
         names = (*REF_COLUMNS, *(LD_COLUMN for row in source.rows[:1] if LD_COLUMN in row))
         columns |= {name: name for name in names}
-    options = EncodingOptions(options.max_length, options.truncation_mode, options.on_bad_row, columns)
+    options = replace(options, columns=columns, gold_column=gold_column(args, source.rows))
     return encode_rows(source, tokenizer, options)
 
 
@@ -182,7 +183,8 @@ def check_pairs(dataset: RowDataset, args: PreferenceConfig) -> None:
     if isinstance(dataset, AnswerDataset):
         _check_answers(dataset, args)
         return
-    prompt, chosen, rejected = dataset.bounds.diff(dim=1).unbind(1)
+    check_gold(args, has_gold=dataset.has_gold)
+    prompt, chosen, rejected = dataset.bounds.diff(dim=1).unbind(1)[:3]
     for part, is_empty in (("prompt", prompt == 0), ("answer", (chosen == 0) | (rejected == 0))):
         if is_empty.any():
             effect = "its first token is not scored" if part == "prompt" else "it has log-probability 0"

@@ -25,6 +25,7 @@ from fastdpo.training.batches import (
     answer_tokens,
     is_filler,
     is_pairs,
+    nll_tokens,
     num_labelled,
     num_pairs,
 )
@@ -34,7 +35,7 @@ from fastdpo.training.loss_state import GetValues, StepValues
 from fastdpo.training.metrics import MetricSums
 from fastdpo.training.pair_tokens import LossTokens, loss_tokens
 from fastdpo.training.reference import Reference
-from fastdpo.training.scoring import fused_pair_loss, token_logps
+from fastdpo.training.scoring import fused_pair_loss
 from fastdpo.types import DPOLossOutput, PreferenceLossOutput
 
 Result: TypeAlias = DPOLossOutput | PreferenceLossOutput
@@ -44,21 +45,21 @@ SHARES = ("rewards/accuracies", "mean_token_accuracy")
 
 
 class BatchCounts(NamedTuple):
-    """What losses are divided by: pairs (or rows, or steps), and tokens of the chosen (or all) answers."""
+    """What losses are divided by: pairs (or rows, or steps), and tokens of an NLL term (or all answers)."""
 
     pairs: Tensor | int
-    chosen_tokens: Tensor | int
+    nll_tokens: Tensor | int
 
 
-def local_counts(batches: Sequence[Batch], device: torch.device) -> Tensor:
-    """``(2,)`` int64: pairs and chosen tokens of this rank's micro-batches."""
+def local_counts(batches: Sequence[Batch], device: torch.device, *, nll_on_prompt: bool = False) -> Tensor:
+    """``(2,)`` int64: pairs and NLL tokens of this rank's micro-batches."""
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     for batch in batches:
         if is_filler(batch):
             continue
         counts[0] += num_pairs(batch) if is_pairs(batch) else answer_step.loss_rows(batch)
-        chosen = answer_tokens(batch)[0] if is_pairs(batch) else num_labelled(batch)
-        counts[1] += chosen.to(device) if isinstance(chosen, Tensor) else chosen
+        tokens = nll_tokens(batch, on_prompt=nll_on_prompt) if is_pairs(batch) else num_labelled(batch)
+        counts[1] += tokens.to(device) if isinstance(tokens, Tensor) else tokens
     return counts
 
 
@@ -93,13 +94,14 @@ def batch_loss(
     # The reference first: its activations are gone before the policy's are made.
     ref_logps = reference.logps(policy, batch)
     is_gathered = args.gather_batch_losses and over_ranks
-    tokens = loss_tokens(batch)
+    tokens = loss_tokens(batch, nll_on_prompt=bool(args.nll_on_prompt))
     # Elsewhere the loss waits for log-probabilities: of all ranks, or for the step's beta or weights.
-    if not (is_gathered or args.use_weighting or args.dynamic_beta_options is not None):
+    waits = is_gathered or args.use_weighting or args.dynamic_beta_options is not None
+    if tokens.fit_the_head and not waits:
         arguments = _pair_arguments(batch, counts, args, StepValues())
         return fused_pair_loss(model, batch, **tokens.for_the_head(ref_logps), **arguments)
     statistics = (*METRIC_STATISTICS, *(["log_sum_sq_probs"] if args.use_weighting else []))
-    token = token_logps(model, batch, statistics=statistics)
+    token = tokens.score(model, statistics)
     arguments = _pair_arguments(batch, counts, args, values(batch, token.logps, ref_logps))
     if args.use_weighting:
         assert token.log_sum_sq_probs is not None
@@ -124,7 +126,7 @@ def _pair_arguments(
         "loss_weights": args.loss_weights,
         "beta": args.beta if step.beta is None else step.beta,
         "num_pairs": counts.pairs if step.num_pairs is None else step.num_pairs,
-        "num_tokens": counts.chosen_tokens,
+        "num_tokens": counts.nll_tokens,
         **per_pair,
         **args.options,
     }
@@ -143,9 +145,12 @@ def _loss_over_ranks(
     sizes = sequence_sums(scored.to(logps.dtype), scored, tokens.bounds).chunk(2)
     ref = () if ref_logps is None else ref_logps.to(logps.dtype).chunk(2)
     pair = PairLogps(*sums, *sizes, *ref)
-    if tokens.weights is not None:  # which are none of an NLL term's
-        pair = replace(pair, nll_sum=-sequence_sums(logps, scored, tokens.bounds).chunk(2)[0])
-        pair = replace(pair, nll_tokens=sizes[0])
+    if tokens.weights is not None or tokens.nll_mask is not None:
+        nll = scored if tokens.nll_mask is None else tokens.nll_mask & (not is_filler(batch))
+        likelihood, count = (
+            sequence_sums(x, nll, tokens.bounds).chunk(2)[0] for x in (logps, nll.to(logps.dtype))
+        )
+        pair = replace(pair, nll_sum=-likelihood, nll_tokens=count)
     loss = build_objective(**arguments).loss(gather_pairs(pair))
     return loss - loss.detach() * (1 - 1 / dist.get_world_size())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.losses import LossSpec, PairLogps
@@ -15,9 +14,6 @@ from fastdpo.training.over_optimisation import OverOptimisationMonitor
 if TYPE_CHECKING:
     from fastdpo.training.config import PreferenceConfig
 
-logger = logging.getLogger(__name__)
-# Their NLL term is of an answer that data of pairs do not have.
-GOLD_LOSSES = ("tpo", "tpo_l")
 # Per-pair numbers of the losses, and the field that names the column they are read from.
 COLUMN_FIELDS = {
     "beta": "beta_column",
@@ -45,11 +41,6 @@ def check_step_settings(args: PreferenceConfig) -> None:
     if args.needs_divergences:
         _check_divergences(args)
     monitor_of(args.over_optimisation_monitor)
-    if without_gold := [spec.name for spec in args.losses if spec.name in GOLD_LOSSES]:
-        logger.warning(
-            "%s: pairs have no third, gold answer, so the NLL term is of the chosen ones, as in CPO",
-            ", ".join(without_gold),
-        )
     if args.gather_batch_losses:
         if all(spec.scope != "batch" for spec in args.losses):
             raise ValueError("gather_batch_losses: got True, wanted a loss that compares a whole batch (aot)")

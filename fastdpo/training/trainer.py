@@ -295,7 +295,9 @@ class PreferenceTrainer(EvaluatingTrainer):
             self.loss_state.begin_step(self.accelerator.unwrap_model(self.model), batches)
 
     def _count(self, batches: list[Batch]) -> BatchCounts:
-        return BatchCounts(*self._over_ranks(local_counts(batches, self.accelerator.device)).unbind())
+        on_prompt = bool(self.args.nll_on_prompt)
+        counts = local_counts(batches, self.accelerator.device, nll_on_prompt=on_prompt)
+        return BatchCounts(*self._over_ranks(counts).unbind())
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from fastdpo.cli import main
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.arguments import parse_train
-from fastdpo.training.batches import completion_mask, first_pairs
+from fastdpo.training.batches import bounds_of, completion_mask, first_pairs
 from fastdpo.training.collate import PreferenceCollator
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.data import LD_COLUMN, REF_COLUMNS
-from fastdpo.training.pair_tokens import bounds_of, spread_sums
+from fastdpo.training.pair_tokens import spread_sums
 from fastdpo.training.reference import Reference
 from fastdpo.training.row_collate import RowCollator
 from fastdpo.training.trainer import PreferenceTrainer
