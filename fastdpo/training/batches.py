@@ -111,8 +111,19 @@ def num_labelled(batch: Batch) -> Tensor | int:
 
 def sequence_tokens(batch: Batch) -> Tensor:
     """Tokens of all sequences, prompts counted for each, padding not: the same in every layout."""
-    tokens: Tensor = batch["num_tokens"] if is_in_rows(batch) else batch["attention_mask"].sum()
-    return tokens
+    if is_in_rows(batch):
+        tokens: Tensor = batch["num_tokens"]
+        return tokens
+    parts = [batch, *([batch["gold"]] if "gold" in batch else [])]
+    return torch.stack([part["attention_mask"].sum() for part in parts]).sum()
+
+
+def backbone_calls(batch: Batch) -> list[Mapping[str, Tensor]]:
+    """The inputs that hold every position that the backbone computes of a batch."""
+    if is_in_rows(batch):
+        calls: list[Mapping[str, Tensor]] = batch["calls"]
+        return calls
+    return [batch, *([batch["gold"]] if "gold" in batch else [])]
 
 
 def first_rows(batch: Batch, count: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.data import LD_COLUMN, PreferenceDataset, row_list
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.layouts import layout_of, token_budget
-from fastdpo.training.reference import adapter_off
+from fastdpo.training.reference import adapter_off, check_weighted_reference
 from fastdpo.training.reference_cache import ReferenceCache, cache_key, fingerprint_model
 from fastdpo.training.reference_shards import ScoreShards
 from fastdpo.training.scoring import score_dataset
@@ -59,9 +59,12 @@ class PrecomputedReference:
         """``dataset`` with its reference columns: as they are, from the cache, or computed now.
 
         Raises:
-            ValueError: they have to be computed, but the model has been trained meanwhile.
+            ValueError: they have to be computed, but the model has been trained meanwhile; or they were
+                weighted otherwise than the run's own (LD-DPO).
         """
         if dataset.has_reference:
+            if isinstance(dataset, PreferenceDataset):
+                check_weighted_reference(dataset, self.args)
             return dataset
         key = self._key(dataset)
         is_main = self.accelerator.is_main_process

@@ -33,7 +33,7 @@ from fastdpo.training.dataset import RowDataset
 from fastdpo.training.encode import encode_rows
 from fastdpo.training.kinds import list_size
 from fastdpo.training.nll_settings import check_gold, gold_column
-from fastdpo.training.reference import disable_dropout, is_adapter_model
+from fastdpo.training.reference import check_weighted_reference, disable_dropout, is_adapter_model
 
 logger = logging.getLogger(__name__)
 
@@ -195,23 +195,7 @@ def check_pairs(dataset: RowDataset, args: PreferenceConfig) -> None:
             raise ValueError(
                 f"{column}: the tokenised pairs carry {sorted(dataset.columns)}, wanted {name!r} too"
             )
-    _check_weighted_reference(dataset, args)
-
-
-def _check_weighted_reference(dataset: PreferenceDataset, args: PreferenceConfig) -> None:
-    """Raise ValueError for reference sums that are weighted otherwise than the run's own."""
-    reads = args.needs_reference and args.reference in ("auto", "precomputed")
-    if not (reads and dataset.has_reference):
-        return
-    weighted = dataset.columns.get(LD_COLUMN, torch.full((len(dataset),), torch.nan))
-    alpha = torch.tensor(torch.nan if args.ld_alpha is None else float(args.ld_alpha))
-    if not torch.allclose(weighted, alpha.expand_as(weighted), rtol=1e-6, atol=0, equal_nan=True):
-        found = sorted({f"{value:g}" for value in weighted.tolist()} - {"nan"})
-        raise ValueError(
-            f"dataset: got reference log-probabilities made with ld_alpha={', '.join(found) or None}, wanted "
-            f"{args.ld_alpha}, the run's own: what the tokens of a sum were is not known any more; give data "
-            "without these columns, or reference='copy' or 'adapter'"
-        )
+    check_weighted_reference(dataset, args)
 
 
 def _check_answers(dataset: AnswerDataset, args: PreferenceConfig) -> None:

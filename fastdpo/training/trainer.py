@@ -28,7 +28,7 @@ from transformers.trainer_utils import TrainOutput
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.answer_step import with_margins
 from fastdpo.training.batch_settings import check_own_collator
-from fastdpo.training.batches import Batch, is_filler, sequence_tokens
+from fastdpo.training.batches import Batch, backbone_calls, is_filler, sequence_tokens
 from fastdpo.training.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.collate import LikeLengthSampler, pad_token_id
 from fastdpo.training.config import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, PreferenceConfig
@@ -323,9 +323,8 @@ class PreferenceTrainer(EvaluatingTrainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of a step, as ``Trainer`` estimates them: 6 for every weight and token, padding included."""
-        calls = inputs.get("calls", [inputs])
-        weights = self.model.num_parameters(exclude_embeddings=True)
-        return int(6 * weights * sum(call["input_ids"].numel() for call in calls))
+        positions = sum(call["input_ids"].numel() for call in backbone_calls(inputs))
+        return int(6 * self.model.num_parameters(exclude_embeddings=True) * positions)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward; a loss that is not finite is logged as 0."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastdpo.cli import main
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.arguments import parse_train
-from fastdpo.training.batches import first_pairs, nll_tokens, to_device
+from fastdpo.training.batches import backbone_calls, first_pairs, nll_tokens, sequence_tokens, to_device
 from fastdpo.training.collate import PreferenceCollator
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.data import read_rows
@@ -176,6 +176,16 @@ def test_tpo_in_every_layout(name: str) -> None:
             loss_options={"nll_weight": 0.7},
         )  # fmt: skip
         assert_step(ours, truth, eager, loss_limit=LIMIT, name=str(case))
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_gold_answers_are_counted_among_the_tokens(case: tuple[str, str]) -> None:
+    batch = made_batch(*case, GOLD, on_prompt=False)
+    names = ("chosen_ids", "rejected_ids", "gold_ids")
+    tokens = sum(len(pair["prompt_ids"]) + len(pair[name]) for pair in GOLD for name in names)
+    assert int(sequence_tokens(batch)) == tokens
+    positions = sum(call["input_ids"].numel() for call in backbone_calls(batch))
+    assert positions >= sum(len(pair["prompt_ids"]) + sum(len(pair[name]) for name in names) for pair in GOLD)
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)

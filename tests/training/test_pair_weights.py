@@ -343,6 +343,9 @@ def test_scored_rows_say_how_they_were_weighted(model_dir: Path, tmp_path: Path)
     ]
     assert main(["score", *words, "--dataset", str(data), "--ld_alpha", "0.5", "--output", str(scored)]) == 0
     assert [json.loads(line)[LD_COLUMN] for line in scored.read_text().splitlines()] == [0.5] * 4
+    again = ["score", *words, "--dataset", str(scored), "--output", str(tmp_path / "again.jsonl")]
+    assert main(again) == main([*again, "--ld_alpha", "0.4"]) == 2
+    assert main([*again, "--ld_alpha", "0.5"]) == 0
     assert main(["train", *words, "--dataset", str(scored), "--ld_alpha", "0.5"]) == 0
     assert main(["train", *words, "--dataset", str(scored), "--overwrite_output_dir"]) == 2
 
