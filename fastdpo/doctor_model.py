@@ -63,7 +63,9 @@ def trainer_sections(trainer: Any) -> dict[str, Lines]:
         what = "the largest batch" if largest else f"{DEFAULT_TOKENS} labelled tokens"
         how = (trainer.model, head, _execution_of(trainer))
         kind: dict[str, Any] = {
-            "has_pair_loss": bool(getattr(trainer.args, "makes_pair_loss", False)),
+            # With gold answers the loss waits for log-probabilities.
+            "has_pair_loss": bool(getattr(trainer.args, "makes_pair_loss", False))
+            and not getattr(trainer.train_dataset, "has_gold", False),
             "divergences": _divergences_of(trainer, head),
         }
         with _autocast_of(trainer):
@@ -208,6 +210,8 @@ def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, list[int], in
     limit = getattr(trainer.args, "max_length", None)
     limit = limit if isinstance(limit, int) and limit > 0 else sys.maxsize
     labelled = torch.tensor([sum(min(n, limit) for n in answers) for _, *answers in sizes])
+    if getattr(trainer.args, "nll_on_prompt", None):  # the chosen answer's prompt, but for its first token
+        labelled += torch.tensor([max(prompt - 1, 0) for prompt, *_ in sizes])
     lengths = torch.tensor([min(prompt + max(answers), limit) for prompt, *answers in sizes])
     counts = torch.tensor([len(answers) for _, *answers in sizes])
     kind = getattr(getattr(dataset, "kind", None), "name", None)  # None for pairs
@@ -257,7 +261,8 @@ def _memory_for(
 def _parts(sizes: list[int], kind: str | None) -> str:
     prompt, *answers = sizes
     if kind is None:
-        return f"prompt {prompt}, chosen {answers[0]}, rejected {answers[1]}"
+        gold = "".join(f", gold {n}" for n in answers[2:])
+        return f"prompt {prompt}, chosen {answers[0]}, rejected {answers[1]}{gold}"
     shown = ", ".join(str(n) for n in answers[:5]) + " ..." * (len(answers) > 5)
     return f"prompt {prompt}, {'answer' if len(answers) == 1 else 'answers'} {shown}"
 

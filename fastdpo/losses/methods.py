@@ -76,7 +76,8 @@ A20 | CPO-SimPO | 2401.08417 | loss
 A21 | AlphaPO | 2501.03884 | option
     `simpo` or `cpo_simpo` with `alpha`
 A22 | ORPO | 2403.07691 | loss
-    `orpo`
+    `orpo`; its NLL takes the prompt in with `nll_labels`, in the loop by default (`--nll_on_prompt`)
+    -> Prompts in an NLL term
 A23 | CPO (constrained) | 2605.20834 | option
     `margin` per pair, or `sigmoid` with `ref_clip`: the paper's own normalisation of the margin
     could not be read, so it is no loss of that name
@@ -89,7 +90,7 @@ A25 | RPO, iterative RPO, MPO | 2405.16436 | recipe
 A26 | SFT term | 2405.16436 | loss
     `sft`, a mean over tokens; `sft_mean`, over answers
 A27 | WPO | 2406.11827 | weights
-    `pair_weights=wpo_weights(...)`
+    `pair_weights=wpo_weights(...)`; in the loop `--use_weighting`
     -> Weights of pairs
 A28 | Sem-DPO | 2507.20133 | weights
     `pair_weights=semantic_weights(...)`
@@ -98,7 +99,7 @@ A29 | beta-DPO | 2407.08639 | state
     `controllers.BetaController`
     -> A beta per batch
 A30 | LD-DPO | 2409.06411 | weights
-    `token_weights=ld_weights(...)`
+    `token_weights=ld_weights(...)`; in the loop `--ld_alpha`
     -> Weights of tokens
 A31 | MRPO, multi-reference DPO | 2405.16388 | reference
     `ref_combination="mrpo"` or `"harmonic"` of K `ref_logps`, or `reference_logps.mrpo_reference`
@@ -118,7 +119,7 @@ A35 | DPOP | 2402.13228 | loss
 A36 | length-regularised DPO (R-DPO) | 2403.19159 | option
     `sigmoid` with `length_penalty`; the sign the paper prints could not be checked
 A37 | TPO, TPO-L | 2405.16681 | loss
-    `tpo`, `tpo_l`
+    `tpo`, `tpo_l`; in the loop with a column `reference` (`--gold_column`)
     -> A gold answer beside the pair
 B1 | S-DPO | 2406.09215 | loss
     `sdpo`

@@ -174,7 +174,8 @@ def orpo_loss(
     """ORPO: NLL, and beta times the logistic loss of the log odds ratio of per-token means.
 
     beta is the paper's lambda, so it scales the term, not the margin. The paper's code and TRL train the
-    NLL on prompt and answer: pass ``nll_labels`` for that; the default is the answer alone.
+    NLL on prompt and answer: pass ``nll_labels`` for that, as the loop does unless told otherwise
+    (``nll_on_prompt``); of a function the default is the answer alone.
     """
     odds = log_odds_ratio(
         token_mean(pair.chosen, pair.chosen_tokens), token_mean(pair.rejected, pair.rejected_tokens)

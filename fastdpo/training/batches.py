@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.losses.aggregate import sequence_sums, weighted_sums
 from fastdpo.training import answer_collate
-from fastdpo.training.collate import IGNORE_INDEX
+from fastdpo.training.collate import IGNORE_INDEX, TOKEN_WEIGHTS
 from fastdpo.types import PackedLayout, TokenLayout
 
 Batch = Mapping[str, Any]
-_PER_TOKEN = ("token_index", "target_ids", "sequence_ids")
+_PER_TOKEN = ("token_index", "target_ids", "sequence_ids", "token_weights")
 
 
 def is_in_rows(batch: Batch) -> bool:
@@ -63,6 +64,19 @@ def token_layout(batch: Batch) -> TokenLayout:
     return TokenLayout(batch["token_index"], batch["target_ids"], batch["sequence_ids"], batch["lengths"])
 
 
+def bounds_of(batch: Batch) -> Tensor | None:
+    """The bounds of the answers among the tokens of a batch in rows; None for a padded one."""
+    return batch["cu_seqlens"] if is_in_rows(batch) else None
+
+
+def answer_logps(batch: Batch, logps: Tensor) -> Tensor:
+    """``(2P,)``: log-probabilities per token summed over each answer, with the batch's weights if any."""
+    mask, bounds = completion_mask(batch), bounds_of(batch)
+    if TOKEN_WEIGHTS in batch:
+        return weighted_sums(logps, batch[TOKEN_WEIGHTS], mask, bounds)
+    return sequence_sums(logps, mask, bounds)
+
+
 def answer_tokens(batch: Batch) -> tuple[Tensor | int, Tensor | int]:
     """Scored tokens of all chosen answers, and of all rejected ones."""
     size = num_pairs(batch)
@@ -72,6 +86,24 @@ def answer_tokens(batch: Batch) -> tuple[Tensor | int, Tensor | int]:
     return chosen, rejected
 
 
+def nll_tokens(batch: Batch, *, on_prompt: bool) -> Tensor | int:
+    """Tokens that the NLL term of a batch of pairs is a mean over.
+
+    Of gold answers, where the batch has some; else of the chosen ones, and ``on_prompt`` of their prompts.
+    """
+    if is_in_rows(batch):
+        chosen = sum(batch["lengths"][: num_pairs(batch)])
+        if "nll_tokens" not in batch:
+            return chosen
+        return sum(batch["nll_tokens"]["lengths"]) + (chosen if on_prompt else 0)
+    if "gold" in batch:
+        return completion_mask(batch["gold"]).sum()
+    if on_prompt:
+        tokens: Tensor = batch["attention_mask"][: num_pairs(batch), 1:].sum()
+        return tokens
+    return answer_tokens(batch)[0]
+
+
 def num_labelled(batch: Batch) -> Tensor | int:
     """Scored tokens of all answers."""
     return sum(batch["lengths"]) if is_in_rows(batch) else completion_mask(batch).sum()
@@ -79,8 +111,19 @@ def num_labelled(batch: Batch) -> Tensor | int:
 
 def sequence_tokens(batch: Batch) -> Tensor:
     """Tokens of all sequences, prompts counted for each, padding not: the same in every layout."""
-    tokens: Tensor = batch["num_tokens"] if is_in_rows(batch) else batch["attention_mask"].sum()
-    return tokens
+    if is_in_rows(batch):
+        tokens: Tensor = batch["num_tokens"]
+        return tokens
+    parts = [batch, *([batch["gold"]] if "gold" in batch else [])]
+    return torch.stack([part["attention_mask"].sum() for part in parts]).sum()
+
+
+def backbone_calls(batch: Batch) -> list[Mapping[str, Tensor]]:
+    """The inputs that hold every position that the backbone computes of a batch."""
+    if is_in_rows(batch):
+        calls: list[Mapping[str, Tensor]] = batch["calls"]
+        return calls
+    return [batch, *([batch["gold"]] if "gold" in batch else [])]
 
 
 def first_rows(batch: Batch, count: int) -> dict[str, Any]:
@@ -96,10 +139,14 @@ def first_pairs(batch: Batch, count: int) -> dict[str, Any]:
     if is_in_rows(batch):
         return _first_pairs_in_rows(batch, size, count)
     rows = torch.cat([torch.arange(count), torch.arange(size, size + count)])
-    return {
+    first: dict[str, Any] = {
         name: value[rows.to(value.device)] if len(value) == 2 * size else value[:count]
         for name, value in batch.items()
+        if name != "gold"
     }
+    if "gold" in batch:
+        first["gold"] = {name: value[:count] for name, value in batch["gold"].items()}
+    return first
 
 
 def _first_pairs_in_rows(batch: Batch, size: int, count: int) -> dict[str, Any]:
@@ -110,7 +157,7 @@ def _first_pairs_in_rows(batch: Batch, size: int, count: int) -> dict[str, Any]:
     end = start + sum(lengths[count:])
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(batch["cu_seqlens"].device)
     first: dict[str, Any] = {**batch, "lengths": lengths, "cu_seqlens": bounds}
-    for name in _PER_TOKEN:
+    for name in (name for name in _PER_TOKEN if name in batch):
         first[name] = torch.cat([batch[name][:chosen], batch[name][start:end]])
     first["sequence_ids"] = torch.repeat_interleave(
         torch.arange(2 * count, device=bounds.device), bounds.diff(), output_size=len(first["target_ids"])
@@ -120,6 +167,11 @@ def _first_pairs_in_rows(batch: Batch, size: int, count: int) -> dict[str, Any]:
             first[name] = torch.cat([value[:count], value[size : size + count]])
         elif isinstance(value, Tensor) and name not in (*_PER_TOKEN, "cu_seqlens") and value.dim() == 1:
             first[name] = value[:count]
+    if "nll_tokens" in batch:
+        more = batch["nll_tokens"]
+        end = sum(more["lengths"][:count])
+        tokens = {name: more[name][:end] for name in ("token_index", "target_ids")}
+        first["nll_tokens"] = {**tokens, "lengths": more["lengths"][:count]}
     return first
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from fastdpo.losses.aggregate import ld_weights
 from fastdpo.training.data import REF_COLUMNS
 
 Batch = dict[str, Any]
 IGNORE_INDEX = -100
+TOKEN_WEIGHTS = "token_weights"
 # What an item of a PreferenceDataset holds beside its per-pair numbers.
-TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "row")
+TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "gold_ids", "row")
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,35 @@ class PreferenceCollator:
 
     Returns a dict with ``input_ids``, ``attention_mask`` and ``labels`` ``(2P, T)`` (labels -100 on
     prompt and padding), ``rows`` ``(P,)``, every per-pair number ``(P,)`` fp32 under its name, and
-    ``ref_logps`` ``(2P,)`` fp32 where the pairs carry both reference columns.
+    ``ref_logps`` ``(2P,)`` fp32 where the pairs carry both reference columns. ``gold`` is a dict of the first
+    three, ``(P, T')``, where the pairs carry gold answers.
 
     Args:
         pad_token_id: fills ``input_ids``; any id will do, as padding is masked and never a label.
         pad_to_multiple_of: rounds T up.
+        ld_alpha: of LD-DPO, whose ``token_weights`` ``(2P, T)`` the batch then has.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    ld_alpha: float | None = None
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> Batch:
         prompts = [pair["prompt_ids"] for pair in pairs] * 2
         answers = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
         batch = padded_batch(prompts, answers, self.pad_token_id, self.pad_to_multiple_of)
-        return {**batch, **pair_numbers(pairs)}
+        if len(answer_names(pairs)) > 2:
+            gold = [pair["gold_ids"] for pair in pairs]
+            batch["gold"] = padded_batch(
+                prompts[: len(gold)], gold, self.pad_token_id, self.pad_to_multiple_of
+            )
+        return with_ld_weights({**batch, **pair_numbers(pairs)}, self.ld_alpha)
+
+
+def answer_names(pairs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Under which names pairs carry their answers."""
+    gold = ("gold_ids",) if pairs and "gold_ids" in pairs[0] else ()
+    return ("chosen_ids", "rejected_ids", *gold)
 
 
 def padded_batch(
@@ -56,6 +72,22 @@ def padded_batch(
         attention_mask[i, : ends[i]] = 1
         labels[i, len(prompt) : ends[i]] = answer
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def with_ld_weights(batch: Mapping[str, Any], alpha: float | None) -> Batch:
+    """A batch of pairs, padded or in rows, with LD-DPO's weight of each of its scored tokens.
+
+    They depend on lengths alone, so they are made where the batch is.
+    """
+    if alpha is None:
+        return dict(batch)
+    if "labels" in batch:
+        mask, bounds = batch["labels"] != IGNORE_INDEX, None
+        mask[:, 0] = False  # nothing predicts the first token of a row
+    else:
+        mask, bounds = torch.ones_like(batch["target_ids"], dtype=torch.bool), batch["cu_seqlens"]
+    weights = ld_weights(mask, alpha, bounds) if len(batch["rows"]) else mask.float()
+    return {**batch, TOKEN_WEIGHTS: weights}
 
 
 def pair_numbers(pairs: Sequence[Mapping[str, Any]]) -> Batch:

@@ -16,8 +16,10 @@ from transformers import TrainingArguments
 
 from fastdpo.losses import DivergencePairLogps, LossSpec, PairLogps, build_objective, find_loss
 from fastdpo.losses.token_batches import TokenDivergences
+from fastdpo.training.batch_settings import check_batches, check_loader
 from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
 from fastdpo.training.kinds import DataKind, kind_of
+from fastdpo.training.nll_settings import trains_on_prompt
 from fastdpo.training.row_plan import ARRANGEMENTS
 from fastdpo.training.step_settings import COLUMN_FIELDS, check_step_settings, parse_options, stand_ins
 from fastdpo.types import BACKENDS, MODES, Execution
@@ -94,6 +96,32 @@ class PreferenceConfig(TrainingArguments):
         metadata=_help("Further options of the losses, as a dict or JSON; each is a flag of its own too."),
     )
 
+    ld_alpha: float | None = field(
+        default=None,
+        metadata=_help(
+            "LD-DPO: weight in [0, 1] of an answer's tokens beyond the shorter answer's length. Default: off."
+        ),
+    )
+    use_weighting: bool = field(
+        default=False,
+        metadata=_help("WPO: weigh each pair by how close its answers are to the policy's own samples."),
+    )
+    wpo_max_weight: float | None = field(
+        default=None,
+        metadata=_help("Bound of WPO's weights: 1 in the authors' code. Default: none, as in TRL."),
+    )
+    nll_on_prompt: bool | None = field(
+        default=None,
+        metadata=_help(
+            "NLL terms train on the chosen answers' prompts too. Default: where only orpo has one, as in its "
+            "paper's code and TRL."
+        )
+        | {"nargs": "?", "const": True},
+    )
+    gold_column: str | None = field(
+        default=None,
+        metadata=_help("Column with the gold answer of tpo's NLL. Default: reference, where rows have it."),
+    )
     dynamic_beta: dict[str, Any] | str | None = field(
         default=None,
         metadata=_help(
@@ -238,7 +266,7 @@ class PreferenceConfig(TrainingArguments):
         self._choose_defaults()
         self._check()
         super().__post_init__()
-        self._check_loader()
+        check_loader(self)
 
     @property
     def losses(self) -> list[LossSpec]:
@@ -269,6 +297,8 @@ class PreferenceConfig(TrainingArguments):
     def makes_pair_loss(self) -> bool:
         """Whether the head's call makes the loss itself, so that a trained head runs in mode ``pairs``."""
         is_one_call = self.dynamic_beta_options is None and not self.gather_batch_losses and not self.fp16
+        is_one_call = is_one_call and not self.use_weighting
+        is_one_call = is_one_call and not (self.nll_on_prompt and self.batch_layout != "padded")
         specs = self.losses
         return is_one_call and all(s.inputs is PairLogps and s.scope in ("pair", "token") for s in specs)
 
@@ -352,48 +382,16 @@ class PreferenceConfig(TrainingArguments):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {needed}: {reason}")
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError("train_sampling_strategy: 'batch_rebalance' is not supported by this version")
-        self._check_batches()
-
-    def _check_batches(self) -> None:
-        if self.batch_layout == "padded" and self.row_arrangement != "auto":
-            raise ValueError(
-                f"row_arrangement: got {self.row_arrangement!r} with batch_layout='padded', wanted 'auto' or "
-                "another layout"
-            )
-        if self.max_tokens_per_batch is not None and self.reference_batch_size is not None:
-            raise ValueError(
-                "reference_batch_size: got a value and max_tokens_per_batch, wanted one of the two"
-            )
-        if self.offload_activations and (self.torch_compile or self.torch_compile_backend):
-            raise ValueError(
-                "offload_activations: got True with torch_compile, wanted one of the two: what compiled code "
-                "saves is not ours to move"
-            )
-
-    def _check_loader(self) -> None:
-        """Ways to hand out batches that cut tensors by their first dimension, which is no pair's here."""
-        is_free = (
-            self.batch_layout == "padded" and self.max_tokens_per_batch is None and self.data_kind is None
-        )
-        for name in ("split_batches", "dispatch_batches"):
-            if not is_free and getattr(self.accelerator_config, name):
-                raise ValueError(
-                    f"accelerator_config.{name}: got True, wanted False: batches of batch_layout="
-                    f"{self.batch_layout!r}, with max_tokens_per_batch or of no pairs cannot be cut up"
-                )
-        if self.max_tokens_per_batch is not None and self.dataloader_drop_last:
-            raise ValueError(
-                "dataloader_drop_last: got True with max_tokens_per_batch, wanted False: batches of so many "
-                "tokens are filled alike, and no last one is short"
-            )
+        check_batches(self)
 
     def _check_losses(self) -> None:
         kind_of(self.losses)  # raises for losses that want unlike data
         check_step_settings(self)
-        build_objective(
+        objective = build_objective(
             self.loss_type,
             self.loss_weights,
             beta=self.beta,
             **stand_ins(self),
             **self.options,
         )
+        self.nll_on_prompt = trains_on_prompt(self, has_nll=objective.uses_nll)

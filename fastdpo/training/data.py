@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# The ld_alpha that they were weighted with; without this column they are plain sums.
+LD_COLUMN = "ref_ld_alpha"
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -214,11 +216,11 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """P tokenised preference pairs.
 
     Args:
-        tokens: all token ids, int32, pair after pair: prompt, chosen, rejected.
-        bounds: ``(P, 4)`` int64 into ``tokens``: start, end of prompt, end of chosen, end of rejected.
+        tokens: all token ids, int32, pair after pair: prompt, chosen, rejected and, of all or none, gold.
+        bounds: ``(P, 4)`` or ``(P, 5)`` int64 into ``tokens``: start, end of prompt, chosen, rejected, gold.
         rows: ``(P,)`` int64, the row each pair came from.
         columns: further numbers per pair, each ``(P,)`` fp32: those of ``COLUMN_FIELDS`` (margin ...),
-            ref_chosen_logps, ref_rejected_logps.
+            ref_chosen_logps, ref_rejected_logps, and with LD-DPO their ref_ld_alpha.
         report: what became of the rows.
     """
 
@@ -232,33 +234,47 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return self.bounds.shape[0]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start, prompt, chosen, rejected = self.bounds[index].tolist()
+        start, prompt, chosen, rejected, *gold = self.bounds[index].tolist()
         return {
             "prompt_ids": self.tokens[start:prompt],
             "chosen_ids": self.tokens[prompt:chosen],
             "rejected_ids": self.tokens[chosen:rejected],
+            **({"gold_ids": self.tokens[rejected : gold[0]]} if gold else {}),
             "row": int(self.rows[index]),
             **{name: float(values[index]) for name, values in self.columns.items()},
         }
 
     @property
     def lengths(self) -> Tensor:
-        """``(P,)``: tokens of the longer of the pair's two sequences, prompt included."""
-        start, prompt, chosen, rejected = self.bounds.unbind(1)
-        return prompt - start + torch.maximum(chosen - prompt, rejected - chosen)
+        """``(P,)``: tokens of the longest of the pair's sequences, prompt included."""
+        sizes = self.bounds.diff(dim=1)
+        return sizes[:, 0] + sizes[:, 1:].amax(1)
+
+    @property
+    def has_gold(self) -> bool:
+        """Whether each pair has a third, gold answer."""
+        return self.bounds.shape[1] == 5
 
     @property
     def num_chosen_tokens(self) -> int:
         """Labelled tokens of all chosen answers."""
         return int((self.bounds[:, 2] - self.bounds[:, 1]).sum())
 
+    def num_nll_tokens(self, *, on_prompt: bool) -> int:
+        """Tokens of an NLL term: of gold answers, else of chosen ones, with or without their prompts."""
+        if self.has_gold:
+            return int((self.bounds[:, 4] - self.bounds[:, 3]).sum())
+        # Nothing predicts a prompt's first token.
+        prompts = (self.bounds[:, 1] - self.bounds[:, 0] - 1).clamp(min=0)
+        return self.num_chosen_tokens + (int(prompts.sum()) if on_prompt else 0)
+
     @property
     def num_sequences(self) -> Tensor:
         """``(P,)``: sequences that a pair makes in a batch."""
-        return torch.full((len(self),), 2)
+        return torch.full((len(self),), self.bounds.shape[1] - 2)
 
     def sizes(self, pairs: Tensor) -> list[list[int]]:
-        """Of each pair named, tokens of prompt, chosen and rejected."""
+        """Of each pair named, tokens of prompt, chosen, rejected and, if any, gold answer."""
         sizes: list[list[int]] = self.bounds[pairs].diff(dim=1).tolist()
         return sizes
 
@@ -266,8 +282,9 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """``(P,)``: tokens that a pair adds to a batch; those of its longer sequence where it is padded."""
         if layout == "padded":
             return self.lengths
-        start, prompt, _, end = self.bounds.unbind(1)
-        return (end - start) + (prompt - start if layout == "packed" else 0)
+        start, prompt, end = self.bounds[:, 0], self.bounds[:, 1], self.bounds[:, -1]
+        repeated = (self.bounds.shape[1] - 3) * (prompt - start)
+        return (end - start) + (repeated if layout == "packed" else 0)
 
     @property
     def has_reference(self) -> bool:
@@ -289,9 +306,10 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def scores_by_row(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Each pair's row, and its reference log-probabilities by column."""
-        table = torch.stack([self.columns[name] for name in REF_COLUMNS], 1)
+        names = [*REF_COLUMNS, *([LD_COLUMN] if LD_COLUMN in self.columns else [])]
+        table = torch.stack([self.columns[name] for name in names], 1)
         for row, values in zip(self.rows.tolist(), table.tolist(), strict=True):
-            yield row, dict(zip(REF_COLUMNS, values, strict=True))
+            yield row, dict(zip(names, values, strict=True))
 
     def rows_not_finite(self, scores: Tensor) -> list[int]:
         """Rows with a score that is NaN or infinite."""

@@ -42,23 +42,28 @@ class EncodingOptions:
             is left; ``skip`` treats any longer row as a bad row.
         on_bad_row: ``skip`` leaves rows nothing can be learnt from out, counted; ``error`` raises.
         columns: per-pair numbers to carry along: their name in the data set -> the row's column.
+        gold_column: of third, gold answers, which are bound to ``max_length`` like the others.
     """
 
     max_length: int | None = 1024
     truncation_mode: str = "keep_start"
     on_bad_row: str = "skip"
     columns: Mapping[str, str] = field(default_factory=dict)
+    gold_column: str | None = None
 
 
 @dataclass(frozen=True)
 class _Pair:
     prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    answers: list[list[int]]  # chosen, rejected and, if any, gold
+
+    @property
+    def parts(self) -> list[list[int]]:
+        return [self.prompt, *self.answers]
 
     @property
     def size(self) -> int:
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+        return sum(map(len, self.parts))
 
 
 def encode_rows(source: RowSource, tokenizer: Any, options: EncodingOptions) -> PreferenceDataset:
@@ -72,7 +77,10 @@ def encode_rows(source: RowSource, tokenizer: Any, options: EncodingOptions) -> 
     rows = iter(source)
     while batch := list(islice(rows, BATCH_ROWS)):
         encoder.add(
-            [render_row(row, number, source.name, tokenizer, options.columns) for number, row in batch]
+            [
+                render_row(row, number, source.name, tokenizer, options.columns, options.gold_column)
+                for number, row in batch
+            ]
         )
     return encoder.finish(source)
 
@@ -183,19 +191,20 @@ class _Encoder:
     def __init__(self, tokenizer: Any, options: EncodingOptions) -> None:
         self.tokenizer, self.options = RowTokenizer(tokenizer), options
         self.encoded = EncodedRows()
-        self.sizes: list[tuple[int, int, int]] = []
+        self.sizes: list[list[int]] = []
         self.columns: dict[str, list[float]] = {key: [] for key in options.columns}
 
     def add(self, batch: Sequence[PairTexts]) -> None:
-        flat = [text for texts in batch for text in (texts.prompt, texts.chosen, texts.rejected)]
-        ids = self.tokenizer.tokenize(flat, [texts.is_chat for texts in batch for _ in range(3)])
+        flat = [text for texts in batch for text in (texts.prompt, *texts.answers)]
+        count = len(flat) // max(len(batch), 1)
+        ids = self.tokenizer.tokenize(flat, [texts.is_chat for texts in batch for _ in range(count)])
         for i, texts in enumerate(batch):
-            self._add_pair(texts, *ids[3 * i : 3 * i + 3])
+            self._add_pair(texts, *ids[count * i : count * (i + 1)])
 
     def finish(self, source: RowSource) -> PreferenceDataset:
         report = self.encoded.report(source, self.options, "pairs")
-        ends = torch.tensor(self.sizes).flatten().cumsum(0).view(-1, 3)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, 2]])
+        ends = torch.tensor(self.sizes).flatten().cumsum(0).view(len(self.sizes), -1)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, -1]])
         columns = {key: torch.tensor(values) for key, values in self.columns.items()}
         return PreferenceDataset(
             torch.cat(self.encoded.tokens),
@@ -205,20 +214,19 @@ class _Encoder:
             report,
         )
 
-    def _add_pair(self, texts: PairTexts, prompt: list[int], chosen: list[int], rejected: list[int]) -> None:
+    def _add_pair(self, texts: PairTexts, prompt: list[int], *with_answers: list[int]) -> None:
         prompt, answers, is_merged = self.tokenizer.split(
-            texts.prompt, prompt, (chosen, rejected), is_chat=texts.is_chat
+            texts.prompt, prompt, with_answers, is_chat=texts.is_chat
         )
-        pair = _Pair(prompt, *answers)
+        pair = _Pair(prompt, answers)
         reason = _why_bad(texts, pair)
         if reason is None:
             cut, reason = _truncate(pair, self.options)
         if reason is not None:
             self.encoded.skipped[reason].append(texts.row)
             return
-        parts = (cut.prompt, cut.chosen, cut.rejected)
-        self.encoded.keep(texts.row, parts, pair.size, is_merged=is_merged)
-        self.sizes.append((len(cut.prompt), len(cut.chosen), len(cut.rejected)))
+        self.encoded.keep(texts.row, cut.parts, pair.size, is_merged=is_merged)
+        self.sizes.append([len(part) for part in cut.parts])
         for key, value in texts.columns.items():
             self.columns[key].append(value)
 
@@ -237,17 +245,17 @@ def _why_bad(texts: PairTexts, pair: _Pair) -> str | None:
     if not pair.prompt:
         # Its first answer token would have nothing to be predicted from.
         return "an empty prompt"
-    if texts.has_empty_answer or not pair.chosen or not pair.rejected:
+    if texts.has_empty_answer or not all(pair.answers):
         return "an empty completion"
-    if pair.chosen == pair.rejected:
+    if pair.answers[0] == pair.answers[1]:
         return "identical answers"
     return None
 
 
 def _truncate(pair: _Pair, options: EncodingOptions) -> tuple[_Pair, str | None]:
-    prompt, answers, reason = truncate(pair.prompt, (pair.chosen, pair.rejected), options)
-    cut = _Pair(prompt, *answers)
-    if reason is None and cut.size < pair.size and cut.chosen == cut.rejected:
+    prompt, answers, reason = truncate(pair.prompt, pair.answers, options)
+    cut = _Pair(prompt, answers)
+    if reason is None and cut.size < pair.size and answers[0] == answers[1]:
         reason = "answers identical once truncated"
     return cut, reason
 

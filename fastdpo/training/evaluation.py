@@ -83,7 +83,9 @@ class EvaluatingTrainer(Trainer):
         evaluated = self._evaluated(dataset, dataloader)
         self._eval_rows = len(evaluated)
         if isinstance(evaluated, PreferenceDataset):
-            self._eval_counts = BatchCounts(len(evaluated), evaluated.num_chosen_tokens)
+            self._eval_counts = BatchCounts(
+                len(evaluated), evaluated.num_nll_tokens(on_prompt=bool(self.args.nll_on_prompt))
+            )
         else:
             self._eval_counts = BatchCounts(evaluated.num_loss_rows, evaluated.num_answer_tokens)
         self._eval_width = 2 if isinstance(dataset, PreferenceDataset) else dataset.width

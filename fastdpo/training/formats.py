@@ -33,47 +33,69 @@ class PairTexts:
     is_chat: bool
     has_empty_answer: bool
     columns: Mapping[str, float]
+    gold: str | None = None  # prompt included
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Chosen, rejected and, if there is one, gold; each behind the prompt."""
+        return (self.chosen, self.rejected, *([] if self.gold is None else [self.gold]))
 
 
 def render_row(
-    row: Mapping[str, Any], number: int, source: str, tokenizer: Any, columns: Mapping[str, str]
+    row: Mapping[str, Any],
+    number: int,
+    source: str,
+    tokenizer: Any,
+    columns: Mapping[str, str],
+    gold_column: str | None = None,
 ) -> PairTexts:
     """Check one row and render it.
 
     Args:
         columns: per-pair numbers to read: name in the result -> name of the row's column.
+        gold_column: of a third, gold answer.
 
     Raises:
         ValueError: the row has the wrong shape, or the tokenizer cannot render it; names the row.
     """
     where = f"{source}, row {number}"
-    prompt, chosen, rejected = _split_row(row, where)
+    prompt, *answers = _split_row(row, where, gold_column)
     numbers = {name: read_number(row, name, column, where) for name, column in columns.items()}
     if isinstance(prompt, str):
-        empty = not chosen or not rejected
-        return PairTexts(number, prompt, prompt + chosen, prompt + rejected, False, empty, numbers)
-    empty = not has_content(chosen) or not has_content(rejected)
-    opened, (with_chosen, with_rejected) = render_chat(row, prompt, (chosen, rejected), where, tokenizer)
-    return PairTexts(number, opened, with_chosen, with_rejected, True, empty, numbers)
+        is_empty, is_chat = not all(answers), False
+        opened, texts = prompt, [prompt + answer for answer in answers]
+    else:
+        is_empty, is_chat = not all(has_content(answer) for answer in answers), True
+        opened, texts = render_chat(row, prompt, answers, where, tokenizer)
+    return PairTexts(number, opened, texts[0], texts[1], is_chat, is_empty, numbers, *texts[2:])
 
 
-def _split_row(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
-    for name in ("chosen", "rejected"):
+def _split_row(row: Mapping[str, Any], where: str, gold_column: str | None) -> tuple[Any, ...]:
+    """Prompt, chosen, rejected and, if it is asked for, gold answer."""
+    names = ("chosen", "rejected", *([] if gold_column is None else [gold_column]))
+    for name in names:
         if row.get(name) is None:
             raise ValueError(
-                f"{where}: no column {name!r}; got {sorted(row)}, wanted chosen, rejected and (unless it "
+                f"{where}: no column {name!r}; got {sorted(row)}, wanted {', '.join(names)} and (unless it "
                 "is their common start) prompt"
             )
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    named = {"chosen": chosen, "rejected": rejected}
+    named = {name: row[name] for name in names}
     if prompt is not None:
         named["prompt"] = prompt
     if not all(isinstance(value, str) for value in named.values()):
         check_messages(named, where)
     if prompt is not None:
-        return prompt, chosen, rejected
+        return prompt, *(row[name] for name in names)
     shared = _shared_prefix(chosen, rejected)
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    prompt = chosen[:shared]
+    for name in names[2:]:
+        if row[name][:shared] != prompt:
+            raise ValueError(
+                f"{where}: {name!r} does not begin with what chosen and rejected have in common, wanted that "
+                "or a column 'prompt'"
+            )
+    return prompt, *(row[name][shared:] for name in names)
 
 
 def _shared_prefix(chosen: Any, rejected: Any) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdpo.training.batches import is_pairs, num_rows, sequence_tokens
+from fastdpo.training.batches import backbone_calls, is_pairs, num_rows, sequence_tokens
 from fastdpo.training.checkpointing import recomputes_activations
 from fastdpo.training.data import row_list
 from fastdpo.training.dataset import RowDataset
@@ -168,12 +168,12 @@ def _explain(
 
 
 def _size(trainer: PreferenceTrainer, inputs: Any) -> str:
-    calls = inputs.get("calls", [inputs])
-    positions = sum(call["input_ids"].numel() for call in calls)
+    positions = sum(call["input_ids"].numel() for call in backbone_calls(inputs))
+    calls = len(inputs.get("calls", [inputs]))
     unit = "pairs" if is_pairs(inputs) else "rows"
     return (
         f"{num_rows(inputs)} {unit}, {int(sequence_tokens(inputs))} tokens, {positions} positions of the "
-        f"backbone in {len(calls)} calls ({layout_of(trainer.data_collator)})"
+        f"backbone in {calls} calls ({layout_of(trainer.data_collator)})"
     )
 
 

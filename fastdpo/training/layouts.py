@@ -78,7 +78,14 @@ def choose_collator(
             is_flex = any(RowMasks(model).attention in BLOCK_MASKS for model in models)
             multiple = args.pad_to_multiple_of or (128 if is_flex else None)
             settings = (pad_token_id, layout, costs, allowed, single_call, multiple)
-            collators.append(RowCollator(*settings) if kind is None else AnswerRowCollator(*settings, kind))
+            if kind is None:
+                options: dict[str, Any] = {
+                    "ld_alpha": args.ld_alpha,
+                    "nll_on_prompt": bool(args.nll_on_prompt),
+                }
+                collators.append(RowCollator(*settings, **options))
+            else:
+                collators.append(AnswerRowCollator(*settings, kind=kind))
     for (layout, name), reason in refused.items():
         if reason is not None and accelerator.is_main_process:
             logger.warning("batch_layout %s, row_arrangement %s: refused: %s", layout, name, reason)
@@ -100,7 +107,7 @@ def choose_collator(
 def padded_collator(args: PreferenceConfig, pad_token_id: int) -> PreferenceCollator | AnswerCollator:
     """The collator of padded batches for the losses' data."""
     if args.data_kind is None:
-        return PreferenceCollator(pad_token_id, args.pad_to_multiple_of)
+        return PreferenceCollator(pad_token_id, args.pad_to_multiple_of, args.ld_alpha)
     return AnswerCollator(args.data_kind, pad_token_id, args.pad_to_multiple_of)
 
 

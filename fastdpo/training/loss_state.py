@@ -20,9 +20,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastdpo.losses.aggregate import sequence_sums
 from fastdpo.losses.controllers import BetaController, KLEstimate, RunningMean
-from fastdpo.training.batches import Batch, completion_mask, is_filler, is_in_rows, to_device
+from fastdpo.training.batches import Batch, answer_logps, is_filler, to_device
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.reference import Reference
@@ -156,8 +155,7 @@ class LossState:
         """``(n, 2)`` fp64: the number of each row, and its log-ratio, or the gap of a pair's two."""
         if is_filler(batch):
             return torch.zeros(0, 2, dtype=torch.float64, device=logps.device)
-        bounds = batch["cu_seqlens"] if is_in_rows(batch) else None
-        ratios = sequence_sums(logps, completion_mask(batch), bounds).double()
+        ratios = answer_logps(batch, logps).double()
         ratios = ratios if ref_logps is None else ratios - ref_logps
         if self.betas is not None:
             chosen, rejected = ratios.view(2, -1)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import fastdpo
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.data import row_list
+from fastdpo.training.data import LD_COLUMN, PreferenceDataset, row_list
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.layouts import layout_of, token_budget
-from fastdpo.training.reference import adapter_off
+from fastdpo.training.reference import adapter_off, check_weighted_reference
 from fastdpo.training.reference_cache import ReferenceCache, cache_key, fingerprint_model
 from fastdpo.training.reference_shards import ScoreShards
 from fastdpo.training.scoring import score_dataset
@@ -59,9 +59,12 @@ class PrecomputedReference:
         """``dataset`` with its reference columns: as they are, from the cache, or computed now.
 
         Raises:
-            ValueError: they have to be computed, but the model has been trained meanwhile.
+            ValueError: they have to be computed, but the model has been trained meanwhile; or they were
+                weighted otherwise than the run's own (LD-DPO).
         """
         if dataset.has_reference:
+            if isinstance(dataset, PreferenceDataset):
+                check_weighted_reference(dataset, self.args)
             return dataset
         key = self._key(dataset)
         is_main = self.accelerator.is_main_process
@@ -69,7 +72,11 @@ class PrecomputedReference:
         if self.accelerator.num_processes > 1:
             torch.distributed.broadcast_object_list(found)
         scores = found[0] if found[0] is not None else self._compute(dataset, key)
-        return dataset.with_reference(scores)
+        scored = dataset.with_reference(scores)
+        if self.args.ld_alpha is None:
+            return scored
+        assert isinstance(scored, PreferenceDataset)  # the settings have been checked
+        return scored.with_columns(**{LD_COLUMN: torch.full((len(scored),), float(self.args.ld_alpha))})
 
     def _key(self, dataset: RowDataset) -> str | None:
         if self._fingerprint is None:
@@ -87,6 +94,8 @@ class PrecomputedReference:
                 "version": fastdpo.__version__,
                 # Rows round otherwise than padded batches do, which scores kept so far are from.
                 **({} if (layout := layout_of(self.collator)) == "padded" else {"layout": layout}),
+                # Of LD-DPO the scores are weighted sums.
+                **({} if self.args.ld_alpha is None else {"ld_alpha": float(self.args.ld_alpha)}),
             }
         )
 

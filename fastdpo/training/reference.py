@@ -20,6 +20,7 @@ from fastdpo.integrations.lm_head import head_module, unwrap
 from fastdpo.training.answers import REF_MISMATCHED
 from fastdpo.training.batches import Batch, completion_mask
 from fastdpo.training.config import PreferenceConfig
+from fastdpo.training.data import LD_COLUMN, PreferenceDataset
 from fastdpo.training.scoring import head_states, reference_values, sequence_logps
 from fastdpo.types import TeacherCombination
 
@@ -86,6 +87,22 @@ def choose_reference(
         # The reference is the policy as training finds it; a trained adapter is part of that.
         return "adapter" if is_fresh_adapter(model) else kept
     return "copy"
+
+
+def check_weighted_reference(dataset: PreferenceDataset, args: PreferenceConfig) -> None:
+    """Raise ValueError for reference sums that are weighted otherwise than the run's own."""
+    reads = args.needs_reference and args.reference in ("auto", "precomputed")
+    if not (reads and dataset.has_reference):
+        return
+    weighted = dataset.columns.get(LD_COLUMN, torch.full((len(dataset),), torch.nan))
+    alpha = torch.tensor(torch.nan if args.ld_alpha is None else float(args.ld_alpha))
+    if not torch.allclose(weighted, alpha.expand_as(weighted), rtol=1e-6, atol=0, equal_nan=True):
+        found = sorted({f"{value:g}" for value in weighted.tolist()} - {"nan"})
+        raise ValueError(
+            f"dataset: got reference log-probabilities made with ld_alpha={', '.join(found) or None}, wanted "
+            f"{args.ld_alpha}, the run's own: what the tokens of a sum were is not known any more; give data "
+            "without these columns, or reference='copy' or 'adapter'"
+        )
 
 
 def reference_model(kind: str, policy: nn.Module, given: nn.Module | None) -> nn.Module | None:

@@ -26,11 +26,15 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class Unit:
-    """A prompt ``(m,)`` and its answers, with the number of the sequence that each makes with the prompt."""
+    """A prompt ``(m,)`` and its answers, with the number of the sequence that each makes with the prompt.
+
+    ``prompt_sequence`` is the number of one that the prompt's own tokens make, where they are labelled too.
+    """
 
     prompt: Tensor
     answers: tuple[Tensor, ...]
     sequences: tuple[int, ...]
+    prompt_sequence: int | None = None
 
     @property
     def length(self) -> int:
@@ -70,7 +74,7 @@ def build_rows(
 
     Args:
         calls: units of each call, each of them once: in one row (``is_one_row``) or a row each.
-        num_sequences: 2P; each unit names its own.
+        num_sequences: 2P, or with third ones 3P; each unit names its own.
     """
     token_index: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * num_sequences
     target_ids: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * num_sequences
@@ -138,6 +142,8 @@ class _Table:
 def _predictions(unit: Unit) -> list[tuple[int, Tensor, Tensor]]:
     """Of each answer: its sequence, the offsets that predict its tokens, and these tokens."""
     found, start = [], len(unit.prompt)
+    if unit.prompt_sequence is not None and len(unit.prompt):
+        found.append((unit.prompt_sequence, torch.arange(start - 1), unit.prompt[1:].long()))
     for sequence, answer in zip(unit.sequences, unit.answers, strict=True):
         at = torch.arange(start - 1, start - 1 + len(answer))
         if len(answer):

@@ -12,8 +12,15 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from fastdpo.integrations.fused_output import FusedLMOutput, HeadStates, Teachers, require_states
 from fastdpo.integrations.model import require_fused_output
 from fastdpo.integrations.row_masks import RowMasks
-from fastdpo.losses.aggregate import segment_sums, sequence_sums
-from fastdpo.training.batches import Batch, completion_mask, is_in_rows, to_device, token_layout
+from fastdpo.losses.aggregate import segment_sums
+from fastdpo.training.batches import (
+    Batch,
+    answer_logps,
+    completion_mask,
+    is_in_rows,
+    to_device,
+    token_layout,
+)
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.token_budget import TokenBudget
 from fastdpo.types import DPOLossOutput, LinearLogprobOutput
@@ -73,9 +80,9 @@ def _backbone_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 @torch.no_grad()
 def sequence_logps(model: nn.Module, batch: Batch) -> Tensor:
-    """``(2P,)`` fp32 log-probabilities of the answers, in nats, without a graph."""
-    bounds = batch["cu_seqlens"] if is_in_rows(batch) else None
-    return sequence_sums(token_logps(model, batch).logps, completion_mask(batch), bounds)
+    """``(2P,)`` fp32 log-probabilities of the answers, in nats, without a graph; with weights of tokens
+    in the batch, their weighted sums."""
+    return answer_logps(batch, token_logps(model, batch).logps)
 
 
 def reference_values(model: nn.Module, batch: Batch) -> Tensor:

@@ -21,11 +21,19 @@ from fastdpo.training.answers import REFERENCE, AnswerDataset
 from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
 from fastdpo.training.checkpointing import recomputes_activations
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
-from fastdpo.training.data import REF_COLUMNS, PreferenceDataset, RowSource, read_rows, row_list
+from fastdpo.training.data import (
+    LD_COLUMN,
+    REF_COLUMNS,
+    PreferenceDataset,
+    RowSource,
+    read_rows,
+    row_list,
+)
 from fastdpo.training.dataset import RowDataset
-from fastdpo.training.encode import EncodingOptions, encode_rows
+from fastdpo.training.encode import encode_rows
 from fastdpo.training.kinds import list_size
-from fastdpo.training.reference import disable_dropout, is_adapter_model
+from fastdpo.training.nll_settings import check_gold, gold_column
+from fastdpo.training.reference import check_weighted_reference, disable_dropout, is_adapter_model
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +151,9 @@ def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> RowDat
         return encode_answers(source, tokenizer, options, replace(wanted, has_reference=has(names)))
     columns = dict(options.columns)
     if has(REF_COLUMNS):
-        columns |= {name: name for name in REF_COLUMNS}
-    options = EncodingOptions(options.max_length, options.truncation_mode, options.on_bad_row, columns)
+        names = (*REF_COLUMNS, *(LD_COLUMN for row in source.rows[:1] if LD_COLUMN in row))
+        columns |= {name: name for name in names}
+    options = replace(options, columns=columns, gold_column=gold_column(args, source.rows))
     return encode_rows(source, tokenizer, options)
 
 
@@ -174,7 +183,8 @@ def check_pairs(dataset: RowDataset, args: PreferenceConfig) -> None:
     if isinstance(dataset, AnswerDataset):
         _check_answers(dataset, args)
         return
-    prompt, chosen, rejected = dataset.bounds.diff(dim=1).unbind(1)
+    check_gold(args, has_gold=dataset.has_gold)
+    prompt, chosen, rejected = dataset.bounds.diff(dim=1).unbind(1)[:3]
     for part, is_empty in (("prompt", prompt == 0), ("answer", (chosen == 0) | (rejected == 0))):
         if is_empty.any():
             effect = "its first token is not scored" if part == "prompt" else "it has log-probability 0"
@@ -185,6 +195,7 @@ def check_pairs(dataset: RowDataset, args: PreferenceConfig) -> None:
             raise ValueError(
                 f"{column}: the tokenised pairs carry {sorted(dataset.columns)}, wanted {name!r} too"
             )
+    check_weighted_reference(dataset, args)
 
 
 def _check_answers(dataset: AnswerDataset, args: PreferenceConfig) -> None:

@@ -6,6 +6,7 @@ Of pairs here; of other kinds in ``answer_step.py``, to which the functions that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,24 +18,24 @@ from fastdpo.losses.aggregate import sequence_sums
 from fastdpo.losses.gather import gather_pairs
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.objective import build_objective
+from fastdpo.losses.weights import wpo_weights
 from fastdpo.training import answer_step
 from fastdpo.training.batches import (
     Batch,
     answer_tokens,
-    completion_mask,
     is_filler,
-    is_in_rows,
     is_pairs,
+    nll_tokens,
     num_labelled,
     num_pairs,
-    packed_layout,
 )
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
 from fastdpo.training.divergence_step import divergence_loss
 from fastdpo.training.loss_state import GetValues, StepValues
 from fastdpo.training.metrics import MetricSums
+from fastdpo.training.pair_tokens import LossTokens, loss_tokens
 from fastdpo.training.reference import Reference
-from fastdpo.training.scoring import fused_pair_loss, token_logps
+from fastdpo.training.scoring import fused_pair_loss
 from fastdpo.types import DPOLossOutput, PreferenceLossOutput
 
 Result: TypeAlias = DPOLossOutput | PreferenceLossOutput
@@ -44,21 +45,21 @@ SHARES = ("rewards/accuracies", "mean_token_accuracy")
 
 
 class BatchCounts(NamedTuple):
-    """What losses are divided by: pairs (or rows, or steps), and tokens of the chosen (or all) answers."""
+    """What losses are divided by: pairs (or rows, or steps), and tokens of an NLL term (or all answers)."""
 
     pairs: Tensor | int
-    chosen_tokens: Tensor | int
+    nll_tokens: Tensor | int
 
 
-def local_counts(batches: Sequence[Batch], device: torch.device) -> Tensor:
-    """``(2,)`` int64: pairs and chosen tokens of this rank's micro-batches."""
+def local_counts(batches: Sequence[Batch], device: torch.device, *, nll_on_prompt: bool = False) -> Tensor:
+    """``(2,)`` int64: pairs and NLL tokens of this rank's micro-batches."""
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     for batch in batches:
         if is_filler(batch):
             continue
         counts[0] += num_pairs(batch) if is_pairs(batch) else answer_step.loss_rows(batch)
-        chosen = answer_tokens(batch)[0] if is_pairs(batch) else num_labelled(batch)
-        counts[1] += chosen.to(device) if isinstance(chosen, Tensor) else chosen
+        tokens = nll_tokens(batch, on_prompt=nll_on_prompt) if is_pairs(batch) else num_labelled(batch)
+        counts[1] += tokens.to(device) if isinstance(tokens, Tensor) else tokens
     return counts
 
 
@@ -93,17 +94,23 @@ def batch_loss(
     # The reference first: its activations are gone before the policy's are made.
     ref_logps = reference.logps(policy, batch)
     is_gathered = args.gather_batch_losses and over_ranks
-    # Elsewhere the loss waits for log-probabilities: of all ranks, or for the step's beta.
-    is_one_call = not is_gathered and args.dynamic_beta_options is None
-    token = None if is_one_call else token_logps(model, batch, statistics=METRIC_STATISTICS)
-    step = StepValues() if token is None else values(batch, token.logps, ref_logps)
-    arguments = _pair_arguments(batch, counts, args, step)
-    if token is None:
-        return fused_pair_loss(model, batch, ref_logps=ref_logps, **arguments)
-    mask = completion_mask(batch)
-    result = dpo_loss_from_logps(token, mask, ref_logps=ref_logps, layout=packed_layout(batch), **arguments)
+    tokens = loss_tokens(batch, nll_on_prompt=bool(args.nll_on_prompt))
+    # Elsewhere the loss waits for log-probabilities: of all ranks, or for the step's beta or weights.
+    waits = is_gathered or args.use_weighting or args.dynamic_beta_options is not None
+    if tokens.fit_the_head and not waits:
+        arguments = _pair_arguments(batch, counts, args, StepValues())
+        return fused_pair_loss(model, batch, **tokens.for_the_head(ref_logps), **arguments)
+    statistics = (*METRIC_STATISTICS, *(["log_sum_sq_probs"] if args.use_weighting else []))
+    token = tokens.score(model, statistics)
+    arguments = _pair_arguments(batch, counts, args, values(batch, token.logps, ref_logps))
+    if args.use_weighting:
+        assert token.log_sum_sq_probs is not None
+        seen = (token.logps, token.log_sum_sq_probs, tokens.mask, tokens.bounds)
+        weights = wpo_weights(*seen, max_weight=args.wpo_max_weight)
+        arguments["pair_weights"] = weights * arguments.get("pair_weights", 1.0)
+    result = dpo_loss_from_logps(token, tokens.mask, **tokens.for_logps(ref_logps), **arguments)
     if is_gathered:
-        return result._replace(loss=_loss_over_ranks(batch, token.logps, mask, ref_logps, arguments))
+        return result._replace(loss=_loss_over_ranks(batch, token.logps, tokens, ref_logps, arguments))
     return result
 
 
@@ -119,26 +126,32 @@ def _pair_arguments(
         "loss_weights": args.loss_weights,
         "beta": args.beta if step.beta is None else step.beta,
         "num_pairs": counts.pairs if step.num_pairs is None else step.num_pairs,
-        "num_tokens": counts.chosen_tokens,
+        "num_tokens": counts.nll_tokens,
         **per_pair,
         **args.options,
     }
 
 
 def _loss_over_ranks(
-    batch: Batch, logps: Tensor, mask: Tensor, ref_logps: Tensor | None, arguments: dict[str, Any]
+    batch: Batch, logps: Tensor, tokens: LossTokens, ref_logps: Tensor | None, arguments: dict[str, Any]
 ) -> Tensor:
     """The loss of all ranks' micro-batches as one, with the gradient of this rank's pairs.
 
     Its value is a rank's equal share: summed over the ranks it is the loss.
     """
-    bounds = batch["cu_seqlens"] if is_in_rows(batch) else None
     # A pair without tokens counts nowhere: that is what a filler is.
-    scored = mask & (not is_filler(batch))
-    sums = sequence_sums(logps, scored, bounds).chunk(2)
-    tokens = sequence_sums(scored.to(logps.dtype), scored, bounds).chunk(2)
+    scored = tokens.mask & (not is_filler(batch))
+    sums = sequence_sums(tokens.weighted(logps), scored, tokens.bounds).chunk(2)
+    sizes = sequence_sums(scored.to(logps.dtype), scored, tokens.bounds).chunk(2)
     ref = () if ref_logps is None else ref_logps.to(logps.dtype).chunk(2)
-    loss = build_objective(**arguments).loss(gather_pairs(PairLogps(*sums, *tokens, *ref)))
+    pair = PairLogps(*sums, *sizes, *ref)
+    if tokens.weights is not None or tokens.nll_mask is not None:
+        nll = scored if tokens.nll_mask is None else tokens.nll_mask & (not is_filler(batch))
+        likelihood, count = (
+            sequence_sums(x, nll, tokens.bounds).chunk(2)[0] for x in (logps, nll.to(logps.dtype))
+        )
+        pair = replace(pair, nll_sum=-likelihood, nll_tokens=count)
+    loss = build_objective(**arguments).loss(gather_pairs(pair))
     return loss - loss.detach() * (1 - 1 / dist.get_world_size())
 
 

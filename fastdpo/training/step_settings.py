@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.losses import LossSpec, PairLogps
@@ -15,9 +14,6 @@ from fastdpo.training.over_optimisation import OverOptimisationMonitor
 if TYPE_CHECKING:
     from fastdpo.training.config import PreferenceConfig
 
-logger = logging.getLogger(__name__)
-# Their NLL term is of an answer that data of pairs do not have.
-GOLD_LOSSES = ("tpo", "tpo_l")
 # Per-pair numbers of the losses, and the field that names the column they are read from.
 COLUMN_FIELDS = {
     "beta": "beta_column",
@@ -37,6 +33,8 @@ def check_step_settings(args: PreferenceConfig) -> None:
         _check_dynamic_beta(args.dynamic_beta_options, args.losses, args.beta)
     if args.beta_column is not None:
         _check_beta_column(args)
+    _check_ld_alpha(args)
+    _check_weighting(args)
     if args.sync_ref_model:
         if args.reference not in ("auto", "copy") or not args.needs_reference:
             got = f"reference={args.reference!r}" if args.needs_reference else ", ".join(args.loss_type)
@@ -47,11 +45,6 @@ def check_step_settings(args: PreferenceConfig) -> None:
     if args.needs_divergences:
         _check_divergences(args)
     monitor_of(args.over_optimisation_monitor)
-    if without_gold := [spec.name for spec in args.losses if spec.name in GOLD_LOSSES]:
-        logger.warning(
-            "%s: pairs have no third, gold answer, so the NLL term is of the chosen ones, as in CPO",
-            ", ".join(without_gold),
-        )
     if args.gather_batch_losses:
         if all(spec.scope != "batch" for spec in args.losses):
             raise ValueError("gather_batch_losses: got True, wanted a loss that compares a whole batch (aot)")
@@ -63,6 +56,36 @@ def check_step_settings(args: PreferenceConfig) -> None:
 def stand_ins(args: PreferenceConfig) -> dict[str, float]:
     """Numbers that say there will be a value per pair; the values are checked with the data."""
     return {name: number for name, number in _STAND_INS.items() if getattr(args, COLUMN_FIELDS[name])}
+
+
+def _check_ld_alpha(args: PreferenceConfig) -> None:
+    """Raise ValueError for a weight of tokens that is none, or that the losses have no use for."""
+    alpha = args.ld_alpha
+    if alpha is None:
+        return
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+        raise ValueError(f"ld_alpha: got {alpha!r}, wanted a number in [0, 1]")
+    if any(spec.inputs is not PairLogps for spec in args.losses) or all(spec.is_nll for spec in args.losses):
+        names = ", ".join(args.loss_type)
+        wanted = "losses that compare the log-probabilities of a pair's two answers"
+        raise ValueError(f"ld_alpha: got {alpha!r} with {names}, wanted {wanted}")
+
+
+def _check_weighting(args: PreferenceConfig) -> None:
+    """Raise ValueError for WPO's weights where losses are not of one pair each."""
+    if not args.use_weighting:
+        if args.wpo_max_weight is not None:
+            raise ValueError(
+                f"wpo_max_weight: got {args.wpo_max_weight!r} without use_weighting, wanted None"
+            )
+        return
+    bound = args.wpo_max_weight
+    if bound is not None and (isinstance(bound, bool) or not bound > 0):
+        raise ValueError(f"wpo_max_weight: got {bound!r}, wanted a number above 0")
+    for spec in args.losses:
+        if spec.inputs is not PairLogps or spec.scope == "batch":
+            wanted = "losses of pairs, each of one pair's log-probabilities"
+            raise ValueError(f"use_weighting: got True with {spec.name}, wanted {wanted}")
 
 
 def _check_beta_column(args: PreferenceConfig) -> None:

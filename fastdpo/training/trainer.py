@@ -27,7 +27,8 @@ from transformers.trainer_utils import TrainOutput
 
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.answer_step import with_margins
-from fastdpo.training.batches import Batch, is_filler, sequence_tokens
+from fastdpo.training.batch_settings import check_own_collator
+from fastdpo.training.batches import Batch, backbone_calls, is_filler, sequence_tokens
 from fastdpo.training.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.collate import pad_token_id
 from fastdpo.training.config import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, PreferenceConfig
@@ -137,10 +138,8 @@ class PreferenceTrainer(EvaluatingTrainer):
             raise ValueError(
                 "ref_model: got the model that is trained, wanted another, or None for a copy of it"
             )
-        if data_collator is not None and args.batch_layout != "padded":
-            raise ValueError(
-                f"data_collator: got one with batch_layout={args.batch_layout!r}, wanted 'padded'"
-            )
+        if data_collator is not None:
+            check_own_collator(args)
         policy = prepare_policy(model, args, peft_config)
         if args.learning_rate is None:
             args.learning_rate = ADAPTER_LEARNING_RATE if is_adapter_model(policy) else FULL_LEARNING_RATE
@@ -294,7 +293,9 @@ class PreferenceTrainer(EvaluatingTrainer):
             self.loss_state.begin_step(self.accelerator.unwrap_model(self.model), batches)
 
     def _count(self, batches: list[Batch]) -> BatchCounts:
-        return BatchCounts(*self._over_ranks(local_counts(batches, self.accelerator.device)).unbind())
+        on_prompt = bool(self.args.nll_on_prompt)
+        counts = local_counts(batches, self.accelerator.device, nll_on_prompt=on_prompt)
+        return BatchCounts(*self._over_ranks(counts).unbind())
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -320,9 +321,8 @@ class PreferenceTrainer(EvaluatingTrainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of a step, as ``Trainer`` estimates them: 6 for every weight and token, padding included."""
-        calls = inputs.get("calls", [inputs])
-        weights = self.model.num_parameters(exclude_embeddings=True)
-        return int(6 * weights * sum(call["input_ids"].numel() for call in calls))
+        positions = sum(call["input_ids"].numel() for call in backbone_calls(inputs))
+        return int(6 * self.model.num_parameters(exclude_embeddings=True) * positions)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward; a loss that is not finite is logged as 0."""

@@ -35,13 +35,14 @@ class KeepGradients(TrainerCallback):
             }
 
 
-def pairs(count: int, seed: int, *, is_even: bool = False) -> PreferenceDataset:
+def pairs(count: int, seed: int, *, is_even: bool = False, has_gold: bool = False) -> PreferenceDataset:
     """Random pairs of unlike length, or of one."""
     torch.manual_seed(seed)
-    sizes = torch.full((count, 3), 6) if is_even else torch.randint(1, 9, (count, 3))
-    ends = sizes.flatten().cumsum(0).view(-1, 3)
-    bounds = torch.column_stack([torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, 2]]), ends])
-    tokens = torch.randint(3, 300, (int(ends[-1, 2]),), dtype=torch.int32)
+    parts = 4 if has_gold else 3
+    sizes = torch.full((count, parts), 6) if is_even else torch.randint(1, 9, (count, parts))
+    ends = sizes.flatten().cumsum(0).view(-1, parts)
+    bounds = torch.column_stack([torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, -1]]), ends])
+    tokens = torch.randint(3, 300, (int(ends[-1, -1]),), dtype=torch.int32)
     return PreferenceDataset(
         tokens, bounds, torch.arange(1, count + 1), {}, DataReport("random", count, count)
     )
@@ -88,6 +89,17 @@ BUDGETS = {
     "packed": ("packed", 16, 52),
     "shared_prompt": ("shared_prompt", 16, 40),
     "filler": ("packed", 3, 24),
+    "orpo": ("shared_prompt", 16, 40),
+    "orpo-filler": ("packed", 3, 24),
+    "tpo": ("packed", 16, 90),
+    "weights": ("packed", 16, 52),
+}
+# What is not as it is in the others.
+BUDGET_SETTINGS: dict[str, dict[str, Any]] = {
+    "orpo": {"loss_type": "orpo", "reference": "none"},
+    "orpo-filler": {"loss_type": "orpo", "reference": "none"},
+    "tpo": {"loss_type": "tpo", "reference": "none"},
+    "weights": {"ld_alpha": 0.3, "use_weighting": True, "nll_on_prompt": True},
 }
 
 
@@ -99,12 +111,11 @@ def run_budget(folder: Path, name: str) -> None:
     layout, count, tokens = BUDGETS[name]
     is_alone = "WORLD_SIZE" not in os.environ
     kept = KeepGradients()
+    settings = {"loss_type": ["sigmoid", "sft"], "reference": "copy", **BUDGET_SETTINGS.get(name, {})}
     args = PreferenceConfig(
         output_dir=str(folder / name),
         use_cpu=True,
         ddp_backend=None if is_alone else "gloo",
-        loss_type=["sigmoid", "sft"],
-        reference="copy",
         batch_layout="padded" if is_alone else layout,
         max_tokens_per_batch=None if is_alone else tokens,
         per_device_train_batch_size=count,
@@ -118,19 +129,22 @@ def run_budget(folder: Path, name: str) -> None:
         logging_steps=1,
         save_strategy="no",
         disable_tqdm=True,
+        **settings,
     )
+    has_gold = name == "tpo"
     trainer = PreferenceTrainer(
         tiny_llama(1),
         args,
-        train_dataset=pairs(count, 0),
-        eval_dataset=pairs(7, 1),
-        ref_model=tiny_llama(2),
+        train_dataset=pairs(count, 0, has_gold=has_gold),
+        eval_dataset=pairs(7, 1, has_gold=has_gold),
+        ref_model=tiny_llama(2) if args.needs_reference else None,
         callbacks=[kept],
     )
     if not is_alone:
+        has_filler = name.endswith("filler")
         sampler = trainer.get_train_dataloader().batch_sampler.batch_sampler
-        assert len(sampler) == (4 if name == "filler" else 6), len(sampler)
-        assert any(not batch for batch in sampler) == (name == "filler")
+        assert len(sampler) == (4 if has_filler else 6), len(sampler)
+        assert any(not batch for batch in sampler) == has_filler
     trainer.train()
     torch.save(kept.gradients, folder / f"{name}{trainer.accelerator.process_index}.pt")
 

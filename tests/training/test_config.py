@@ -124,12 +124,3 @@ def test_defaults_on_a_cpu(make_args: MakeArgs):
 
 def test_gradient_checkpointing_may_be_asked_for(make_args: MakeArgs, recwarn: pytest.WarningsRecorder):
     assert make_args(gradient_checkpointing=True).gradient_checkpointing
-
-
-def test_a_gold_answer_that_pairs_lack_is_no_secret(
-    make_args: MakeArgs, caplog: pytest.LogCaptureFixture
-) -> None:
-    make_args(loss_type="cpo")
-    assert not caplog.messages
-    make_args(loss_type="tpo-l")
-    assert "tpo_l: pairs have no third, gold answer, so the NLL term is of the chosen" in caplog.text

@@ -47,7 +47,7 @@ def in_two(model: Any, batch: Any, args: PreferenceConfig) -> DPOLossOutput:
         layout=packed_layout(batch),
         loss_type=args.loss_type,
         num_pairs=COUNTS.pairs,
-        num_tokens=COUNTS.chosen_tokens,
+        num_tokens=COUNTS.nll_tokens,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 
 from fastdpo.training import precompute
 from fastdpo.training.config import PreferenceConfig
@@ -113,9 +113,6 @@ def test_the_reference_is_not_the_model_itself(make_args: MakeArgs, tokenizer: A
 def test_adapters_that_cannot_be_trained(make_args: MakeArgs, tokenizer: Any):
     with pytest.raises(ValueError, match="has an adapter already"):
         PreferenceTrainer(trained_adapter(), make_args(), processing_class=tokenizer, peft_config=lora())
-    prompt_tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match="prompt learning is not supported"):
-        PreferenceTrainer(tiny_llama(), make_args(), processing_class=tokenizer, peft_config=prompt_tuning)
 
 
 def test_what_counts_as_a_fresh_adapter():
