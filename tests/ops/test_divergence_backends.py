@@ -105,4 +105,6 @@ def test_which_backend_runs() -> None:
 @pytest.mark.skipif(IS_INTERPRETED or torch.cuda.is_available(), reason="Triton runs in this process")
 def test_triton_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_interpreted(__file__, at_least=20)
+    # The kernel's own tests have the rest: here it is what the op hands it.
+    chosen = "(numbers and float16) or (two_teachers and float32) or same_model"
+    run_interpreted(__file__, at_least=10, chosen=chosen)
