@@ -10,8 +10,8 @@ A block has one row of each head and walks over it some times, each time in tile
 
 Where D needs no divergence (that of ``forward_kl``), the last two are one. Every lane of a tile keeps a
 maximum and sums of its own, added up at the end: one exp a logit, no barrier, and one order of sums for each
-V. What plain torch reads and writes some thirty times is read two to four times and written once, and
-nothing is made beside it.
+V. What plain torch reads and writes some thirty times is read two or three times (the logits of two teachers
+up to five times) and written once, and nothing is made beside it.
 
 z = slope v, differences of v are taken before anything is scaled: see ``triton.py``, whose parts these are.
 Runs on CUDA from sm_80 on, and for tests on the CPU (``TRITON_INTERPRET=1`` at import).
