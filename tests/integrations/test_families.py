@@ -14,6 +14,7 @@ from fastdpo.integrations.model import patch_model
 from fastdpo.testing import assert_logps_close
 from tests.integrations.tiny import (
     FAMILIES,
+    FEW_ENTRIES,
     IMAGE_TOKEN,
     VOCAB,
     Batch,
@@ -33,6 +34,18 @@ def test_logps_and_gradients_equal_the_logits_path(family: str) -> None:
     model, batch = make_model(family), make_batch()
     expected = expected_step(model, batch)
     assert_step_close(run_step(patch_model(model), batch, fused_logps), expected)
+
+
+def test_a_wrong_gradient_of_few_entries_is_found() -> None:
+    """They are held to the rule together, and one of them scaled by 1e-4 is still found."""
+    model, batch = make_model("qwen2"), make_batch()
+    expected = expected_step(model, batch)
+    assert_step_close(expected.eager, expected)
+    for name in ("model.layers.0.self_attn.q_proj.bias", "model.norm.weight"):
+        assert expected.eager.grads[name].numel() <= FEW_ENTRIES
+        wrong = {**expected.eager.grads, name: expected.eager.grads[name] * (1 + 1e-4)}
+        with pytest.raises(AssertionError, match="in one"):
+            assert_step_close(expected.eager._replace(grads=wrong), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "phi"])
