@@ -247,10 +247,10 @@ def test_meta_models_are_understood(family: str) -> None:
         model = getattr(transformers, FAMILIES[family].model)(config)
     meta, real = examine(model), examine(make_model(family))
     assert meta == real
-    wanted = {"input_ids", "attention_mask", "inputs_embeds", "position_ids", "past_key_values"}
-    if family == "mamba2":  # it has neither
-        wanted -= {"position_ids", "past_key_values"}
-    assert wanted <= real.arguments
+    wanted = {"input_ids", "attention_mask", "inputs_embeds"}
+    if family != "mamba2":
+        wanted |= {"position_ids"}
+    assert wanted <= real.arguments and real.arguments & {"cache", "past_key_values", "cache_params"}
     assert read_head(model).weight.is_meta
 
 
