@@ -32,7 +32,7 @@ def passed_through(model: Any, tail: ModelTail, inputs: dict[str, Any], result: 
 
 def _backbone_inputs(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> dict[str, Any]:
     """What the model's own forward would hand to its backbone; an error for all that it would do besides."""
-    if logit_transform(model) != (tail.logit_scale, tail.softcap):
+    if logit_transform(model) != tail.config_transform:
         raise ValueError(
             "model.config: scale or softcap of the logits changed; unpatch_model and patch_model again"
         )
@@ -58,6 +58,8 @@ def _backbone_inputs(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> 
         raise TypeError(
             f"{sorted(unknown)}: not supported with return_logps=True, wanted {sorted(tail.arguments)}"
         )
+    for name in tail.from_config - inputs.keys():
+        inputs[name] = getattr(model.config, name)
     if "use_cache" in tail.arguments and inputs.keys().isdisjoint(_CACHES):
         inputs.setdefault("use_cache", False)
     return inputs
