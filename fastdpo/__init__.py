@@ -13,7 +13,8 @@ from fastdpo.integrations import lm_head as _lm_head  # noqa: F401  teaches LMHe
 from fastdpo.losses import LOSSES, ReferenceCombination, preference_loss
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.ops.token_divergence import token_divergence
-from fastdpo.plan import Plan, explain_plan
+from fastdpo.plan import Plan
+from fastdpo.plan_explain import explain_plan
 from fastdpo.preference_loss import fused_preference_loss, preference_loss_from_logps
 from fastdpo.types import (
     DPOLossOutput,
