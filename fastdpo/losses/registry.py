@@ -127,7 +127,7 @@ class LossSpec:
     function: Callable[..., Tensor]
     summary: str
     paper: str
-    example: Example | BatchExample
+    example: Example | BatchExample | None
     scope: str
     uses_reference: bool
     length_normalized: bool
@@ -166,8 +166,8 @@ LOSSES: dict[str, LossSpec] = {}
 def preference_loss(
     name: str,
     *,
-    paper: str,
-    example: Example | BatchExample,
+    paper: str = "none",
+    example: Example | BatchExample | None = None,
     scope: str = "pair",
     uses_reference: bool = True,
     length_normalized: bool = False,
@@ -188,8 +188,8 @@ def preference_loss(
 
     Args:
         name: what users write in ``loss_type``.
-        paper: arXiv id and equation.
-        example: one pair worked out by hand; the automatic test holds the function to it.
+        paper: arXiv id and equation. The package's own losses all have one.
+        example: one pair worked out by hand; the automatic test holds the function to it. As ``paper``.
         scope: one of ``SCOPES``. A ``token`` loss returns sums over tokens, which are divided by the
             number of NLL tokens of the batch; every other scope is a mean over pairs.
         uses_reference: whether reference log-probabilities are needed (else they are refused).

@@ -31,6 +31,7 @@ PAIRED_VARIANTS = pytest.mark.parametrize(("name", "arguments"), with_ids(PAIRED
 @pytest.mark.parametrize("name", ALL_LOSSES)
 def test_example_worked_out_by_hand(name: str) -> None:
     spec = LOSSES[name]
+    assert spec.example is not None and spec.paper != "none"  # those of others need neither
     got = mean_loss(name, example_batch(spec), **spec.example.options)
     assert got.item() == pytest.approx(spec.example.loss, abs=1e-6)
 
@@ -203,7 +204,7 @@ EXAMPLE = Example(1.0, chosen=-1.0, rejected=-2.0)
 
 @pytest.mark.usefixtures("own_losses")
 def test_a_users_loss_is_a_loss() -> None:
-    @preference_loss("mine", paper="none", example=EXAMPLE, uses_reference=False, aliases=("my_own",))
+    @preference_loss("mine", uses_reference=False, aliases=("my_own",))
     def mine(pair: PairLogps, *, power: float = 1.0, beta: float = 0.3) -> Tensor:
         """The gap to a power."""
         return beta * pair.delta**power
