@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.losses.inputs import PairLogps, check_rows, check_values
+from fastdpo.losses.ranges import NOT_NEGATIVE
 from fastdpo.losses.stable import token_mean
 
 if TYPE_CHECKING:
@@ -127,8 +128,8 @@ class ListLogps:
             largest = int(self.group_ids.bincount().max())
             if self.max_candidates is not None and largest > self.max_candidates:
                 raise ValueError(f"ListLogps.max_candidates: got {self.max_candidates}, wanted {largest}")
-        if self.scores is not None and not bool(self.scores.isfinite().all()):
-            raise ValueError("ListLogps.scores: got a NaN or infinite score, wanted finite ones")
+        check_values(self, "tokens", NOT_NEGATIVE)
+        check_values(self, "scores")
 
 
 class _Rows:
@@ -177,7 +178,7 @@ class UnpairedLogps(_Rows):
         is_desirable: bool.
         tokens: number of tokens of each answer, as floating point; an answer without any counts nowhere.
         ref_logps: the same sums under the reference.
-        kl: KTO's reference point z0, ``()``, in nats: ``controllers.KLEstimate``, or ``kto_kl``.
+        kl: KTO's reference point z0, ``()``, in nats, at least 0: ``controllers.KLEstimate``, or ``kto_kl``.
         reward_shift: BCO's running mean of the rewards, ``()``: ``controllers.RunningMean``.
     """
 
@@ -211,6 +212,9 @@ class UnpairedLogps(_Rows):
             if value is not None and (not isinstance(value, Tensor) or value.dim() != 0):
                 got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise ValueError(f"UnpairedLogps.{name}: got {got}, wanted a 0-d tensor")
+        check_values(self, "tokens", NOT_NEGATIVE)
+        check_values(self, "kl", NOT_NEGATIVE)
+        check_values(self, "reward_shift")
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,4 +252,5 @@ class StepLogps(_Rows):
     def check(self) -> None:
         """Raise ValueError unless the tensors fit together; on the CPU also for an advantage that is NaN."""
         check_rows(self, "logps")
+        check_values(self, "tokens", NOT_NEGATIVE)
         check_values(self, "advantages")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
+from fastdpo.losses.ranges import FINITE, NOT_NEGATIVE, PROBABILITY, Interval, check_range
 from fastdpo.losses.stable import token_mean
 
 PerPair: TypeAlias = float | Tensor  # one number for all pairs, or (P,)
@@ -139,7 +139,9 @@ class PairLogps:
             if (getattr(self, first) is None) != (getattr(self, second) is None):
                 raise ValueError(f"{first} and {second}: got one of the two, wanted both or neither")
         for name in ("chosen_win_rate", "rejected_win_rate"):
-            check_values(self, name, 0.0, 1.0)
+            check_values(self, name, PROBABILITY)
+        for name in ("chosen_tokens", "rejected_tokens", "nll_tokens"):
+            check_values(self, name, NOT_NEGATIVE)
 
     @property
     def is_scored(self) -> Tensor:
@@ -177,28 +179,6 @@ def check_rows(batch: object, main: str, *, per_row: tuple[str, ...] = ()) -> No
             raise ValueError(f"{name}.{field}: got {value.dtype}, wanted {first.dtype}")
 
 
-def check_values(batch: object, name: str, low: float | None = None, high: float | None = None) -> None:
-    """Raise ValueError unless a batch's numbers of that name are finite, and between the two bounds.
-
-    On the CPU only: to read them elsewhere would synchronise. None is fine.
-    """
-    values = getattr(batch, name)
-    if values is None or not can_be_read(values):
-        return
-    is_good = values.isfinite()
-    if low is not None and high is not None:
-        is_good &= (values >= low) & (values <= high)
-    if not bool(is_good.all()):
-        got = values[~is_good][0].item()
-        wanted = "finite ones" if low is None else f"each from {low:g} to {high:g}"
-        raise ValueError(f"{type(batch).__name__}.{name}: got {got!r} among them, wanted {wanted}")
-
-
-def can_be_read(values: Tensor) -> bool:
-    """Whether looking at the numbers of a tensor costs nothing: on the CPU, in a plain run.
-
-    Elsewhere it would wait for the device. A tensor that is traced or fake (as every subclass may be) has no
-    numbers yet.
-    """
-    is_plain = type(values) in (Tensor, torch.nn.Parameter)
-    return is_plain and values.device.type == "cpu" and not torch.compiler.is_compiling()
+def check_values(batch: object, name: str, legal: Interval = FINITE) -> None:
+    """Raise ValueError unless a batch's numbers of that name are in a range; see ``check_range``."""
+    check_range(f"{type(batch).__name__}.{name}", getattr(batch, name), legal)

@@ -20,19 +20,12 @@ import torch
 from torch import Tensor
 
 from fastdpo.losses.batches import ListLogps, UnpairedLogps
-from fastdpo.losses.inputs import Batch, PairLogps, PerPair, can_be_read
-from fastdpo.losses.registry import NLL_WEIGHT, PER_PAIR, WIN_RATES, Interval, LossSpec, find_loss
+from fastdpo.losses.inputs import Batch, PairLogps, PerPair
+from fastdpo.losses.ranges import check_range
+from fastdpo.losses.registry import NLL_WEIGHT, PER_PAIR, RANGES, WIN_RATES, LossSpec, find_loss
 from fastdpo.losses.stable import masked_sum, token_mean
 
 DEFAULT_BETA = 0.1  # scales the reported rewards where no named loss has a beta
-
-_RANGES = {
-    "beta": Interval(0.0, includes_low=False),
-    "margin": Interval(),
-    "soft_labels": Interval(0.0, 1.0, includes_high=True),
-    "pair_weights": Interval(0.0),
-    **{name: Interval(0.0, 1.0, includes_high=True) for name in WIN_RATES},
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +124,9 @@ class Objective:
             if getattr(batch, name, None) is not None and not self._takes(name):
                 raise ValueError(f"{name}: got a value, wanted None for {self._names()}")
         batch.check()
+        for term in self.terms:
+            for name, legal in term.spec.ranges.items():
+                check_range(f"{name} of {term.spec.name}", getattr(batch, name), legal)
         self._check_per_pair(batch.num_rows, batch.logps_like.device)
 
     def _takes(self, name: str) -> bool:
@@ -155,12 +151,7 @@ class Objective:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted a number or ({num_pairs},)")
             if value.device != device:
                 raise ValueError(f"{name}: got {value.device}, wanted {device}, the device of the batch")
-            if can_be_read(value):
-                bad = [
-                    number for number in value.detach().reshape(-1).tolist() if number not in _RANGES[name]
-                ]
-                if bad:
-                    raise ValueError(f"{name}: got {bad[0]!r} among them, wanted each {_RANGES[name]}")
+            check_range(name, value, RANGES[name])
 
     def loss(self, pair: Batch) -> Tensor:
         """The weighted sum of the named losses' means, ``()`` in the dtype of the log-probabilities.
@@ -182,7 +173,9 @@ class Objective:
             assert isinstance(pair, PairLogps)  # build_objective mixes no kinds, and sft is the only one
             counts, divisor = pair.nll_count, self.num_tokens
         else:
-            counts, divisor = pair.is_scored, self.num_pairs
+            counted = term.spec.counted
+            counts = pair.is_scored if counted is None else pair.is_scored & counted(pair)
+            divisor = self.num_pairs
         return masked_sum(losses, counts > 0) / (counts.sum().clamp(min=1) if divisor is None else divisor)
 
     def rewards(self, pair: PairLogps) -> tuple[Tensor, Tensor]:
@@ -367,8 +360,8 @@ def _check_per_pair(name: str, value: Any) -> PerPair:
         return value
     if not _is_number(value):
         raise ValueError(f"{name}: got {value!r}, wanted a number or a (P,) tensor")
-    if value not in _RANGES[name]:
-        raise ValueError(f"{name}: got {value!r}, wanted {_RANGES[name]}")
+    if value not in RANGES[name]:
+        raise ValueError(f"{name}: got {value!r}, wanted {RANGES[name]}")
     return float(value)
 
 

@@ -23,14 +23,8 @@ from fastdpo.losses.heads import (
 )
 from fastdpo.losses.inputs import PairLogps, PerPair
 from fastdpo.losses.links import DEFAULT_ALPHA, FDivergence, linked_gap
-from fastdpo.losses.registry import (
-    Example,
-    FlipProbability,
-    Interval,
-    NonNegative,
-    Positive,
-    preference_loss,
-)
+from fastdpo.losses.ranges import FlipProbability, Interval, NonNegative, Positive
+from fastdpo.losses.registry import Example, preference_loss
 from fastdpo.losses.stable import MAX_EXPONENT
 
 # u_w = 1 and u_l = -1, over 2 and 4 tokens: D = 2 and h = 0.2 at beta 0.1; the means differ by 0.75.

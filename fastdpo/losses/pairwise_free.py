@@ -20,7 +20,8 @@ from fastdpo.losses.heads import (
     scaled_margin,
 )
 from fastdpo.losses.inputs import PairLogps, PerPair
-from fastdpo.losses.registry import Example, FlipProbability, NonNegative, preference_loss
+from fastdpo.losses.ranges import FlipProbability, NonNegative
+from fastdpo.losses.registry import Example, preference_loss
 from fastdpo.losses.stable import token_mean
 
 # s_w = -12 over 2 tokens, s_l = -15 over 4: D = 3, the means are -6 and -3.75, the NLL is 12 / 2 = 6.

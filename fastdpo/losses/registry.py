@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from fastdpo.losses.inputs import PairLogps
+from fastdpo.losses.ranges import FINITE, NOT_NEGATIVE, POSITIVE, PROBABILITY, Interval
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
@@ -45,31 +45,14 @@ KINDS = ("paired", "unpaired", "listwise", "token")
 NLL_WEIGHT = "nll_weight"  # the option of every loss that comes with an NLL term
 
 
-@dataclass(frozen=True)
-class Interval:
-    """The legal range of a number, as the metadata of an ``Annotated`` option; ``[low, high)`` by default."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    includes_low: bool = True
-    includes_high: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        is_above = self.low < value or (self.includes_low and value == self.low)
-        is_below = value < self.high or (self.includes_high and value == self.high)
-        return math.isfinite(value) and is_above and is_below
-
-    def __str__(self) -> str:
-        if math.isinf(self.low) and math.isinf(self.high):
-            return "a finite number"
-        left, right = "[" if self.includes_low else "(", "]" if self.includes_high else ")"
-        return f"a number in {left}{self.low:g}, {self.high:g}{right}"
-
-
-FlipProbability: TypeAlias = Annotated[float, Interval(0.0, 0.5)]
-NonNegative: TypeAlias = Annotated[float, Interval(0.0)]
-Positive: TypeAlias = Annotated[float, Interval(0.0, includes_low=False)]
-Fraction: TypeAlias = Annotated[float, Interval(0.0, 1.0, includes_high=True)]
+# Legal numbers of what comes with a row, whatever the loss.
+RANGES = {
+    "beta": POSITIVE,
+    "margin": FINITE,
+    "soft_labels": PROBABILITY,
+    "pair_weights": NOT_NEGATIVE,
+    **{name: PROBABILITY for name in WIN_RATES},
+}
 
 
 @dataclass(frozen=True)
@@ -141,6 +124,8 @@ class LossSpec:
     nll_weight: float | None = None  # None: the loss has no NLL term of its own
     needs: tuple[str, ...] = ()
     reads_nll: bool = False
+    ranges: Mapping[str, Interval] = field(default_factory=dict)
+    counted: Callable[[Any], Tensor] | None = None
 
     @property
     def is_nll(self) -> bool:
@@ -178,6 +163,8 @@ def preference_loss(
     nll_weight: float | None = None,
     needs: tuple[str, ...] = (),
     reads_nll: bool = False,
+    ranges: Mapping[str, Interval] | None = None,
+    counted: Callable[[Any], Tensor] | None = None,
 ) -> Callable[[Loss], Loss]:
     """Register the decorated function as a loss; it stays an ordinary function.
 
@@ -205,6 +192,10 @@ def preference_loss(
             refused.
         reads_nll: whether it is a function of ``PairLogps.nll`` and ``nll_count`` alone (every loss of scope
             ``token`` is taken to be).
+        ranges: of the ``extras`` of its ``inputs``, those it takes some numbers of only: name -> legal range.
+            Refused where numbers are read (rows of data, tensors on the CPU); on a device the function has to
+            make such a row NaN.
+        counted: bool per row: what the mean is over, beside the rows that have a token. None: all of these.
 
     Raises:
         ValueError: a name that is taken, an unknown scope or kind, a parameter without a usable default.
@@ -214,7 +205,7 @@ def preference_loss(
         _check_registration((name, *aliases), scope, kind)
         parameters = _keyword_only(name, function)
         if nll_weight is not None:
-            parameters[NLL_WEIGHT] = LossOption(NLL_WEIGHT, float, nll_weight, Interval(0.0))
+            parameters[NLL_WEIGHT] = LossOption(NLL_WEIGHT, float, nll_weight, NOT_NEGATIVE)
         beta = parameters.get("beta")
         LOSSES[name] = LossSpec(
             name=name,
@@ -235,6 +226,8 @@ def preference_loss(
             nll_weight=nll_weight,
             needs=needs,
             reads_nll=reads_nll,
+            ranges=ranges or {},
+            counted=counted,
         )
         return function
 
@@ -270,7 +263,7 @@ def _keyword_only(name: str, function: Callable[..., Tensor]) -> dict[str, LossO
         metadata = getattr(annotation, "__metadata__", ())
         interval = next((item for item in metadata if isinstance(item, Interval)), None)
         if interval is None and type(default) is float:
-            interval = Interval()  # finite
+            interval = FINITE
         choices = get_args(annotation) if get_origin(annotation) is Literal else ()
         options[parameter.name] = LossOption(parameter.name, type(default), default, interval, choices)
     return options

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from fastdpo.losses.aggregate import sequence_sums
 from fastdpo.losses.inputs import check_values
+from fastdpo.losses.ranges import PROBABILITY, Interval, check_range
+
+# Of two distributions, whose probabilities add up to 1 each; fp32 may round a sum of two of them upwards.
+L1_DISTANCE = Interval(0.0, 2.0 + 1e-4)
 
 
 class _Tokens:
@@ -100,7 +104,7 @@ class TokenLogps(_Tokens):
     def check(self) -> None:
         """Raise ValueError unless the tensors fit together; on the CPU also for a rate outside [0, 1]."""
         self._check(("ref_logps",), ("win_rates",))
-        check_values(self, "win_rates", 0.0, 1.0)
+        check_values(self, "win_rates", PROBABILITY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +115,8 @@ class TokenDivergences(_Tokens):
         divergences: KL(pi || teacher_t) at each position, differentiable.
         mask: bool: the answers' tokens.
         cu_seqlens: ``(B + 1,)``, or None for padded.
-        l1_distance: of a teacher made of two, sum_v |p_first(v) - p_second(v)| at each position; the second
-            is the reference, or what stands in its place. None: one teacher.
+        l1_distance: of a teacher made of two, sum_v |p_first(v) - p_second(v)| at each position, in [0, 2];
+            the second is the reference, or what stands in its place. None: one teacher.
     """
 
     extras: ClassVar[tuple[str, ...]] = ()
@@ -137,5 +141,7 @@ class TokenDivergences(_Tokens):
         return replace(self, l1_distance=None)
 
     def check(self) -> None:
-        """Raise ValueError unless the tensors fit together."""
+        """Raise ValueError unless the tensors fit together; on the CPU also for a distance that is none."""
         self._check(("l1_distance",))
+        if self.l1_distance is not None:
+            check_range("TokenDivergences.l1_distance", self.l1_distance.where(self.mask, 0), L1_DISTANCE)

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastdpo.losses.batches import DivergencePairLogps, StepLogps
 from fastdpo.losses.heads import logistic, margin_loss, regress, scaled_margin
 from fastdpo.losses.inputs import PairLogps, PerPair
-from fastdpo.losses.registry import BatchExample, FlipProbability, NonNegative, Positive, preference_loss
+from fastdpo.losses.ranges import FlipProbability, NonNegative, Positive
+from fastdpo.losses.registry import BatchExample, preference_loss
 from fastdpo.losses.stable import token_mean
 from fastdpo.losses.token_batches import TokenDivergences, TokenLogps
 

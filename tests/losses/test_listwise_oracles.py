@@ -15,6 +15,7 @@ from fastdpo.losses import (
     LOSSES,
     ListLogps,
     PairLogps,
+    build_objective,
 )
 from tests.losses.common import random_pair
 from tests.losses.kinds import random_batch
@@ -208,18 +209,60 @@ def test_rrhf() -> None:
 
 def test_trpa() -> None:
     pair = random_pair()
-    levels = as_lists(pair, scores=(-1.0, -2.0))
+    norm = losses("sigmoid_norm", pair, beta=2.5 * BETA)
+    for scores in (
+        (1.0, 0.0),
+        (-1.0, -2.0),
+        (0.5, 0.25),
+        (-2.0, -7.0),
+    ):  # the order counts
+        levels = as_lists(pair, scores=scores)
+        assert_same(losses("trpa", levels, beta=BETA), norm)
     assert_same(losses("trpa", levels, beta=BETA, anisotropy=1.0), losses("sigmoid_norm", pair, beta=BETA))
-    assert_same(
-        losses("trpa", levels, beta=BETA, anisotropy=2.5), losses("sigmoid_norm", pair, beta=2.5 * BETA)
+    # Of three levels only pairs with the best answer are anisotropic, whatever the numbers.
+    u = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+    softplus = torch.nn.functional.softplus
+    want = softplus(-torch.stack([0.25 * (u[2] - u[0]), 0.25 * (u[2] - u[1]), 0.1 * (u[0] - u[1])])).mean()
+    for scores in ([0.0, -1.0, 3.0], [-2.0, -4.0, -1.0]):
+        assert_same(losses("trpa", group((2 * u).tolist(), scores, [0.0] * 3)), want[None])
+
+
+@pytest.mark.parametrize("score", [1.0, 0.0, -1.0])
+def test_trpa_of_one_level_teaches_nothing_and_counts_nowhere(score: float) -> None:
+    """All right or all wrong: rewards do not say which, so nothing is pushed."""
+    flat = group([-1.0, -3.0], [score, score], [0.0, 0.0])
+    assert losses("trpa", flat).item() == 0 and not gradient("trpa", flat).any()
+    both = ListLogps(
+        torch.tensor([-1.0, -3.0, -2.0, -5.0], dtype=torch.float64),
+        torch.full((4,), 2.0).double(),
+        torch.tensor([0, 0, 1, 1]),
+        torch.tensor([score, score, 1.0, 0.0], dtype=torch.float64),
+        torch.zeros(4).double(),
     )
-    lower = as_lists(pair, scores=(-2.0, -3.0))  # nobody of level 1: no anisotropy
-    assert_same(losses("trpa", lower, beta=BETA), losses("sigmoid_norm", pair, beta=BETA))
-    top = group([-1.0, -3.0], [-1.0, -1.0], [0.0, 0.0])
-    want = (math.log1p(math.exp(0.5)) + math.log1p(math.exp(1.5))) / 2
-    assert losses("trpa", top).item() == pytest.approx(want)
-    low = group([-1.0, -3.0], [-2.0, -2.0], [0.0, 0.0])
-    assert losses("trpa", low).item() == pytest.approx(want - 1.0)  # softplus(-x) = softplus(x) - x
+    alone = group([-2.0, -5.0], [1.0, 0.0], [0.0, 0.0])
+    assert_same(build_objective("trpa").loss(both), build_objective("trpa").loss(alone))
+    assert build_objective("trpa").loss(flat).item() == 0
+
+
+def test_relevances_are_not_negative() -> None:
+    """Ranks 1, 2, 3 as scores -1, -2, -3 would train the ranking upside down, without a floor."""
+    backwards = group([-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0], [0.0] * 3)
+    for name in ("in_context_ranking",):
+        with pytest.raises(ValueError, match=rf"scores of {name}: got -1.0 among them, wanted each a number"):
+            build_objective(name).check(backwards)
+        assert losses(name, backwards).isnan().all()  # where nobody reads them: not a plausible number
+        with pytest.raises(ValueError, match=r"got 31.0 among them, wanted each a number in \[0, 30\]"):
+            build_objective(name).check(group([-1.0, -2.0], [31.0, 0.0], [0.0] * 2))
+        build_objective(name).check(group([-1.0, -2.0], [30.0, 0.0], [0.0] * 2))
+
+
+def test_plackett_luce_gives_equal_scores_one_place() -> None:
+    tied = group([-1.0, -2.5, 0.3], [1.0, 1.0, 0.0], [0.0] * 3)
+    other = group([-2.5, -1.0, 0.3], [1.0, 1.0, 0.0], [0.0] * 3)
+    u = 0.1 * tied.logps
+    want = 2 * u.logsumexp(0) - u[0] - u[1]
+    assert_same(losses("plackett_luce", tied), want[None])
+    assert_same(losses("plackett_luce", other), want[None])
 
 
 def test_bolt() -> None:
@@ -282,11 +325,11 @@ def test_a_nan_score_that_slips_through_makes_the_loss_nan(name: str) -> None:
         ("rrhf", 3.0),  # its NLL
         ("bolt", 3.0),
         ("nca", 2 * math.log1p(math.exp(0.3)) - 0.3),  # softplus(0.3) + softplus(-0.3) at beta u = -0.3
-        ("trpa", math.log1p(math.exp(-1.5))),  # not of level 1: -ls(3 / 2)
+        ("trpa", 0.0),
     ],
 )
 def test_a_group_of_one_candidate(name: str, want: float) -> None:
-    one = group([-3.0], [-2.0], [0.0] if LOSSES[name].uses_reference else None)
+    one = group([-3.0], [2.0], [0.0] if LOSSES[name].uses_reference else None)
     assert losses(name, one).item() == pytest.approx(want, abs=1e-15)
     if want == 0:
         assert gradient(name, one).item() == 0
