@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastdpo.losses.inputs import PairLogps, check_rows, check_values
+from fastdpo.losses.inputs import PairLogps, check_rows, check_values, emptied_fields
 from fastdpo.losses.ranges import NOT_NEGATIVE
 from fastdpo.losses.stable import token_mean
 
@@ -113,6 +113,12 @@ class ListLogps:
         """The same lists for a loss that uses no reference."""
         return replace(self, ref_logps=None)
 
+    def emptied(self, keep: Tensor) -> ListLogps:
+        """The same lists, those where ``keep`` ``(G,)`` is False without tokens and with zeros alone."""
+        values: dict[str, Any] = emptied_fields(self, keep[self.group_ids])
+        values |= {"num_groups": len(self.index), "max_candidates": self.index.shape[1]}  # read off once
+        return replace(self, **values)
+
     def check(self) -> None:
         """Raise ValueError unless the tensors fit together; on the CPU also for a bad id or score."""
         check_rows(self, "logps")
@@ -167,6 +173,10 @@ class _Rows:
     def without_reference(self) -> Self:
         """The same rows for a loss that uses no reference."""
         return replace(self, ref_logps=None)  # type: ignore[type-var]
+
+    def emptied(self, keep: Tensor) -> Self:
+        """The same rows, those where ``keep`` is False without tokens and with zeros alone."""
+        return replace(self, **emptied_fields(self, keep))  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, eq=False)

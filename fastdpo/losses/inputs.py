@@ -6,7 +6,7 @@ Legend: P pairs; u is a log-ratio to the reference, log pi(y|x) - log pi_ref(y|x
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -42,6 +42,12 @@ class Batch(Protocol):
 
     def without_reference(self) -> Batch:
         """The same batch for a loss that uses no reference."""
+
+    def emptied(self, keep: Tensor) -> Batch:
+        """The same batch, rows where ``keep`` ``(num_rows,)`` is False without tokens and with zeros alone.
+
+        So that nothing of them is in the loss or its gradient, not even a NaN times 0.
+        """
 
     def check(self) -> None:
         """Raise ValueError for shapes, dtypes or values that do not fit together."""
@@ -151,6 +157,20 @@ class PairLogps:
     def without_reference(self) -> PairLogps:
         """The same pairs for a loss that uses no reference, whatever stands beside it in a list."""
         return replace(self, ref_chosen=None, ref_rejected=None)
+
+    def emptied(self, keep: Tensor) -> PairLogps:
+        """The same pairs, those where ``keep`` ``(P,)`` is False without tokens and with zeros alone."""
+        return replace(self, **emptied_fields(self, keep))
+
+
+def emptied_fields(batch: Any, keep: Tensor) -> dict[str, Tensor]:
+    """A batch's floating-point fields with one number per row, 0 where ``keep`` is False."""
+    values = {item.name: getattr(batch, item.name) for item in fields(batch)}
+    return {
+        name: value.where(keep, 0)
+        for name, value in values.items()
+        if isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point()
+    }
 
 
 def check_rows(batch: object, main: str, *, per_row: tuple[str, ...] = ()) -> None:

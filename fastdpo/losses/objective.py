@@ -162,13 +162,13 @@ class Objective:
 
     def total(self, pair: Batch) -> Tensor:
         """``loss`` before it is rounded, in fp64: shares of a batch add up to the whole of it."""
-        first, *others = (term.weight * self._mean(term, pair) for term in self.terms)
+        # One of weight 0 is left out: it need not be finite.
+        terms = [term for term in self.terms if term.weight != 0] or self.terms
+        first, *others = (term.weight * self._mean(term, pair) for term in terms)
         return sum(others, first)
 
     def _mean(self, term: LossTerm, pair: Batch) -> Tensor:
         """One loss summed over the batch in fp64 and divided by what its scope asks for."""
-        seen = pair if term.spec.uses_reference else pair.without_reference()
-        losses = self.per_pair.get("pair_weights", 1.0) * term.spec.function(seen, **term.arguments)  # (P,)
         if term.spec.scope == "token":
             assert isinstance(pair, PairLogps)  # build_objective mixes no kinds, and sft is the only one
             counts, divisor = pair.nll_count, self.num_tokens
@@ -176,7 +176,12 @@ class Objective:
             counted = term.spec.counted
             counts = pair.is_scored if counted is None else pair.is_scored & counted(pair)
             divisor = self.num_pairs
-        return masked_sum(losses, counts > 0) / (counts.sum().clamp(min=1) if divisor is None else divisor)
+        # What does not count is taken out before the loss sees it: behind it, 0 times a NaN would be NaN.
+        weights = self.per_pair.get("pair_weights", 1.0)
+        keep = (counts > 0) & (weights != 0)
+        seen = (pair if term.spec.uses_reference else pair.without_reference()).emptied(keep)
+        losses = weights * term.spec.function(seen, **_of_rows(term.arguments, keep))  # (P,)
+        return masked_sum(losses, keep) / (counts.sum().clamp(min=1) if divisor is None else divisor)
 
     def rewards(self, pair: PairLogps) -> tuple[Tensor, Tensor]:
         """Implicit rewards of the chosen and of the rejected answers, detached, ``(P,)`` each.
@@ -277,6 +282,14 @@ def build_objective(
     )
     _check_counts(objective.terms, num_pairs, num_tokens)
     return objective
+
+
+def _of_rows(arguments: dict[str, Any], keep: Tensor) -> dict[str, Any]:
+    """Arguments per row, with a 1 (which all of them may be) for rows that do not count."""
+    return {
+        name: value.where(keep, 1) if isinstance(value, Tensor) and value.dim() == 1 else value
+        for name, value in arguments.items()
+    }
 
 
 def _check_win_rates(per_pair: dict[str, PerPair]) -> None:

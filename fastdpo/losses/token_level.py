@@ -197,7 +197,7 @@ def aligndistil_loss(
     teacher = aligndistil_teacher(
         tokens.l1_distance, mode=teacher_mode, beta=1.0 if is_adaptive else beta, beta2=beta2
     )
-    total = tokens.sums(tokens.divergences * teacher.scale)
+    total = tokens.sums(tokens.divergences, teacher.scale)
     total = token_mean(total, tokens.counts) if length_normalize else total
     return beta * total if is_adaptive else total
 
@@ -249,4 +249,4 @@ def nash_md_loss(tokens: TokenLogps, *, beta: PerPair = 0.1) -> Tensor:
         raise ValueError("win_rates and ref_logps: got None, wanted both for nash_md")
     log_ratio = (tokens.logps - tokens.ref_logps).detach()
     reward = (tokens.win_rates.detach() - 0.5) * tokens.sums(tokens.logps)
-    return beta * tokens.sums(log_ratio * tokens.logps) - reward
+    return beta * tokens.sums(log_ratio, tokens.logps) - reward
