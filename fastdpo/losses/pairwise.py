@@ -25,7 +25,6 @@ from fastdpo.losses.inputs import PairLogps, PerPair
 from fastdpo.losses.links import DEFAULT_ALPHA, FDivergence, linked_gap
 from fastdpo.losses.ranges import FlipProbability, Interval, NonNegative, Positive
 from fastdpo.losses.registry import Example, preference_loss
-from fastdpo.losses.stable import MAX_EXPONENT
 
 # u_w = 1 and u_l = -1, over 2 and 4 tokens: D = 2 and h = 0.2 at beta 0.1; the means differ by 0.75.
 _PAIR = Example(
@@ -69,7 +68,7 @@ def sigmoid_loss(
     ranks the wrong way round: the gap of log-probabilities less max(0, D_ref) (psi = relu(-beta D_ref)).
     """
     preferred = preferred_probability(label_smoothing, soft_labels)
-    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef)
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta)
     h = scaled_margin(gap, beta, margin)
     if ref_clip:
         h = h - F.relu(-beta * pair.reference_gap)
@@ -94,7 +93,7 @@ def hinge_loss(
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
 ) -> Tensor:
     """Hinge on the DPO margin, relu(1 - h) (RSO, normalised SLiC)."""
-    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef)
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta)
     return margin_loss(scaled_margin(gap, beta, margin), hinge, 1.0 if soft_labels is None else soft_labels)
 
 
@@ -123,8 +122,9 @@ def ipo_loss(
         pair,
         f_divergence_type,
         f_alpha_divergence_coef,
+        scale=1.0,  # divided by beta again
+        is_squared=True,
         length_normalize=length_normalize,
-        most=MAX_EXPONENT / 2,  # it is squared
     )
 
     def squared_distance(m: Tensor) -> Tensor:
@@ -155,8 +155,10 @@ def robust_loss(
 
     [-(1 - eps) log sigmoid(h) + eps log sigmoid(-h)] / (1 - 2 eps). Unbounded below as h grows.
     """
-    h = scaled_margin(linked_gap(pair, f_divergence_type, f_alpha_divergence_coef), beta, margin)
     eps = label_smoothing
+    scale = beta * ((1 - eps) / (1 - 2 * eps))
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=scale)
+    h = scaled_margin(gap, beta, margin)
     return ((1 - eps) * logistic(h) - eps * logistic(-h)) / (1 - 2 * eps)
 
 
@@ -178,7 +180,7 @@ def sigmoid_norm_loss(
 ) -> Tensor:
     """Length-normalised DPO: log-ratios per token. Wants a larger beta, 2 to 10."""
     preferred = preferred_probability(label_smoothing, soft_labels)
-    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, length_normalize=True)
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta, length_normalize=True)
     return margin_loss(scaled_margin(gap, beta, margin), logistic, preferred)
 
 
@@ -203,7 +205,7 @@ def exo_pair_loss(
     KL(Bernoulli(sigmoid(h)) || Bernoulli(1 - eps)); eps must be positive. Its minimum, 0, lies at
     sigmoid(h) = 1 - eps.
     """
-    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef)
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta)
     return exo(scaled_margin(gap, beta, margin), label_smoothing)
 
 
@@ -227,8 +229,8 @@ def discopop_loss(
 
     (1 - w) (-log sigmoid(h)) + w e^-h, w = sigmoid(h / tau). Found by a language model; not convex.
     """
-    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef)
-    return discopop(scaled_margin(gap, beta, margin), discopop_tau)
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta)
+    return discopop(scaled_margin(gap, beta, margin), discopop_tau, scale=beta)
 
 
 @preference_loss(

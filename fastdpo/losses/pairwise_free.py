@@ -32,8 +32,8 @@ def _mean_margin(
     pair: PairLogps, beta: PerPair, margin: PerPair | None, gamma: float, alpha: float = 0.0
 ) -> Tensor:
     """beta (R(mean_w) - R(mean_l)) - gamma - psi, R being AlphaPO's shape."""
-    chosen = alpha_reward(token_mean(pair.chosen, pair.chosen_tokens), alpha)
-    rejected = alpha_reward(token_mean(pair.rejected, pair.rejected_tokens), alpha)
+    chosen = alpha_reward(token_mean(pair.chosen, pair.chosen_tokens), alpha, beta)
+    rejected = alpha_reward(token_mean(pair.rejected, pair.rejected_tokens), alpha, beta)
     return scaled_margin(chosen - rejected, beta, margin) - gamma
 
 

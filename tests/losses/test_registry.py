@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -45,34 +44,6 @@ def test_gradcheck(name: str, arguments: dict[str, Any]) -> None:
 
     assert losses(pair.chosen, pair.rejected).shape == (5,)
     assert torch.autograd.gradcheck(losses, (pair.chosen, pair.rejected))
-
-
-@PAIRED_VARIANTS
-def test_finite_at_extremes(name: str, arguments: dict[str, Any]) -> None:
-    """|logp| up to 1e4 of either sign, in fp32, on every combination of the four sums."""
-    values = (-1e4, -30.0, 0.0, 1e4)
-    grid = torch.tensor(list(itertools.product(values, repeat=4))).T  # (4, 256)
-    pairs = grid.shape[1]
-    chosen, rejected = (grid[i].clone().requires_grad_() for i in (0, 1))
-    uses_reference = LOSSES[name].uses_reference
-    pair = PairLogps(
-        chosen,
-        rejected,
-        torch.ones(pairs),
-        torch.full((pairs,), 7.0),
-        grid[2] if uses_reference else None,
-        grid[3] if uses_reference else None,
-    )
-    spread = {
-        key: value.float()[torch.arange(pairs) % len(value)] if isinstance(value, Tensor) else value
-        for key, value in arguments.items()
-    }
-    losses = row_losses(name, pair, spread)
-    assert losses.dtype == torch.float32
-    assert losses.isfinite().all()
-    losses.sum().backward()
-    assert chosen.grad is not None and chosen.grad.isfinite().all()
-    assert rejected.grad is None or rejected.grad.isfinite().all()  # None: sft looks at chosen alone
 
 
 def one_pair(pair: PairLogps, i: int) -> PairLogps:
