@@ -52,13 +52,13 @@ def best_target(lists: ListLogps) -> Tensor:
 def softmax_target(lists: ListLogps, temperature: float, *, normalize: bool = False) -> Tensor:
     """``(G, K)``: softmax(scores / temperature); with ``normalize`` of (r - mean) / (std + 1e-6) per group.
 
-    The standard deviation is the population's. Equal scores give the uniform distribution.
+    The standard deviation is the sample's, of n - 1. Equal scores give the uniform distribution.
     """
     scores, mask = lists.dense_scores, lists.mask
     if normalize:
         count = mask.sum(-1, keepdim=True).clamp(min=1)
         centred = (scores - scores.sum(-1, keepdim=True) / count).where(mask, 0)
-        scores = centred / ((centred**2).sum(-1, keepdim=True) / count).sqrt().add(1e-6)
+        scores = centred / ((centred**2).sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt().add(1e-6)
     return masked_log_softmax(scores / temperature, mask).exp().where(mask, 0)
 
 

@@ -23,10 +23,14 @@ from fastdpo.losses.list_scores import (
 from fastdpo.losses.ranges import NonNegative, Positive
 from fastdpo.losses.registry import BatchExample, preference_loss
 
+# The authors' recipe for rewards (yamls/reward_qlora.yaml and README of thu-ml/Noise-Contrastive-Alignment).
+AUTHORS_NCA = {"beta": 0.01, "score_temperature": 1e-4}
+
 
 @preference_loss(
     "infonca",
     paper="arXiv:2402.05369",
+    presets={"authors": AUTHORS_NCA},
     kind="listwise",
     inputs=ListLogps,
     needs=("scores",),
@@ -39,6 +43,8 @@ def infonca_loss(lists: ListLogps, *, beta: PerPair = 0.1, score_temperature: Po
 
     With beta 1, the proposal's log-probabilities as reference and its posterior's log-weights as scores
     it is the self-normalised KL divergence of posterior and policy (as in BRAIn), up to a constant.
+    ``infonca@authors`` has beta 0.01 and a temperature of 1e-4, as the authors' run on UltraFeedback (their
+    trainer's own default is 1e-3), which leaves the best answer alone with a share.
     """
     target = softmax_target(lists, score_temperature)
     return listwise_ce(column(beta) * lists.logratios, target, lists.mask)
@@ -47,6 +53,7 @@ def infonca_loss(lists: ListLogps, *, beta: PerPair = 0.1, score_temperature: Po
 @preference_loss(
     "nca",
     paper="arXiv:2402.05369",
+    presets={"authors": AUTHORS_NCA},
     kind="listwise",
     inputs=ListLogps,
     needs=("scores",),
@@ -57,7 +64,7 @@ def nca_loss(lists: ListLogps, *, beta: PerPair = 0.1, score_temperature: Positi
     """NCA for lists: raises each candidate's own likelihood ratio by its share of the scores.
 
     -sum_i [q_i ls(beta u_i) + ls(-beta u_i) / K], q = softmax(scores / temperature). Two candidates with
-    the target (1, 0) are ``nca_pair``.
+    the target (1, 0) are ``nca_pair``. ``nca@authors`` as of ``infonca``.
     """
     mask = lists.mask
     rewards = column(beta) * lists.logratios
@@ -86,8 +93,9 @@ def adpo_loss(
     """Anchored DPO (ADPO): KL of softmax((s - anchor) / tau) from the softmax of normalised scores.
 
     The anchor is the reference: a frozen model, the old policy, or an exponential average. Scores are
-    normalised per group to mean 0 and standard deviation 1 unless told not to; soft targets of one's own
-    are scores of log q with a temperature of 1. K = 2, a hard target and tau = 1 / beta is DPO.
+    normalised per group to mean 0 and a sample standard deviation of 1 (the authors' ``scale_rewards``;
+    theirs are only centred without it, which cancels here) unless told not to; soft targets of one's own are
+    scores of log q with a temperature of 1. K = 2, a hard target and tau = 1 / beta is DPO.
     """
     target = softmax_target(lists, score_temperature, normalize=normalize_scores)
     return listwise_ce(lists.logratios / tau, target, lists.mask) + entropy(target)

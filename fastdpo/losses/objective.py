@@ -6,7 +6,7 @@ with w the ``pair_weights`` and n_k the number of pairs, or of NLL tokens for a 
 ``token``: the batch's own, or ``num_pairs`` / ``num_tokens``, with which the losses of micro-batches
 add up to the mean over all of them exactly. For losses of another kind, read row for pair: an answer, a
 group, a sequence or a step. A loss with an NLL term of its own (``LossSpec.nll_weight``) is two terms
-here, itself and ``sft``.
+here, itself and its ``nll_term``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.losses.batches import ListLogps, UnpairedLogps
+from fastdpo.losses.batches import DivergencePairLogps, ListLogps, UnpairedLogps
 from fastdpo.losses.inputs import Batch, PairLogps, PerPair
 from fastdpo.losses.ranges import check_range
 from fastdpo.losses.registry import NLL_WEIGHT, PER_PAIR, RANGES, WIN_RATES, LossSpec, find_loss
@@ -187,11 +187,15 @@ class Objective:
         """Implicit rewards of the chosen and of the rejected answers, detached, ``(P,)`` each.
 
         beta times the log-ratio of the sums, as TRL's DPO trainer has it whatever the loss; for a first
-        loss that is reference-free and length-normalised (SimPO), beta times the per-token mean. beta is
+        loss that is reference-free and length-normalised (SimPO), beta times the per-token mean; with
+        divergences (TDPO) beta times the log-ratio and the divergence, as the authors' code has it. beta is
         the one given, else the default of the first named loss that has one.
         """
         lead, beta = self._lead()
         chosen, rejected = pair.chosen_logratios, pair.rejected_logratios
+        if isinstance(pair, DivergencePairLogps):
+            assert pair.chosen_kl is not None and pair.rejected_kl is not None  # ``check`` has seen them
+            chosen, rejected = chosen + pair.chosen_kl, rejected + pair.rejected_kl
         if lead.length_normalized and not lead.uses_reference:
             chosen = token_mean(pair.chosen, pair.chosen_tokens)
             rejected = token_mean(pair.rejected, pair.rejected_tokens)
@@ -236,7 +240,8 @@ def build_objective(
     """Check what a caller says about the loss and bind it; needs no batch, so mistakes show at once.
 
     Args:
-        loss_type: a name in ``LOSSES``, or several whose weighted sum is the loss.
+        loss_type: a name in ``LOSSES``, or several whose weighted sum is the loss; ``name@preset`` is one
+            with the defaults of one of its presets.
         loss_weights: one number per name; 1.0 each by default.
         beta: positive, a number or ``(P,)``; goes to every named loss that has one and scales the
             rewards. None: each loss's own default.
@@ -340,14 +345,13 @@ def _terms(
     arguments = _arguments(spec, options, per_pair)
     nll_weight = arguments.pop(NLL_WEIGHT, spec.nll_weight) if spec.nll_weight is not None else 0.0
     terms = [LossTerm(spec, weight, arguments)]
-    return [*terms, LossTerm(find_loss("sft"), weight * nll_weight, {})] if nll_weight else terms
+    return [*terms, LossTerm(find_loss(spec.nll_term), weight * nll_weight, {})] if nll_weight else terms
 
 
 def _arguments(spec: LossSpec, options: dict[str, Any], per_pair: dict[str, PerPair]) -> dict[str, Any]:
     """The keyword arguments of one loss out of what was given to all."""
-    arguments: dict[str, Any] = {
-        name: per_pair[name] for name in PER_PAIR if name in spec.per_pair & set(per_pair)
-    }
+    arguments: dict[str, Any] = dict(spec.preset)
+    arguments |= {name: per_pair[name] for name in PER_PAIR if name in spec.per_pair & set(per_pair)}
     for option in spec.options:
         if option.name in options:
             arguments[option.name] = option.convert(options[option.name])

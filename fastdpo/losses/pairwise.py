@@ -6,6 +6,7 @@ u is the log-ratio of an answer to the reference, D = u_w - u_l, h = beta D - ps
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Annotated
 
@@ -116,7 +117,8 @@ def ipo_loss(
     """IPO, (D - 1 / (2 beta))^2; D of per-token means (sums with ``length_normalize=False``).
 
     beta is the paper's tau. Per-token means are what TRL computes; the original DPO code has sums.
-    ``margin`` moves the target to (1/2 + psi) / beta.
+    ``margin`` moves the target to (1/2 + psi) / beta. With an f-divergence the link has its constant, f'(1)
+    = 0, which TRL leaves out: over answers of different length it does not cancel.
     """
     gap = linked_gap(
         pair,
@@ -178,7 +180,11 @@ def sigmoid_norm_loss(
     f_divergence_type: FDivergence = "reverse_kl",
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
 ) -> Tensor:
-    """Length-normalised DPO: log-ratios per token. Wants a larger beta, 2 to 10."""
+    """Length-normalised DPO: log-ratios per token. Wants a larger beta, 2 to 10.
+
+    With an f-divergence the link has its constant, f'(1) = 0, which TRL leaves out: over answers of different
+    length it does not cancel.
+    """
     preferred = preferred_probability(label_smoothing, soft_labels)
     gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta, length_normalize=True)
     return margin_loss(scaled_margin(gap, beta, margin), logistic, preferred)
@@ -188,6 +194,7 @@ def sigmoid_norm_loss(
     "exo_pair",
     paper="arXiv:2402.00856 eq. 16",
     shift_invariant=True,
+    presets={"authors": {"beta": 0.5, "label_smoothing": math.exp(-10)}},
     # Q = sigmoid(0.2): Q (log Q - log 0.999) + (1 - Q) (log(1 - Q) - log 0.001)
     example=replace(_PAIR, loss=2.4220146207),
 )
@@ -202,8 +209,9 @@ def exo_pair_loss(
 ) -> Tensor:
     """EXO with two answers: reverse KL of the policy's choice to the label smoothed by eps.
 
-    KL(Bernoulli(sigmoid(h)) || Bernoulli(1 - eps)); eps must be positive. Its minimum, 0, lies at
-    sigmoid(h) = 1 - eps.
+    KL(Bernoulli(sigmoid(h)) || Bernoulli(1 - eps)); eps must be positive. Its minimum, 0, lies at sigmoid(h)
+    = 1 - eps. ``exo_pair@authors`` has eps = e^-10 and beta 0.5, as the authors' code and most of its
+    scripts; the default eps is TRL's.
     """
     gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta)
     return exo(scaled_margin(gap, beta, margin), label_smoothing)

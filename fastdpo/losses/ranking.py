@@ -128,8 +128,10 @@ def rrhf_loss(
     """RRHF: hinge without a margin on every pair ranked the wrong way round, and NLL of the best.
 
     rank_weight * sum_(r_i < r_j) relu(pi_i - pi_j) + NLL(best), pi = s / |y|^length_power. The NLL is a sum
-    over tokens (the paper); with ``mean_nll`` a mean, for which the authors' code has rank_weight 100.
-    Equally good best candidates share the NLL.
+    over tokens (the paper); with ``mean_nll`` the mean over the answer's. The authors' code has a mean over
+    all positions of the padded batch, prompt and padding counted as 0, so that its size depends on the rows
+    beside; its rank weight is 1 in every script (100 is the unused default of its argument). Equally good
+    best candidates share the NLL, where theirs takes the first.
     """
     sums, tokens = lists.logratios, lists.dense(lists.tokens)
     scaled = sums / tokens.clamp(min=1) ** length_power

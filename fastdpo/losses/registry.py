@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -46,6 +46,7 @@ SCOPES = ("token", "pair", "batch", "global")
 KINDS = ("paired", "unpaired", "listwise", "token")
 
 NLL_WEIGHT = "nll_weight"  # the option of every loss that comes with an NLL term
+PRESET = "@"  # between a loss and one of its presets, where it is named
 
 
 # Legal numbers of what comes with a row, whatever the loss.
@@ -129,6 +130,9 @@ class LossSpec:
     reads_nll: bool = False
     ranges: Mapping[str, Interval] = field(default_factory=dict)
     counted: Callable[[Any], Tensor] | None = None
+    nll_term: str = "sft"
+    presets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    preset: Mapping[str, float] = field(default_factory=dict)  # the one it was named with
 
     @property
     def is_nll(self) -> bool:
@@ -168,6 +172,8 @@ def preference_loss(
     reads_nll: bool = False,
     ranges: Mapping[str, Interval] | None = None,
     counted: Callable[[Any], Tensor] | None = None,
+    nll_term: str = "sft",
+    presets: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Callable[[Loss], Loss]:
     """Register the decorated function as a loss; it stays an ordinary function.
 
@@ -190,7 +196,7 @@ def preference_loss(
         kind: one of ``KINDS``; losses of different kinds do not mix.
         inputs: the dataclass the function takes.
         nll_weight: the default weight of an NLL term beside the function, which does not see it: the loss
-            gets an option of this name, and ``build_objective`` adds ``sft`` with that weight.
+            gets an option of this name, and ``build_objective`` adds ``nll_term`` with that weight.
         needs: those of the ``extras`` of its ``inputs`` without which it cannot be computed; the others are
             refused.
         reads_nll: whether it is a function of ``PairLogps.nll`` and ``nll_count`` alone (every loss of scope
@@ -199,6 +205,9 @@ def preference_loss(
             Refused where numbers are read (rows of data, tensors on the CPU); on a device the function has to
             make such a row NaN.
         counted: bool per row: what the mean is over, beside the rows that have a token. None: all of these.
+        nll_term: the loss that is its NLL term: ``sft``, a mean over tokens, or one of ``reads_nll``.
+        presets: other defaults than those of the parameters: preset -> parameter -> number. ``name@preset``
+            is the loss with these.
 
     Raises:
         ValueError: a name that is taken, an unknown scope or kind, a parameter without a usable default.
@@ -231,6 +240,8 @@ def preference_loss(
             reads_nll=reads_nll,
             ranges=ranges or {},
             counted=counted,
+            nll_term=nll_term,
+            presets=presets or {},
         )
         return function
 
@@ -273,13 +284,29 @@ def _keyword_only(name: str, function: Callable[..., Tensor]) -> dict[str, LossO
 
 
 def find_loss(name: str) -> LossSpec:
-    """The loss of that name or alias. Raises ValueError naming the known ones and the nearest."""
+    """The loss of that name or alias, or ``name@preset``.
+
+    Raises:
+        ValueError: there is none: names the known ones and the nearest.
+    """
+    plain, _, preset = name.partition(PRESET) if isinstance(name, str) else (name, "", "")
     for spec in LOSSES.values():
-        if name == spec.name or name in spec.aliases:
-            return spec
+        if plain == spec.name or plain in spec.aliases:
+            return spec if plain == name else _with_preset(spec, preset)
     near = difflib.get_close_matches(str(name), list(LOSSES), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"loss_type: got {name!r}, wanted one of {', '.join(sorted(LOSSES))}{hint}")
+
+
+def _with_preset(spec: LossSpec, preset: str) -> LossSpec:
+    """The loss with the defaults of one of its presets."""
+    if preset not in spec.presets:
+        wanted = ", ".join(f"{spec.name}{PRESET}{name}" for name in spec.presets) or spec.name
+        raise ValueError(f"loss_type: got {spec.name}{PRESET}{preset}, wanted {wanted}")
+    values = spec.presets[preset]
+    options = tuple(replace(item, default=values.get(item.name, item.default)) for item in spec.options)
+    beta = values.get("beta", spec.default_beta)
+    return replace(spec, options=options, default_beta=beta, preset=values)
 
 
 def loss_options(inputs: type = PairLogps) -> dict[str, dict[str, LossOption]]:
@@ -300,6 +327,9 @@ def losses_table() -> str:
     for spec in sorted(LOSSES.values(), key=lambda spec: KINDS.index(spec.kind)):
         defaults = [] if spec.default_beta is None else [f"`beta={spec.default_beta:g}`"]
         defaults += [f"`{option.name}={option.default}`" for option in spec.options]
+        for preset, values in spec.presets.items():
+            said = ", ".join(f"`{key}={value:.3g}`" for key, value in values.items())
+            defaults.append(f"`{spec.name}{PRESET}{preset}`: {said}")
         cells = (
             f"`{spec.name}`" + "".join(f" (`{alias}`)" for alias in spec.aliases),
             spec.summary,

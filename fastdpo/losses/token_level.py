@@ -173,8 +173,9 @@ def _two_tokens() -> TokenDivergences:
     paper="arXiv:2503.02832",
     kind="token",
     inputs=TokenDivergences,
-    # 0.5 * 0.1 / 0.05 + 0.25 * 0.1 / 0.025
-    example=BatchExample(2.0, _two_tokens, {"beta2": 0.25}),
+    length_normalized=True,
+    # (0.5 * 0.1 / 0.05 + 0.25 * 0.1 / 0.025) / 2
+    example=BatchExample(1.0, _two_tokens, {"beta2": 0.25}),
 )
 def aligndistil_loss(
     tokens: TokenDivergences,
@@ -182,13 +183,14 @@ def aligndistil_loss(
     beta: PerPair = 0.1,
     beta2: Positive = 10.0,
     teacher_mode: TeacherMode = "aligndistil",
-    length_normalize: bool = False,
+    length_normalize: bool = True,
 ) -> Tensor:
     """AlignDistil: the KL divergence from a teacher made of two, each token with its own scale.
 
-    sum_t scale_t KL(pi || teacher_t). Teacher and scale are ``aligndistil_teacher``'s: the divergences must
-    be from the teacher of the same ``teacher_mode`` and betas (``aligndistil_coefficients``). Off-policy on
-    chosen answers only, or on samples.
+    The mean over an answer's tokens of scale_t KL(pi || teacher_t), as both launch scripts of the authors
+    have it; their sum, the paper's, with ``length_normalize=False``. Teacher and scale are
+    ``aligndistil_teacher``'s: the divergences must be from the teacher of the same ``teacher_mode`` and
+    betas (``aligndistil_coefficients``). Off-policy on chosen answers only, or on samples.
     """
     if tokens.l1_distance is None:
         raise ValueError("l1_distance: got None, wanted a value for aligndistil")

@@ -167,6 +167,17 @@ def test_adpo_is_zero_with_zero_gradient_where_q_is_p() -> None:
     torch.testing.assert_close(losses("adpo", scaled), losses("adpo", lists), rtol=1e-4, atol=1e-6)
 
 
+def test_adpo_normalises_by_the_sample() -> None:
+    """The deviation of n - 1, as torch.std has it."""
+    lists = random_batch(LOSSES["adpo"])
+    for i in (0, 2, 3):
+        keep = lists.group_ids == i
+        scores, u = lists.scores[keep], (lists.logps - lists.ref_logps)[keep]
+        q = ((scores - scores.mean()) / scores.std() / 0.5).softmax(0)
+        want = (q * (q.log() - u.log_softmax(0))).sum()
+        torch.testing.assert_close(losses("adpo", lists)[i], want, rtol=1e-5, atol=1e-6)
+
+
 def test_in_context_ranking() -> None:
     pair = random_pair()
     # n = 2 with w_2 = 0: (w_1 / 2) DPO, w_1 = (2^1 - 1) / log2(2) = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo.losses import LOSSES, Example, PairLogps, find_loss, loss_options, losses_table, preference_loss
+from fastdpo.losses import (
+    LOSSES,
+    Example,
+    PairLogps,
+    build_objective,
+    find_loss,
+    loss_options,
+    losses_table,
+    preference_loss,
+)
 from tests.losses.common import (
     ALL_LOSSES,
     COMPANIONS,
@@ -168,6 +178,29 @@ def own_losses() -> Iterator[None]:
     yield
     LOSSES.clear()
     LOSSES.update(before)
+
+
+def test_presets_are_other_defaults() -> None:
+    pair = random_pair()
+    spec = find_loss("exo_pair@authors")
+    assert spec.name == "exo_pair" and spec.default_beta == 0.5
+    assert {o.name: o.default for o in spec.options}["label_smoothing"] == pytest.approx(4.54e-5, rel=1e-3)
+    same = {"beta": 0.5, "label_smoothing": math.exp(-10)}
+    assert torch.equal(mean_loss("exo_pair@authors", pair), mean_loss("exo_pair", pair, **same))
+    moved = mean_loss("exo_pair@authors", pair, label_smoothing=0.1)
+    assert torch.equal(moved, mean_loss("exo_pair", pair, beta=0.5, label_smoothing=0.1))
+    for beta, given in ((2.0, {"beta": 2.0}), (0.5, {})):
+        rewards = build_objective("exo_pair@authors", **given).rewards(pair)
+        assert torch.equal(rewards[0], beta * pair.chosen_logratios.detach())
+    for name, loss in LOSSES.items():
+        names = {option.name for option in loss.options} | {"beta"}
+        for preset, values in loss.presets.items():
+            assert values.keys() <= names, f"{name}@{preset}"
+            build_objective(f"{name}@{preset}", **values)  # in range
+    with pytest.raises(ValueError, match="loss_type: got nca@mine, wanted nca@authors"):
+        find_loss("nca@mine")
+    with pytest.raises(ValueError, match="loss_type: got hinge@authors, wanted hinge"):
+        find_loss("hinge@authors")
 
 
 EXAMPLE = Example(1.0, chosen=-1.0, rejected=-2.0)
