@@ -24,7 +24,7 @@ LAYERS = (
     {"losses"},
     {"batch"},
     {"pair_loss", "preference_rows", "functional_checks"},
-    {"functional", "preference_loss"},
+    {"functional", "functional_rows"},
     {"integrations"},
     {"doctor_plan"},
     {"doctor_model"},
@@ -66,7 +66,7 @@ LIBRARIES = {
     "preference_rows": set(),
     "functional_checks": set(),
     "functional": set(),
-    "preference_loss": set(),
+    "functional_rows": set(),
     "testing": set(),
 }
 

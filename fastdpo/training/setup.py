@@ -15,9 +15,11 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from fastdpo.integrations.virtual_tokens import has_prefix
+from fastdpo.losses.ranges import FINITE, PROBABILITY, check_range
+from fastdpo.losses.registry import RANGES
 from fastdpo.training.answer_encode import AnswerOptions, encode_answers
 from fastdpo.training.answer_reference import reference_columns
-from fastdpo.training.answers import REFERENCE, AnswerDataset
+from fastdpo.training.answers import REFERENCE, AnswerDataset, Ragged
 from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
 from fastdpo.training.checkpointing import recomputes_activations
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
@@ -34,6 +36,7 @@ from fastdpo.training.encode import encode_rows
 from fastdpo.training.kinds import list_size
 from fastdpo.training.nll_settings import check_gold, gold_column
 from fastdpo.training.reference import check_weighted_reference, disable_dropout, is_adapter_model
+from fastdpo.training.scores import ONE_LEVEL, ScoreRules
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +165,7 @@ def answer_options(args: PreferenceConfig) -> AnswerOptions:
     needs = {name for spec in args.losses for name in spec.needs}
     assert args.data_kind is not None
     return AnswerOptions(
-        args.data_kind, list_size(args.losses), has_scores="scores" in needs, has_mismatched="kl" in needs
+        args.data_kind, list_size(args.losses), ScoreRules.of(args.losses), has_mismatched="kl" in needs
     )
 
 
@@ -195,23 +198,32 @@ def check_pairs(dataset: RowDataset, args: PreferenceConfig) -> None:
             raise ValueError(
                 f"{column}: the tokenised pairs carry {sorted(dataset.columns)}, wanted {name!r} too"
             )
+        if name in dataset.columns:
+            check_range(f"dataset: {name}", dataset.columns[name], RANGES[name])
     check_weighted_reference(dataset, args)
 
 
 def _check_answers(dataset: AnswerDataset, args: PreferenceConfig) -> None:
     options = answer_options(args)
     names = {"unpaired": ("is_desirable",), "steps": ("advantages",), "samples": ("win_rates",)}
-    needed = [*names.get(options.kind.name, ("scores",) if options.has_scores else ())]
+    needed = [*names.get(options.kind.name, ("scores",) if options.scores is not None else ())]
     needed += ["pair_weights"] if args.pair_weight_column else []
     for name in needed:
         if name not in dataset.numbers:
             raise ValueError(
                 f"dataset: the tokenised rows carry {sorted(dataset.numbers)}, wanted {name!r} too"
             )
-    if "scores" in dataset.numbers and not options.has_scores:
+    if "scores" in dataset.numbers and options.scores is None:
         raise ValueError(
             f"dataset: the tokenised rows carry scores, which {', '.join(args.loss_type)} does not use"
         )
+    legal = {"win_rates": PROBABILITY, "advantages": FINITE, "scores": FINITE, **RANGES}
+    for name, values in dataset.numbers.items():
+        if name in legal:
+            numbers = values.values if isinstance(values, Ragged) else values
+            check_range(f"dataset: {name}", numbers, legal[name])
+    if options.scores is not None:
+        _check_scores(dataset, options.scores)
     is_part = REFERENCE in dataset.numbers and not dataset.has_reference
     if is_part and dataset.has_mismatched and args.reference == "auto":
         raise ValueError(
@@ -222,6 +234,20 @@ def _check_answers(dataset: AnswerDataset, args: PreferenceConfig) -> None:
     if dataset.has_mismatched != options.has_mismatched:
         got, wanted = ("with", "without") if dataset.has_mismatched else ("without", "with")
         raise ValueError(f"dataset: got rows {got} mismatched answers, wanted them {wanted}")
+
+
+def _check_scores(dataset: AnswerDataset, rules: ScoreRules) -> None:
+    """Raise ValueError for tokenised rows with scores that losses would misread, or learn nothing from."""
+    scores = dataset.numbers["scores"]
+    if rules == ScoreRules() or not isinstance(scores, Ragged):
+        return
+    flat = []
+    for index, row in enumerate(dataset.rows.tolist()):
+        rules.check(scores[index].tolist(), "scores", f"dataset, row {row}")
+        if rules.problem(scores[index].tolist()) is not None:
+            flat.append(row)
+    if flat:
+        raise ValueError(f"dataset: got {ONE_LEVEL} in {row_list(flat)}, wanted such rows left out")
 
 
 def check_machine(args: PreferenceConfig, *, is_sharded: bool) -> None:
