@@ -59,6 +59,7 @@ from fastdpo.ops.paired_loss import paired_loss
 from fastdpo.pair_loss import (
     LOSS_KEY,
     METRIC_STATISTICS,
+    answer_weights,
     given_reference,
     loss_output,
     pack_objective,
@@ -201,7 +202,7 @@ def fused_dpo_loss(
         tokens = labelled_tokens(per_token, nll_labels, layout, shift=shift, ignore_index=ignore_index)
         if token_weights is not None and shift:
             token_weights = next_token(token_weights, 0, layout)
-    weights = None if token_weights is None else tokens.pick(token_weights)
+    weights = answer_weights(token_weights, tokens)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     reference = given_reference(ref_logps, tokens, weights, combination, dtype)
     ref_head = reference_head(head, ref_hidden, ref_lm_head)
@@ -292,7 +293,7 @@ def dpo_loss_from_logps(
     else:
         assert mask is not None
         tokens = all_tokens(mask, nll_mask, layout)
-    weights = None if token_weights is None else tokens.pick(token_weights)
+    weights = answer_weights(token_weights, tokens)
     token = LinearLogprobOutput(
         tokens.pick(logps),
         **{

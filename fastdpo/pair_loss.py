@@ -45,6 +45,14 @@ def answer_lengths(tokens: AnswerTokens, where: Tensor | None, dtype: torch.dtyp
     return answer_sums(where.to(dtype), tokens, None)
 
 
+def answer_weights(token_weights: Tensor | None, tokens: AnswerTokens) -> Tensor | None:
+    """``(N,)`` in pair order; 0 for tokens of no answer, where the caller's may be NaN."""
+    if token_weights is None:
+        return None
+    weights = tokens.pick(token_weights)
+    return weights if tokens.in_answer is None else weights.where(tokens.in_answer, 0)
+
+
 @torch.no_grad()
 def given_reference(
     ref_logps: Tensor | None,
@@ -236,7 +244,11 @@ def _sigmoid_of_group(
         )
     arguments: dict[str, Any] = dict(objective.terms[0].arguments)
     if "pair_weights" in objective.per_pair:
-        arguments["pair_weights"] = objective.per_pair["pair_weights"]
+        weights = objective.per_pair["pair_weights"]
+        if isinstance(weights, Tensor) and ref_logps is not None:
+            # A pair that counts nowhere may have a reference that is NaN.
+            ref_logps = ref_logps.where(weights != 0, 0)
+        arguments["pair_weights"] = weights
     result = sigmoid_pairs(
         logps,
         tokens.offsets,

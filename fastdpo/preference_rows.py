@@ -80,8 +80,10 @@ class RowSums:
         return self.plain(self.weighted(values))
 
     def weighted(self, values: Tensor) -> Tensor:
-        """Per token, times the weights where there are any."""
-        return values if self.token_weights is None else values * self.token_weights.to(values.dtype)
+        """Per token, times the weights where there are any; these may be NaN where masked away."""
+        if self.token_weights is None:
+            return values
+        return values * self.token_weights.to(values.dtype).where(self.mask, 0)
 
     def plain(self, values: Tensor) -> Tensor:
         """``(rows,)`` sums, whatever the weights of the log-probabilities."""

@@ -6,7 +6,7 @@ with w the ``pair_weights`` and n_k the number of pairs, or of NLL tokens for a 
 ``token``: the batch's own, or ``num_pairs`` / ``num_tokens``, with which the losses of micro-batches
 add up to the mean over all of them exactly. For losses of another kind, read row for pair: an answer, a
 group, a sequence or a step. A loss with an NLL term of its own (``LossSpec.nll_weight``) is two terms
-here, itself and ``sft``.
+here, itself and its ``nll_term``.
 """
 
 from __future__ import annotations
@@ -19,20 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.losses.batches import ListLogps, UnpairedLogps
-from fastdpo.losses.inputs import Batch, PairLogps, PerPair, can_be_read
-from fastdpo.losses.registry import NLL_WEIGHT, PER_PAIR, WIN_RATES, Interval, LossSpec, find_loss
+from fastdpo.losses.batches import DivergencePairLogps, ListLogps, UnpairedLogps
+from fastdpo.losses.inputs import Batch, PairLogps, PerPair
+from fastdpo.losses.ranges import check_range
+from fastdpo.losses.registry import NLL_WEIGHT, PER_PAIR, RANGES, WIN_RATES, LossSpec, find_loss
 from fastdpo.losses.stable import masked_sum, token_mean
 
 DEFAULT_BETA = 0.1  # scales the reported rewards where no named loss has a beta
-
-_RANGES = {
-    "beta": Interval(0.0, includes_low=False),
-    "margin": Interval(),
-    "soft_labels": Interval(0.0, 1.0, includes_high=True),
-    "pair_weights": Interval(0.0),
-    **{name: Interval(0.0, 1.0, includes_high=True) for name in WIN_RATES},
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +124,9 @@ class Objective:
             if getattr(batch, name, None) is not None and not self._takes(name):
                 raise ValueError(f"{name}: got a value, wanted None for {self._names()}")
         batch.check()
+        for term in self.terms:
+            for name, legal in term.spec.ranges.items():
+                check_range(f"{name} of {term.spec.name}", getattr(batch, name), legal)
         self._check_per_pair(batch.num_rows, batch.logps_like.device)
 
     def _takes(self, name: str) -> bool:
@@ -155,12 +151,7 @@ class Objective:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted a number or ({num_pairs},)")
             if value.device != device:
                 raise ValueError(f"{name}: got {value.device}, wanted {device}, the device of the batch")
-            if can_be_read(value):
-                bad = [
-                    number for number in value.detach().reshape(-1).tolist() if number not in _RANGES[name]
-                ]
-                if bad:
-                    raise ValueError(f"{name}: got {bad[0]!r} among them, wanted each {_RANGES[name]}")
+            check_range(name, value, RANGES[name])
 
     def loss(self, pair: Batch) -> Tensor:
         """The weighted sum of the named losses' means, ``()`` in the dtype of the log-probabilities.
@@ -171,29 +162,40 @@ class Objective:
 
     def total(self, pair: Batch) -> Tensor:
         """``loss`` before it is rounded, in fp64: shares of a batch add up to the whole of it."""
-        first, *others = (term.weight * self._mean(term, pair) for term in self.terms)
+        # One of weight 0 is left out: it need not be finite.
+        terms = [term for term in self.terms if term.weight != 0] or self.terms
+        first, *others = (term.weight * self._mean(term, pair) for term in terms)
         return sum(others, first)
 
     def _mean(self, term: LossTerm, pair: Batch) -> Tensor:
         """One loss summed over the batch in fp64 and divided by what its scope asks for."""
-        seen = pair if term.spec.uses_reference else pair.without_reference()
-        losses = self.per_pair.get("pair_weights", 1.0) * term.spec.function(seen, **term.arguments)  # (P,)
         if term.spec.scope == "token":
             assert isinstance(pair, PairLogps)  # build_objective mixes no kinds, and sft is the only one
             counts, divisor = pair.nll_count, self.num_tokens
         else:
-            counts, divisor = pair.is_scored, self.num_pairs
-        return masked_sum(losses, counts > 0) / (counts.sum().clamp(min=1) if divisor is None else divisor)
+            counted = term.spec.counted
+            counts = pair.is_scored if counted is None else pair.is_scored & counted(pair)
+            divisor = self.num_pairs
+        # What does not count is taken out before the loss sees it: behind it, 0 times a NaN would be NaN.
+        weights = self.per_pair.get("pair_weights", 1.0)
+        keep = (counts > 0) & (weights != 0)
+        seen = (pair if term.spec.uses_reference else pair.without_reference()).emptied(keep)
+        losses = weights * term.spec.function(seen, **_of_rows(term.arguments, keep))  # (P,)
+        return masked_sum(losses, keep) / (counts.sum().clamp(min=1) if divisor is None else divisor)
 
     def rewards(self, pair: PairLogps) -> tuple[Tensor, Tensor]:
         """Implicit rewards of the chosen and of the rejected answers, detached, ``(P,)`` each.
 
         beta times the log-ratio of the sums, as TRL's DPO trainer has it whatever the loss; for a first
-        loss that is reference-free and length-normalised (SimPO), beta times the per-token mean. beta is
+        loss that is reference-free and length-normalised (SimPO), beta times the per-token mean; with
+        divergences (TDPO) beta times the log-ratio and the divergence, as the authors' code has it. beta is
         the one given, else the default of the first named loss that has one.
         """
         lead, beta = self._lead()
         chosen, rejected = pair.chosen_logratios, pair.rejected_logratios
+        if isinstance(pair, DivergencePairLogps):
+            assert pair.chosen_kl is not None and pair.rejected_kl is not None  # ``check`` has seen them
+            chosen, rejected = chosen + pair.chosen_kl, rejected + pair.rejected_kl
         if lead.length_normalized and not lead.uses_reference:
             chosen = token_mean(pair.chosen, pair.chosen_tokens)
             rejected = token_mean(pair.rejected, pair.rejected_tokens)
@@ -238,7 +240,8 @@ def build_objective(
     """Check what a caller says about the loss and bind it; needs no batch, so mistakes show at once.
 
     Args:
-        loss_type: a name in ``LOSSES``, or several whose weighted sum is the loss.
+        loss_type: a name in ``LOSSES``, or several whose weighted sum is the loss; ``name@preset`` is one
+            with the defaults of one of its presets.
         loss_weights: one number per name; 1.0 each by default.
         beta: positive, a number or ``(P,)``; goes to every named loss that has one and scales the
             rewards. None: each loss's own default.
@@ -284,6 +287,14 @@ def build_objective(
     )
     _check_counts(objective.terms, num_pairs, num_tokens)
     return objective
+
+
+def _of_rows(arguments: dict[str, Any], keep: Tensor) -> dict[str, Any]:
+    """Arguments per row, with a 1 (which all of them may be) for rows that do not count."""
+    return {
+        name: value.where(keep, 1) if isinstance(value, Tensor) and value.dim() == 1 else value
+        for name, value in arguments.items()
+    }
 
 
 def _check_win_rates(per_pair: dict[str, PerPair]) -> None:
@@ -334,14 +345,13 @@ def _terms(
     arguments = _arguments(spec, options, per_pair)
     nll_weight = arguments.pop(NLL_WEIGHT, spec.nll_weight) if spec.nll_weight is not None else 0.0
     terms = [LossTerm(spec, weight, arguments)]
-    return [*terms, LossTerm(find_loss("sft"), weight * nll_weight, {})] if nll_weight else terms
+    return [*terms, LossTerm(find_loss(spec.nll_term), weight * nll_weight, {})] if nll_weight else terms
 
 
 def _arguments(spec: LossSpec, options: dict[str, Any], per_pair: dict[str, PerPair]) -> dict[str, Any]:
     """The keyword arguments of one loss out of what was given to all."""
-    arguments: dict[str, Any] = {
-        name: per_pair[name] for name in PER_PAIR if name in spec.per_pair & set(per_pair)
-    }
+    arguments: dict[str, Any] = dict(spec.preset)
+    arguments |= {name: per_pair[name] for name in PER_PAIR if name in spec.per_pair & set(per_pair)}
     for option in spec.options:
         if option.name in options:
             arguments[option.name] = option.convert(options[option.name])
@@ -367,8 +377,8 @@ def _check_per_pair(name: str, value: Any) -> PerPair:
         return value
     if not _is_number(value):
         raise ValueError(f"{name}: got {value!r}, wanted a number or a (P,) tensor")
-    if value not in _RANGES[name]:
-        raise ValueError(f"{name}: got {value!r}, wanted {_RANGES[name]}")
+    if value not in RANGES[name]:
+        raise ValueError(f"{name}: got {value!r}, wanted {RANGES[name]}")
     return float(value)
 
 

@@ -1,7 +1,7 @@
 """Pairwise losses without a reference: on log-probabilities themselves, often with an NLL term.
 
-An NLL term is the registry's ``sft``, a mean over tokens, added by ``build_objective`` with the weight
-``nll_weight``; the functions here are the part that compares two answers.
+An NLL term is the registry's ``sft``, a mean over tokens, or another ``nll_term``, which ``build_objective``
+adds with the weight ``nll_weight``; the functions here are the part that compares two answers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from fastdpo.losses.heads import (
     scaled_margin,
 )
 from fastdpo.losses.inputs import PairLogps, PerPair
-from fastdpo.losses.registry import Example, FlipProbability, NonNegative, preference_loss
+from fastdpo.losses.ranges import FlipProbability, NonNegative
+from fastdpo.losses.registry import Example, preference_loss
 from fastdpo.losses.stable import token_mean
 
 # s_w = -12 over 2 tokens, s_l = -15 over 4: D = 3, the means are -6 and -3.75, the NLL is 12 / 2 = 6.
@@ -31,8 +32,8 @@ def _mean_margin(
     pair: PairLogps, beta: PerPair, margin: PerPair | None, gamma: float, alpha: float = 0.0
 ) -> Tensor:
     """beta (R(mean_w) - R(mean_l)) - gamma - psi, R being AlphaPO's shape."""
-    chosen = alpha_reward(token_mean(pair.chosen, pair.chosen_tokens), alpha)
-    rejected = alpha_reward(token_mean(pair.rejected, pair.rejected_tokens), alpha)
+    chosen = alpha_reward(token_mean(pair.chosen, pair.chosen_tokens), alpha, beta)
+    rejected = alpha_reward(token_mean(pair.rejected, pair.rejected_tokens), alpha, beta)
     return scaled_margin(chosen - rejected, beta, margin) - gamma
 
 
@@ -188,13 +189,15 @@ def orpo_loss(
     paper="arXiv:2305.10425",
     uses_reference=False,
     nll_weight=0.1,
-    # relu(1 - 0.5) + 0.1 * 3 / 3
-    example=Example(0.6, chosen=-3.0, rejected=-3.5, chosen_tokens=3),
+    nll_term="sft_sum",
+    # relu(1 - 0.5) + 0.1 * 3
+    example=Example(0.8, chosen=-3.0, rejected=-3.5, chosen_tokens=3),
 )
 def slic_loss(pair: PairLogps, *, margin: PerPair | None = None, delta: NonNegative = 1.0) -> Tensor:
     """SLiC-HF: hinge on the gap of log-probabilities, relu(delta - (s_w - s_l)), and an NLL term.
 
-    The NLL stands for the regulariser towards the SFT target. ``margin`` adds to ``delta`` per pair.
+    The NLL stands for the regulariser towards the SFT target: of the chosen answer as a whole, as the gap is
+    of whole answers (``sft_sum``; in HALOs ``lambda_coef``). ``margin`` adds to ``delta`` per pair.
     """
     return rank_hinge(pair.chosen, pair.rejected, delta if margin is None else delta + margin)
 
@@ -228,3 +231,18 @@ def sft_mean_loss(pair: PairLogps) -> Tensor:
     Every answer counts alike, where ``sft`` counts every token alike (as TRL does).
     """
     return token_mean(pair.nll, pair.nll_count)
+
+
+@preference_loss(
+    "sft_sum",
+    paper="arXiv:2305.10425 (the term of SLiC)",
+    uses_reference=False,
+    reads_nll=True,
+    example=Example(12.0, chosen=-12.0, rejected=-15.0, chosen_tokens=3),
+)
+def sft_sum_loss(pair: PairLogps) -> Tensor:
+    """Mean over pairs of the chosen answer's negative log-likelihood, summed over its tokens.
+
+    A longer answer weighs more, by its length: beside losses of whole answers.
+    """
+    return pair.nll

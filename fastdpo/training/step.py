@@ -96,7 +96,7 @@ def batch_loss(
     is_gathered = args.gather_batch_losses and over_ranks
     tokens = loss_tokens(batch, nll_on_prompt=bool(args.nll_on_prompt))
     # Elsewhere the loss waits for log-probabilities: of all ranks, or for the step's beta or weights.
-    waits = is_gathered or args.use_weighting or args.dynamic_beta_options is not None
+    waits = is_gathered or args.use_weighting or args.dynamic_beta is not None
     if tokens.fit_the_head and not waits:
         arguments = _pair_arguments(batch, counts, args, StepValues())
         return fused_pair_loss(model, batch, **tokens.for_the_head(ref_logps), **arguments)
