@@ -26,7 +26,6 @@ def on_gpu(tensors: Operands) -> Operands:
 def test_numbers(backend: str, dtype: torch.dtype, mode: str) -> None:
     if reason := unavailable_reason(backend, CUDA):
         pytest.skip(reason)
-    torch.backends.cuda.matmul.allow_tf32 = False
     case = make_case(dtype=dtype, vocab=4001, hidden_size=80, device=CUDA, has_bias=False)
     tensors = on_gpu(operands(case, torch.float32))
     execution = Execution(mode=mode, backend=backend, workspace_mib=2)
