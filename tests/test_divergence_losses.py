@@ -24,6 +24,7 @@ from fastdpo.losses import build_objective
 from fastdpo.losses.token_batches import TokenDivergences
 from fastdpo.losses.token_level import TeacherMode, aligndistil_coefficients
 from fastdpo.testing import assert_close_to_fp64
+from fastdpo.testing.accuracy import logps_bound
 from tests.ops.test_gemm_passes import count_passes
 
 LENGTHS, H, V, IGNORED = (9, 5, 7, 8, 4, 9), 16, 53, -100
@@ -96,7 +97,7 @@ def test_tdpo(name: str, dtype: torch.dtype, is_packed: bool) -> None:
     truth, true_grads = dense_tdpo(pairs, name, torch.float64, weights)
     _, eager_grads = dense_tdpo(pairs, name, dtype, weights)
     # At most 8 tokens an answer, four sums of them: 32 errors of a log-probability at the most.
-    unit = {torch.bfloat16: 1e-4, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    unit = logps_bound(hidden.shape[-1], dtype)
     assert abs(out.loss.double().item() - truth.item()) < 32 * 0.4 * unit
     assert out.rewards is not None and out.rewards.shape == (2 * PAIRS,) and not out.rewards.requires_grad
     # As the authors log them: the divergence is part of an answer's value.
@@ -171,7 +172,7 @@ def test_aligndistil(mode: TeacherMode, dtype: torch.dtype, is_packed: bool) -> 
     _, eager_grads = dense_aligndistil(pairs, mode, dtype)
     # Each KL is right to the limit of a log-probability; the mean over the tokens is scaled by at most
     # 0.1 / w, w being at least 0.2 here (0.05 where it varies: the teachers are far apart).
-    unit = {torch.bfloat16: 1e-4, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    unit = logps_bound(hidden.shape[-1], dtype)
     assert abs(out.loss.double().item() - truth.item()) < 2 * unit
     for ours, want, plain in zip(grads, true_grads, eager_grads, strict=True):
         if dtype == torch.float64:

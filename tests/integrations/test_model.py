@@ -87,7 +87,7 @@ def test_statistics_equal_those_of_the_logits() -> None:
     for name, values in wanted.items():
         got = out[name]
         assert not got[~out.logps_mask].any(), name
-        # 1e-5 nats is the promise for fp32; logits here have a standard deviation of 3.
+        # 1e-5 nats: fp32 at this width; logits here have a standard deviation of 3.
         assert torch.allclose(got[:, 1:][mask].double(), values[mask].double(), rtol=0, atol=1e-5), name
     assert out.lse.dtype == torch.float32 and out.is_top1.dtype == torch.bool
 
@@ -138,7 +138,7 @@ def test_cached_prefix_is_continued(name: str) -> None:
     assert prefix.past_key_values is prefix.cache
     rest = model(input_ids=ids[:, 5:], labels=ids[:, 5:], **{name: prefix.cache}, return_logps=True).logps
     whole = model(input_ids=ids, labels=ids, return_logps=True).logps
-    assert torch.allclose(rest[:, 1:], whole[:, 6:], rtol=0, atol=1e-5)  # the promise for fp32
+    assert torch.allclose(rest[:, 1:], whole[:, 6:], rtol=0, atol=1e-5)  # fp32 at this width
 
 
 def test_a_recurrent_state_is_passed_through() -> None:
@@ -156,7 +156,7 @@ def test_packed_rows_equal_separate_ones() -> None:
     packed = model(input_ids=ids, position_ids=positions, labels=labels, return_logps=True).logps
     separate = fused(model).logps
     expected = torch.cat([row[:n] for row, n in zip(separate, lengths, strict=True)])[None]
-    assert torch.allclose(packed, expected, rtol=0, atol=1e-5)  # the promise for fp32
+    assert torch.allclose(packed, expected, rtol=0, atol=1e-5)  # fp32 at this width
 
 
 def test_everything_ignored_gives_zeros_and_a_connected_graph() -> None:
@@ -180,7 +180,7 @@ def test_options_of_patch_model_reach_the_op() -> None:
     expected = fused(patch_model(make_model())).logps
     assert torch.allclose(
         fused(model, labels=labels).logps, expected, rtol=0, atol=1e-5
-    )  # the promise for fp32
+    )  # fp32 at this width
     rounded = patch_model(make_model(), execution=Execution(compute_dtype=torch.bfloat16))
     assert not torch.allclose(fused(rounded).logps, expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="backend"):
@@ -322,7 +322,7 @@ def test_a_config_changed_after_patching_is_noticed() -> None:
     with pytest.raises(ValueError, match="changed; unpatch_model and patch_model again"):
         fused(model)
     uncapped = fused(patch_model(unpatch_model(model))).logps
-    assert torch.allclose(uncapped, plain_logps(model, BATCH), rtol=0, atol=1e-5)  # the promise for fp32
+    assert torch.allclose(uncapped, plain_logps(model, BATCH), rtol=0, atol=1e-5)  # fp32 at this width
 
 
 def test_an_unpatched_model_ignores_return_logps_and_the_check_says_so() -> None:
