@@ -102,6 +102,7 @@ bench-repeat: setup  ## whether two runs of one version agree within the stated 
 
 tables: setup  ## write the tables and plots of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m fastdpo.training.checks_page docs/data.md
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info fastdpo/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(BIN)/.built

@@ -128,7 +128,10 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
     arguments.check_there()
     adapter = arguments.adapter.peft_config()
     tokenizer = arguments.model.load_tokenizer()
-    _, train_pairs, eval_pairs = _load_pairs(arguments.data, tokenizer, arguments.config)
+    reads_reference = arguments.model.ref_model is None
+    _, train_pairs, eval_pairs = _load_pairs(
+        arguments.data, tokenizer, arguments.config, reads_reference=reads_reference
+    )
     loading = arguments.model.loading_options(adapted=arguments.is_adapted)
     # A revision is of the model that is trained.
     others = {name: value for name, value in loading.items() if name != "revision"}
@@ -161,7 +164,7 @@ def score(argv: Sequence[str]) -> None:
     _set_up_logging(config.process_index)
     arguments.check_there()
     tokenizer = arguments.model.load_tokenizer()
-    source, *data_sets = _load_pairs(arguments.data, tokenizer, config)
+    source, *data_sets = _load_pairs(arguments.data, tokenizer, config, reads_reference=False)
     loading = arguments.model.loading_options(adapted=arguments.is_adapted)
     if arguments.model.ref_model is not None:
         loading.pop("revision", None)
@@ -260,24 +263,27 @@ def _diagnose_run(argv: Sequence[str], *, debug: bool) -> int:
 
 
 def _load_pairs(
-    data: DataArguments, tokenizer: Any, config: PreferenceConfig
+    data: DataArguments, tokenizer: Any, config: PreferenceConfig, *, reads_reference: bool
 ) -> tuple[RowSource, RowDataset, RowDataset | None]:
     """The rows of ``--dataset``, and the pairs to train and to evaluate on."""
     from fastdpo.training.data import read_rows, split_pairs
     from fastdpo.training.setup import tokenized_pairs
 
     source = read_rows(data.dataset, split=data.dataset_split)
-    pairs = tokenized_pairs(source, tokenizer, config)
+    pairs = tokenized_pairs(source, tokenizer, config, reads_reference=reads_reference)
     if data.eval_dataset is not None:
         eval_rows = read_rows(data.eval_dataset, split=data.eval_dataset_split or "test")
-        return source, pairs, tokenized_pairs(eval_rows, tokenizer, config)
+        held_out = tokenized_pairs(eval_rows, tokenizer, config, reads_reference=reads_reference)
+        return source, pairs, held_out
     if data.held_out:
         return source, *split_pairs(pairs, data.held_out, seed=config.data_seed or config.seed)
     return source, pairs, None
 
 
 def _write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) -> int:
-    """Write the rows that were scored, in their order, each with its log-probabilities."""
+    """Write the rows that were scored, in their order, each with its log-probabilities and no others."""
+    from fastdpo.training.row_references import WRITTEN_COLUMNS
+
     scores: dict[int, dict[str, Any]] = {}
     for dataset in scored:
         for place, values in dataset.scores_by_row():
@@ -291,7 +297,8 @@ def _write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) -
     with partial_file.open("w", encoding="utf-8") as file:
         for number, row in source:
             if number in scores:
-                file.write(json.dumps({**row, **scores[number]}, ensure_ascii=False, default=str) + "\n")
+                kept = {name: value for name, value in row.items() if name not in WRITTEN_COLUMNS}
+                file.write(json.dumps({**kept, **scores[number]}, ensure_ascii=False, default=str) + "\n")
     partial_file.replace(path)
     return len(scores)
 

@@ -106,7 +106,7 @@ def test_a_preference_trainer(
     prompt, chosen, rejected = parts[longest].tolist()
     assert (
         data["longest pair"]
-        == f"number {longest}: prompt {prompt}, chosen {chosen}, rejected {rejected} tokens"
+        == f"row {longest + 1}: prompt {prompt}, chosen {chosen}, rejected {rejected} tokens"
     )
     tokens = int(parts[:, 1:].sum(1).topk(4).values.sum())
     assert data["largest batch"] == f"4 pairs, at most {tokens} labelled tokens"

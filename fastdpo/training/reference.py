@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from fastdpo.integrations.fused_output import HeadStates, Teachers
 from fastdpo.integrations.head_adapter import has_adapter
 from fastdpo.integrations.lm_head import head_module, unwrap
-from fastdpo.training.answers import REF_MISMATCHED
 from fastdpo.training.batches import Batch, completion_mask
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.data import LD_COLUMN, PreferenceDataset
+from fastdpo.training.data import PreferenceDataset
+from fastdpo.training.row_references import LD_COLUMN, REF_MISMATCHED
 from fastdpo.training.scoring import head_states, reference_values, sequence_logps
 from fastdpo.types import TeacherCombination
 

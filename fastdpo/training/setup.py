@@ -15,65 +15,70 @@ from transformers.trainer_utils import get_last_checkpoint
 from fastdpo.losses.ranges import FINITE, PROBABILITY, check_range
 from fastdpo.losses.registry import RANGES
 from fastdpo.training.answer_encode import AnswerOptions, encode_answers
-from fastdpo.training.answer_reference import reference_columns
-from fastdpo.training.answers import REFERENCE, AnswerDataset, Ragged
+from fastdpo.training.answers import AnswerDataset, Ragged
 from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
+from fastdpo.training.checks import CHECKS
+from fastdpo.training.columns import select_columns, survey
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
-from fastdpo.training.data import (
-    LD_COLUMN,
-    REF_COLUMNS,
-    PreferenceDataset,
-    RowSource,
-    read_rows,
-    row_list,
-)
+from fastdpo.training.data import PreferenceDataset, RowSource, read_rows
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.encode import encode_rows
 from fastdpo.training.kinds import list_size
 from fastdpo.training.nll_settings import check_gold, gold_column
 from fastdpo.training.reference import check_weighted_reference
-from fastdpo.training.scores import ONE_LEVEL, ScoreRules
+from fastdpo.training.report import row_list
+from fastdpo.training.row_references import REFERENCE, reference_columns
+from fastdpo.training.scores import ScoreRules
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_pairs(data: Any, tokenizer: Any, args: PreferenceConfig) -> RowDataset | None:
+def prepare_pairs(
+    data: Any, tokenizer: Any, args: PreferenceConfig, *, reads_reference: bool = True
+) -> RowDataset | None:
     """Tokenised pairs (or rows of the losses' kind) from whatever ``read_rows`` reads, or as they come."""
     if data is None or isinstance(data, PreferenceDataset | AnswerDataset):
         return data
     if tokenizer is None:
         raise ValueError("processing_class: got None, wanted the model's tokenizer")
-    return tokenized_pairs(read_rows(data), tokenizer, args)
+    return tokenized_pairs(read_rows(data), tokenizer, args, reads_reference=reads_reference)
 
 
-def tokenized_pairs(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> RowDataset:
-    """Tokenise rows as the settings say, and log what became of them."""
-    dataset = _encode(source, tokenizer, args)
+def tokenized_pairs(
+    source: RowSource, tokenizer: Any, args: PreferenceConfig, *, reads_reference: bool = True
+) -> RowDataset:
+    """Tokenise rows as the settings say, and log what became of them.
+
+    Args:
+        reads_reference: the reference's log-probabilities are taken from the rows, where they have some and
+            the settings let them; not where a model is given for it.
+    """
+    dataset = _encode(source, tokenizer, args, reads_reference)
     report = dataset.report
-    is_clean = not (report.skipped or report.merged or report.duplicates)
-    logger.log(logging.INFO if is_clean else logging.WARNING, "%s", report)
+    logger.log(logging.INFO if report.is_clean else logging.WARNING, "%s", report)
     return dataset
 
 
-def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> RowDataset:
+def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig, reads_reference: bool) -> RowDataset:
+    source = select_columns(source, args.column_names, args.ignore_columns or ())
+    found = survey(source)
+    wanted = None if args.data_kind is None else answer_options(args)
     options = args.encoding_options()
-
-    def has(names: tuple[str, ...]) -> bool:
-        """Whether the reference is to be read, and is there; losses with divergences have no use for it."""
-        reads = args.needs_reference and not args.needs_divergences
-        is_wanted = reads and args.reference in ("auto", "precomputed")
-        return is_wanted and len(source) > 0 and all(name in source.rows[0] for name in names)
-
-    if args.data_kind is not None:
-        wanted = answer_options(args)
-        names = reference_columns(has_mismatched=wanted.has_mismatched)
-        return encode_answers(source, tokenizer, options, replace(wanted, has_reference=has(names)))
-    columns = dict(options.columns)
-    if has(REF_COLUMNS):
-        names = (*REF_COLUMNS, *(LD_COLUMN for row in source.rows[:1] if LD_COLUMN in row))
-        columns |= {name: name for name in names}
-    options = replace(options, columns=columns, gold_column=gold_column(args, source.rows))
-    return encode_rows(source, tokenizer, options)
+    # Losses with divergences have no use for log-probabilities.
+    reads = reads_reference and args.needs_reference and not args.needs_divergences
+    if reads and args.reference in ("auto", "precomputed"):
+        columns = reference_columns(
+            found.filled,
+            is_pairs=wanted is None,
+            has_mismatched=wanted is not None and wanted.has_mismatched,
+            is_trusted=args.reference == "precomputed",
+            source=source.name,
+        )
+        options = replace(options, references=columns)
+    if wanted is not None:
+        return encode_answers(source, tokenizer, options, wanted, found)
+    options = replace(options, gold_column=gold_column(args, found.filled))
+    return encode_rows(source, tokenizer, options, found)
 
 
 def answer_options(args: PreferenceConfig) -> AnswerOptions:
@@ -160,10 +165,11 @@ def _check_scores(dataset: AnswerDataset, rules: ScoreRules) -> None:
     flat = []
     for index, row in enumerate(dataset.rows.tolist()):
         rules.check(scores[index].tolist(), "scores", f"dataset, row {row}")
-        if rules.problem(scores[index].tolist()) is not None:
+        if rules.are_one_level(scores[index].tolist()):
             flat.append(row)
     if flat:
-        raise ValueError(f"dataset: got {ONE_LEVEL} in {row_list(flat)}, wanted such rows left out")
+        got = f"{CHECKS['one_level'].message} in {row_list(flat)}"
+        raise ValueError(f"dataset: got {got}, wanted such rows left out")
 
 
 def check_machine(args: PreferenceConfig, *, is_sharded: bool) -> None:

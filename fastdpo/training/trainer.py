@@ -32,13 +32,13 @@ from fastdpo.training.batches import Batch, backbone_calls, is_filler, sequence_
 from fastdpo.training.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.collate import pad_token_id
 from fastdpo.training.config import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, PreferenceConfig
-from fastdpo.training.data import row_list
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.evaluation import EvaluatingTrainer
 from fastdpo.training.largest_batch import try_before_scoring
 from fastdpo.training.layouts import choose_collator, like_length_sampler, token_budget
 from fastdpo.training.loss_state import LossState
 from fastdpo.training.metrics import MetricSums
+from fastdpo.training.model_fit import check_fit
 from fastdpo.training.models import check_trained, load_tokenizer, other_model, prepare_policy, tokenizer_of
 from fastdpo.training.offload import offloaded_activations
 from fastdpo.training.precompute import PrecomputedReference
@@ -51,6 +51,7 @@ from fastdpo.training.reference import (
     reference_model,
 )
 from fastdpo.training.reference_sync import load_reference, save_reference, sync_reference
+from fastdpo.training.report import row_list
 from fastdpo.training.setup import (
     check_machine,
     check_output_dir,
@@ -146,6 +147,7 @@ class PreferenceTrainer(EvaluatingTrainer):
         teacher_model = other_model("teacher_model", teacher_model, policy)
         if args.learning_rate is None:
             args.learning_rate = ADAPTER_LEARNING_RATE if is_adapter_model(policy) else FULL_LEARNING_RATE
+        self._reads_reference = ref_model is None
         train_dataset = self._prepare_data(train_dataset)
         eval_dataset = self._prepare_data(eval_dataset, may_be_many=True)
         self._has_given_reference = train_dataset is not None and train_dataset.has_reference
@@ -196,6 +198,9 @@ class PreferenceTrainer(EvaluatingTrainer):
             teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         models = [model for model in (self.model, ref_model, teacher) if model is not None]
         size = common_vocabulary(models, self._tokenizer) if self.args.needs_divergences else None
+        self._models = {"model": self.model, "ref_model": ref_model, "teacher_model": teacher}
+        for data in (self.train_dataset, self.eval_dataset):
+            check_fit(data, self._models, self.args)
         self.reference = Reference(kind, ref_model, teacher=teacher, vocab_size=size)
         pairs: Any = self.train_dataset
         self.data_collator = data_collator or choose_collator(
@@ -213,9 +218,11 @@ class PreferenceTrainer(EvaluatingTrainer):
     def _prepare_data(self, data: Any, *, may_be_many: bool = False) -> Any:
         if may_be_many and isinstance(data, Mapping):
             return {name: self._prepare_data(item) for name, item in data.items()}
-        dataset = prepare_pairs(data, self._tokenizer, self.args)
+        dataset = prepare_pairs(data, self._tokenizer, self.args, reads_reference=self._reads_reference)
         if dataset is not None:
             check_pairs(dataset, self.args)
+        if hasattr(self, "_models"):  # data that come after them
+            check_fit(dataset, self._models, self.args)
         return dataset
 
     def _with_reference(self, data: Any) -> Any:
