@@ -43,8 +43,9 @@ from fastdpo.functional_checks import (
     check_tensor,
     reference_head,
 )
+from fastdpo.losses.build import build_objective
 from fastdpo.losses.inputs import PerPair
-from fastdpo.losses.objective import Objective, build_objective
+from fastdpo.losses.objective import Objective
 from fastdpo.losses.reference_combination import ReferenceCombination, as_combination
 from fastdpo.ops.checks import (
     as_head,
@@ -140,6 +141,9 @@ def fused_dpo_loss(
         ``rewards/rejected``, ``rewards/accuracies``, ``rewards/margins``, ``logps/chosen``,
         ``logps/rejected``, ``logits/chosen``, ``logits/rejected``, ``entropy``, ``mean_token_accuracy`` and
         ``num_tokens`` (completion tokens of this call; TRL's running count of input tokens is the loop's).
+        With an NLL term ``nll_loss``, with ``orpo`` ``log_odds_ratio`` and ``log_odds_chosen``. ``logps/*``
+        are sums per answer, of losses that compare per-token means without a reference (SimPO, ORPO, TPO-L)
+        these.
 
     An empty answer counts as log-probability 0. A pair without any token counts nowhere: not in the loss,
     not in ``P``, not in the metrics; with no token at all the loss is 0 and so is every gradient.

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fastdpo.batch import AnswerTokens
+from fastdpo.losses.build import build_objective
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.metrics import pair_metrics, token_metrics
-from fastdpo.losses.objective import Objective, build_objective
+from fastdpo.losses.objective import Objective
 from fastdpo.losses.reference_combination import ReferenceCombination
 from fastdpo.ops.paired_chunks import GroupLoss
 from fastdpo.ops.paired_loss import GROUP_LOSSES, recording_gradients
@@ -143,7 +144,9 @@ def loss_output(
         ref_rejected_logps=pair.ref_rejected,
         chosen_rewards=rewards[0],
         rejected_rewards=rewards[1],
-        metrics=pair_metrics(pair, *rewards) | token_metrics(pair, answers, **statistics),
+        metrics=pair_metrics(pair, rewards, objective.logged_logps(pair))
+        | objective.further_metrics(pair)
+        | token_metrics(pair, answers, **statistics),
     )
 
 

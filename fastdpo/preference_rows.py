@@ -236,6 +236,7 @@ def _rewards(objective: Objective, batch: Batch, logps: Tensor) -> tuple[Tensor 
         return rewards, list_metrics(batch, rewards)
     if isinstance(batch, DivergencePairLogps):
         both = objective.rewards(batch)
-        return torch.cat(both), pair_metrics(batch, *both) | divergence_metrics(batch)
+        metrics = pair_metrics(batch, both, (batch.chosen, batch.rejected))
+        return torch.cat(both), metrics | divergence_metrics(batch)
     of_teacher = distillation_metrics(batch) if isinstance(batch, TokenDivergences) else {}
     return None, {"logps": masked_mean(logps, batch.is_scored), **of_teacher}

@@ -34,6 +34,11 @@ def hinge(m: Tensor) -> Tensor:
     return F.relu(1 - m)
 
 
+def ipo(m: Tensor, beta: PerPair) -> Tensor:
+    """((m - 1/2) / beta)^2: the squared distance of m / beta from IPO's target, 1 / (2 beta)."""
+    return ((m - 0.5) / beta) ** 2
+
+
 def discopop(m: Tensor, tau: float, scale: PerPair = 1.0) -> Tensor:
     """(1 - w) (-log sigmoid(m)) + w e^-m with w = sigmoid(m / tau). Not convex. (ln 2 + 1) / 2 at 0.
 

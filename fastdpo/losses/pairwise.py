@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from fastdpo.losses.heads import (
     discopop,
     exo,
     hinge,
+    ipo,
     logistic,
     margin_loss,
     preferred_probability,
@@ -128,13 +130,8 @@ def ipo_loss(
         is_squared=True,
         length_normalize=length_normalize,
     )
-
-    def squared_distance(m: Tensor) -> Tensor:
-        return ((m - 0.5) / beta) ** 2
-
-    return margin_loss(
-        scaled_margin(gap, beta, margin), squared_distance, 1.0 if soft_labels is None else soft_labels
-    )
+    phi = partial(ipo, beta=beta)
+    return margin_loss(scaled_margin(gap, beta, margin), phi, 1.0 if soft_labels is None else soft_labels)
 
 
 @preference_loss(

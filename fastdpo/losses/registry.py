@@ -131,6 +131,7 @@ class LossSpec:
     ranges: Mapping[str, Interval] = field(default_factory=dict)
     counted: Callable[[Any], Tensor] | None = None
     nll_term: str = "sft"
+    metrics: Callable[[Any], dict[str, Tensor]] | None = None
     presets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     preset: Mapping[str, float] = field(default_factory=dict)  # the one it was named with
 
@@ -173,6 +174,7 @@ def preference_loss(
     ranges: Mapping[str, Interval] | None = None,
     counted: Callable[[Any], Tensor] | None = None,
     nll_term: str = "sft",
+    metrics: Callable[[Any], dict[str, Tensor]] | None = None,
     presets: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Callable[[Loss], Loss]:
     """Register the decorated function as a loss; it stays an ordinary function.
@@ -206,6 +208,7 @@ def preference_loss(
             make such a row NaN.
         counted: bool per row: what the mean is over, beside the rows that have a token. None: all of these.
         nll_term: the loss that is its NLL term: ``sft``, a mean over tokens, or one of ``reads_nll``.
+        metrics: further numbers of the same batch to log, by name: one per row, of which the mean is taken.
         presets: other defaults than those of the parameters: preset -> parameter -> number. ``name@preset``
             is the loss with these.
 
@@ -241,6 +244,7 @@ def preference_loss(
             ranges=ranges or {},
             counted=counted,
             nll_term=nll_term,
+            metrics=metrics,
             presets=presets or {},
         )
         return function

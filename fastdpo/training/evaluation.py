@@ -151,7 +151,7 @@ class EvaluatingTrainer(Trainer):
                 result = batch_loss(
                     self.model, self.model, batch, counts, self.args, self.reference, self.loss_state.frozen
                 )
-            record(self._sums["eval"], batch, result)
+            record(self._sums["eval"], batch, result, nll_on_prompt=bool(self.args.nll_on_prompt))
             # A share of the mean over all rows; scaled so that the mean over rows adds the shares up.
             self._sums["eval"].add_mean("loss", result.loss * (self._eval_rows or kept) / kept, kept)
             rewards[:kept], loss = stacked_rewards(batch, result, width), result.loss

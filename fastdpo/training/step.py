@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fastdpo.functional import METRIC_STATISTICS, dpo_loss_from_logps
 from fastdpo.losses.aggregate import sequence_sums
+from fastdpo.losses.build import build_objective
 from fastdpo.losses.gather import gather_pairs
 from fastdpo.losses.inputs import PairLogps
-from fastdpo.losses.objective import build_objective
 from fastdpo.losses.weights import wpo_weights
 from fastdpo.training import answer_step
 from fastdpo.training.batches import (
@@ -155,7 +155,7 @@ def _loss_over_ranks(
     return loss - loss.detach() * (1 - 1 / dist.get_world_size())
 
 
-def record(sums: MetricSums, batch: Batch, result: Result) -> None:
+def record(sums: MetricSums, batch: Batch, result: Result, *, nll_on_prompt: bool = False) -> None:
     """Add a batch's metrics: means over tokens count by token, all others by pair."""
     if isinstance(result, PreferenceLossOutput):
         return answer_step.record(sums, batch, result)
@@ -166,6 +166,7 @@ def record(sums: MetricSums, batch: Batch, result: Result) -> None:
         "logits/chosen": chosen,
         "logits/rejected": rejected,
         "mean_token_accuracy": chosen,
+        "nll_loss": nll_tokens(batch, on_prompt=nll_on_prompt),
     }
     for name, mean in result.metrics.items():
         if name != "num_tokens":  # under this name TRL logs all input tokens since the start

@@ -314,7 +314,7 @@ class PreferenceTrainer(EvaluatingTrainer):
             model, policy, inputs, counts, self.args, self.reference, values, over_ranks=over_ranks
         )
         if torch.isfinite(result.loss):
-            record(self._sums["train"], inputs, result)
+            record(self._sums["train"], inputs, result, nll_on_prompt=bool(self.args.nll_on_prompt))
             self._input_tokens += 0 if is_filler(inputs) else sequence_tokens(inputs)
         else:
             self._report_nonfinite(inputs, result)
