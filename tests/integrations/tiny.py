@@ -116,7 +116,8 @@ def expected_step(model: nn.Module, batch: Batch) -> Expected:
 # Parameters of fewer entries are held to the rule together: which of two roundings of one number is the
 # luckier says nothing, and with many families and CPUs one of them is always luckier by more than twice.
 FEW_ENTRIES = 64
-# Where eager gets less right than this, a gradient is rounding alone, and would hide the others' errors.
+# Of which eager gets less right than this has a gradient of rounding alone, and would hide the others'
+# errors.
 ROUNDING_ALONE = 2**-10
 
 
