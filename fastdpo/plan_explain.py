@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from fastdpo.plan import Plan, make_plan, resolve_mode
-from fastdpo.plan_lean import logit_bytes
+from fastdpo.plan import Plan, make_plan, resolve_mode, settled_run
 from fastdpo.schedule import holds_a_chunk_row
 
 
@@ -71,9 +70,17 @@ def explain_plan(
     )
     if settled == "lean" and logits_bytes == 2:
         raise ValueError("logits_bytes: got 2 with mode 'lean', which stores no logits, wanted 4")
-    is_store_free = backend in ("auto", "triton") and num_multiprocessors > 0 and operand_bytes == 2
-    plan = make_plan(
+    kernel = "torch"
+    if num_multiprocessors > 0 and operand_bytes == 2:
+        kernel = {"auto": "triton", "triton": "triton", "cuda": "rows"}.get(backend, "torch")
+    run = settled_run(
         settled,
+        needs_hidden=hidden_requires_grad,
+        trains_head=weight_requires_grad or bias_requires_grad,
+        entropy_requires_grad=entropy_requires_grad,
+    )
+    plan = make_plan(
+        run,
         num_tokens,
         hidden_size,
         vocab_size,
@@ -86,7 +93,7 @@ def explain_plan(
         num_multiprocessors=num_multiprocessors,
         pair_rows=tuple(accumulate(pair_lengths or (), initial=0)),
         needs_bias=bias_requires_grad,
-        lean_logit_bytes=logit_bytes(is_store_free, operand_bytes),
+        lean_kernel=kernel,
         joins_chunks=True,
         hidden_bytes=hidden_bytes,
         weight_bytes=weight_bytes,

@@ -136,6 +136,12 @@ def merged(first: SlabSums, second: SlabSums, slope: float) -> SlabSums:
     return combined(SlabSums(*stacked), slope)  # type: ignore[arg-type]
 
 
+def logsumexp(sums: SlabSums, slope: float) -> Tensor:
+    """Of z over the range that the sums are of; -inf of nothing but masked logits."""
+    base = sums.maximum.where(sums.maximum != -torch.inf, 0.0)
+    return base * slope + sums.exp.log()
+
+
 def write_outputs(sums: SlabSums, labels: Tensor, vocab_size: int, slope: float, outputs: RowOutputs) -> None:
     """The log-probabilities and statistics of C tokens from their sums over the whole vocabulary."""
     has_label = (labels >= 0) & (labels < vocab_size)
@@ -143,7 +149,7 @@ def write_outputs(sums: SlabSums, labels: Tensor, vocab_size: int, slope: float,
     log_sum = sums.exp.log()
     logp = (sums.label_value - base) * slope - log_sum
     outputs.logps.copy_(logp.where(has_label, torch.nan))
-    outputs.lse.copy_(base * slope + log_sum)
+    outputs.lse.copy_(logsumexp(sums, slope))
     if outputs.entropy is not None and sums.exp_log is not None:
         outputs.entropy.copy_(log_sum - sums.exp_log / sums.exp)
     if outputs.log_sum_sq_probs is not None and sums.exp_sq is not None:

@@ -20,8 +20,8 @@ from fastdpo.schedule import leading_dim
 class LowRank:
     """A narrow product that is added to the logits: LoRA's, whose states are scale * dropout(h) A^T."""
 
-    states: Tensor  # (M, r) in the logits' dtype
-    weight: SlabbedWeight  # (V, r), likewise
+    states: Tensor  # (M, r) in the logits' dtype; on a GPU that product's operands of 16 bits, (M, K)
+    weight: SlabbedWeight  # (V, r) or (V, K), likewise
 
     def rows(self, index: Tensor | None, start: int, stop: int) -> Tensor:
         """States of labelled rows ``[start, stop)``."""
