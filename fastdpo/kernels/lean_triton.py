@@ -25,7 +25,8 @@ from fastdpo.plan_lean import SPLIT
 
 from .contract import LogitTransform, RowOutputs
 from .slab import SlabSums, combined, value_and_slope, write_outputs
-from .triton import LN_2, LOG2_E, MINUS_INF, _jit, _rebase, _tanh, unavailable_reason
+from .triton_device import unavailable_reason
+from .triton_parts import LN_2, LOG2_E, MINUS_INF, _jit, _rebase, _tanh
 
 try:
     import triton
@@ -82,10 +83,10 @@ def tile_for(
 
 
 @_jit()
-def _fold_tile(value, mask, sums, to_log2):
+def _fold_tile(value, mask, is_label, sums, to_log2):
     """Add a tile (rows, columns) of v to each row's maximum and sums of e = 2^d, e^2, e d and v.
 
-    What no output needs of them, the compiler drops.
+    The label's v is left out but of the last. What no output needs of them, the compiler drops.
     """
     maximum, sum_e, sum_ee, sum_ed, sum_v = sums
     if mask is None:
@@ -93,6 +94,7 @@ def _fold_tile(value, mask, sums, to_log2):
     else:
         sum_v += tl.sum(tl.where(mask, value, 0.0), axis=1)
         value = tl.where(mask, value, MINUS_INF)
+    value = tl.where(is_label, MINUS_INF, value)
     new_max = tl.maximum(maximum, tl.max(value, axis=1))
     sum_e, sum_ee, sum_ed = _rebase(maximum, new_max, sum_e, sum_ee, sum_ed, to_log2)
     base = tl.where(new_max == MINUS_INF, 0.0, new_max)
@@ -181,9 +183,9 @@ def _lean_kernel(
         is_label = columns[None, :] == label[:, None]
         label_value += tl.sum(tl.where(is_label, value, 0.0), axis=1)
         if EVEN_V:
-            sums = _fold_tile(value, None, sums, to_log2)
+            sums = _fold_tile(value, None, is_label, sums, to_log2)
         else:
-            sums = _fold_tile(value, mask[None, :], sums, to_log2)
+            sums = _fold_tile(value, mask[None, :], is_label, sums, to_log2)
 
     at = row * num_splits + split
     tl.store(out_max + at, sums[0], mask=has_row)

@@ -35,7 +35,7 @@ def backward_lean(
 
     Args:
         call: the call of the forward pass.
-        outputs: its lse; its entropy too where ``grads`` has a gradient of it.
+        outputs: its logps and lse; its entropy too where ``grads`` has a gradient of it.
         grads: gradients of the labelled tokens' logps, lse and entropy, in the accumulation dtype.
         needs_hidden, needs_weight, needs_bias: which gradients to make.
         grad_weight_out: ``(V, H)``; dweight is added to it and not returned.
@@ -115,6 +115,7 @@ class _Backward:
         self.gradient(
             logits,
             self.call.labels[start:stop],
+            self.outputs.logps[start:stop],
             self.outputs.lse[start:stop],
             self.call.transform,
             first,

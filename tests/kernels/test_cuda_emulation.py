@@ -209,3 +209,14 @@ def _at_end_of_page(flat: Tensor) -> tuple[Tensor, mmap.mmap]:
     no_access = 0
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(view.data_ptr() + guard), mmap.PAGESIZE, no_access) == 0
     return copy, memory
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_labels_logit_is_here_before_d_may_lie_over_it(emulator: Emulator, seed: int) -> None:
+    """Another block may write D there as soon as it has the sums of all: they must hang on that load."""
+    case = RowCase(8193, 5, d_dtype=BF16, in_place=True)
+    data = make_data(case)
+    data.labels[:] = torch.arange(5) * 700 + 60  # D of the next blocks comes to lie over these
+    assert emulator.plan(case.vocab, SMALL_HOPPER).cluster > 1
+    results = results_of(emulator, "small-hopper", case, data, clusters=1, seed=seed)
+    assert_meets_contract(results, case, data)

@@ -89,6 +89,7 @@ def kernel_in_slabs(implementation: str, width: int | None) -> Callable[..., Non
                 gradient(
                     slab_logits,
                     labels,
+                    outputs.logps,
                     outputs.lse,
                     transform,
                     start,
@@ -184,7 +185,8 @@ def test_triton_refuses_rows_that_would_overlap():
     logits = torch.zeros(2, 64, device=DEVICE)
     d = logits.view(-1).view(FP16).as_strided((2, 64), (64, 1))
     with pytest.raises(ValueError, match="d_out"):
-        slab_gradient(logits, torch.zeros_like(logits[:, 0]).long(), logits[:, 0], LogitTransform(), 0, d)
+        per_row = logits[:, 0]
+        slab_gradient(logits, per_row.long(), per_row, per_row, LogitTransform(), 0, d)
 
 
 # Store-free log-probabilities.
