@@ -251,7 +251,9 @@ def _write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) -
         for number, row in source:
             if number in scores:
                 kept = {name: value for name, value in row.items() if name not in WRITTEN_COLUMNS}
-                file.write(json.dumps({**kept, **scores[number]}, ensure_ascii=False, default=str) + "\n")
+                line = json.dumps({**kept, **scores[number]}, ensure_ascii=False, default=str)
+                # Columns that nobody looked at may hold half a surrogate pair, which JSON can only escape.
+                file.write(line.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
     return len(scores)
 
 

@@ -82,6 +82,11 @@ _TABLE = (
         "Repair the column, or drop it with `--ignore_columns tools`.",
     ),
     Check(
+        "tool_calls", LEFT_OUT, "tool calls that are no list of objects",
+        "`tool_calls` of a message is JSON that cannot be read, or no list of objects. JSON text is read.",
+        "Repair the message.",
+    ),
+    Check(
         "template_arguments", LEFT_OUT, "chat_template_kwargs that are no object",
         "`chat_template_kwargs` is JSON that cannot be read, or no object. JSON text is read, and empty is "
         "none.",

@@ -29,7 +29,10 @@ def read_number(value: Any, name: str, column: str, where: str) -> float:
         raise ValueError(
             f"{where}: column {column!r}: got {value!r}, wanted a number from {low:g} to {high:g}"
         )
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def read_columns(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, float]:

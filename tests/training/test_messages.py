@@ -158,7 +158,23 @@ def test_a_call_needs_no_content(make_tokenizer: MakeTokenizer):
     assert ids_of(dataset, 0) == ids_of(dataset, 1) == ids_of(dataset, 2) and not dataset.report.skipped
 
 
-# Tools and template arguments
+# Tools, their calls, and template arguments
+
+
+@pytest.mark.parametrize("calls", [json.dumps([CALL]), [json.dumps(CALL)]])
+def test_calls_as_text(make_tokenizer: MakeTokenizer, calls: Any):
+    tokenizer = make_tokenizer(chat_template=THINKING)
+    rows = [row_of("pairs", PROMPT, [assistant("So.", tool_calls=given)], OTHER) for given in ([CALL], calls)]
+    dataset = encode("pairs", rows, tokenizer)
+    assert ids_of(dataset, 0) == ids_of(dataset, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_MESSAGES)
+@pytest.mark.parametrize("calls", [7, "[{", "7", [7], {"function": CALL["function"]}])
+def test_calls_that_are_none(make_tokenizer: MakeTokenizer, kind: str, calls: Any):
+    rows = [good(kind), row_of(kind, PROMPT, [assistant("So.", tool_calls=calls)], OTHER)]
+    report = encode(kind, rows, make_tokenizer(chat_template=THINKING)).report
+    assert report.skipped == {"tool calls that are no list of objects": [2]}
 
 
 @pytest.mark.parametrize("tools", [None, "", " ", [], "[]", "null"])
