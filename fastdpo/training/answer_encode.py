@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from fastdpo.training.columns import Survey
 from fastdpo.training.data import RowSource
 from fastdpo.training.encode import PER_ANSWER, EncodingOptions, RowEncoder
 from fastdpo.training.kinds import DataKind
+from fastdpo.training.scores import ScoreRules
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,13 @@ class AnswerOptions:
     Args:
         kind: of the data.
         list_size: how many candidates a list must have; None for any number from two.
-        has_scores: whether the losses use scores.
+        scores: what the losses ask of scores; None: they use none.
         has_mismatched: whether rows come with another row's answer.
     """
 
     kind: DataKind
     list_size: int | None = None
-    has_scores: bool = True
+    scores: ScoreRules | None = field(default_factory=ScoreRules)
     has_mismatched: bool = False
 
 
@@ -49,9 +50,7 @@ def encode_answers(
         ValueError: as ``encode_rows``.
     """
     encoder = RowEncoder(source, tokenizer, options, kind=wanted.kind, found=found)
-    reader = AnswerReader(
-        encoder.reader, wanted.kind, options.columns, wanted.list_size, has_scores=wanted.has_scores
-    )
+    reader = AnswerReader(encoder.reader, wanted.kind, options.columns, wanted.list_size, wanted.scores)
     encoder.run(reader.render, used=reader.used(encoder.found.names))
     numbers: dict[str, Tensor | Ragged] = {
         name: Ragged.of_lists(values, torch.float32) if name in PER_ANSWER else torch.tensor(values)

@@ -17,6 +17,7 @@ from fastdpo.training.kinds import DataKind
 from fastdpo.training.messages import is_list
 from fastdpo.training.numbers import check_finite, read_columns, read_number, read_numbers
 from fastdpo.training.row_texts import RowTexts, TextReader
+from fastdpo.training.scores import ScoreRules, read_scores
 
 _SIDES = {"chosen": True, "rejected": False}
 
@@ -30,21 +31,22 @@ class AnswerReader:
         kind: of the data.
         columns: further numbers per row to read: name in the result -> name of the row's column.
         list_size: how many candidates there must be.
-        has_scores: whether the losses use scores.
+        scores: what the losses ask of scores; None: they use none.
     """
 
     texts: TextReader
     kind: DataKind
     columns: Mapping[str, str]
     list_size: int | None = None
-    has_scores: bool = True
+    scores: ScoreRules | None = None
 
     def used(self, names: Sequence[str]) -> tuple[str, ...]:
         """Which of the columns named are read, beside those of all kinds."""
         if self.kind.name in ("unpaired", "prompt-completion") and "completion" not in names:
             return tuple(_SIDES)[: 2 if self.kind.name == "unpaired" or not self.texts.has_prompts else 1]
-        wanted = [name for name in self.kind.columns if name != "scores" or self.has_scores]
-        return tuple("ranks" if name == "scores" and name not in names else name for name in wanted)
+        if self.scores is None:
+            return tuple(name for name in self.kind.columns if name != "scores")
+        return (*self.kind.columns, "ranks") if "scores" in self.kind.columns else self.kind.columns
 
     def render(self, row: Mapping[str, Any], number: int) -> Iterator[RowTexts | BadRow]:
         """Check one row and render it; of a pair, given where single answers are wanted, both answers (where
@@ -116,6 +118,9 @@ class AnswerReader:
         check_finite(numbers)
         if self.kind.name in ("listwise", "ranking") and max(len(answers), len(pieces)) == 1:
             raise BadRow("one_candidate")
+        scores = numbers.get("scores")
+        if self.scores is not None and isinstance(scores, tuple) and self.scores.are_flat(scores):
+            raise BadRow("one_level")
         texts = self.texts.read(row, number, answers, numbers)
         cuts = (_piece_ends(texts, pieces),) if pieces else texts.cuts
         return replace(texts, cuts=cuts, findings=tuple(dict.fromkeys((*texts.findings, *notes))))
@@ -167,12 +172,13 @@ class AnswerReader:
             return {
                 "advantages": read_numbers(self._column(row, "advantages", where), "advantages", count, where)
             }
-        if not self.has_scores or kind == "prompt-completion":
+        if self.scores is None or kind not in ("listwise", "ranking"):
             return {}
-        if "ranks" in row and "scores" not in row:
-            ranks = read_numbers(row["ranks"], "ranks", count, where)
-            return {"scores": tuple(-rank for rank in ranks)}  # the first is the best, and scores rise
-        return {"scores": read_numbers(self._column(row, "scores", where), "scores", count, where)}
+
+        def read(name: str) -> tuple[float, ...]:
+            return read_numbers(self._column(row, name, where), name, count, where)
+
+        return {"scores": read_scores(row, read, where, self.scores)}
 
 
 def _piece_ends(texts: RowTexts, pieces: tuple[str, ...]) -> tuple[str, ...]:

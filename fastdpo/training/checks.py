@@ -211,6 +211,11 @@ _TABLE = (
         "Raise `--max_length`.",
     ),
     Check(
+        "one_level", LEFT_OUT, "scores that are all the same",
+        "The scores of a list are all the same, and the losses compare levels (`trpa`).",
+        "Remove the row.",
+    ),
+    Check(
         "identical", LEFT_OUT, "identical answers",
         "The two answers of a pair, or all of a list, have the same tokens.",
         "Remove the row.",

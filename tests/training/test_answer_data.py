@@ -76,7 +76,7 @@ def test_numbers_come_through(tokenizer: Any):
         ]
 
     assert numbers("unpaired", "is_desirable") == [1.0, 0.0]
-    assert numbers("listwise", "scores") == [[1.0, 0.5, -2.0], [-2.0, -1.0]]  # the first rank is the best
+    assert numbers("listwise", "scores") == [[1.0, 0.5, -2.0], [0.0, 1.0]]  # the first rank is the best
     assert numbers("steps", "advantages") == [[0.5, -1.0], [0.0, 1.0]]
     assert numbers("samples", "win_rates") == [0.25]
 
@@ -160,7 +160,7 @@ LIST = {"prompt": "river:", "completions": [" stone", " walk"], "scores": [1, 0]
             "column 'completion': got str, wanted a list",
         ),
         ("steps", {"completion": [" stone"], "advantages": [1, 2]}, "got 2 numbers, wanted 1"),
-        ("samples", {"win_rate": 1.5}, "row 2: column 'win_rate': got 1.5, wanted a number from 0 to 1"),
+        ("samples", {"win_rate": 1.5}, "row 2: column 'win_rate': got 1.5, wanted a number in .0, 1."),
     ],
 )
 def test_rows_of_the_wrong_shape_are_refused(tokenizer: Any, kind: str, changes: Any, message: str):
@@ -211,7 +211,7 @@ def test_rows_with_nothing_to_learn_are_left_out(tokenizer: Any, kind: str, chan
 
 def test_lists_of_a_size(tokenizer: Any):
     with pytest.raises(ValueError, match="row 1: column 'completions': got 2, wanted 3"):
-        encode("listwise", [LIST], tokenizer, {"list_size": 3, "has_scores": False})
+        encode("listwise", [LIST], tokenizer, {"list_size": 3, "scores": None})
 
 
 def test_mismatched_answers_are_the_last_of_another_prompt(tokenizer: Any):
