@@ -128,9 +128,8 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
     arguments.check_there()
     adapter = arguments.adapter.peft_config()
     tokenizer = arguments.model.load_tokenizer()
-    reads_reference = arguments.model.ref_model is None
     _, train_pairs, eval_pairs = _load_pairs(
-        arguments.data, tokenizer, arguments.config, reads_reference=reads_reference
+        arguments.data, tokenizer, arguments.config, reads_reference=arguments.model.ref_model is None
     )
     loading = arguments.model.loading_options(adapted=arguments.is_adapted)
     # A revision is of the model that is trained.
@@ -298,7 +297,9 @@ def _write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) -
         for number, row in source:
             if number in scores:
                 kept = {name: value for name, value in row.items() if name not in WRITTEN_COLUMNS}
-                file.write(json.dumps({**kept, **scores[number]}, ensure_ascii=False, default=str) + "\n")
+                line = json.dumps({**kept, **scores[number]}, ensure_ascii=False, default=str)
+                # Columns that nobody looked at may hold half a surrogate pair, which JSON can only escape.
+                file.write(line.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
     partial_file.replace(path)
     return len(scores)
 

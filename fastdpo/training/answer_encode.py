@@ -50,9 +50,7 @@ def encode_answers(
         ValueError: as ``encode_rows``.
     """
     encoder = RowEncoder(source, tokenizer, options, kind=wanted.kind, found=found)
-    reader = AnswerReader(
-        encoder.reader, wanted.kind, options.columns, wanted.list_size, scores=wanted.scores
-    )
+    reader = AnswerReader(encoder.reader, wanted.kind, options.columns, wanted.list_size, wanted.scores)
     encoder.run(reader.render, used=reader.used(encoder.found.names))
     numbers: dict[str, Tensor | Ragged] = {
         name: Ragged.of_lists(values, torch.float32) if name in PER_ANSWER else torch.tensor(values)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastdpo.training.checks import BadRow, Finding
@@ -38,14 +38,15 @@ class AnswerReader:
     kind: DataKind
     columns: Mapping[str, str]
     list_size: int | None = None
-    scores: ScoreRules | None = field(default_factory=ScoreRules)
+    scores: ScoreRules | None = None
 
     def used(self, names: Sequence[str]) -> tuple[str, ...]:
         """Which of the columns named are read, beside those of all kinds."""
         if self.kind.name in ("unpaired", "prompt-completion") and "completion" not in names:
             return tuple(_SIDES)[: 2 if self.kind.name == "unpaired" or not self.texts.has_prompts else 1]
-        wanted = [name for name in self.kind.columns if name != "scores" or self.scores is not None]
-        return tuple("ranks" if name == "scores" and name not in names else name for name in wanted)
+        if self.scores is None:
+            return tuple(name for name in self.kind.columns if name != "scores")
+        return (*self.kind.columns, "ranks") if "scores" in self.kind.columns else self.kind.columns
 
     def render(self, row: Mapping[str, Any], number: int) -> Iterator[RowTexts | BadRow]:
         """Check one row and render it; of a pair, given where single answers are wanted, both answers (where
@@ -115,10 +116,11 @@ class AnswerReader:
         numbers = self._numbers(row, len(pieces) if self.kind.has_pieces else len(answers), where)
         numbers |= read_columns(row, self.columns, where)
         check_finite(numbers)
-        if self.scores is not None and "scores" in numbers and self.scores.are_one_level(numbers["scores"]):  # type: ignore[arg-type]
-            raise BadRow("one_level")
         if self.kind.name in ("listwise", "ranking") and max(len(answers), len(pieces)) == 1:
             raise BadRow("one_candidate")
+        scores = numbers.get("scores")
+        if self.scores is not None and isinstance(scores, tuple) and self.scores.are_flat(scores):
+            raise BadRow("one_level")
         texts = self.texts.read(row, number, answers, numbers)
         cuts = (_piece_ends(texts, pieces),) if pieces else texts.cuts
         return replace(texts, cuts=cuts, findings=tuple(dict.fromkeys((*texts.findings, *notes))))
@@ -170,7 +172,7 @@ class AnswerReader:
             return {
                 "advantages": read_numbers(self._column(row, "advantages", where), "advantages", count, where)
             }
-        if self.scores is None or kind == "prompt-completion":
+        if self.scores is None or kind not in ("listwise", "ranking"):
             return {}
 
         def read(name: str) -> tuple[float, ...]:

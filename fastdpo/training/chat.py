@@ -28,6 +28,7 @@ class Conversation:
         prompt, answers: messages.
         tools: of the row, or None.
         arguments: further ones of the template.
+        as_parts: contents are to be lists of parts (``wants_parts``).
 
     Raises:
         BadRow: the template refuses the messages, or leaves unknown where answers begin.
@@ -38,6 +39,7 @@ class Conversation:
     answers: Sequence[Messages]
     tools: list[dict[str, Any]] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    as_parts: bool = False
 
     @cached_property
     def texts(self) -> list[str]:
@@ -84,7 +86,7 @@ class Conversation:
         if not _MARKED.search(template):
             return None
         rendered: Any = render_jinja_template(
-            [[*self.prompt, *self.answers[place]]],
+            [self._as_the_template_wants([*self.prompt, *self.answers[place]])],
             tools=list(self.tools) if self.tools else None,
             chat_template=template,
             return_assistant_tokens_mask=True,
@@ -137,7 +139,7 @@ class Conversation:
     def _render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages,
+                self._as_the_template_wants(messages),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 tools=self.tools,
@@ -147,6 +149,26 @@ class Conversation:
             # Templates raise whatever they like on roles they do not know; the row number is what helps.
             raise BadRow("template_refuses", f"the chat template refused the messages: {error}") from error
         return text
+
+    def _as_the_template_wants(self, messages: Messages) -> Messages:
+        return [{**m, "content": _parts(m["content"])} for m in messages] if self.as_parts else messages
+
+
+def wants_parts(tokenizer: Any) -> bool:
+    """Whether a chat template shows contents that are lists of parts alone, as some of vision models do."""
+
+    def shows(content: Any) -> bool:
+        try:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except Exception:  # whatever a template raises on what it does not know
+            return False
+        return "some words" in text
+
+    return not shows("some words") and shows(_parts("some words"))
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _shared(one: str, other: str) -> int:

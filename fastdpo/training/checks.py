@@ -82,6 +82,11 @@ _TABLE = (
         "Repair the column, or drop it with `--ignore_columns tools`.",
     ),
     Check(
+        "tool_calls", LEFT_OUT, "tool calls that are no list of objects",
+        "`tool_calls` of a message is JSON that cannot be read, or no list of objects. JSON text is read.",
+        "Repair the message.",
+    ),
+    Check(
         "template_arguments", LEFT_OUT, "chat_template_kwargs that are no object",
         "`chat_template_kwargs` is JSON that cannot be read, or no object. JSON text is read, and empty is "
         "none.",
@@ -196,11 +201,6 @@ _TABLE = (
         "Cut the answer at white space, before it.",
     ),
     Check(
-        "one_level", LEFT_OUT, "scores that are all the same",
-        "All answers or pieces of a row have one score, and the loss learns from differences alone.",
-        "Nothing, or another loss.",
-    ),
-    Check(
         "one_candidate", LEFT_OUT, "one candidate",
         "A list has one answer or piece, so there is nothing to compare.",
         "Give two or more.",
@@ -209,6 +209,11 @@ _TABLE = (
         "one_candidate_cut", LEFT_OUT, "one candidate once truncated",
         "Of the pieces of an answer one is left within `max_length`.",
         "Raise `--max_length`.",
+    ),
+    Check(
+        "one_level", LEFT_OUT, "scores that are all the same",
+        "The scores of a list are all the same, and the losses compare levels (`trpa`).",
+        "Remove the row.",
     ),
     Check(
         "identical", LEFT_OUT, "identical answers",

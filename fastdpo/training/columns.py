@@ -46,7 +46,11 @@ def survey(source: RowSource) -> Survey:
     names: dict[str, None] = {}
     filled: set[str] = set()
     prompts = repeated = 0
-    for row in source.rows:
+    row: Any
+    for number, row in source:
+        if not isinstance(row, Mapping):
+            kind = type(row).__name__
+            raise ValueError(f"{source.name}, row {number}: got {kind}, wanted an object with columns")
         names |= dict.fromkeys(row)
         filled |= {name for name in row if name not in filled and row[name] is not None}
         prompts += row.get("prompt") is not None
@@ -66,7 +70,7 @@ def select_columns(source: RowSource, names: Mapping[str, str], ignored: Sequenc
     """
     if not names and not ignored or not len(source):
         return source
-    found = {name: None for row in source.rows for name in row}
+    found = survey(source).names
     for setting, column in [
         *((f"{name}_column", names[name]) for name in names),
         *(("ignore_columns", x) for x in ignored),

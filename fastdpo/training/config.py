@@ -134,6 +134,10 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
         ),
     )
 
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata=_help("Processes that tokenise. Default: one for every few thousand rows, up to the cores."),
+    )
     pad_to_multiple_of: int | None = field(default=None, metadata=_help("Pad batches to a multiple of this."))
 
     batch_layout: str = field(
@@ -234,8 +238,8 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
         self._choose_defaults()
         self._check_losses()
         check_loop(self)
-        check_batches(self)
         check_data_settings(self)
+        check_batches(self)
         super().__post_init__()
         check_loader(self)
         check_installed(self)

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.training.checks import may_stay
 from fastdpo.training.columns import ROW_COLUMNS
-from fastdpo.training.encode import BAD_ROW_POLICIES
-from fastdpo.training.row_tokens import TRUNCATION_MODES
 
 if TYPE_CHECKING:
     from fastdpo.training.config import PreferenceConfig
@@ -50,10 +48,6 @@ class DataSettings:
     )
     chosen_win_rate_column: str | None = field(default=None, metadata=_help("Column with SPPO's win rate."))
     rejected_win_rate_column: str | None = field(default=None, metadata=_help("The same of the rejected."))
-    dataset_num_proc: int | None = field(
-        default=None,
-        metadata=_help("Processes that tokenise. Default: one for every few thousand rows, up to the cores."),
-    )
     assistant_only: bool = field(
         default=True,
         metadata=_help(
@@ -92,18 +86,11 @@ class DataSettings:
 
 def check_data_settings(args: PreferenceConfig) -> None:
     """Raise ValueError for a setting of the data out of range, or of columns that the losses do not read."""
-    for name, choices in (("truncation_mode", TRUNCATION_MODES), ("on_bad_row", BAD_ROW_POLICIES)):
-        if getattr(args, name) not in choices:
-            raise ValueError(f"{name}: got {getattr(args, name)!r}, wanted one of {choices}")
-    share = args.max_bad_rows
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise ValueError(f"max_bad_rows: got {share!r}, wanted a number from 0 to 1")
+    if not 0 <= args.max_bad_rows <= 1:
+        raise ValueError(f"max_bad_rows: got {args.max_bad_rows!r}, wanted a number from 0 to 1")
     for name in args.allow_bad_rows or ():
         if name not in may_stay():
             raise ValueError(f"allow_bad_rows: got {name!r}, wanted some of {', '.join(may_stay())}")
-    for name in ("allow_bad_rows", "ignore_columns"):
-        if isinstance(getattr(args, name), str):
-            raise ValueError(f"{name}: got {getattr(args, name)!r}, wanted a list of names")
     kind = args.data_kind
     read = ("prompt", "chosen", "rejected") if kind is None else kind.columns
     if kind is not None and kind.name in ("unpaired", "prompt-completion"):

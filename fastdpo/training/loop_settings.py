@@ -6,7 +6,9 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.training.encode import BAD_ROW_POLICIES
 from fastdpo.training.row_plan import ARRANGEMENTS
+from fastdpo.training.row_tokens import TRUNCATION_MODES
 from fastdpo.types import BACKENDS, MODES
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 # reference and some losses (of ranks, with a beta of the step) want log-probabilities, which it has none of.
 TRAINING_MODES = tuple(mode for mode in MODES if mode not in ("score", "pairs"))
 _CHOICES: dict[str, tuple[str | None, ...]] = {
+    "truncation_mode": TRUNCATION_MODES,
+    "on_bad_row": BAD_ROW_POLICIES,
     "batch_layout": ("padded", "packed", "shared_prompt", "auto"),
     "row_arrangement": ("auto", *ARRANGEMENTS),
     "reference": ("auto", "copy", "adapter", "precomputed", "none"),

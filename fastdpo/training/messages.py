@@ -47,7 +47,8 @@ def _read_message(message: Any, name: str, where: str, notes: list[Finding]) -> 
     for field in REASONING_FIELDS:
         if field in read:
             read[field] = _text_of(read[field], name)
-    return read
+    calls = _objects(read.pop("tool_calls", None), "tool_calls")
+    return {**read, "tool_calls": calls} if calls else read
 
 
 def _text_of(content: Any, name: str) -> str:
@@ -84,14 +85,7 @@ def without_nulls(value: Any) -> Any:
 
 def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """``tools`` of a row, given as objects or as JSON text, or None. Raises BadRow for anything else."""
-    tools = _parsed(row.get("tools"), "tools")
-    if not is_list(tools) and tools is not None:
-        raise BadRow("tools", f"got {type(tools).__name__}")
-    items = [_parsed(item, "tools") for item in tools or ()]
-    for item in items:
-        if not isinstance(item, dict):
-            raise BadRow("tools", f"got {str(item)!r:.60} in the list")
-    return items or None
+    return _objects(row.get("tools"), "tools") or None
 
 
 def read_template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,6 +94,18 @@ def read_template_arguments(row: Mapping[str, Any]) -> dict[str, Any]:
     if found is not None and not isinstance(found, dict):
         raise BadRow("template_arguments", f"got {type(found).__name__}")
     return found or {}
+
+
+def _objects(value: Any, check: str) -> list[dict[str, Any]]:
+    """A list of objects, each or all of it given as JSON text."""
+    found = _parsed(value, check)
+    if not is_list(found) and found is not None:
+        raise BadRow(check, f"got {type(found).__name__}")
+    items = [_parsed(item, check) for item in found or ()]
+    for item in items:
+        if not isinstance(item, dict):
+            raise BadRow(check, f"got {str(item)!r:.60} in the list")
+    return items
 
 
 def _parsed(value: Any, check: str) -> Any:

@@ -6,14 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastdpo.losses.ranges import FINITE, PROBABILITY
+from fastdpo.losses.registry import RANGES
 from fastdpo.training.checks import BadRow
 from fastdpo.training.messages import is_list
 
 # What a number of a row may be, by its name in the data set; any number where it has no entry.
-RANGES = {
-    "pair_weights": (0.0, math.inf),
-    **dict.fromkeys(("soft_labels", "chosen_win_rate", "rejected_win_rate", "win_rate"), (0.0, 1.0)),
-}
+_LEGAL = {**RANGES, "win_rate": PROBABILITY}
 
 
 def read_number(value: Any, name: str, column: str, where: str) -> float:
@@ -22,14 +21,13 @@ def read_number(value: Any, name: str, column: str, where: str) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where}: column {column!r}: got {value!r}, wanted a number")
-    if name == "beta" and value <= 0:
-        raise ValueError(f"{where}: column {column!r}: got {value!r}, wanted a number above 0")
-    low, high = RANGES.get(name, (-math.inf, math.inf))
-    if value < low or value > high:
-        raise ValueError(
-            f"{where}: column {column!r}: got {value!r}, wanted a number from {low:g} to {high:g}"
-        )
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if math.isfinite(number) and number not in _LEGAL.get(name, FINITE):
+        raise ValueError(f"{where}: column {column!r}: got {value!r}, wanted {_LEGAL[name]}")
+    return number
 
 
 def read_columns(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, float]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from fastdpo.training.chat import Conversation
+from fastdpo.training.chat import Conversation, wants_parts
 from fastdpo.training.checks import BadRow, Finding
 from fastdpo.training.messages import (
     ASSISTANT,
@@ -69,6 +70,10 @@ class TextReader:
     assistant_only: bool = True
     has_prompts: bool = True
     cuts_echoes: bool = False
+
+    @cached_property
+    def _as_parts(self) -> bool:
+        return wants_parts(self.tokenizer)
 
     def where(self, number: int) -> str:
         """How messages name a row."""
@@ -156,7 +161,8 @@ class TextReader:
                 "tokenizer, or give strings"
             )
         tools = read_tools(row)
-        talk = Conversation(self.tokenizer, prompt, answers, tools, read_template_arguments(row))
+        arguments = read_template_arguments(row)
+        talk = Conversation(self.tokenizer, prompt, answers, tools, arguments, self._as_parts)
         opened = talk.opened
         notes += self._lost(talk)
         cuts: list[tuple[str, ...]] = []

@@ -31,8 +31,8 @@ class ScoreRules:
         legal = {spec.name: spec.ranges["scores"] for spec in losses if "scores" in spec.ranges}
         return cls(legal, any(spec.counted is has_levels for spec in losses))
 
-    def are_one_level(self, scores: Sequence[float]) -> bool:
-        """Whether the scores of a row are all the same, and the losses learn from differences alone."""
+    def are_flat(self, scores: Sequence[float]) -> bool:
+        """Whether nothing can be learnt from a row with these scores: they are all the same."""
         return self.must_differ and len(set(scores)) < 2
 
     def check(self, scores: Sequence[float], column: str, where: str) -> None:
@@ -60,7 +60,7 @@ def read_scores(
         ValueError: a rank that is no whole number from 1 to n, ranks that say another order than scores, or a
             score that a loss has no meaning for.
     """
-    ranks = read("ranks") if "ranks" in columns else None
+    ranks = read("ranks") if columns.get("ranks") is not None else None
     if ranks is not None:
         for rank in ranks:
             if not math.isnan(rank) and (rank != int(rank) or not 1 <= rank <= len(ranks)):

@@ -165,11 +165,12 @@ def _check_scores(dataset: AnswerDataset, rules: ScoreRules) -> None:
     flat = []
     for index, row in enumerate(dataset.rows.tolist()):
         rules.check(scores[index].tolist(), "scores", f"dataset, row {row}")
-        if rules.are_one_level(scores[index].tolist()):
+        if rules.are_flat(scores[index].tolist()):
             flat.append(row)
     if flat:
-        got = f"{CHECKS['one_level'].message} in {row_list(flat)}"
-        raise ValueError(f"dataset: got {got}, wanted such rows left out")
+        raise ValueError(
+            f"dataset: got {CHECKS['one_level'].message} in {row_list(flat)}, wanted such rows left out"
+        )
 
 
 def check_machine(args: PreferenceConfig, *, is_sharded: bool) -> None:

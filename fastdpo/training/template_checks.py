@@ -33,7 +33,8 @@ def sayings(message: Message) -> Iterator[tuple[str, str]]:
     yield "reasoning_lost", reasoning_of(message)
     yield "answer_lost", content
     for call in message.get("tool_calls") or ():
-        called = call.get("function", call) if isinstance(call, dict) else {"name": str(call)}
+        function = call.get("function", call)
+        called = function if isinstance(function, dict) else {"name": function}
         yield "tool_call_lost", str(called.get("name", ""))
         for leaf in _leaves(called.get("arguments")):
             yield "tool_call_lost", leaf
@@ -101,6 +102,7 @@ def lost_in_the_prompt(messages: Messages, text: str) -> Iterator[Finding]:
 def lost_tools(tools: Sequence[dict[str, Any]] | None, text: str) -> Iterator[Finding]:
     """Tools that a text does not name."""
     for tool in tools or ():
-        name = str(tool.get("function", tool).get("name", "") if isinstance(tool, dict) else tool)
+        function = tool.get("function", tool)
+        name = str(function.get("name", "") if isinstance(function, dict) else function)
         if name and not contains(text, name):
             yield Finding("tools_lost", name)

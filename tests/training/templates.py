@@ -38,6 +38,13 @@ MARKED = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
+# Knows contents in parts alone, as vision models' do.
+PARTS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n"
+    "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
 # Ends no turn.
 OPEN = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

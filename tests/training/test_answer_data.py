@@ -160,7 +160,7 @@ LIST = {"prompt": "river:", "completions": [" stone", " walk"], "scores": [1, 0]
             "column 'completion': got str, wanted a list",
         ),
         ("steps", {"completion": [" stone"], "advantages": [1, 2]}, "got 2 numbers, wanted 1"),
-        ("samples", {"win_rate": 1.5}, "row 2: column 'win_rate': got 1.5, wanted a number from 0 to 1"),
+        ("samples", {"win_rate": 1.5}, "row 2: column 'win_rate': got 1.5, wanted a number in .0, 1."),
     ],
 )
 def test_rows_of_the_wrong_shape_are_refused(tokenizer: Any, kind: str, changes: Any, message: str):

@@ -108,12 +108,11 @@ def test_columns_that_are_not_there(names: dict[str, str], ignored: tuple[str, .
 def test_settings_of_columns_that_the_losses_do_not_read(make_args: MakeArgs):
     with pytest.raises(ValueError, match="completions_column: got a value with sigmoid, which reads prompt"):
         make_args(completions_column="x")
-    with pytest.raises(ValueError, match="ignore_columns: got 'prompt', wanted a list"):
-        make_args(ignore_columns="prompt")
+    assert make_args(ignore_columns="prompt").ignore_columns == ["prompt"]
     with pytest.raises(ValueError, match="allow_bad_rows: got 'empty', wanted some of no_assistant"):
         make_args(allow_bad_rows=["empty"])
     for share in (1.5, -1, True, "all"):
-        with pytest.raises(ValueError, match="max_bad_rows: got .*, wanted a number from 0 to 1"):
+        with pytest.raises(ValueError, match="max_bad_rows: got .*, wanted a number"):
             make_args(max_bad_rows=share)
 
 

@@ -258,9 +258,10 @@ def test_answers_that_truncation_makes_equal_are_counted(tokenizer: Any):
 
 def test_numbers_of_a_pair(tokenizer: Any):
     rows = [{**GOOD, "gap": 1.5}, {**GOOD, "gap": float("nan")}, {**GOOD, "gap": 2}]
+    rows += [{**GOOD, "gap": None}, {**GOOD, "gap": 10**400}]
     dataset = encode(rows, tokenizer, columns={"margin": "gap"})
     assert dataset.columns["margin"].tolist() == [1.5, 2.0]
-    assert dataset.report.skipped == {"a number that is missing or not finite": [2]}
+    assert dataset.report.skipped == {"a number that is missing or not finite": [2, 4, 5]}
 
 
 @pytest.mark.parametrize("value", ["much", True])

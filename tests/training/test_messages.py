@@ -22,7 +22,7 @@ from tests.training.data_cases import (
     texts_of,
     user,
 )
-from tests.training.templates import THINKING
+from tests.training.templates import PARTS, PLAIN, THINKING
 
 MakeTokenizer = Callable[..., Any]
 PROMPT, OTHER = [user("seed")], [assistant("walk")]
@@ -76,6 +76,14 @@ def test_content_that_is_not_text_is_left_out(tokenizer: Any, kind: str, content
 def test_empty_content_is_empty(tokenizer: Any, kind: str, content: Any):
     row = row_of(kind, PROMPT, [assistant(content)], [assistant(content)])
     assert encode(kind, [good(kind), row], tokenizer).report.skipped == {"an empty completion": [2]}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_MESSAGES)
+def test_a_template_of_parts_gets_parts(make_tokenizer: MakeTokenizer, kind: str):
+    rows = [good(kind), row_of(kind, PROMPT, [*OTHER, user("go on"), assistant("Paris.")], OTHER)]
+    wanted = encode(kind, rows, make_tokenizer(chat_template=PLAIN))
+    dataset = encode(kind, rows, make_tokenizer(chat_template=PARTS))
+    assert dataset.fingerprint() == wanted.fingerprint() and not dataset.report.skipped
 
 
 def test_reasoning_is_text_too(make_tokenizer: MakeTokenizer):
@@ -150,7 +158,23 @@ def test_a_call_needs_no_content(make_tokenizer: MakeTokenizer):
     assert ids_of(dataset, 0) == ids_of(dataset, 1) == ids_of(dataset, 2) and not dataset.report.skipped
 
 
-# Tools and template arguments
+# Tools, their calls, and template arguments
+
+
+@pytest.mark.parametrize("calls", [json.dumps([CALL]), [json.dumps(CALL)]])
+def test_calls_as_text(make_tokenizer: MakeTokenizer, calls: Any):
+    tokenizer = make_tokenizer(chat_template=THINKING)
+    rows = [row_of("pairs", PROMPT, [assistant("So.", tool_calls=given)], OTHER) for given in ([CALL], calls)]
+    dataset = encode("pairs", rows, tokenizer)
+    assert ids_of(dataset, 0) == ids_of(dataset, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_MESSAGES)
+@pytest.mark.parametrize("calls", [7, "[{", "7", [7], {"function": CALL["function"]}])
+def test_calls_that_are_none(make_tokenizer: MakeTokenizer, kind: str, calls: Any):
+    rows = [good(kind), row_of(kind, PROMPT, [assistant("So.", tool_calls=calls)], OTHER)]
+    report = encode(kind, rows, make_tokenizer(chat_template=THINKING)).report
+    assert report.skipped == {"tool calls that are no list of objects": [2]}
 
 
 @pytest.mark.parametrize("tools", [None, "", " ", [], "[]", "null"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from peft import PromptTuningConfig
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from fastdpo import cli
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.model_fit import position_table
 from fastdpo.training.trainer import PreferenceTrainer
-from tests.training.conftest import VOCABULARY, make_rows, tiny_llama
+from tests.training.conftest import VOCABULARY, make_rows, tiny_llama, write_jsonl
 from tests.training.data_cases import row_of
 
 MakeArgs = Callable[..., PreferenceConfig]
@@ -49,6 +51,19 @@ def test_a_token_added_without_a_resize(make_args: MakeArgs, make_tokenizer: Mak
     ):
         model = tiny_llama(vocab_size=size)
         PreferenceTrainer(model, make_args(loss_type=loss), train_dataset=rows, processing_class=tokenizer)
+
+
+def test_doctor_says_so(tmp_path: Path, make_tokenizer: MakeTokenizer, capsys: pytest.CaptureFixture[str]):
+    tokenizer = make_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = write_jsonl(tmp_path / "pairs.jsonl", [*make_rows(2), {**make_rows(1)[0], "chosen": " <tool>"}])
+    words = ["--model", str(tmp_path / "model"), "--dataset", str(path), "--use_cpu"]
+    assert cli.main(["doctor", *words]) == 2
+    assert "refused" in (text := capsys.readouterr().out) and "token ids that the model lacks: row 3" in text
+    assert cli.main(["score", *words, "--reference_cache_dir", str(tmp_path / "cache")]) == 2
+    assert "token ids that the model lacks: row 3" in capsys.readouterr().err
 
 
 def test_every_model_has_to_have_them(make_args: MakeArgs, make_tokenizer: MakeTokenizer):

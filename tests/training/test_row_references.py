@@ -181,6 +181,7 @@ def test_score_then_train_starts_at_ln_2(tmp_path: Path, tokenizer: Any, capsys:
         row_of("pairs", [user(r["prompt"])], [assistant(r["chosen"])], [assistant(r["rejected"])])
         for r in make_rows(6)
     ]
+    pairs[0]["source"] = "half a pair: \ud83d"  # of no interest, and no reason to fail
     path, out = write_jsonl(tmp_path / "pairs.jsonl", pairs), tmp_path / "scored.jsonl"
     common = ["--model", str(tmp_path / "model"), "--use_cpu", "--disable_tqdm", "true"]
     common += ["--reference_cache_dir", str(tmp_path / "cache")]
