@@ -15,10 +15,11 @@ import torch
 
 from benchmarks import ours, peers
 from benchmarks.compare import agreement, compare_results
-from benchmarks.harness import Contender, summarise, summarise_steps, time_interleaved
+from benchmarks.harness import Contender, summarise, summarise_steps
 from benchmarks.method import Method
 from benchmarks.op import METHODS, bench_task
 from benchmarks.problem import IGNORED, MODELS, OF_PAIRS, PASSES, HeadProblem, Outcome, Size, Wrong
+from benchmarks.timing import time_interleaved
 from fastdpo.testing.accuracy import logps_bound
 from fastdpo.testing.simulated_logps import simulated_errors, sums_of
 
