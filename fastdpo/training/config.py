@@ -163,6 +163,9 @@ class PreferenceConfig(TrainingArguments):
     soft_label_column: str | None = field(
         default=None, metadata=_help("Column with the probability that chosen is the better answer.")
     )
+    reward_gap_column: str | None = field(
+        default=None, metadata=_help("Column with the chosen answer's reward less the rejected one's.")
+    )
     chosen_win_rate_column: str | None = field(default=None, metadata=_help("Column with SPPO's win rate."))
     rejected_win_rate_column: str | None = field(default=None, metadata=_help("The same of the rejected."))
     pad_to_multiple_of: int | None = field(default=None, metadata=_help("Pad batches to a multiple of this."))
