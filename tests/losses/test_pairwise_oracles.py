@@ -149,7 +149,7 @@ GRADIENTS: dict[str, tuple[str, dict[str, Any], Callable[[PairLogps], tuple[Tens
     "orpo": ("orpo", {}, orpo_slope),
     "cpo": ("cpo", {"label_smoothing": EPS}, contrastive_slope),
     "tpo": ("tpo", {"label_smoothing": EPS}, contrastive_slope),
-    "ref_clip": ("sigmoid", {"ref_clip": True}, clipped_slope),
+    "hypo": ("hypo", {}, clipped_slope),
     "length_penalty": ("sigmoid", {"length_penalty": 0.03}, length_slope),
 }
 
@@ -352,10 +352,10 @@ def test_slic_is_zero_beyond_its_margin() -> None:
     assert_same(losses("slic_smooth_ref", smooth, regularizer=0.5), bare + 0.5 * floor)
 
 
-def test_options_of_sigmoid_that_are_methods() -> None:
+def test_relatives_of_dpo() -> None:
     pair = random_pair(pairs=50)
     plain = losses("sigmoid", pair, beta=BETA)
-    clipped = losses("sigmoid", pair, beta=BETA, ref_clip=True)
+    clipped = losses("hypo", pair, beta=BETA)
     agrees = pair.reference_gap >= 0
     assert agrees.any() and not agrees.all()
     assert_same(clipped[agrees], plain[agrees])
