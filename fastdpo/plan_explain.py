@@ -8,6 +8,10 @@ from itertools import accumulate
 from fastdpo.plan import Plan, make_plan, resolve_mode, settled_run
 from fastdpo.schedule import holds_a_chunk_row
 
+# Those of `fastdpo.types`, which a plan does not import.
+_MODES = ("auto", "score", "stash", "cache", "pairs", "recompute", "lean")
+_BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+
 
 def explain_plan(
     num_tokens: int,
@@ -50,12 +54,15 @@ def explain_plan(
         num_multiprocessors: of the GPU (132 for an H100 or H200), which sets the rows of a chunk; 0: a CPU.
 
     Raises:
-        ValueError: the mode does not fit the gradients, the logits or the workspace, or the pairs do not
-            have N tokens.
+        ValueError: an unknown mode or backend; the mode does not fit the gradients, the logits or the
+            workspace, or the pairs do not have N tokens.
 
     Example:
         >>> plan = explain_plan(4096, 4096, 128256, weight_requires_grad=True)  # doctest: +SKIP
     """
+    for name, value, known in (("mode", mode, _MODES), ("backend", backend, _BACKENDS)):
+        if value not in known:
+            raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(known)}")
     if pair_lengths is not None and sum(pair_lengths) != num_tokens:
         raise ValueError(f"pair_lengths: got {sum(pair_lengths)} tokens in all, wanted {num_tokens}")
     settled = resolve_mode(
