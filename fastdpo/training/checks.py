@@ -115,6 +115,12 @@ _TABLE = (
         "not seem to be meant so, and the words stay.",
         "Look at the rows. Cut the prompt off where it does not belong.",
     ),
+    Check(
+        "prompt_shared", NAMED, "a prompt that is what two texts share at their start",
+        "The file has no prompts, and chosen and rejected are strings. What they have in common may be the "
+        "prompt, or a chance.",
+        "Nothing, where the file is meant so. Else name the column: `--prompt_column`.",
+    ),
     # The chat template
     Check(
         "template_refuses", LEFT_OUT, "messages that the chat template refuses",

@@ -131,6 +131,7 @@ class TextReader:
             answers = self.without_echo(prompt, values, notes)
         else:
             prompt, answers = _without_shared_start(dict(zip(names, values, strict=True)), where)
+            notes.append(Finding("prompt_shared"))
         if not answers or not all(answers):
             raise BadRow("empty_completion")
         return prompt, answers

@@ -26,7 +26,7 @@ from transformers.trainer_utils import TrainOutput
 
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.answer_step import with_margins
-from fastdpo.training.batch_settings import check_own_collator
+from fastdpo.training.batch_settings import check_own_collator, check_own_masks
 from fastdpo.training.batches import Batch, backbone_calls, is_filler, sequence_tokens
 from fastdpo.training.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.collate import pad_token_id
@@ -147,6 +147,7 @@ class PreferenceTrainer(SavingTrainer):
             args.learning_rate = ADAPTER_LEARNING_RATE if is_adapter_model(policy) else FULL_LEARNING_RATE
         self._reads_reference = ref_model is None
         train_dataset = self._prepare_data(train_dataset)
+        check_own_masks(data_collator, train_dataset)
         eval_dataset = self._prepare_data(eval_dataset, may_be_many=True)
         self._has_given_reference = train_dataset is not None and train_dataset.has_reference
         kind = choose_reference(

@@ -51,6 +51,7 @@ def test_eos_is_not_doubled(tokenizer: Any):
 
 def test_a_shared_start_is_the_prompt(tokenizer: Any):
     row = {"chosen": "green river quiet stone", "rejected": "green river fast"}
+    assert encode([row], tokenizer).report.found == {"prompt_shared": [1]}  # or a chance: it is said
     assert texts(encode([row], tokenizer), tokenizer) == ("green river", " quiet stone<eos>", " fast<eos>")
 
 

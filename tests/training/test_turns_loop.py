@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastdpo.training.collate import PreferenceCollator
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.trainer import PreferenceTrainer
 from tests.training.conftest import tiny_llama
@@ -72,6 +73,21 @@ def test_every_layout_gives_the_same_loss(make_args: MakeArgs, tokenizer: Any, l
         for layout in ("padded", "packed", "shared_prompt")
     ]
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
+def test_a_collator_of_ones_own_has_to_know(make_args: MakeArgs, tokenizer: Any):
+    def trainer(**settings: Any) -> PreferenceTrainer:
+        return PreferenceTrainer(
+            tiny_llama(1),
+            make_args(**settings),
+            train_dataset=rows_of("pairs"),
+            processing_class=tokenizer,
+            data_collator=lambda pairs: PreferenceCollator(0)(pairs),
+        )
+
+    with pytest.raises(ValueError, match="data_collator: got one with answers of several turns"):
+        trainer()
+    assert trainer(assistant_only=False).train_dataset.scored is None
 
 
 def test_precomputed_numbers_are_of_the_same_tokens(make_args: MakeArgs, tokenizer: Any):
