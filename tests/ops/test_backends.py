@@ -25,19 +25,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     def properties(index: int) -> SimpleNamespace:
         major, minor = pretended.capability
-        return SimpleNamespace(
-            name=pretended.name,
-            total_memory=pretended.memory,
-            major=major,
-            minor=minor,
-            multi_processor_count=16,
-        )
+        numbers = {"major": major, "minor": minor, "multi_processor_count": 16}
+        return SimpleNamespace(name=pretended.name, total_memory=pretended.memory, **numbers)
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     whole = backends.unavailable_reason
 
     def reason(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-        on_gpu = device.type == "cuda" and name != "reference"
+        on_gpu = device.type == "cuda" and name != "reference" and dtype != torch.float64
         return pretended.reasons.get(name) if on_gpu else whole(name, device, dtype)
 
     monkeypatch.setattr(backends, "unavailable_reason", reason)
