@@ -234,7 +234,7 @@ def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def _minus_d_of_logps_(p: Tensor, labels: Tensor) -> Tensor:
-    """``p - onehot`` in the place of ``p``; a label's is the others' sum, which p near 1 has no digits of."""
+    """``p - onehot`` in the place of ``p``; of a label minus the others' sum, which p near 1 has not."""
     safe = labels.clamp(0, p.shape[1] - 1)[:, None]
     is_label, of_label = safe == labels[:, None], p.gather(1, safe)
     others = p.scatter_(1, safe, of_label.masked_fill(is_label, 0.0)).sum(1, keepdim=True)

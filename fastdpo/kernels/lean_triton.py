@@ -53,6 +53,7 @@ class Tile(NamedTuple):
 FP32_TILE = Tile(64, 32, 16, 4, 2)
 NARROW_TILE = Tile(128, 128, 64, 8, 3)  # 96 KiB of shared memory, which every GPU from sm_80 on has
 WIDE_TILE = Tile(128, 256, 64, 8, 3)  # nearly all registers of a Hopper SM
+SLIM_TILE = Tile(128, 64, 64, 8, 3)  # masks over H as well take the registers of half a tile
 UNALIGNED_TILE = Tile(64, 64, 32, 8, 2)  # loads of one element each take addresses and masks of their own
 MAX_WEIGHT_STRIDE = 2**31 // WIDE_TILE.columns - 1  # offsets within a tile have 32 bits
 ALIGNMENT = 16  # elements of which H must be a multiple for 16-byte loads
@@ -78,6 +79,8 @@ def tile_for(
     if is_rounded:
         return NARROW_TILE._replace(num_stages=2)
     # What an uneven V or H takes in masks, a bias or a cap, has no room in registers beside a wide tile.
+    if hidden_size % NARROW_TILE.depth != 0 and not is_plain:
+        return SLIM_TILE
     is_even = vocab_size % WIDE_TILE.columns == 0 and hidden_size % WIDE_TILE.depth == 0
     return WIDE_TILE if is_even and is_plain and capability[0] == 9 else NARROW_TILE
 

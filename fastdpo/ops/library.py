@@ -324,7 +324,7 @@ def head_call(
     targets = labels if is_all or index_kind in PER_TOKEN else labels.index_select(0, index)
     operands = operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device)
     acc = accumulation_dtype(run.compute_dtype)
-    backend = resolve_backend(run.backend, hidden.device, run.logits_dtype)
+    backend = resolve_backend(run.backend, hidden.device, run.logits_dtype, run.run_mode)
     plan = make_plan(
         run.run_mode,
         num_tokens,

@@ -22,7 +22,7 @@ from fastdpo.reference import token_statistics
 from fastdpo.testing import assert_logps_close
 from fastdpo.types import TOKEN_STATISTICS
 from tests.kernels.lean_cases import DEVICE, HEADS, NAMES, Head, assert_equal_bits
-from tests.kernels.row_cases import RowCase, make_data, pairwise_cases, run
+from tests.kernels.row_cases import MARGINS, RowCase, make_data, pairwise_cases, run, set_margins
 from tests.kernels.test_rows import EXTREMES, OPTIONS, assert_meets_contract, assert_same_bits
 from tests.kernels.triton_processes import run_interpreted
 
@@ -165,6 +165,20 @@ def test_labels_out_of_range(implementation: str):
     results = run(kernel_in_slabs(implementation, 64), case, data, device)
     assert_meets_contract(results, case, data)
     assert results.statistics["logps"].isnan().tolist() == [False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize("implementation", GRADIENTS)
+def test_slabs_give_the_labels_gradient_where_p_rounds_to_one(implementation: str):
+    """The log-probability is right to a relative error there, and 1 - p is made of it."""
+    case = RowCase(1001, len(MARGINS))
+    data = make_data(case)
+    others = set_margins(data.logits, data.labels)
+    for width in (None, 300):
+        results = run(kernel_in_slabs(implementation, width), case, data)
+        logps = results.statistics["logps"].double()
+        assert ((logps - (-others).log1p()).abs() <= 1e-5 * others).all(), logps
+        got = results.d.gather(1, data.labels[:, None])[:, 0].double()
+        assert ((got - others).abs() <= 1e-5 * others).all(), (got, others)
 
 
 def test_torch_slabs_take_fp64():
