@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdpo.losses import LOSSES, ListLogps, PairLogps, StepLogps, UnpairedLogps, build_objective
 from fastdpo.losses.pairwise_batch import alpha_dpo_loss
 from fastdpo.losses.ranking import lipo_lambda_loss
-from tests.losses.common import random_pair
+from tests.losses.common import mean_loss, random_pair
 from tests.losses.kinds import random_batch
 
 BETA = 0.3
@@ -228,3 +228,16 @@ def test_a_star_po_is_its_authors() -> None:
     steps = StepLogps(lists.logps[keep], advantages, lists.tokens[keep], lists.ref_logps[keep])
     direct = LOSSES["direct_advantage"].function(steps, beta=BETA)
     assert_same(2 * BETA**2 * direct.mean(), torch.stack(want)[2])
+
+
+def test_slics_regulariser_is_of_whole_answers() -> None:
+    """|y| times what a mean over tokens would be: HALOs' lambda_coef, and the paper's lambda."""
+    pair = random_pair(LOSSES["slic"])
+    bare = pair_loss("slic", pair)
+    want = (bare - 0.1 * pair.chosen).mean()
+    assert_same(mean_loss("slic", pair), want)
+    assert_same(mean_loss("slic", pair, nll_weight=0.0), bare.mean())
+    assert_same(build_objective("slic", num_pairs=10).loss(pair), want / 2)  # divided by pairs alone
+    (got,) = torch.autograd.grad(mean_loss("slic", pair), pair.chosen)
+    assert_same(got, torch.autograd.grad(bare.mean(), pair.chosen)[0] - 0.1 / 5)
+    assert_same(mean_loss("sft_sum", pair), -pair.chosen.mean())
