@@ -77,7 +77,11 @@ class Options:
 
     def settings(self) -> dict[str, Any]:
         """As they are kept in a result file: all but the device and what happened."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("device", "lost", "is_brief")}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("device", "lost", "is_brief")
+        }
 
     def seconds_of(self, flop: float) -> float:
         """Of products, guessed: a GPU's tensor cores, or one CPU thread."""
