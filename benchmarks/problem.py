@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.harness import Contender
 from fastdpo import TokenLayout
+from fastdpo.testing.accuracy import capability_of, gradient_bound, logps_bound, total_bound
 
 # (hidden, vocabulary) of real models.
 MODELS = {
@@ -47,10 +48,6 @@ MAX_LENGTH = 1024
 IGNORED = -100
 BETA = 0.1
 
-# Ours: the promise for logps, in nats, and for gradients one rounding of D, of the product and of the sum
-# (2^-9 of bf16 is 2e-3), twice that.
-LOGPS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float64: 1e-12}
-GRADIENT_BOUND = {torch.float32: 2**-13, torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float64: 2**-40}
 # Peers round logits to the inputs' dtype: `_explained` says by how much a value may be off for it. Their
 # gradients are summed in bf16, over up to 64 chunks: 1e-2 (torch 2.13, Liger), three times that. What is
 # scaled by 1.05 is refused all the same.
@@ -245,8 +242,8 @@ class HeadProblem:
         """Errors against fp64: of values in nats, of gradients relative to their norm.
 
         Args:
-            is_exact: held to what fastdpo promises; otherwise to what logits rounded to the inputs' dtype
-                explain.
+            is_exact: held to what fastdpo promises (``fastdpo.testing.accuracy``); otherwise to what logits
+                rounded to the inputs' dtype explain.
 
         Raises:
             Wrong: with what is off and by how much.
@@ -268,10 +265,10 @@ class HeadProblem:
         if outcome.dhidden is None:
             return errors
         tokens, _, entries, _ = self._directions
-        limit = (GRADIENT_BOUND if is_exact else PEER_GRADIENT_BOUND)[dtype]
+        limit = self._gradient_bound if is_exact else PEER_GRADIENT_BOUND[dtype]
         true_gradients = self._gradients_at(task, truth)
         # A margin that is off moves a pair's whole gradient: no mistake in it, and it shows in the errors.
-        own_gradients = true_gradients if is_exact else self._gradients_at(task, outcome.values)
+        own_gradients = self._gradients_at(task, outcome.values)
         got = {"dhidden": outcome.dhidden[self.index[tokens]]}
         if outcome.dweight is not None:
             got["dweight"] = outcome.dweight[entries]
@@ -304,25 +301,43 @@ class HeadProblem:
         rounding = 2 * eps * largest * tokens**0.5 + tokens * (eps * largest / 2) ** 2 / 6
         return rounding, torch.finfo(values.dtype).eps / 2 * truth if values.dtype.itemsize == 2 else 0.0
 
+    @cached_property
+    def _logps_bound(self) -> float:
+        """What is promised of one of our log-probabilities here, in nats: the hardware's sum and 1e-5."""
+        return logps_bound(self.size.hidden_size, self.size.dtype, capability_of(self.device))
+
+    @cached_property
+    def _gradient_bound(self) -> float:
+        """And of our gradients, relative to their norm."""
+        size = self.size
+        return gradient_bound(
+            size.dtype, hidden_size=size.hidden_size, vocab_size=size.vocab_size,
+            num_tokens=size.num_labelled, capability=capability_of(self.device),
+        )  # fmt: skip
+
     def _allowed(self, task: str, values: Tensor, is_exact: bool) -> float:
         """By how much any one value may be off, in nats."""
         count = {"ce": len(self.index)}.get(task, self.size.answer_length if task in OF_PAIRS else 1)
-        promise = LOGPS_BOUND[self.size.dtype] * (1 if task == "ce" else count)
+        share = count if task == "ce" else 1  # a mean, not a sum
+        promise = total_bound(self._logps_bound, count) / share
         if is_exact:
             return promise
         truth = self.values_of(task, self._truth["logps"]).abs().max().item()
         rounding, of_result = self._explained(count, values, truth)
-        return promise + rounding / (count if task == "ce" else 1) + of_result
+        return promise + rounding / share + of_result
 
     def _allowed_mean(self, task: str, values: Tensor, is_exact: bool) -> float:
         """By how much the mean of the values may be off: signs are random, so by less than any of them."""
-        if is_exact or task == "ce":
+        if task == "ce":
             return self._allowed(task, values, is_exact)
-        truth = self.values_of(task, self._truth["logps"]).abs().max().item()
         tokens = self.size.answer_length if task in OF_PAIRS else 1
-        rounding, of_result = self._explained(len(self.index), values, truth)
         count = len(self.index) // tokens
-        return LOGPS_BOUND[self.size.dtype] * tokens + rounding / count + of_result / count**0.5
+        promise = total_bound(self._logps_bound, len(self.index)) / count
+        if is_exact:
+            return promise
+        truth = self.values_of(task, self._truth["logps"]).abs().max().item()
+        rounding, of_result = self._explained(len(self.index), values, truth)
+        return promise + rounding / count + of_result / count**0.5
 
     def floor(self, task: str) -> Contender:
         """The task's products over the labelled rows as plain GEMMs; D is random: zeros run faster."""

@@ -29,8 +29,9 @@ from benchmarks.step_contenders import (
 )
 
 # By how much losses may differ from fp64, in nats. fp32: sums of some thousand tokens of 1e-5 nats, times
-# beta. bf16: TRL rounds logits to 16 bits, 2e-2 nats a token of random sign: times beta and the root of a
-# thousand tokens.
+# beta; sums over H have random signs, 1e-4 nats (`fastdpo.testing.accuracy`) times the root of as many. bf16:
+# TRL rounds logits to 16 bits, 2e-2 nats a token of random sign: times beta and the root of a thousand
+# tokens.
 LOSS_BOUND = {"fp32": 1e-3, "bf16": 6e-2}
 # And norms of the whole gradient, before clipping, as a share: Adam's steps, and clipping, hide a gradient
 # that is off by a factor. Random rounding adds half its square to a norm, next to nothing; what is left is

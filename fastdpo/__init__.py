@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.doctor import doctor
 from fastdpo.functional import dpo_loss_from_logps, fused_dpo_loss, shift_labels
+from fastdpo.functional_rows import fused_preference_loss, preference_loss_from_logps
 from fastdpo.integrations import lm_head as _lm_head  # noqa: F401  teaches LMHead.from_model its trade
 from fastdpo.losses import LOSSES, ReferenceCombination, preference_loss
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.ops.token_divergence import token_divergence
-from fastdpo.plan import Plan, explain_plan
-from fastdpo.preference_loss import fused_preference_loss, preference_loss_from_logps
+from fastdpo.plan import Plan
+from fastdpo.plan_explain import explain_plan
 from fastdpo.types import (
     DPOLossOutput,
     Execution,

@@ -1,6 +1,6 @@
 """``fastdpo train | score | bench | doctor``: the command line.
 
-A user's mistake is one line on standard error and exit code 2; ``--debug`` shows the traceback.
+A user's mistake is one line on standard error and exit code 2; ``--debug``, anywhere, shows the traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,28 +33,55 @@ COMMANDS = {
 }
 
 
+# Words after `--debug` that are a setting of transformers' instead.
+_DEBUG_OPTIONS = ("underflow_overflow", "tpu_metrics_debug")
+# What their authors tell each other about later versions.
+_LIBRARIES = r"(accelerate|datasets|huggingface_hub|peft|torch|transformers)\b"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a failed run, 2 for a user's mistake."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    argv = [word for word in argv if word != "--debug"]
+    argv, debug = _without_debug(sys.argv[1:] if argv is None else argv)
     try:
         command, rest = _command(argv)
-        code = {"train": train, "score": score, "bench": bench, "doctor": diagnose}[command](rest)
+        run: dict[str, Callable[[Sequence[str]], int | None]] = {
+            "train": train, "score": score, "bench": bench, "doctor": partial(diagnose, debug=debug)
+        }  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=_LIBRARIES)
+            code = run[command](rest)
     except (ValueError, TypeError, ImportError, OSError) as error:
         if debug:
             raise
-        print(f"fastdpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fastdpo: error: {_lines(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if debug:
+            raise
         print("fastdpo: interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
         if debug:
             raise
-        print(f"fastdpo: failed: {' '.join(str(error).split())} (--debug shows where)", file=sys.stderr)
+        print(f"fastdpo: failed: {_lines(error)} (--debug shows where)", file=sys.stderr)
         return 1
     return code or 0
+
+
+def _without_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """The words without our own ``--debug``, and whether it was there."""
+    words = list(argv)
+    ours = [
+        place
+        for place, word in enumerate(words)
+        if word == "--debug" and words[place + 1 : place + 2] not in ([name] for name in _DEBUG_OPTIONS)
+    ]
+    return [word for place, word in enumerate(words) if place not in ours], bool(ours)
+
+
+def _lines(error: BaseException) -> str:
+    """An error's text on one line, or on those of a list that it is."""
+    return "\n  ".join(" ".join(line.split()) for line in str(error).split("\n  "))
 
 
 def _command(argv: list[str]) -> tuple[str, list[str]]:
@@ -76,25 +105,33 @@ def train(argv: Sequence[str]) -> None:
     from fastdpo.training.trainer import PreferenceTrainer
 
     arguments = parse_train(argv)
-    _set_up_logging(arguments.config)
+    _set_up_logging(arguments.config.process_index)
     check_output_dir(arguments.config)
     trainer = PreferenceTrainer(**_load_run(arguments))
-    trainer.train()
-    if trainer.eval_dataset is not None:
-        trainer.evaluate()
+    output = trainer.train()
+    # Before the last evaluation, which may cast the model, or fail.
     trainer.save_model()
     trainer.save_state()
+    if trainer.eval_dataset is not None and not trainer.is_evaluated:
+        trainer.evaluate()
+    if trainer.is_world_process_zero():
+        seconds = output.metrics.get("train_runtime", 0.0)
+        folder = arguments.config.output_dir
+        print(f"done: {output.global_step} steps in {seconds:.0f} s; the model is in {folder}")
 
 
 def _load_run(arguments: RunArguments) -> dict[str, Any]:
     """What `PreferenceTrainer` takes."""
-    from fastdpo.training.setup import load_model
+    from fastdpo.training.models import load_model
 
-    # What is cheap comes first: a broken row shows before gigabytes of weights are read.
+    # What is cheap comes first: a wrong name or a broken row shows before gigabytes of weights are read.
+    arguments.check_there()
     adapter = arguments.adapter.peft_config()
     tokenizer = arguments.model.load_tokenizer()
     _, train_pairs, eval_pairs = _load_pairs(arguments.data, tokenizer, arguments.config)
-    loading = arguments.model.loading_options(adapted=adapter is not None)
+    loading = arguments.model.loading_options(adapted=arguments.is_adapted)
+    # A revision is of the model that is trained.
+    others = {name: value for name, value in loading.items() if name != "revision"}
     ref_name, teacher_name = arguments.model.ref_model, arguments.model.teacher_model
     return {
         "model": load_model(arguments.model.name, **loading),
@@ -102,8 +139,8 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
         "train_dataset": train_pairs,
         "eval_dataset": eval_pairs,
         "processing_class": tokenizer,
-        "ref_model": load_model(ref_name, **loading) if ref_name else None,
-        "teacher_model": load_model(teacher_name, **loading) if teacher_name else None,
+        "ref_model": load_model(ref_name, what="ref_model", **others) if ref_name else None,
+        "teacher_model": load_model(teacher_name, what="teacher_model", **others) if teacher_name else None,
         "peft_config": adapter,
     }
 
@@ -116,15 +153,18 @@ def score(argv: Sequence[str]) -> None:
     from fastdpo.training.arguments import parse_score
     from fastdpo.training.collate import pad_token_id
     from fastdpo.training.layouts import choose_collator
+    from fastdpo.training.models import load_model
     from fastdpo.training.precompute import PrecomputedReference
-    from fastdpo.training.setup import load_model
 
     arguments, output = parse_score(argv)
     config = arguments.config
-    _set_up_logging(config)
+    _set_up_logging(config.process_index)
+    arguments.check_there()
     tokenizer = arguments.model.load_tokenizer()
     source, *data_sets = _load_pairs(arguments.data, tokenizer, config)
-    loading = arguments.model.loading_options(adapted=arguments.adapter.use_peft)
+    loading = arguments.model.loading_options(adapted=arguments.is_adapted)
+    if arguments.model.ref_model is not None:
+        loading.pop("revision", None)
     model = load_model(arguments.model.ref_model or arguments.model.name, **loading)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.use_cpu)
     model = patch_model(model.to(accelerator.device), execution=config.execution())
@@ -152,7 +192,7 @@ def bench(argv: Sequence[str]) -> int:
     return code
 
 
-def diagnose(argv: Sequence[str]) -> int:
+def diagnose(argv: Sequence[str], *, debug: bool = False) -> int:
     """``fastdpo doctor``; 2 where ``fastdpo train`` with the same words would refuse to start."""
     from fastdpo.doctor import doctor
 
@@ -168,14 +208,18 @@ def diagnose(argv: Sequence[str]) -> int:
     parser.add_argument("--dataset", help="the training data of a run to look at")
     options, others = parser.parse_known_args(list(argv))
     if options.dataset is not None or others:
-        return _diagnose_run(argv)
+        return _diagnose_run(argv, debug=debug)
+    if options.model is not None:
+        from fastdpo.training.hub import check_there
+
+        check_there("model", options.model)
     found = doctor(options.model)
     print(found)
     of_model = found.sections.get(f"Model {options.model}", [])
     return 2 if any(name == "model" or text.startswith("refused") for name, text in of_model) else 0
 
 
-def _diagnose_run(argv: Sequence[str]) -> int:
+def _diagnose_run(argv: Sequence[str], *, debug: bool) -> int:
     """What ``fastdpo train`` would run, from the trainer that it would train."""
     from fastdpo.doctor import Diagnosis, doctor
     from fastdpo.training.arguments import parse_train
@@ -183,7 +227,7 @@ def _diagnose_run(argv: Sequence[str]) -> int:
     from fastdpo.training.trainer import PreferenceTrainer
 
     arguments = parse_train(argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    _set_up_logging(arguments.config.process_index, level=logging.WARNING)
     lines, refused = [("output_dir", str(arguments.config.output_dir))], []
     try:
         check_output_dir(arguments.config)
@@ -200,6 +244,8 @@ def _diagnose_run(argv: Sequence[str]) -> int:
             trainer.get_train_dataloader()
             found = doctor(trainer)
         except (ValueError, ImportError) as error:
+            if debug:
+                raise
             refused.append(str(error))
             found = doctor(parts["model"])
     refused += [
@@ -223,7 +269,7 @@ def _load_pairs(
     source = read_rows(data.dataset, split=data.dataset_split)
     pairs = tokenized_pairs(source, tokenizer, config)
     if data.eval_dataset is not None:
-        eval_rows = read_rows(data.eval_dataset, split=data.eval_dataset_split)
+        eval_rows = read_rows(data.eval_dataset, split=data.eval_dataset_split or "test")
         return source, pairs, tokenized_pairs(eval_rows, tokenizer, config)
     if data.held_out:
         return source, *split_pairs(pairs, data.held_out, seed=config.data_seed or config.seed)
@@ -241,17 +287,25 @@ def _write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) -
                 name: known[name] + value if name in known else value for name, value in values.items()
             }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    partial_file = path.with_suffix(".tmp")
+    with partial_file.open("w", encoding="utf-8") as file:
         for number, row in source:
             if number in scores:
                 file.write(json.dumps({**row, **scores[number]}, ensure_ascii=False, default=str) + "\n")
+    partial_file.replace(path)
     return len(scores)
 
 
-def _set_up_logging(config: PreferenceConfig) -> None:
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    is_main = config.process_index == 0
-    logging.getLogger("fastdpo").setLevel(logging.INFO if is_main else logging.ERROR)
+def _set_up_logging(process_index: int, *, level: int = logging.INFO) -> None:
+    """Our own lines on standard error; other libraries have handlers of their own."""
+    log = logging.getLogger("fastdpo")
+    for handler in [handler for handler in log.handlers if handler.name == "fastdpo"]:
+        log.removeHandler(handler)
+    handler = logging.StreamHandler()
+    handler.name = "fastdpo"
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(level if process_index == 0 else logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fastdpo.doctor_plan import Divergences, plan_of
-from fastdpo.integrations.lm_head import current_head, examine, read_head, unwrap, wrappers_and_model
+from fastdpo.integrations.lm_head import current_head, read_head, unwrap, wrappers_and_model
 from fastdpo.integrations.model import is_patched
 from fastdpo.integrations.patched_class import own_forward
 from fastdpo.integrations.trl import trl_status
@@ -94,11 +94,12 @@ def patch_refusal(model: nn.Module, *, is_reached: bool = False) -> str | None:
     """
     try:
         inner: Any = unwrap(model)
-        if not is_patched(inner):
+        if is_patched(inner):
+            current_head(inner, type(inner)._fastdpo_hook.tail)
+        else:
             if not is_reached:
                 own_forward(inner)
-            examine(inner)
-        current_head(inner)
+            read_head(inner)
     except ValueError as error:
         return str(error)
     return None

@@ -43,8 +43,9 @@ from fastdpo.functional_checks import (
     check_tensor,
     reference_head,
 )
+from fastdpo.losses.build import build_objective
 from fastdpo.losses.inputs import PerPair
-from fastdpo.losses.objective import Objective, build_objective
+from fastdpo.losses.objective import Objective
 from fastdpo.losses.reference_combination import ReferenceCombination, as_combination
 from fastdpo.ops.checks import (
     as_head,
@@ -59,6 +60,7 @@ from fastdpo.ops.paired_loss import paired_loss
 from fastdpo.pair_loss import (
     LOSS_KEY,
     METRIC_STATISTICS,
+    answer_weights,
     given_reference,
     loss_output,
     pack_objective,
@@ -139,6 +141,9 @@ def fused_dpo_loss(
         ``rewards/rejected``, ``rewards/accuracies``, ``rewards/margins``, ``logps/chosen``,
         ``logps/rejected``, ``logits/chosen``, ``logits/rejected``, ``entropy``, ``mean_token_accuracy`` and
         ``num_tokens`` (completion tokens of this call; TRL's running count of input tokens is the loop's).
+        With an NLL term ``nll_loss``, with ``orpo`` ``log_odds_ratio`` and ``log_odds_chosen``. ``logps/*``
+        are sums per answer, of losses that compare per-token means without a reference (SimPO, ORPO, TPO-L)
+        these.
 
     An empty answer counts as log-probability 0. A pair without any token counts nowhere: not in the loss,
     not in ``P``, not in the metrics; with no token at all the loss is 0 and so is every gradient.
@@ -201,7 +206,7 @@ def fused_dpo_loss(
         tokens = labelled_tokens(per_token, nll_labels, layout, shift=shift, ignore_index=ignore_index)
         if token_weights is not None and shift:
             token_weights = next_token(token_weights, 0, layout)
-    weights = None if token_weights is None else tokens.pick(token_weights)
+    weights = answer_weights(token_weights, tokens)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     reference = given_reference(ref_logps, tokens, weights, combination, dtype)
     ref_head = reference_head(head, ref_hidden, ref_lm_head)
@@ -292,7 +297,7 @@ def dpo_loss_from_logps(
     else:
         assert mask is not None
         tokens = all_tokens(mask, nll_mask, layout)
-    weights = None if token_weights is None else tokens.pick(token_weights)
+    weights = answer_weights(token_weights, tokens)
     token = LinearLogprobOutput(
         tokens.pick(logps),
         **{

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fastdpo.batch import AnswerTokens
+from fastdpo.losses.build import build_objective
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.metrics import pair_metrics, token_metrics
-from fastdpo.losses.objective import Objective, build_objective
+from fastdpo.losses.objective import Objective
 from fastdpo.losses.reference_combination import ReferenceCombination
 from fastdpo.ops.paired_chunks import GroupLoss
 from fastdpo.ops.paired_loss import GROUP_LOSSES, recording_gradients
@@ -43,6 +44,14 @@ def answer_lengths(tokens: AnswerTokens, where: Tensor | None, dtype: torch.dtyp
         lengths = tokens.offsets.narrow(0, 1, num_answers) - tokens.offsets.narrow(0, 0, num_answers)
         return lengths.to(dtype).view(tokens.num_pairs, 2).t()
     return answer_sums(where.to(dtype), tokens, None)
+
+
+def answer_weights(token_weights: Tensor | None, tokens: AnswerTokens) -> Tensor | None:
+    """``(N,)`` in pair order; 0 for tokens of no answer, where the caller's may be NaN."""
+    if token_weights is None:
+        return None
+    weights = tokens.pick(token_weights)
+    return weights if tokens.in_answer is None else weights.where(tokens.in_answer, 0)
 
 
 @torch.no_grad()
@@ -135,7 +144,9 @@ def loss_output(
         ref_rejected_logps=pair.ref_rejected,
         chosen_rewards=rewards[0],
         rejected_rewards=rewards[1],
-        metrics=pair_metrics(pair, *rewards) | token_metrics(pair, answers, **statistics),
+        metrics=pair_metrics(pair, rewards, objective.logged_logps(pair))
+        | objective.further_metrics(pair)
+        | token_metrics(pair, answers, **statistics),
     )
 
 
@@ -236,7 +247,11 @@ def _sigmoid_of_group(
         )
     arguments: dict[str, Any] = dict(objective.terms[0].arguments)
     if "pair_weights" in objective.per_pair:
-        arguments["pair_weights"] = objective.per_pair["pair_weights"]
+        weights = objective.per_pair["pair_weights"]
+        if isinstance(weights, Tensor) and ref_logps is not None:
+            # A pair that counts nowhere may have a reference that is NaN.
+            ref_logps = ref_logps.where(weights != 0, 0)
+        arguments["pair_weights"] = weights
     result = sigmoid_pairs(
         logps,
         tokens.offsets,

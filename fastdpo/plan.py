@@ -1,27 +1,29 @@
 """How one call of the head will run: mode, chunks, what is kept, matrix products and bytes.
 
 Pure arithmetic: no tensor, no torch. The ops follow the `Plan` they get from here, and `explain_plan`
-prints the same object, so what is printed is what runs. The chunks themselves come from ``schedule.py``.
+(``plan_explain.py``) prints the same object, so what is printed is what runs. The chunks themselves come
+from ``schedule.py``, and what a GPU makes of them from ``waves.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
 
-from fastdpo.plan_lean import logit_bytes, make_lean_plan
-from fastdpo.plan_memory import peak_bytes
+from fastdpo.plan_lean import make_lean_plan
+from fastdpo.plan_memory import hidden_scratch_rows, peak_bytes, product_bytes
+from fastdpo.plan_text import plan_text
 from fastdpo.schedule import (
     GROUP_ROWS,
     MIB,
     PairGroup,
     chunk_and_block_rows,
-    chunk_rows,
     group_pairs,
-    holds_a_chunk_row,
+    hidden_grad_piece,
+    hidden_scratch_bytes,
     leading_dim,
 )
+from fastdpo.waves import Waves, hidden_grad_parts, hidden_grad_waves, logits_waves
 
 # Up to this many products may be summed in a 16-bit gradient: measured error 2.4 to 2.9e-3, against
 # 1.7e-3 for a single rounding; more than that and the sum is fp32 (DESIGN section 3).
@@ -51,6 +53,14 @@ class Plan:
     peak_bytes: int  # the most that is allocated at once, gradients included: see `fastdpo.plan_memory`
     groups: tuple[PairGroup, ...]  # of mode `pairs`
     group_rows: int  # of the longest of them that is not recomputed: the buffer for its D
+    operand_bytes: int  # of an element of the products' operands
+    num_multiprocessors: int  # of the GPU; 0 for a CPU
+    # What its chunks were chosen by, beside the sizes: see ``schedule.gpu_choices``.
+    logits_bytes: int
+    workspace_mib: int
+    joins_chunks: bool
+    # Rows of every product D W, and the parts of the vocabulary over which it is summed.
+    hidden_products: tuple[tuple[int, int], ...] = ()
 
     @property
     def gemm_passes(self) -> float:
@@ -59,8 +69,7 @@ class Plan:
 
     def chunks(self) -> list[tuple[int, int]]:
         """Row ranges ``[start, stop)`` of the chunks, in order."""
-        step = max(self.chunk_rows, 1)
-        return [(start, min(start + step, self.num_tokens)) for start in range(0, self.num_tokens, step)]
+        return _ranges(self.num_tokens, self.chunk_rows)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> list[list[tuple[int, int]]]:
         """Row ranges of the chunks of ``[start, stop)``, block by block; by default of all rows."""
@@ -70,39 +79,34 @@ class Plan:
         joined = max(self.block_rows // step, 1)
         return [chunks[i : i + joined] for i in range(0, len(chunks), joined)]
 
+    def hidden_piece(self, num_rows: int) -> int:
+        """Rows of a compact D whose product with W is made at a time."""
+        if self.num_multiprocessors == 0:
+            return hidden_scratch_rows(self.block_rows, self.hidden_size * self.operand_bytes)
+        return hidden_grad_piece(num_rows, *self._device)
+
+    def hidden_parts(self, num_rows: int) -> int:
+        """Parts of the vocabulary over which D W of some rows is summed, so that they fill a GPU."""
+        return hidden_grad_parts(num_rows, *self._device)
+
+    @property
+    def _device(self) -> tuple[int, int, int, int]:
+        scratch_bytes = hidden_scratch_bytes(self.workspace_mib)
+        return self.hidden_size, self.vocab_size, self.num_multiprocessors, scratch_bytes
+
+    @property
+    def waves(self) -> tuple[Waves, ...]:
+        """Of a GPU: how logits and D W go over its multiprocessors, as predicted; else empty."""
+        if self.num_multiprocessors == 0 or self.num_tokens == 0 or self.mode == "lean":
+            return ()
+        rows = [stop - start for start, stop in self.chunks()]
+        logits = logits_waves(rows, *self._device[:3])
+        if not self.hidden_products:
+            return (logits,)
+        return logits, hidden_grad_waves(list(self.hidden_products), *self._device)
+
     def __str__(self) -> str:
-        kept = {
-            "stash": "D W for the backward pass",
-            "cache": "D for the backward pass",
-            "pairs": "D of one group of pairs, until its gradient is known",
-            "lean": "the fp32 sum of dhidden in the backward pass",
-        }.get(self.mode, "nothing")
-        lines = [
-            f"mode          {self.mode}",
-            f"tokens        {self.num_tokens} labelled",
-            f"head          hidden {self.hidden_size}, vocabulary {self.vocab_size}",
-            f"chunks        {len(self.chunks())} of up to {self.chunk_rows} rows"
-            + (f", {self.leading_dim} vocabulary entries at a time" if self.mode == "lean" else "")
-            + (f"; forward {self.score_rows} rows" if self.score_rows else ""),
-            f"GEMM passes   {self.gemm_passes:.2f} (forward {self.gemm_passes_forward:.2f}, "
-            f"backward {self.gemm_passes_backward:.2f})",
-            f"workspace     {self.workspace_bytes / MIB:.1f} MiB of logits",
-            f"kept          {self.kept_bytes / MIB:.1f} MiB ({kept})",
-        ]
-        if self.weight_copy_bytes:
-            lines.append(f"weight copy   {self.weight_copy_bytes / MIB:.1f} MiB, in the products' dtype")
-        if self.weight_sum_bytes:
-            lines.append(f"fp32 sum      {self.weight_sum_bytes / MIB:.1f} MiB of dweight, cast at the end")
-        lines.append(f"peak          {self.peak_bytes / MIB:.1f} MiB at once, gradients included")
-        if self.mode == "cache":
-            lines.append(f"cached rows   {self.cached_rows} of {self.num_tokens}; the rest is recomputed")
-        if self.mode == "pairs":
-            again = sum(group.is_recomputed for group in self.groups)
-            lines.append(
-                f"groups        {len(self.groups)} of whole pairs, up to {self.group_rows} rows; "
-                f"{again} pairs too long for that are recomputed"
-            )
-        return "\n".join(lines)
+        return plan_text(self)
 
 
 def resolve_mode(
@@ -172,6 +176,7 @@ def make_plan(
     hidden_bytes: int | None = None,
     weight_bytes: int | None = None,
     copies_weight: bool = False,
+    num_kept: int = 1,
 ) -> Plan:
     """The plan for a mode that ``resolve_mode`` has settled; sizes in elements, budgets in MiB.
 
@@ -180,6 +185,7 @@ def make_plan(
     ``joins_chunks``: whether D may stay in the workspace for several chunks. ``hidden_bytes`` and
     ``weight_bytes``: of an element of these and of their gradients; None: as of the operands.
     ``copies_weight``: whether products need the weight in another dtype, and all of it at once.
+    ``num_kept``: D's, or products of them, that are kept for each row.
     """
     hidden_bytes, weight_bytes = hidden_bytes or operand_bytes, weight_bytes or operand_bytes
     gradient_bytes = needs_hidden * num_tokens * hidden_size * hidden_bytes
@@ -216,15 +222,23 @@ def make_plan(
             peak_bytes=lean.workspace_bytes + lean.sum_bytes + gradient_bytes,
             groups=(),
             group_rows=0,
+            operand_bytes=operand_bytes,
+            num_multiprocessors=num_multiprocessors,
+            logits_bytes=logits_bytes,
+            workspace_mib=workspace_mib,
+            joins_chunks=joins_chunks,
         )
-    sizes = (num_tokens, vocab_size, logits_bytes, workspace_mib)
-    device = {"hidden_size": hidden_size, "num_multiprocessors": num_multiprocessors}
-    if joins_chunks:
-        rows, block_rows = chunk_and_block_rows(*sizes, **device)
-    else:
-        rows = block_rows = chunk_rows(*sizes, **device)
+    rows, block_rows = chunk_and_block_rows(
+        num_tokens,
+        vocab_size,
+        logits_bytes,
+        workspace_mib,
+        hidden_size=hidden_size,
+        num_multiprocessors=num_multiprocessors,
+        joins_chunks=joins_chunks,
+    )
     d_row_bytes = leading_dim(vocab_size) * operand_bytes  # padded, as rows of logits are
-    cached = _cached_rows(num_tokens, rows, d_row_bytes, cache_mib) if mode == "cache" else 0
+    cached = _cached_rows(num_tokens, rows, num_kept * d_row_bytes, cache_mib) if mode == "cache" else 0
     groups: tuple[PairGroup, ...] = ()
     if mode == "pairs":
         groups = group_pairs(pair_rows, min(GROUP_ROWS, cache_mib * MIB // d_row_bytes))
@@ -248,8 +262,8 @@ def make_plan(
         + sum(-(-piece // block_rows) for piece in again)
     )
     kept_bytes = {
-        "stash": num_tokens * hidden_size * operand_bytes,
-        "cache": cached * d_row_bytes,
+        "stash": num_kept * num_tokens * hidden_size * operand_bytes,
+        "cache": num_kept * cached * d_row_bytes,
         "pairs": group_rows * d_row_bytes,
     }.get(mode, 0)
     workspace_rows = block_rows if mode == "stash" or again else rows
@@ -258,7 +272,7 @@ def make_plan(
     weight_sum_bytes = 0
     if needs_weight and sums_in_fp32(num_groups, weight_bytes):
         weight_sum_bytes = vocab_size * hidden_size * 4
-    return Plan(
+    plan = Plan(
         mode=mode,
         num_tokens=num_tokens,
         hidden_size=hidden_size,
@@ -275,23 +289,54 @@ def make_plan(
         weight_copy_bytes=weight_copy_bytes,
         weight_sum_bytes=weight_sum_bytes,
         score_rows=0,
-        peak_bytes=peak_bytes(
-            mode,
-            workspace_bytes=workspace_bytes,
-            kept_bytes=kept_bytes,
-            row_bytes=hidden_size * operand_bytes,
-            chunk_rows=rows,
-            # A group of D, or of recomputed rows, as many as there are.
-            group_rows=max(cached, group_rows, min(block_rows, max(again, default=0))),
-            hidden_grad_bytes=needs_hidden * num_tokens * hidden_size * hidden_bytes,
-            weight_grad_bytes=needs_weight * vocab_size * hidden_size * weight_bytes,
-            weight_sum_bytes=weight_sum_bytes,
-            recomputes=bool(again),
-            weight_copy_bytes=weight_copy_bytes,
-        ),
+        peak_bytes=0,
         groups=groups,
         group_rows=group_rows,
+        operand_bytes=operand_bytes,
+        num_multiprocessors=num_multiprocessors,
+        logits_bytes=logits_bytes,
+        workspace_mib=workspace_mib,
+        joins_chunks=joins_chunks,
     )
+    # Groups of D, or of recomputed rows, as there are.
+    group_sizes = [cached] if cached else []
+    group_sizes += [group.stop - group.start for group in groups if not group.is_recomputed]
+    group_sizes += [stop - start for piece in again for start, stop in _ranges(piece, block_rows)]
+    products = _hidden_products(plan, group_sizes if needs_hidden else [])
+    peak = peak_bytes(
+        mode,
+        workspace_bytes=workspace_bytes,
+        kept_bytes=kept_bytes,
+        row_bytes=hidden_size * operand_bytes,
+        chunk_rows=rows,
+        # Of dW's products, the rows that are scaled.
+        group_rows=max(group_sizes, default=0) if needs_weight else 0,
+        product_bytes=max(
+            (product_bytes(plan, *product, is_kept=mode == "stash") for product in products), default=0
+        ),
+        hidden_grad_bytes=needs_hidden * num_tokens * hidden_size * hidden_bytes,
+        weight_grad_bytes=needs_weight * vocab_size * hidden_size * weight_bytes,
+        weight_sum_bytes=weight_sum_bytes,
+        recomputes=bool(again),
+        weight_copy_bytes=weight_copy_bytes,
+    )
+    return replace(plan, peak_bytes=peak, hidden_products=products)
+
+
+def _hidden_products(plan: Plan, group_sizes: list[int]) -> tuple[tuple[int, int], ...]:
+    """Rows and parts of every product of D W: of blocks where D stays in the workspace, else of groups."""
+    if plan.mode == "stash":
+        pieces = [block[-1][1] - block[0][0] for block in plan.blocks()]
+    else:
+        pieces = [
+            stop - start for size in group_sizes for start, stop in _ranges(size, plan.hidden_piece(size))
+        ]
+    return tuple((rows, plan.hidden_parts(rows)) for rows in pieces)
+
+
+def _ranges(total: int, step: int) -> list[tuple[int, int]]:
+    step = max(step, 1)
+    return [(start, min(start + step, total)) for start in range(0, total, step)]
 
 
 def sums_in_fp32(num_groups: int, weight_bytes: int) -> bool:
@@ -303,90 +348,3 @@ def _cached_rows(num_tokens: int, rows: int, d_row_bytes: int, cache_mib: int) -
     """Rows of D kept: all that fit, in whole chunks, so that the rest is recomputed as it was computed."""
     fit = cache_mib * MIB // d_row_bytes
     return num_tokens if fit >= num_tokens else fit // rows * rows
-
-
-def explain_plan(
-    num_tokens: int,
-    hidden_size: int,
-    vocab_size: int,
-    *,
-    mode: str = "auto",
-    backend: str = "auto",
-    hidden_requires_grad: bool = True,
-    weight_requires_grad: bool = False,
-    bias_requires_grad: bool = False,
-    entropy_requires_grad: bool = False,
-    pair_lengths: Sequence[int] | None = None,
-    logits_bytes: int = 4,
-    operand_bytes: int = 2,
-    hidden_bytes: int | None = None,
-    weight_bytes: int | None = None,
-    workspace_mib: int = 512,
-    cache_mib: int = 1024,
-    num_multiprocessors: int = 0,
-) -> Plan:
-    """Print and return what ``linear_logprob``, or ``fused_dpo_loss``, will do for N labelled tokens.
-
-    Args:
-        num_tokens: N, labelled tokens only.
-        hidden_size: H.
-        vocab_size: V.
-        mode, backend: as in ``Execution``; only mode ``lean`` depends on the backend, and takes ``auto`` on a
-            GPU to be Triton.
-        hidden_requires_grad, weight_requires_grad, bias_requires_grad, entropy_requires_grad: what needs a
-            gradient.
-        pair_lengths: for ``fused_dpo_loss`` with a loss per pair: the labelled tokens of each pair, both
-            answers together, N in all. None: for ``linear_logprob``.
-        logits_bytes: 4 for fp32 logits, 2 with ``logits_dtype="bf16"``, 8 for fp64.
-        operand_bytes: bytes of one element of the products' operands: 2 for bf16 and fp16 on a GPU; 4
-            for fp32, and for 16-bit inputs on a CPU, which are upcast; 8 for fp64.
-        hidden_bytes, weight_bytes: the same of hidden and of the weight, where they are not the operands: 2
-            for 16-bit ones on a CPU, 4 for fp32 ones under autocast. None: as ``operand_bytes``.
-        workspace_mib, cache_mib: as in ``Execution``.
-        num_multiprocessors: of the GPU (132 for an H100 or H200), which sets the rows of a chunk; 0: a CPU.
-
-    Raises:
-        ValueError: the mode does not fit the gradients, the logits or the workspace, or the pairs do not
-            have N tokens.
-
-    Example:
-        >>> plan = explain_plan(4096, 4096, 128256, weight_requires_grad=True)  # doctest: +SKIP
-    """
-    if pair_lengths is not None and sum(pair_lengths) != num_tokens:
-        raise ValueError(f"pair_lengths: got {sum(pair_lengths)} tokens in all, wanted {num_tokens}")
-    settled = resolve_mode(
-        mode,
-        needs_hidden=hidden_requires_grad,
-        needs_weight=weight_requires_grad,
-        needs_bias=bias_requires_grad,
-        entropy_requires_grad=entropy_requires_grad,
-        cache_mib=cache_mib,
-        has_pair_loss=pair_lengths is not None,
-        holds_a_row=holds_a_chunk_row(vocab_size, logits_bytes, workspace_mib),
-    )
-    if settled == "lean" and logits_bytes == 2:
-        raise ValueError("logits_bytes: got 2 with mode 'lean', which stores no logits, wanted 4")
-    is_store_free = backend in ("auto", "triton") and num_multiprocessors > 0 and operand_bytes == 2
-    plan = make_plan(
-        settled,
-        num_tokens,
-        hidden_size,
-        vocab_size,
-        logits_bytes=logits_bytes,
-        operand_bytes=operand_bytes,
-        needs_hidden=hidden_requires_grad,
-        needs_weight=weight_requires_grad,
-        workspace_mib=workspace_mib,
-        cache_mib=cache_mib,
-        num_multiprocessors=num_multiprocessors,
-        pair_rows=tuple(accumulate(pair_lengths or (), initial=0)),
-        needs_bias=bias_requires_grad,
-        lean_logit_bytes=logit_bytes(is_store_free, operand_bytes),
-        joins_chunks=True,
-        hidden_bytes=hidden_bytes,
-        weight_bytes=weight_bytes,
-        # On a CPU, slab by slab.
-        copies_weight=num_multiprocessors > 0 and weight_bytes not in (None, operand_bytes),
-    )
-    print(plan)
-    return plan

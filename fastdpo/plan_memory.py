@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from fastdpo.schedule import MIB
+from typing import Protocol
 
-# Bounds the (rows, H) product of a group. Large, because a product of few rows fills fewer of a GPU's waves.
+from fastdpo.schedule import MIB
+from fastdpo.waves import partial_sum_bytes
+
+# Bounds the rows of D W that are scaled at a time, and on a CPU those that are made at a time.
 HIDDEN_SCRATCH_MIB = 64
 
 
+class HiddenSizes(Protocol):
+    """What of a plan tells the size of D W."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def operand_bytes(self) -> int: ...
+    @property
+    def num_multiprocessors(self) -> int: ...
+
+
 def hidden_scratch_rows(block_rows: int, row_bytes: int) -> int:
-    """Rows of D whose product with W is made at a time."""
+    """Rows of D whose product with W is made at a time, or of D W that are scaled at a time."""
     return max(block_rows, HIDDEN_SCRATCH_MIB * MIB // max(row_bytes, 1), 1)
+
+
+def product_bytes(plan: HiddenSizes, rows: int, parts: int, *, is_kept: bool) -> int:
+    """Bytes that D W of some rows takes beside the place where it is kept, or where the gradient goes.
+
+    On a GPU from 16-bit operands: its fp32 sum, those of its parts, and what is rounded of it.
+    """
+    rounded = 0 if is_kept else rows * plan.hidden_size * plan.operand_bytes
+    if plan.num_multiprocessors == 0 or plan.operand_bytes != 2:
+        return rounded
+    sums = partial_sum_bytes(rows, plan.hidden_size, parts) if parts > 1 else 0
+    return partial_sum_bytes(rows, plan.hidden_size, 1) + max(sums, rounded)
 
 
 def peak_bytes(
@@ -21,6 +47,7 @@ def peak_bytes(
     row_bytes: int,
     chunk_rows: int,
     group_rows: int,
+    product_bytes: int,
     hidden_grad_bytes: int,
     weight_grad_bytes: int,
     weight_sum_bytes: int,
@@ -35,7 +62,8 @@ def peak_bytes(
         workspace_bytes, kept_bytes: of the plan.
         row_bytes: of one row of hidden in the operands' dtype.
         chunk_rows: rows of hidden that are gathered for a product of logits.
-        group_rows: rows of the longest group of D, gathered and scaled for its products.
+        group_rows: rows of the longest group of D, gathered and scaled for the product of dW; 0 without one.
+        product_bytes: of the largest D W that is made at a time.
         hidden_grad_bytes, weight_grad_bytes: of the results; where unlabelled rows of hidden have a gradient
             too, that is more. 0 where there is none.
         weight_sum_bytes: of dW where it is summed in another dtype than it is returned in, else 0.
@@ -47,16 +75,17 @@ def peak_bytes(
     What is small is left out: vectors of N or V numbers, and on a CPU slabs of at most 64 MiB in which
     16-bit operands are upcast.
     """
-    chunk = 2 * chunk_rows * row_bytes  # the rows of one are there until those of the next are
+    chunk = chunk_rows * row_bytes
     forward = workspace_bytes + kept_bytes + chunk + weight_copy_bytes
     dweight = weight_sum_bytes or weight_grad_bytes
     results = hidden_grad_bytes + weight_grad_bytes
     if mode == "stash":
-        # A chunk of D W times its fp32 coefficients, before it is rounded.
-        return max(forward, kept_bytes + hidden_grad_bytes + 3 * chunk_rows * row_bytes + combined_bytes)
+        # A piece of D W times its coefficients, before it is where it belongs.
+        scaled = min(hidden_scratch_rows(1, row_bytes) * row_bytes, hidden_grad_bytes)
+        return max(forward + product_bytes, kept_bytes + hidden_grad_bytes + scaled + combined_bytes)
     if mode == "score" or not results:
         return forward
-    scratch = group_rows * row_bytes
+    scratch = max(group_rows * row_bytes, product_bytes)
     cast = hidden_grad_bytes + dweight + bool(weight_sum_bytes) * weight_grad_bytes
     if mode == "pairs":
         return max(forward + hidden_grad_bytes + dweight + scratch, cast)

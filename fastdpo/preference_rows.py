@@ -80,8 +80,10 @@ class RowSums:
         return self.plain(self.weighted(values))
 
     def weighted(self, values: Tensor) -> Tensor:
-        """Per token, times the weights where there are any."""
-        return values if self.token_weights is None else values * self.token_weights.to(values.dtype)
+        """Per token, times the weights where there are any; these may be NaN where masked away."""
+        if self.token_weights is None:
+            return values
+        return values * self.token_weights.to(values.dtype).where(self.mask, 0)
 
     def plain(self, values: Tensor) -> Tensor:
         """``(rows,)`` sums, whatever the weights of the log-probabilities."""
@@ -234,6 +236,7 @@ def _rewards(objective: Objective, batch: Batch, logps: Tensor) -> tuple[Tensor 
         return rewards, list_metrics(batch, rewards)
     if isinstance(batch, DivergencePairLogps):
         both = objective.rewards(batch)
-        return torch.cat(both), pair_metrics(batch, *both) | divergence_metrics(batch)
+        metrics = pair_metrics(batch, both, (batch.chosen, batch.rejected))
+        return torch.cat(both), metrics | divergence_metrics(batch)
     of_teacher = distillation_metrics(batch) if isinstance(batch, TokenDivergences) else {}
     return None, {"logps": masked_mean(logps, batch.is_scored), **of_teacher}

@@ -1,4 +1,4 @@
-"""In which chunks and groups the labelled rows of one call are processed: pure arithmetic, nothing imported.
+"""In which chunks and groups the labelled rows of one call are processed: pure arithmetic.
 
 Chunk boundaries depend on (N, H, V, logits dtype, workspace, device) and on nothing else, in particular
 not on the mode or on who needs gradients: a policy that equals its reference, or a forward pass repeated by
@@ -7,9 +7,11 @@ activation checkpointing, gets logits of the same bits (DESIGN section 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+
+from fastdpo import waves
 
 MIB = 1024 * 1024
 # Rows of the workspace start at multiples of this many elements: 128 bytes or more in every dtype, so
@@ -22,11 +24,8 @@ WANTED_CHUNK_ROWS = 512
 # dweight is cheap beside its product (a sixth of it at 512 rows, a fiftieth at 4096).
 GROUP_ROWS = 4096
 
-# What the choice of rows assumes of a GPU: the output tile of its GEMMs, the FLOP it does while it reads a
-# byte (of an H200), and what a product of too few tiles reaches of the peak by splitting its sum.
-TILE_ROWS, TILE_COLUMNS = 128, 256
-FLOP_PER_BYTE = 184
-SPLIT_SUM_EFFICIENCY = 0.93
+# What is within a hundredth of the fastest is as good, and may take less memory.
+ENOUGH = 1.01
 
 
 def leading_dim(vocab_size: int) -> int:
@@ -39,7 +38,6 @@ def holds_a_chunk_row(vocab_size: int, logits_bytes: int, workspace_mib: int) ->
     return leading_dim(vocab_size) * logits_bytes <= workspace_mib * MIB
 
 
-@lru_cache(maxsize=1024)
 def chunk_and_block_rows(
     num_tokens: int,
     vocab_size: int,
@@ -48,58 +46,34 @@ def chunk_and_block_rows(
     *,
     hidden_size: int = 0,
     num_multiprocessors: int = 0,
+    joins_chunks: bool = True,
 ) -> tuple[int, int]:
     """Rows of a chunk, whose logits are one product, and of a block, the chunks whose D is one product.
 
-    On a GPU a block fills the workspace, so that D W of it fills the waves, while a chunk takes at most half
-    of it where that still is ``WANTED_CHUNK_ROWS``: modes that do not leave D in the workspace then hold one
-    chunk of logits only, and the logits are the same products in every mode. On a CPU a block is a chunk.
+    On a CPU a chunk is an even share of what the workspace holds, and a block is a chunk. On a GPU both are
+    what the model of `fastdpo.waves` finds fastest for logits and D W together, up to the whole workspace; of
+    those within a hundredth of that, what takes the least memory. A block stays in the workspace, while modes
+    that move D out of it hold one chunk of logits. ``joins_chunks=False``: a block is a chunk there too.
 
     Raises:
         ValueError: the workspace does not hold a single row.
     """
-    sizes = (num_tokens, vocab_size, logits_bytes, workspace_mib)
-    limit = workspace_mib * MIB // (leading_dim(vocab_size) * logits_bytes)
-    limit -= limit % CHUNK_ROWS_MULTIPLE
-    half = limit // 2 // CHUNK_ROWS_MULTIPLE * CHUNK_ROWS_MULTIPLE
-    rows = chunk_rows(*sizes, hidden_size=hidden_size, num_multiprocessors=num_multiprocessors)
-    if num_multiprocessors == 0 or rows == num_tokens or half < WANTED_CHUNK_ROWS:
-        return rows, rows
-
-    def cost(sizes: tuple[int, int]) -> tuple[float, float, int, int]:
-        rows, block_rows = sizes
-        device = (hidden_size, vocab_size, num_multiprocessors)
-        total = _cost_of_all(num_tokens, rows, _logits_cost, device)
-        total += _cost_of_all(num_tokens, block_rows, _hidden_grad_cost, device)
-        # Of equal ones those that need no split sum, then the smaller workspace, then the longer chunks.
-        tiles = block_rows // TILE_ROWS * -(-hidden_size // TILE_COLUMNS)
-        whole_waves = -(-tiles // num_multiprocessors) / block_rows
-        return round(total), whole_waves, block_rows, -rows
-
-    # From half of the limits on: anything smaller could be doubled.
-    smallest = -(-half // (2 * CHUNK_ROWS_MULTIPLE)) * CHUNK_ROWS_MULTIPLE
-    candidates = [
-        (rows, joined * rows)
-        for rows in range(smallest, half + 1, CHUNK_ROWS_MULTIPLE)
-        for joined in range(-(-limit // (2 * rows)), limit // rows + 1)
-    ]
-    return min(candidates, key=cost)
+    limit = fitting_rows(vocab_size, logits_bytes, workspace_mib)
+    if num_tokens <= limit:
+        return num_tokens, num_tokens
+    multiple = CHUNK_ROWS_MULTIPLE if limit >= CHUNK_ROWS_MULTIPLE else 1
+    if num_multiprocessors == 0 or multiple == 1:
+        return (_even_share(num_tokens, limit // multiple * multiple, multiple),) * 2
+    device = (hidden_size, num_multiprocessors)
+    costs = gpu_choices(num_tokens, vocab_size, logits_bytes, workspace_mib, *device, joins_chunks)
+    return _lightest(costs)
 
 
-@lru_cache(maxsize=1024)
-def chunk_rows(
-    num_tokens: int,
-    vocab_size: int,
-    logits_bytes: int,
-    workspace_mib: int,
-    *,
-    hidden_size: int = 0,
-    num_multiprocessors: int = 0,
-) -> int:
-    """Rows per chunk: on a CPU an even share of what the workspace holds, on a GPU what fills its waves.
+def fitting_rows(vocab_size: int, logits_bytes: int, workspace_mib: int) -> int:
+    """Rows of logits that the workspace holds.
 
     Raises:
-        ValueError: the workspace does not hold a single row.
+        ValueError: it does not hold a single one.
     """
     row_bytes = leading_dim(vocab_size) * logits_bytes
     limit = workspace_mib * MIB // row_bytes
@@ -107,62 +81,92 @@ def chunk_rows(
         raise ValueError(
             f"workspace_mib: one row of {vocab_size} logits needs {row_bytes} bytes, got {workspace_mib} MiB"
         )
-    if num_tokens <= limit:
-        return num_tokens
-    if limit < CHUNK_ROWS_MULTIPLE:
-        return _even_share(num_tokens, limit, 1)
+    return limit
+
+
+def hidden_scratch_bytes(workspace_mib: int) -> int:
+    """Bytes that fp32 results of D W may take on a GPU, beside the logits: a quarter of what these may."""
+    return workspace_mib * MIB // 4
+
+
+def gpu_choices(
+    num_tokens: int,
+    vocab_size: int,
+    logits_bytes: int,
+    workspace_mib: int,
+    hidden_size: int,
+    num_multiprocessors: int,
+    joins_chunks: bool,
+) -> dict[tuple[int, int], float]:
+    """The rows of every chunk and block that a GPU may take, and the predicted time of logits and D W."""
+    limit = fitting_rows(vocab_size, logits_bytes, workspace_mib)
+    device = (hidden_size, vocab_size, num_multiprocessors, hidden_scratch_bytes(workspace_mib))
+    return _choices(waves.whole_tiles(num_tokens), limit, *device, joins_chunks)
+
+
+@lru_cache(maxsize=4096)
+def _choices(
+    num_tokens: int,
+    limit: int,
+    hidden_size: int,
+    vocab_size: int,
+    num_multiprocessors: int,
+    scratch_bytes: int,
+    joins_chunks: bool,
+) -> dict[tuple[int, int], float]:
+    device = (hidden_size, vocab_size, num_multiprocessors)
+
+    def logits(rows: int) -> float:
+        return waves.logits_cost(rows, *device)
+
+    def hidden_grad(rows: int) -> float:
+        return waves.hidden_grad_cost(rows, *device, scratch_bytes)
+
     limit -= limit % CHUNK_ROWS_MULTIPLE
-    if num_multiprocessors == 0:
-        return _even_share(num_tokens, limit, CHUNK_ROWS_MULTIPLE)
+    # Blocks from half the limit on: a smaller one could be doubled. Chunks from the wanted rows on.
+    smallest = min(WANTED_CHUNK_ROWS, -(-limit // (2 * CHUNK_ROWS_MULTIPLE)) * CHUNK_ROWS_MULTIPLE)
+    return {
+        (rows, joined * rows): waves.cost_of_all(num_tokens, rows, logits)
+        + waves.cost_of_all(num_tokens, joined * rows, hidden_grad)
+        for rows in range(smallest, limit + 1, CHUNK_ROWS_MULTIPLE)
+        for joined in range(1, limit // rows + 1 if joins_chunks else 2)
+        if 2 * joined * rows >= limit or not joins_chunks
+    }
 
-    # From half the limit on: anything smaller could be doubled.
-    smallest = -(-limit // (2 * CHUNK_ROWS_MULTIPLE)) * CHUNK_ROWS_MULTIPLE
-    candidates = range(smallest, limit + 1, CHUNK_ROWS_MULTIPLE)
 
-    def cost(rows: int) -> tuple[float, int]:
-        device = (hidden_size, vocab_size, num_multiprocessors)
-        total = _cost_of_all(num_tokens, rows, _logits_cost, device)
-        return total + _cost_of_all(num_tokens, rows, _hidden_grad_cost, device), -rows
+def _lightest(costs: dict[tuple[int, int], float]) -> tuple[int, int]:
+    """Of the sizes that are fast enough those with the fewest rows, of chunk and block together."""
+    enough = ENOUGH * min(costs.values())
+    return min((sizes for sizes in costs if costs[sizes] <= enough), key=lambda s: (sum(s), costs[s]))
 
-    return min(candidates, key=cost)
+
+def hidden_grad_piece(
+    num_rows: int, hidden_size: int, vocab_size: int, num_multiprocessors: int, scratch_bytes: int
+) -> int:
+    """Rows of a compact D whose product with W is made at a time on a GPU, by the same model and rule."""
+    device = (hidden_size, vocab_size, num_multiprocessors, scratch_bytes)
+    return min(_piece(waves.whole_tiles(num_rows), *device), max(num_rows, 1))
+
+
+@lru_cache(maxsize=4096)
+def _piece(
+    num_rows: int, hidden_size: int, vocab_size: int, num_multiprocessors: int, scratch_bytes: int
+) -> int:
+    device = (hidden_size, vocab_size, num_multiprocessors, scratch_bytes)
+    limit = max(scratch_bytes // waves.partial_sum_bytes(1, hidden_size, 1), CHUNK_ROWS_MULTIPLE)
+
+    def cost(rows: int) -> float:
+        return waves.hidden_grad_cost(rows, *device)
+
+    candidates = range(CHUNK_ROWS_MULTIPLE, min(limit, num_rows) + 1, CHUNK_ROWS_MULTIPLE)
+    costs = {(rows, 0): waves.cost_of_all(num_rows, rows, cost) for rows in candidates}
+    return _lightest(costs)[0] if costs else CHUNK_ROWS_MULTIPLE
 
 
 def _even_share(num_tokens: int, limit: int, multiple: int) -> int:
     num_chunks = -(-num_tokens // limit)
     even = -(-num_tokens // num_chunks)
     return min(limit, -(-even // multiple) * multiple)
-
-
-def _cost_of_all(
-    num_tokens: int, rows: int, cost: Callable[[int, int, int, int], float], device: tuple[int, int, int]
-) -> float:
-    """The cost of products of ``rows`` rows each, and of what is left."""
-    full, rest = divmod(num_tokens, rows)
-    return full * cost(rows, *device) + (cost(rest, *device) if rest else 0.0)
-
-
-# Times of a product of some rows in units of one wave over one element of the sum.
-
-
-def _logits_cost(rows: int, hidden_size: int, vocab_size: int, num_multiprocessors: int) -> float:
-    waves = _waves(rows, vocab_size, num_multiprocessors)
-    return max(waves * hidden_size, _weight_cost(hidden_size, vocab_size, num_multiprocessors))
-
-
-def _hidden_grad_cost(rows: int, hidden_size: int, vocab_size: int, num_multiprocessors: int) -> float:
-    waves = _waves(rows, hidden_size, num_multiprocessors)
-    return max(waves * vocab_size, _weight_cost(hidden_size, vocab_size, num_multiprocessors))
-
-
-def _waves(rows: int, columns: int, num_multiprocessors: int) -> float:
-    tiles = -(-rows // TILE_ROWS) * -(-columns // TILE_COLUMNS)
-    return min(-(-tiles // num_multiprocessors), tiles / (num_multiprocessors * SPLIT_SUM_EFFICIENCY))
-
-
-def _weight_cost(hidden_size: int, vocab_size: int, num_multiprocessors: int) -> float:
-    """The time that reading the weight takes."""
-    weight_bytes = 2 * vocab_size * hidden_size
-    return weight_bytes * FLOP_PER_BYTE / (2 * TILE_ROWS * TILE_COLUMNS * num_multiprocessors)
 
 
 @dataclass(frozen=True)

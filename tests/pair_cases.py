@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,10 +127,7 @@ TINY_MIB = 8 * 320 * 4  # bytes: with budgets of one such "MiB" a chunk holds 8 
 
 
 @pytest.fixture
-def tiny_budgets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tiny_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks and groups of a small vocabulary, whose sums fp32 products get right to the last bits."""
     for module in (schedule, plan):
         monkeypatch.setattr(module, "MIB", TINY_MIB)
-    schedule.chunk_rows.cache_clear()
-    yield
-    schedule.chunk_rows.cache_clear()

@@ -20,6 +20,8 @@ from benchmarks.method import Method
 from benchmarks.op import METHODS, bench_task
 from benchmarks.problem import IGNORED, MODELS, OF_PAIRS, PASSES, HeadProblem, Outcome, Size, Wrong
 from benchmarks.timing import time_interleaved
+from fastdpo.testing.accuracy import logps_bound
+from fastdpo.testing.simulated_logps import simulated_errors, sums_of
 
 CPU = torch.device("cpu")
 TINY = Size("tiny", 256, torch.float32, 50)
@@ -209,6 +211,30 @@ def test_a_wrong_value_of_a_peer_is_told_from_rounding_in_bf16(
         problem.check(task, right, is_exact=False)
         with pytest.raises(Wrong, match=r"off by .* nats"):
             problem.check(task, right._replace(values=mistake(right.values.float())), is_exact=False)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_ours_may_err_as_the_hardwares_sums_do_and_no_more(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated errors of tensor cores at H = 4096 are refused on a CPU, and 1.5 times them everywhere."""
+    problem = HeadProblem(Size("llama-3-8b", 256, vocab=512), CPU)
+    sums = sums_of(torch.bfloat16, capability)
+    errors = torch.cat(simulated_errors(4096, torch.bfloat16, sums, num_states=2, num_labels=48))
+    truth = (problem.hidden.double() @ problem.weight.double().t()).log_softmax(1)
+    truth = truth.gather(1, problem.targets[:, None])[:, 0]
+    errors = errors[torch.linspace(0, len(errors) - 1, len(truth)).long()]
+    with pytest.raises(Wrong, match="off by .* nats"):
+        problem.check("score", Outcome((truth + errors).float()), is_exact=True)
+    monkeypatch.setattr("benchmarks.problem.capability_of", lambda device: capability)
+    problem = HeadProblem(problem.size, CPU)
+    problem.check("score", Outcome((truth + errors).float()), is_exact=True)
+    with pytest.raises(Wrong, match="off by .* nats"):
+        problem.check("score", Outcome((truth + 1.5 * errors).float()), is_exact=True)
+    # A shift of all tokens that none of them shows is told by their mean.
+    worst = logps_bound(4096, torch.bfloat16, capability)
+    with pytest.raises(Wrong, match="on average"):
+        problem.check("score", Outcome((truth + 0.8 * worst).float()), is_exact=True)
 
 
 def test_what_a_peer_imports_only_when_it_is_called_is_not_installed_either(

@@ -49,8 +49,11 @@ def test_train(train: Callable[..., int], tmp_path: Path, curves: None):
 def test_train_evaluates_what_is_held_out(train: Callable[..., int], tmp_path: Path):
     assert train("--held_out", "4", "--eval_strategy", "steps", "--eval_steps", "2") == 0
     evaluations = [entry for entry in read_metrics(tmp_path / "out") if "eval_loss" in entry]
-    assert [entry["step"] for entry in evaluations] == [2, 2]  # asked for, and at the end
-    assert evaluations[0] == evaluations[1]
+    assert [entry["step"] for entry in evaluations] == [2]  # what was asked for is the last one
+    assert train("--held_out", "4", output="last") == 0
+    assert [entry["eval_loss"] for entry in read_metrics(tmp_path / "last")[-1:]] == [
+        evaluations[0]["eval_loss"]
+    ]
 
 
 def test_resume(train: Callable[..., int], tmp_path: Path):
@@ -206,7 +209,7 @@ BASE = ("--model", "m", "--dataset", "d", "--use_cpu")
         (["--dataset", "d"], "--model is required"),
         ([*BASE, "--betta", "0.1"], "unknown argument --betta; did you mean --beta?"),
         (["stray", *BASE], "unknown argument stray"),
-        ([*BASE, "--beta", "much"], "argument --beta: invalid float value: 'much'"),
+        ([*BASE, "--beta", "much"], "beta: got 'much', wanted a number or none"),
         ([*BASE, "--loss_type", "sigmod"], "did you mean 'sigmoid'"),
         ([*BASE, "--gamma", "0.5"], "gamma"),
         ([*BASE, "--lora_r", "8"], "--lora_r: has no effect without --use_peft"),
@@ -224,7 +227,7 @@ def test_mistakes_of_the_command_line(words: Sequence[str], message: str):
     [
         ("a: [1", "not valid YAML"),
         ("- a", "wanted names and values"),
-        ("betta: 1", "unknown argument --betta"),
+        ("betta: 1", "run.yml: betta: not a setting of fastdpo; did you mean beta?"),
     ],
 )
 def test_mistakes_of_a_yaml_file(tmp_path: Path, text: str, message: str):
@@ -236,11 +239,12 @@ def test_mistakes_of_a_yaml_file(tmp_path: Path, text: str, message: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("--model", "./missing"), "tokenizer: could not load './missing'"),
-        (("--tokenizer", "./missing"), "tokenizer: could not load './missing'"),
+        (("--model", "./missing"), "model: got './missing', and there is no such folder"),
+        (("--tokenizer", "./missing"), "tokenizer: got './missing', and there is no such folder"),
+        (("--ref_model", "a/b/c"), "ref_model: got 'a/b/c', and there is no such folder"),
         (("--dataset", "./missing.jsonl"), "no such file or directory: ./missing.jsonl"),
-        (("--dtype", "int8"), "--dtype: got 'int8'"),
-        (("--chat_template", "./missing.jinja"), "--chat_template: no such file"),
+        (("--dtype", "int8"), "dtype: got 'int8'"),
+        (("--chat_template", "./missing.jinja"), "chat_template: got './missing.jinja', wanted a file"),
         (("--reference", "adapter"), "has no adapter"),
         (("--held_out", "12"), "held_out"),
         (("--max_length", "3", "--on_bad_row", "error"), "a prompt that fills max_length"),
@@ -260,7 +264,7 @@ def test_a_broken_row_is_found_before_the_model_is_read(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("fastdpo.training.setup.load_model", lambda *_, **__: pytest.fail("model was read"))
+    monkeypatch.setattr("fastdpo.training.models.load_model", lambda *_, **__: pytest.fail("model was read"))
     path = tmp_path / "broken.jsonl"
     path.write_text(json.dumps(make_rows(1)[0]) + '\n{"prompt": \n')
     assert train(dataset=path) == 2
@@ -303,16 +307,16 @@ def test_what_cannot_be_read_or_written_is_said_before_weights_are_read(
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["doctor", "--model", "./missing"]) == 2
-    assert "cannot be read" in capsys.readouterr().out
+    assert "model: got './missing', and there is no such folder" in capsys.readouterr().err
     (tmp_path / "file").write_text("here")
     words = ["train", "--model", "./missing", "--dataset", "none.jsonl", "--use_cpu", "--output_dir"]
     for place in ("file", "file/below"):
         assert main([*words, str(tmp_path / place)]) == 2
         assert f"wanted a directory: {tmp_path / 'file'} is a file" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "out"), "--learning_rate", "nan"]) == 2
-    assert "learning_rate: got nan" in capsys.readouterr().err
+    assert "learning_rate: got 'nan'" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "out")]) == 2
-    assert "'./missing', which is no folder here, from the hub" in capsys.readouterr().err
+    assert "model: got './missing', and there is no such folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -149,7 +149,7 @@ def test_doctor_says_what_train_would_refuse(
     ("changes", "message"),
     [
         (("--dataset", "./missing.jsonl"), "no such file or directory: ./missing.jsonl"),
-        (("--model", "./missing"), "tokenizer: could not load './missing'"),
+        (("--model", "./missing"), "model: got './missing', and there is no such folder"),
         (("--betta", "0.1"), "unknown argument --betta; did you mean --beta?"),
         (("--loss_type", "kto_pair"), "loss_type"),
         (("--loss_type", "sdpo"), "wanted prompt, completions, scores"),

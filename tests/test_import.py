@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import fastdpo
+from fastdpo.losses.registry import preference_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("triton", "peft", "datasets", "matplotlib", "trl", "deepspeed", "accelerate", "transformers")
@@ -114,3 +120,13 @@ def test_the_observer_sees_side_effects():
 
 def test_import_and_use_without_optional_libraries():
     _run(OBSERVE, BLOCK, "import fastdpo", USE)
+
+
+def test_no_public_name_is_a_module() -> None:
+    """A submodule of the same name, once imported, would stand in the place of what is meant."""
+    for module in pkgutil.iter_modules(fastdpo.__path__):
+        if module.name != "_C":
+            importlib.import_module(f"fastdpo.{module.name}")
+    for name in fastdpo.__all__:
+        assert not isinstance(getattr(fastdpo, name), ModuleType), name
+    assert fastdpo.preference_loss is preference_loss

@@ -19,7 +19,7 @@ from fastdpo import (
 )
 from fastdpo.losses import DivergencePairLogps
 from fastdpo.types import PreferenceLossOutput
-from tests.test_preference_loss import IGNORED, LENGTHS, NAMES, Answers
+from tests.test_functional_rows import IGNORED, LENGTHS, NAMES, Answers
 
 PAIRED = [name for name, spec in LOSSES.items() if spec.inputs is DivergencePairLogps]
 

@@ -331,7 +331,7 @@ def test_bad_calls(changed: dict[str, Any], error: type[Exception], message: str
             "eta: got a value with 'harmonic', wanted None: .* only mrpo has it",
         ),
         ({"name": "geometric", "clip": False}, "clip: got a value with 'geometric', wanted None"),
-        ({"name": "mrpo", "eta": -0.1}, r"eta: got -0.1, wanted a number in \[0, inf\)"),
+        ({"name": "mrpo", "eta": -0.1}, r"eta: got -0.1, wanted a number in \[0, 1\]"),
         ({"name": "mrpo", "eta": float("nan")}, "eta: got nan"),
         ({"name": "mrpo", "eta": True}, "eta: got True"),
         ({"name": "mrpo", "eta": 0.1, "clip": False}, "eta: got a value with clip=False"),

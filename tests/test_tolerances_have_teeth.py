@@ -14,6 +14,7 @@ from fastdpo.testing import (
     make_case,
     same_sign_case,
 )
+from fastdpo.testing.accuracy import logps_bound
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -150,12 +151,17 @@ def test_checker_refuses_what_it_cannot_compare():
     assert_close_to_fp64(eager[:0], truth[:0], eager[:0])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-4), (torch.float32, 1e-5)], ids=str)
-def test_logps_tolerance(dtype: torch.dtype, tolerance: float):
+@pytest.mark.parametrize("hidden_size", [0, 2048])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_logps_tolerance(dtype: torch.dtype, hidden_size: int):
+    """1e-5 nats, and what sums over 2048 products add on a CPU."""
+    tolerance = logps_bound(hidden_size, dtype)
+    assert tolerance == pytest.approx(1e-5 if hidden_size == 0 else 5.3e-5, rel=0.01)
     truth = torch.tensor([-0.5, -20.0, float("-inf"), float("nan")], dtype=torch.float64)
-    assert_logps_close((truth + 0.8 * tolerance).float(), truth, dtype)
+    assert_logps_close((truth + 0.8 * tolerance).float(), truth, dtype, hidden_size=hidden_size)
     with pytest.raises(AssertionError, match=r"\(1,\)"):
-        assert_logps_close((truth + tolerance * torch.tensor([0.5, 1.5, 0, 0])).float(), truth, dtype)
+        wrong = (truth + tolerance * torch.tensor([0.5, 1.5, 0, 0])).float()
+        assert_logps_close(wrong, truth, dtype, hidden_size=hidden_size)
     with pytest.raises(AssertionError, match="NaN"):
         assert_logps_close(truth.nan_to_num(nan=0.0, neginf=float("-inf")).float(), truth, dtype)
 

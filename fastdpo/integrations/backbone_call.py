@@ -12,6 +12,9 @@ from fastdpo.integrations.lm_head import ModelTail, logit_transform
 from fastdpo.integrations.probe import HEAD_ARGUMENTS, load_balancing_loss
 from fastdpo.ops.checks import fail
 
+# One thing, by the names that releases of transformers and families have for it.
+_CACHES = ("cache", "past_key_values", "cache_params")
+
 
 def run_backbone(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """The backbone's inputs and its output."""
@@ -21,14 +24,15 @@ def run_backbone(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> tupl
 
 def passed_through(model: Any, tail: ModelTail, inputs: dict[str, Any], result: Any) -> dict[str, Any]:
     """What else the backbone returned."""
-    names = ("past_key_values", "hidden_states", "attentions", "router_logits")
+    names = ("hidden_states", "attentions", "router_logits")
     passed = {name: getattr(result, name, None) for name in names}
-    return {"aux_loss": _aux_loss(model, tail, result, inputs), **passed}
+    cache = next((getattr(result, name) for name in _CACHES if hasattr(result, name)), None)
+    return {"aux_loss": _aux_loss(model, tail, result, inputs), "cache": cache, **passed}
 
 
 def _backbone_inputs(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> dict[str, Any]:
     """What the model's own forward would hand to its backbone; an error for all that it would do besides."""
-    if logit_transform(model) != (tail.logit_scale, tail.softcap):
+    if logit_transform(model) != tail.config_transform:
         raise ValueError(
             "model.config: scale or softcap of the logits changed; unpatch_model and patch_model again"
         )
@@ -47,11 +51,16 @@ def _backbone_inputs(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> 
         raise fail("return_dict", False, "True or None with return_logps=True")
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)
+    for name in (inputs.keys() & set(_CACHES)) - tail.arguments:  # a release's other name for it
+        own = [other for other in _CACHES if other in tail.arguments and other not in inputs]
+        inputs.update({other: inputs.pop(name) for other in own[:1]})
     if unknown := inputs.keys() - tail.arguments:
         raise TypeError(
             f"{sorted(unknown)}: not supported with return_logps=True, wanted {sorted(tail.arguments)}"
         )
-    if "use_cache" in tail.arguments and "past_key_values" not in inputs:
+    for name in tail.from_config - inputs.keys():
+        inputs[name] = getattr(model.config, name)
+    if "use_cache" in tail.arguments and inputs.keys().isdisjoint(_CACHES):
         inputs.setdefault("use_cache", False)
     return inputs
 

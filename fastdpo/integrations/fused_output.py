@@ -43,7 +43,8 @@ class FusedLMOutput(ModelOutput):
         l1_distance: of a reference made of two models, sum_v |p_first(v) - p_second(v)|.
         ref_logps: log-probabilities of the labels under the ``reference``, where one is given.
         aux_loss: load-balancing loss of a mixture of experts, where its router logits are asked for.
-        past_key_values, hidden_states, attentions, router_logits: as the backbone returned them.
+        cache, hidden_states, attentions, router_logits: as the backbone returned them; ``past_key_values``
+            is the cache's name before transformers 5.24.
     """
 
     loss: Tensor | None = None
@@ -63,10 +64,14 @@ class FusedLMOutput(ModelOutput):
     l1_distance: Tensor | None = None
     ref_logps: Tensor | None = None
     aux_loss: Tensor | None = None
-    past_key_values: Any = None
+    cache: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
+
+    @property
+    def past_key_values(self) -> Any:
+        return self.cache
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,9 +2,9 @@
 
 Nothing is guessed. The head must be a plain ``nn.Linear``, with PEFT's LoRA (`head_adapter`) or without;
 scale and cap of the logits are read from the config (`_RULES`); and the model's own forward, followed by
-`Probe`, must confirm the rest: it hands its arguments to the backbone unchanged, gives all that comes back to
-the head, makes ``softcap(scale * logits)`` of the head's output and shifts labels by one. What differs is
-refused, with the reason.
+`Probe`, must confirm the rest: it hands its arguments to the backbone unchanged, or filled in from its
+config, gives all that comes back to the head, makes ``softcap(scale * logits)`` of the head's output, or
+leaves out one or both, and shifts labels by one. What differs is refused, with the reason.
 """
 
 from __future__ import annotations
@@ -59,14 +59,18 @@ class ModelTail:
         backbone: attribute path of the module that makes the hidden states.
         logit_scale: multiplies the head's output.
         softcap: caps it, or None.
+        config_transform: scale and softcap in the config, which a forward may leave out (Cohere 2 Vision's).
         arguments: names that the forward hands to the backbone unchanged.
+        from_config: further ones that it fills in with the config's fields of their names.
         router: experts and experts per token of the load-balancing loss, or None where it has none.
     """
 
     backbone: str
     logit_scale: float
     softcap: float | None
+    config_transform: tuple[float, float | None]
     arguments: frozenset[str]
+    from_config: frozenset[str]
     router: tuple[int, int] | None
 
 
@@ -88,8 +92,7 @@ def read_head(model: nn.Module) -> LMHead:
         >>> linear_logprob(hidden, head, labels)
     """
     model = unwrap(model)
-    examine(model)
-    return current_head(model)
+    return current_head(model, examine(model))
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
@@ -127,13 +130,12 @@ def wrappers_and_model(model: Any) -> list[Any]:
     return found
 
 
-def current_head(model: Any) -> LMHead:
+def current_head(model: Any, tail: ModelTail) -> LMHead:
     """The head as it is now: no tensor is kept from one call to the next."""
-    linear = find_linear(model)
-    scale, softcap = logit_transform(model)
-    layer = head_module(model)
+    linear, layer = find_linear(model), head_module(model)
     adapter = read_adapter(model, layer) if has_adapter(layer) else None
-    return LMHead(linear.weight, bias=linear.bias, logit_scale=scale, softcap=softcap, adapter=adapter)
+    logits: dict[str, Any] = {"logit_scale": tail.logit_scale, "softcap": tail.softcap}
+    return LMHead(linear.weight, bias=linear.bias, adapter=adapter, **logits)
 
 
 def logit_transform(model: Any) -> tuple[float, float | None]:
@@ -218,9 +220,10 @@ def examine(model: Any) -> ModelTail:
         read_adapter(model, layer)
     if not model.can_generate():
         refuse(model, "it does not generate text, so it is no causal language model")
-    scale, softcap = logit_transform(model)
+    scale, softcap = in_config = logit_transform(model)
     probe = Probe(model, linear, layer)
-    backbone = probe.find_backbone(scale, softcap)
+    # What the config says, or less: the forward of a model around a language model may leave it out.
+    found = probe.find_tail([in_config, (scale, None), (1.0, softcap), (1.0, None)])
     probe.check_labels()
     arguments = probe.arguments_passed_on()
     router = None
@@ -228,8 +231,8 @@ def examine(model: Any) -> ModelTail:
         router = probe.router()
     except LookupError:
         arguments -= {"output_router_logits"}
-    path = next(path for path, module in model.named_modules() if module is backbone)
-    return ModelTail(path, scale, softcap, arguments, router)
+    path = next(path for path, module in model.named_modules() if module is found.backbone)
+    return ModelTail(path, found.logit_scale, found.softcap, in_config, arguments, found.from_config, router)
 
 
 LMHead._read_model = staticmethod(read_head)

@@ -366,7 +366,7 @@ def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 def _head_for(model: Any, hidden: Tensor) -> tuple[LMHead, torch.device]:
     """The head, and its device: with device_map the backbone may end on another."""
-    head = current_head(model)
+    head = current_head(model, type(model)._fastdpo_hook.tail)
     if head.weight.is_meta and not hidden.is_meta:
         raise fail("model", "a head whose weight is offloaded", "its weight on a device")
     return head, head.weight.device

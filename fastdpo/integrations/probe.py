@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 # Arguments of a forward that concern the logits or the loss, not the backbone.
 HEAD_ARGUMENTS = frozenset({"labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "return_dict"})
+
+# What a forward may hand to its backbone on its own: switches of what is returned beside the states.
+_SWITCHES = frozenset({"use_cache", "return_dict"})
 
 _NUM_POSITIONS = 4
 _ROW_SCALES = (0.1, 1.0, 30.0, 300.0)  # from where a cap of 15 to 50 changes nothing to where it is all
@@ -54,6 +57,15 @@ class _Trace(NamedTuple):
     backbone: nn.Module
     arguments: dict[str, Any]  # as the backbone got them
     head_input: Tensor | None
+
+
+class Tail(NamedTuple):
+    """What a forward does around backbone and head, besides handing its arguments on."""
+
+    backbone: nn.Module
+    logit_scale: float
+    softcap: float | None
+    from_config: frozenset[str]  # arguments of the backbone that are fields of the model's config
 
 
 class Probe:
@@ -114,18 +126,31 @@ class Probe:
             raise RuntimeError(f"it makes {seen}, wanted one of each")
         return _Trace(output, *calls[0], head_inputs[0] if head_inputs else None)
 
-    def find_backbone(self, scale: float, softcap: float | None) -> nn.Module:
-        """The backbone; from it to ``softcap(scale * linear(hidden))`` in training and in evaluation."""
+    def find_tail(self, transforms: Sequence[tuple[float, float | None]]) -> Tail:
+        """The backbone, and what is made of its states in training as in evaluation.
+
+        Args:
+            transforms: scales and softcaps of which the first that the logits confirm is taken.
+        """
         was_training = self.model.training
+        traces, from_config = [], set()
         try:
             for training in (True, False):
                 self.model.training = training  # of this module alone: no layer runs
                 trace = self._followed(self.inputs)
-                self._check_received(trace.arguments)
-                self._check_logits(trace, scale, softcap)
+                from_config |= self._check_received(trace)
+                traces.append((trace, self._check_head_input(trace)))
         finally:
             self.model.training = was_training
-        return trace.backbone
+        for scale, softcap in transforms:
+            if all(self._are_logits(trace, scale / before, softcap) for trace, before in traces):
+                return Tail(traces[-1][0].backbone, scale, softcap, frozenset(from_config))
+        scale, softcap = transforms[0]
+        refuse(
+            self.model,
+            "the logits of its forward are not softcap(scale * head(hidden)) with the scale "
+            f"({scale:g}) and the softcap ({softcap}) of its config",
+        )
 
     def check_labels(self) -> None:
         """The model's own loss must ignore the first label and depend on the last: a shift by one."""
@@ -209,15 +234,28 @@ class Probe:
             kind = type(error).__name__
             refuse(self.model, f"its forward cannot be followed with {sorted(arguments)} ({kind}: {error})")
 
-    def _check_received(self, received: Mapping[str, Any]) -> None:
+    def _check_received(self, trace: _Trace) -> set[str]:
+        """The names that the forward fills in from its config; an error for what it makes otherwise."""
+        received = trace.arguments
         if received.get("input_ids") is not self.inputs["input_ids"]:
-            refuse(self.model, "its forward does not hand `input_ids` to the backbone as it came")
+            instead = " but embeddings that it made" if received.get("inputs_embeds") is not None else ""
+            refuse(self.model, f"its forward does not hand `input_ids` to the backbone as it came{instead}")
+        parameters = self.backbones[trace.backbone].parameters
+        from_config = set()
         for name, value in received.items():
-            is_off = value is None or (isinstance(value, bool | int) and value == 0)
-            if name not in self.inputs and not is_off and not isinstance(value, bool):
+            default = parameters[name].default if name in parameters else None
+            if name in self.inputs or name in _SWITCHES or value is None or value is default:
+                continue
+            if value is False and name.startswith("output_"):
+                continue  # as None is
+            if not isinstance(value, Tensor) and getattr(self.model.config, name, None) == value:
+                from_config.add(name)
+            elif name not in HEAD_ARGUMENTS or value != 0:
                 refuse(self.model, f"its forward makes `{name}` for the backbone")
+        return from_config
 
-    def _check_logits(self, trace: _Trace, scale: float, softcap: float | None) -> None:
+    def _check_head_input(self, trace: _Trace) -> float:
+        """The factor between the backbone's states and what the head gets."""
         if trace.head_input is None or trace.head_input.shape != self.hidden.shape:
             refuse(self.model, "its forward does not give all of the backbone's hidden states to its head")
         before = (trace.head_input.flatten()[-1] / self.hidden.flatten()[-1]).item()
@@ -225,16 +263,14 @@ class Probe:
             refuse(self.model, "its forward changes the hidden states between backbone and head")
         if self.linear.bias is not None and not _alike(trace.head_input, self.hidden):
             refuse(self.model, "its forward scales the hidden states before a head with a bias")
+        return before
+
+    def _are_logits(self, trace: _Trace, scale: float, softcap: float | None) -> bool:
         logits = getattr(trace.output, "logits", None)
-        expected = self.raw.double() * (scale / before)
+        expected = self.raw.double() * scale
         if softcap is not None:
             expected = softcap * torch.tanh(expected / softcap)
-        if not isinstance(logits, Tensor) or not _alike(logits, expected):
-            refuse(
-                self.model,
-                "the logits of its forward are not softcap(scale * head(hidden)) with the scale "
-                f"({scale:g}) and the softcap ({softcap}) of its config",
-            )
+        return isinstance(logits, Tensor) and _alike(logits, expected)
 
 
 def _alike(actual: Tensor, expected: Tensor) -> bool:

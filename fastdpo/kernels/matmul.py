@@ -18,6 +18,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fastdpo.waves import part_size
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 # Bounds the upcast copy of a piece of the weight; large enough that each slab is a full-sized GEMM.
 SLAB_MIB = 64
@@ -25,7 +27,7 @@ SLAB_MIB = 64
 
 def operand_dtype(compute_dtype: torch.dtype, logits_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which operands enter a GEMM: fp32 where 16-bit operands could not give fp32 logits."""
-    needs_upcast = compute_dtype in LOW_PRECISION and logits_dtype == torch.float32 and device.type != "cuda"
+    needs_upcast = compute_dtype in LOW_PRECISION and logits_dtype == torch.float32 and not is_gpu(device)
     return torch.float32 if needs_upcast else compute_dtype
 
 
@@ -82,10 +84,38 @@ def add_logits(out: Tensor, rows: Tensor, weight: SlabbedWeight) -> None:
         out[:, start:stop].addmm_(rows, slab.t())
 
 
-def hidden_grad_into(out: Tensor, d: Tensor, weight: SlabbedWeight) -> None:
-    """``out (C, H) = d (C, V) @ weight``, all in the operands' dtype."""
-    for start, stop, slab in weight:
-        add_product(out, d[:, start:stop], slab, is_first=start == 0)
+def hidden_grad_into(out: Tensor, d: Tensor, weight: SlabbedWeight, parts: int = 1) -> None:
+    """``out (C, H) = d (C, V) @ weight``, rounded once, to the operands' dtype or to fp32.
+
+    Where the device sums 16-bit operands in fp32, the sum is fp32 whatever ``out`` is: a GEMM library that
+    splits a long sum into a 16-bit result may add up rounded pieces of it. ``parts``: of the vocabulary,
+    whose sums are made side by side, for as many times the tiles; see `fastdpo.waves`.
+    """
+    wide = sum_dtype(d)
+    if wide == d.dtype:
+        for start, stop, slab in weight:
+            add_product(out, d[:, start:stop], slab, is_first=start == 0)
+        return
+    total = out if out.dtype == wide else out.new_empty(out.shape, dtype=wide)
+    for _, _, whole in weight:  # one slab: only conversions on a CPU come in several
+        _sum_in_parts(total, d, whole, parts)
+    if total is not out:
+        out.copy_(total)
+
+
+def _sum_in_parts(total: Tensor, d: Tensor, weight: Tensor, parts: int) -> None:
+    """``total (C, H) = d (C, V) @ weight (V, H)`` in fp32 from 16 bits, as the sum of ``parts`` products."""
+    num_rows, (vocab_size, hidden_size) = len(d), weight.shape
+    size = part_size(vocab_size, parts)
+    if parts == 1:
+        add_product(total, d, weight, is_first=True)
+        return
+    sums = total.new_empty((parts, num_rows, hidden_size))
+    pieces = d.as_strided((parts, num_rows, size), (size, d.stride(0), 1), d.storage_offset())
+    torch.bmm(pieces, weight[: parts * size].view(parts, size, hidden_size), out_dtype=total.dtype, out=sums)
+    torch.sum(sums, 0, out=total)
+    if parts * size < vocab_size:
+        add_product(total, d[:, parts * size :], weight[parts * size :], is_first=False)
 
 
 def add_weight_grad(total: Tensor, d: Tensor, scaled_rows: Tensor, *, is_first: bool) -> None:
@@ -116,9 +146,20 @@ def add_in_slabs(total: Tensor, wide: Tensor) -> None:
         total[start : start + step].add_(wide[start : start + step])
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether the device's GEMM gives fp32 results of 16-bit operands (``out_dtype``)."""
+    return device.type == "cuda"
+
+
+def sum_dtype(operand: Tensor) -> torch.dtype:
+    """The dtype in which this device's GEMM gives sums of such operands: fp32 of 16 bits on a GPU."""
+    is_wide = operand.dtype in LOW_PRECISION and is_gpu(operand.device)
+    return torch.float32 if is_wide else operand.dtype
+
+
 def has_wide_sums(out: Tensor, operand: torch.dtype) -> bool:
     """Whether this device's GEMM sums such operands into ``out``: 16-bit ones into fp32."""
-    return out.device.type == "cuda" and out.dtype == torch.float32 and operand in LOW_PRECISION
+    return is_gpu(out.device) and out.dtype == torch.float32 and operand in LOW_PRECISION
 
 
 def add_bias_grad(total: Tensor, d: Tensor, coeff: Tensor) -> None:

@@ -8,17 +8,19 @@ from fastdpo.losses import pairwise as _pairwise  # noqa: F401
 from fastdpo.losses import pairwise_anchored as _anchored  # noqa: F401
 from fastdpo.losses import pairwise_batch as _batch  # noqa: F401
 from fastdpo.losses import pairwise_free as _free  # noqa: F401
+from fastdpo.losses import ranking as _ranking  # noqa: F401
 from fastdpo.losses import token_level as _token_level  # noqa: F401
 from fastdpo.losses import unpaired as _unpaired  # noqa: F401
 from fastdpo.losses.batches import DivergencePairLogps, ListLogps, StepLogps, UnpairedLogps
+from fastdpo.losses.build import build_objective
 from fastdpo.losses.inputs import PairLogps
-from fastdpo.losses.objective import Objective, build_objective
+from fastdpo.losses.objective import Objective
+from fastdpo.losses.ranges import Interval
 from fastdpo.losses.reference_combination import ReferenceCombination
 from fastdpo.losses.registry import (
     LOSSES,
     BatchExample,
     Example,
-    Interval,
     LossOption,
     LossSpec,
     find_loss,

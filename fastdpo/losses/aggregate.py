@@ -68,8 +68,11 @@ def sequence_means(values: Tensor, mask: Tensor, cu_seqlens: Tensor | None = Non
 
 
 def weighted_sums(values: Tensor, weights: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """sum_t a_t values_t over the masked tokens of each sequence, ``(B,)``; no gradient for the weights."""
-    return sequence_sums(values * weights.detach(), mask, cu_seqlens)
+    """sum_t a_t values_t over the masked tokens of each sequence, ``(B,)``; no gradient for the weights.
+
+    Values and weights may be NaN where masked away.
+    """
+    return sequence_sums(values * weights.detach().where(mask, 0), mask, cu_seqlens)
 
 
 def segment_sums(values: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:

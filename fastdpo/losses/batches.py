@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fastdpo.losses.inputs import PairLogps, check_rows, check_values
+from fastdpo.losses.inputs import PairLogps, check_rows, check_values, emptied_fields
+from fastdpo.losses.ranges import NOT_NEGATIVE
 from fastdpo.losses.stable import token_mean
 
 if TYPE_CHECKING:
@@ -112,6 +113,12 @@ class ListLogps:
         """The same lists for a loss that uses no reference."""
         return replace(self, ref_logps=None)
 
+    def emptied(self, keep: Tensor) -> ListLogps:
+        """The same lists, those where ``keep`` ``(G,)`` is False without tokens and with zeros alone."""
+        values: dict[str, Any] = emptied_fields(self, keep[self.group_ids])
+        values |= {"num_groups": len(self.index), "max_candidates": self.index.shape[1]}  # read off once
+        return replace(self, **values)
+
     def check(self) -> None:
         """Raise ValueError unless the tensors fit together; on the CPU also for a bad id or score."""
         check_rows(self, "logps")
@@ -127,8 +134,8 @@ class ListLogps:
             largest = int(self.group_ids.bincount().max())
             if self.max_candidates is not None and largest > self.max_candidates:
                 raise ValueError(f"ListLogps.max_candidates: got {self.max_candidates}, wanted {largest}")
-        if self.scores is not None and not bool(self.scores.isfinite().all()):
-            raise ValueError("ListLogps.scores: got a NaN or infinite score, wanted finite ones")
+        check_values(self, "tokens", NOT_NEGATIVE)
+        check_values(self, "scores")
 
 
 class _Rows:
@@ -167,6 +174,10 @@ class _Rows:
         """The same rows for a loss that uses no reference."""
         return replace(self, ref_logps=None)  # type: ignore[type-var]
 
+    def emptied(self, keep: Tensor) -> Self:
+        """The same rows, those where ``keep`` is False without tokens and with zeros alone."""
+        return replace(self, **emptied_fields(self, keep))  # type: ignore[type-var]
+
 
 @dataclass(frozen=True, eq=False)
 class UnpairedLogps(_Rows):
@@ -177,7 +188,7 @@ class UnpairedLogps(_Rows):
         is_desirable: bool.
         tokens: number of tokens of each answer, as floating point; an answer without any counts nowhere.
         ref_logps: the same sums under the reference.
-        kl: KTO's reference point z0, ``()``, in nats: ``controllers.KLEstimate``, or ``kto_kl``.
+        kl: KTO's reference point z0, ``()``, in nats, at least 0: ``controllers.KLEstimate``, or ``kto_kl``.
         reward_shift: BCO's running mean of the rewards, ``()``: ``controllers.RunningMean``.
     """
 
@@ -211,6 +222,9 @@ class UnpairedLogps(_Rows):
             if value is not None and (not isinstance(value, Tensor) or value.dim() != 0):
                 got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise ValueError(f"UnpairedLogps.{name}: got {got}, wanted a 0-d tensor")
+        check_values(self, "tokens", NOT_NEGATIVE)
+        check_values(self, "kl", NOT_NEGATIVE)
+        check_values(self, "reward_shift")
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,4 +262,5 @@ class StepLogps(_Rows):
     def check(self) -> None:
         """Raise ValueError unless the tensors fit together; on the CPU also for an advantage that is NaN."""
         check_rows(self, "logps")
+        check_values(self, "tokens", NOT_NEGATIVE)
         check_values(self, "advantages")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.losses.inputs import PerPair
-from fastdpo.losses.stable import bounded_expm1, log1mexp, sigmoid_times_exp
+from fastdpo.losses.stable import bounded_expm1, exponent_bound, log1mexp, sigmoid_times_exp
 
 
 def logistic(m: Tensor) -> Tensor:
@@ -34,13 +34,18 @@ def hinge(m: Tensor) -> Tensor:
     return F.relu(1 - m)
 
 
-def discopop(m: Tensor, tau: float) -> Tensor:
+def ipo(m: Tensor, beta: PerPair) -> Tensor:
+    """((m - 1/2) / beta)^2: the squared distance of m / beta from IPO's target, 1 / (2 beta)."""
+    return ((m - 0.5) / beta) ** 2
+
+
+def discopop(m: Tensor, tau: float, scale: PerPair = 1.0) -> Tensor:
     """(1 - w) (-log sigmoid(m)) + w e^-m with w = sigmoid(m / tau). Not convex. (ln 2 + 1) / 2 at 0.
 
-    With tau below 1 the second term vanishes on both sides; above, it grows as e^(-m (1 - 1/tau)) and is
-    cut off at e^80.
+    With tau below 1 the second term vanishes on both sides; above, it grows as e^(-m (1 - 1/tau)) and is cut
+    off at e^80 / ``scale``, which is what m was multiplied by, and its gradient will be.
     """
-    return logistic(m) * torch.sigmoid(-m / tau) + sigmoid_times_exp(m / tau, -m)
+    return logistic(m) * torch.sigmoid(-m / tau) + sigmoid_times_exp(m / tau, -m, exponent_bound(scale))
 
 
 def exo(m: Tensor, label_smoothing: float) -> Tensor:
@@ -54,9 +59,14 @@ def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
     return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
 
 
-def alpha_reward(logp: Tensor, alpha: float) -> Tensor:
-    """AlphaPO's shape of a mean log-probability, (1 - e^(-alpha x)) / alpha; x itself at alpha = 0."""
-    return logp if alpha == 0 else -bounded_expm1(-alpha * logp) / alpha
+def alpha_reward(logp: Tensor, alpha: float, scale: PerPair = 1.0) -> Tensor:
+    """AlphaPO's shape of a mean log-probability, (1 - e^(-alpha x)) / alpha; x itself at alpha = 0.
+
+    ``scale`` is what it will be multiplied by: exponents are cut off so that the product is finite in fp32.
+    """
+    if alpha == 0:
+        return logp
+    return -bounded_expm1(-alpha * logp, exponent_bound(scale * max(1.0, 1 / abs(alpha)))) / alpha
 
 
 def scaled_margin(gap: Tensor, beta: PerPair, margin: PerPair | None) -> Tensor:

@@ -6,11 +6,11 @@ Legend: P pairs; u is a log-ratio to the reference, log pi(y|x) - log pi_ref(y|x
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
+from fastdpo.losses.ranges import FINITE, NOT_NEGATIVE, PROBABILITY, Interval, check_range
 from fastdpo.losses.stable import token_mean
 
 PerPair: TypeAlias = float | Tensor  # one number for all pairs, or (P,)
@@ -42,6 +42,12 @@ class Batch(Protocol):
 
     def without_reference(self) -> Batch:
         """The same batch for a loss that uses no reference."""
+
+    def emptied(self, keep: Tensor) -> Batch:
+        """The same batch, rows where ``keep`` ``(num_rows,)`` is False without tokens and with zeros alone.
+
+        So that nothing of them is in the loss or its gradient, not even a NaN times 0.
+        """
 
     def check(self) -> None:
         """Raise ValueError for shapes, dtypes or values that do not fit together."""
@@ -139,7 +145,9 @@ class PairLogps:
             if (getattr(self, first) is None) != (getattr(self, second) is None):
                 raise ValueError(f"{first} and {second}: got one of the two, wanted both or neither")
         for name in ("chosen_win_rate", "rejected_win_rate"):
-            check_values(self, name, 0.0, 1.0)
+            check_values(self, name, PROBABILITY)
+        for name in ("chosen_tokens", "rejected_tokens", "nll_tokens"):
+            check_values(self, name, NOT_NEGATIVE)
 
     @property
     def is_scored(self) -> Tensor:
@@ -149,6 +157,20 @@ class PairLogps:
     def without_reference(self) -> PairLogps:
         """The same pairs for a loss that uses no reference, whatever stands beside it in a list."""
         return replace(self, ref_chosen=None, ref_rejected=None)
+
+    def emptied(self, keep: Tensor) -> PairLogps:
+        """The same pairs, those where ``keep`` ``(P,)`` is False without tokens and with zeros alone."""
+        return replace(self, **emptied_fields(self, keep))
+
+
+def emptied_fields(batch: Any, keep: Tensor) -> dict[str, Tensor]:
+    """A batch's floating-point fields with one number per row, 0 where ``keep`` is False."""
+    values = {item.name: getattr(batch, item.name) for item in fields(batch)}
+    return {
+        name: value.where(keep, 0)
+        for name, value in values.items()
+        if isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point()
+    }
 
 
 def check_rows(batch: object, main: str, *, per_row: tuple[str, ...] = ()) -> None:
@@ -177,28 +199,6 @@ def check_rows(batch: object, main: str, *, per_row: tuple[str, ...] = ()) -> No
             raise ValueError(f"{name}.{field}: got {value.dtype}, wanted {first.dtype}")
 
 
-def check_values(batch: object, name: str, low: float | None = None, high: float | None = None) -> None:
-    """Raise ValueError unless a batch's numbers of that name are finite, and between the two bounds.
-
-    On the CPU only: to read them elsewhere would synchronise. None is fine.
-    """
-    values = getattr(batch, name)
-    if values is None or not can_be_read(values):
-        return
-    is_good = values.isfinite()
-    if low is not None and high is not None:
-        is_good &= (values >= low) & (values <= high)
-    if not bool(is_good.all()):
-        got = values[~is_good][0].item()
-        wanted = "finite ones" if low is None else f"each from {low:g} to {high:g}"
-        raise ValueError(f"{type(batch).__name__}.{name}: got {got!r} among them, wanted {wanted}")
-
-
-def can_be_read(values: Tensor) -> bool:
-    """Whether looking at the numbers of a tensor costs nothing: on the CPU, in a plain run.
-
-    Elsewhere it would wait for the device. A tensor that is traced or fake (as every subclass may be) has no
-    numbers yet.
-    """
-    is_plain = type(values) in (Tensor, torch.nn.Parameter)
-    return is_plain and values.device.type == "cpu" and not torch.compiler.is_compiling()
+def check_values(batch: object, name: str, legal: Interval = FINITE) -> None:
+    """Raise ValueError unless a batch's numbers of that name are in a range; see ``check_range``."""
+    check_range(f"{type(batch).__name__}.{name}", getattr(batch, name), legal)

@@ -88,7 +88,7 @@ A25 | RPO, iterative RPO, MPO | 2405.16436 | recipe
     a list of losses with weights
     -> Several losses at once
 A26 | SFT term | 2405.16436 | loss
-    `sft`, a mean over tokens; `sft_mean`, over answers
+    `sft`, a mean over tokens; `sft_mean`, over answers; `sft_sum`, of whole answers
 A27 | WPO | 2406.11827 | weights
     `pair_weights=wpo_weights(...)`; in the loop `--use_weighting`
     -> Weights of pairs

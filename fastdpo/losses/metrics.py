@@ -19,15 +19,24 @@ from fastdpo.losses.token_batches import TokenDivergences
 
 
 @torch.no_grad()
-def pair_metrics(pair: PairLogps, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
-    """``rewards/*`` and ``logps/*``: means over the pairs. ``logps`` are the sums per answer, in nats."""
+def pair_metrics(
+    pair: PairLogps, rewards: tuple[Tensor, Tensor], logps: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """``rewards/*`` and ``logps/*``: means over the pairs.
+
+    Args:
+        pair: for the pairs that count.
+        rewards, logps: of the chosen and of the rejected answers, ``(P,)`` each (``Objective.rewards`` and
+            ``logged_logps``: sums per answer in nats, or per-token means where the loss compares these).
+    """
+    chosen_rewards, rejected_rewards = rewards
     values = {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/accuracies": (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype),
         "rewards/margins": chosen_rewards - rejected_rewards,
-        "logps/chosen": pair.chosen,
-        "logps/rejected": pair.rejected,
+        "logps/chosen": logps[0],
+        "logps/rejected": logps[1],
     }
     return {name: masked_mean(value, pair.is_scored) for name, value in values.items()}
 

@@ -6,33 +6,25 @@ with w the ``pair_weights`` and n_k the number of pairs, or of NLL tokens for a 
 ``token``: the batch's own, or ``num_pairs`` / ``num_tokens``, with which the losses of micro-batches
 add up to the mean over all of them exactly. For losses of another kind, read row for pair: an answer, a
 group, a sequence or a step. A loss with an NLL term of its own (``LossSpec.nll_weight``) is two terms
-here, itself and ``sft``.
+here, itself and its ``nll_term``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdpo.losses.batches import ListLogps, UnpairedLogps
-from fastdpo.losses.inputs import Batch, PairLogps, PerPair, can_be_read
-from fastdpo.losses.registry import NLL_WEIGHT, PER_PAIR, WIN_RATES, Interval, LossSpec, find_loss
-from fastdpo.losses.stable import masked_sum, token_mean
+from fastdpo.losses.batches import DivergencePairLogps, ListLogps, UnpairedLogps
+from fastdpo.losses.heads import alpha_reward
+from fastdpo.losses.inputs import Batch, PairLogps, PerPair
+from fastdpo.losses.ranges import check_range
+from fastdpo.losses.registry import PER_PAIR, RANGES, WIN_RATES, LossSpec
+from fastdpo.losses.stable import masked_mean, masked_sum, token_mean
 
 DEFAULT_BETA = 0.1  # scales the reported rewards where no named loss has a beta
-
-_RANGES = {
-    "beta": Interval(0.0, includes_low=False),
-    "margin": Interval(),
-    "soft_labels": Interval(0.0, 1.0, includes_high=True),
-    "pair_weights": Interval(0.0),
-    **{name: Interval(0.0, 1.0, includes_high=True) for name in WIN_RATES},
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +34,12 @@ class LossTerm:
     spec: LossSpec
     weight: float
     arguments: dict[str, Any]
+
+    @property
+    def is_of_means(self) -> bool:
+        """Whether it compares the answers' mean log-probabilities per token, without a reference."""
+        is_of_means = self.spec.length_normalized or self.arguments.get("comparison") == "ipo"
+        return is_of_means and not self.spec.uses_reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +129,9 @@ class Objective:
             if getattr(batch, name, None) is not None and not self._takes(name):
                 raise ValueError(f"{name}: got a value, wanted None for {self._names()}")
         batch.check()
+        for term in self.terms:
+            for name, legal in term.spec.ranges.items():
+                check_range(f"{name} of {term.spec.name}", getattr(batch, name), legal)
         self._check_per_pair(batch.num_rows, batch.logps_like.device)
 
     def _takes(self, name: str) -> bool:
@@ -155,12 +156,7 @@ class Objective:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted a number or ({num_pairs},)")
             if value.device != device:
                 raise ValueError(f"{name}: got {value.device}, wanted {device}, the device of the batch")
-            if can_be_read(value):
-                bad = [
-                    number for number in value.detach().reshape(-1).tolist() if number not in _RANGES[name]
-                ]
-                if bad:
-                    raise ValueError(f"{name}: got {bad[0]!r} among them, wanted each {_RANGES[name]}")
+            check_range(name, value, RANGES[name])
 
     def loss(self, pair: Batch) -> Tensor:
         """The weighted sum of the named losses' means, ``()`` in the dtype of the log-probabilities.
@@ -171,34 +167,66 @@ class Objective:
 
     def total(self, pair: Batch) -> Tensor:
         """``loss`` before it is rounded, in fp64: shares of a batch add up to the whole of it."""
-        first, *others = (term.weight * self._mean(term, pair) for term in self.terms)
+        # One of weight 0 is left out: it need not be finite.
+        terms = [term for term in self.terms if term.weight != 0] or self.terms
+        first, *others = (term.weight * self._mean(term, pair) for term in terms)
         return sum(others, first)
 
     def _mean(self, term: LossTerm, pair: Batch) -> Tensor:
         """One loss summed over the batch in fp64 and divided by what its scope asks for."""
-        seen = pair if term.spec.uses_reference else pair.without_reference()
-        losses = self.per_pair.get("pair_weights", 1.0) * term.spec.function(seen, **term.arguments)  # (P,)
         if term.spec.scope == "token":
             assert isinstance(pair, PairLogps)  # build_objective mixes no kinds, and sft is the only one
             counts, divisor = pair.nll_count, self.num_tokens
         else:
-            counts, divisor = pair.is_scored, self.num_pairs
-        return masked_sum(losses, counts > 0) / (counts.sum().clamp(min=1) if divisor is None else divisor)
+            counted = term.spec.counted
+            counts = pair.is_scored if counted is None else pair.is_scored & counted(pair)
+            divisor = self.num_pairs
+        # What does not count is taken out before the loss sees it: behind it, 0 times a NaN would be NaN.
+        weights = self.per_pair.get("pair_weights", 1.0)
+        keep = (counts > 0) & (weights != 0)
+        seen = (pair if term.spec.uses_reference else pair.without_reference()).emptied(keep)
+        losses = weights * term.spec.function(seen, **_of_rows(term.arguments, keep))  # (P,)
+        return masked_sum(losses, keep) / (counts.sum().clamp(min=1) if divisor is None else divisor)
 
     def rewards(self, pair: PairLogps) -> tuple[Tensor, Tensor]:
         """Implicit rewards of the chosen and of the rejected answers, detached, ``(P,)`` each.
 
-        beta times the log-ratio of the sums, as TRL's DPO trainer has it whatever the loss; for a first
-        loss that is reference-free and length-normalised (SimPO), beta times the per-token mean. beta is
-        the one given, else the default of the first named loss that has one.
+        beta times the log-ratio of the sums, as TRL's DPO trainer has it whatever the loss; for a first loss
+        that is reference-free and of per-token means (SimPO), beta times the mean, in AlphaPO's shape where
+        the loss has an ``alpha``; with divergences (TDPO) beta times the log-ratio and the divergence, as
+        the authors' code has it. beta is the one given, else the default of the first named loss that has
+        one.
         """
         lead, beta = self._lead()
         chosen, rejected = pair.chosen_logratios, pair.rejected_logratios
-        if lead.length_normalized and not lead.uses_reference:
-            chosen = token_mean(pair.chosen, pair.chosen_tokens)
-            rejected = token_mean(pair.rejected, pair.rejected_tokens)
+        if isinstance(pair, DivergencePairLogps):
+            assert pair.chosen_kl is not None and pair.rejected_kl is not None  # ``check`` has seen them
+            chosen, rejected = chosen + pair.chosen_kl, rejected + pair.rejected_kl
+        if lead.is_of_means:
+            alpha = lead.arguments.get("alpha", 0.0)
+            chosen, rejected = (alpha_reward(means, alpha, beta) for means in self.logged_logps(pair))
         dtype = pair.chosen.dtype
         return (beta * chosen).detach().to(dtype), (beta * rejected).detach().to(dtype)
+
+    def logged_logps(self, pair: PairLogps) -> tuple[Tensor, Tensor]:
+        """What stands for the answers in a log, ``(P,)`` each: sums, or means that a first loss compares."""
+        lead, _ = self._lead()
+        if not lead.is_of_means:
+            return pair.chosen, pair.rejected
+        return token_mean(pair.chosen, pair.chosen_tokens), token_mean(pair.rejected, pair.rejected_tokens)
+
+    @torch.no_grad()
+    def further_metrics(self, pair: PairLogps) -> dict[str, Tensor]:
+        """Means that only some losses have: over the pairs; ``nll_loss`` over the tokens of an NLL term."""
+        metrics: dict[str, Tensor] = {}
+        for term in self.terms:
+            if term.spec.metrics is not None:
+                values = term.spec.metrics(pair.without_reference())
+                metrics |= {name: masked_mean(value, pair.is_scored) for name, value in values.items()}
+        if any(term.spec.is_nll or term.spec.nll_weight is not None for term in self.terms):
+            count = pair.nll_count
+            metrics["nll_loss"] = (masked_sum(pair.nll, count > 0) / count.sum().clamp(min=1)).to(count.dtype)
+        return metrics
 
     def answer_rewards(self, batch: ListLogps | UnpairedLogps) -> Tensor:
         """Implicit rewards of every answer of a list or of unpaired answers, detached, ``(M,)`` or ``(B,)``.
@@ -208,178 +236,22 @@ class Objective:
         """
         lead, beta = self._lead()
         logratios = batch.logps if batch.ref_logps is None else batch.logps - batch.ref_logps
-        if lead.length_normalized and not lead.uses_reference:
+        if lead.is_of_means:
             logratios = token_mean(logratios, batch.tokens)
         if isinstance(batch, ListLogps) and isinstance(beta, Tensor) and beta.dim() == 1:
             beta = beta[batch.group_ids]
         return (beta * logratios).detach().to(batch.logps.dtype)
 
-    def _lead(self) -> tuple[LossSpec, PerPair]:
+    def _lead(self) -> tuple[LossTerm, PerPair]:
         """The loss that the rewards are of, and their beta."""
-        lead = next((term.spec for term in self.terms if term.spec.default_beta is not None), None)
-        default = DEFAULT_BETA if lead is None or lead.default_beta is None else lead.default_beta
-        return lead or self.terms[0].spec, self.per_pair.get("beta", default)
+        lead = next((term for term in self.terms if term.spec.default_beta is not None), self.terms[0])
+        default = DEFAULT_BETA if lead.spec.default_beta is None else lead.spec.default_beta
+        return lead, self.per_pair.get("beta", default)
 
 
-def build_objective(
-    loss_type: str | Sequence[str] = "sigmoid",
-    loss_weights: Sequence[float] | None = None,
-    *,
-    beta: PerPair | None = None,
-    margin: PerPair | None = None,
-    soft_labels: PerPair | None = None,
-    chosen_win_rate: PerPair | None = None,
-    rejected_win_rate: PerPair | None = None,
-    pair_weights: PerPair | None = None,
-    num_pairs: float | Tensor | None = None,
-    num_tokens: float | Tensor | None = None,
-    **options: Any,
-) -> Objective:
-    """Check what a caller says about the loss and bind it; needs no batch, so mistakes show at once.
-
-    Args:
-        loss_type: a name in ``LOSSES``, or several whose weighted sum is the loss.
-        loss_weights: one number per name; 1.0 each by default.
-        beta: positive, a number or ``(P,)``; goes to every named loss that has one and scales the
-            rewards. None: each loss's own default.
-        margin, soft_labels: numbers or ``(P,)``; every named loss that compares two answers must take them.
-        chosen_win_rate, rejected_win_rate: likewise, both or neither: the probability in [0, 1] that the
-            answer beats another sample of the policy (``sppo``).
-        pair_weights: a number or ``(P,)``, at least 0; multiplies the pair's share of every named loss.
-        num_pairs, num_tokens: positive numbers or 0-d tensors to divide by. Where one is given, all that
-            the named losses divide by must be.
-        options: options of the named losses; one that several of them have goes to all of these.
-
-    Raises:
-        ValueError: an unknown loss or option, a value out of range or refused by a named loss.
-    """
-    names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-    if not names:
-        raise ValueError("loss_type: got an empty list, wanted at least one name")
-    specs = [find_loss(name) for name in names]
-    weights = _check_weights(loss_weights, len(names))
-
-    given = {
-        "beta": beta, "margin": margin, "soft_labels": soft_labels, "chosen_win_rate": chosen_win_rate,
-        "rejected_win_rate": rejected_win_rate, "pair_weights": pair_weights,
-    }  # fmt: skip
-    per_pair = {name: _check_per_pair(name, value) for name, value in given.items() if value is not None}
-    for name in PER_PAIR[1:]:  # a beta is also that of the rewards
-        refusing = [spec.name for spec in specs if name not in spec.per_pair and not spec.is_nll]
-        if name in per_pair and (refusing or all(spec.is_nll for spec in specs)):
-            raise ValueError(f"{name}: got a value, wanted None: {', '.join(refusing or names)} takes none")
-
-    _check_win_rates(per_pair)
-    _check_named(specs, options)
-
-    objective = Objective(
-        terms=tuple(
-            term
-            for spec, weight in zip(specs, weights, strict=True)
-            for term in _terms(spec, weight, options, per_pair)
-        ),
-        per_pair=per_pair,
-        num_pairs=_check_count("num_pairs", num_pairs),
-        num_tokens=_check_count("num_tokens", num_tokens),
-    )
-    _check_counts(objective.terms, num_pairs, num_tokens)
-    return objective
-
-
-def _check_win_rates(per_pair: dict[str, PerPair]) -> None:
-    """Both or neither, and no other word on which answer is the better one."""
-    given = [name for name in WIN_RATES if name in per_pair]
-    if len(given) == 1:
-        (missing,) = set(WIN_RATES) - set(given)
-        raise ValueError(f"{missing}: got None beside {given[0]}, wanted both or neither")
-    if given and "soft_labels" in per_pair:
-        raise ValueError("soft_labels: got a value together with win rates, wanted one of the two")
-
-
-def _check_counts(
-    terms: tuple[LossTerm, ...], num_pairs: float | Tensor | None, num_tokens: float | Tensor | None
-) -> None:
-    """Where one count is given, each that a loss divides by must be."""
-    if num_pairs is None and num_tokens is None:
-        return
-    scopes = {term.spec.scope for term in terms}
-    for name, value, is_needed in (
-        ("num_pairs", num_pairs, bool(scopes - {"token"})),
-        ("num_tokens", num_tokens, "token" in scopes),
-    ):
-        if is_needed and value is None:
-            names = ", ".join(dict.fromkeys(term.spec.name for term in terms))
-            raise ValueError(f"{name}: got None, wanted a count: {names} divides by it")
-
-
-def _check_named(specs: list[LossSpec], options: dict[str, Any]) -> None:
-    """Raise ValueError unless the losses take the same batch, and some of them each option."""
-    names = ", ".join(spec.name for spec in specs)
-    classes = {spec.inputs.__name__: spec for spec in specs}
-    if len(classes) > 1:
-        got = ", ".join(f"{spec.name} of {name}" for name, spec in classes.items())
-        raise ValueError(f"loss_type: got {got}, wanted losses of the same batch")
-
-    known = {option.name for spec in specs for option in spec.options}
-    for name in options:
-        if name not in known:
-            wanted = f"one of {', '.join(sorted(known))}" if known else "none"
-            raise ValueError(f"{name}: got an option that {names} does not have, wanted {wanted}")
-
-
-def _terms(
-    spec: LossSpec, weight: float, options: dict[str, Any], per_pair: dict[str, PerPair]
-) -> list[LossTerm]:
-    """A named loss, and its NLL term where it has one whose weight is not 0."""
-    arguments = _arguments(spec, options, per_pair)
-    nll_weight = arguments.pop(NLL_WEIGHT, spec.nll_weight) if spec.nll_weight is not None else 0.0
-    terms = [LossTerm(spec, weight, arguments)]
-    return [*terms, LossTerm(find_loss("sft"), weight * nll_weight, {})] if nll_weight else terms
-
-
-def _arguments(spec: LossSpec, options: dict[str, Any], per_pair: dict[str, PerPair]) -> dict[str, Any]:
-    """The keyword arguments of one loss out of what was given to all."""
-    arguments: dict[str, Any] = {
-        name: per_pair[name] for name in PER_PAIR if name in spec.per_pair & set(per_pair)
+def _of_rows(arguments: dict[str, Any], keep: Tensor) -> dict[str, Any]:
+    """Arguments per row, with a 1 (which all of them may be) for rows that do not count."""
+    return {
+        name: value.where(keep, 1) if isinstance(value, Tensor) and value.dim() == 1 else value
+        for name, value in arguments.items()
     }
-    for option in spec.options:
-        if option.name in options:
-            arguments[option.name] = option.convert(options[option.name])
-    return arguments
-
-
-def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    if weights is None:
-        return [1.0] * count
-    if isinstance(weights, (str, int, float)) or len(weights) != count:
-        raise ValueError(f"loss_weights: got {weights!r}, wanted a list of {count}, one per loss_type")
-    for weight in weights:
-        if not _is_number(weight) or not math.isfinite(weight):
-            raise ValueError(f"loss_weights: got {weight!r}, wanted finite numbers")
-    return [float(weight) for weight in weights]
-
-
-def _check_per_pair(name: str, value: Any) -> PerPair:
-    """Numbers are checked against their range; tensors, with their batch, where they can be read."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise ValueError(f"{name}: got {value.dtype}, wanted a floating-point tensor")
-        return value
-    if not _is_number(value):
-        raise ValueError(f"{name}: got {value!r}, wanted a number or a (P,) tensor")
-    if value not in _RANGES[name]:
-        raise ValueError(f"{name}: got {value!r}, wanted {_RANGES[name]}")
-    return float(value)
-
-
-def _check_count(name: str, value: Any) -> float | Tensor | None:
-    if value is None or (isinstance(value, Tensor) and value.dim() == 0):
-        return value
-    if not _is_number(value) or not 0 < value < math.inf:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"{name}: got {got}, wanted a positive number or a 0-d tensor")
-    return float(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -6,7 +6,9 @@ u is the log-ratio of an answer to the reference, D = u_w - u_l, h = beta D - ps
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from fastdpo.losses.heads import (
     discopop,
     exo,
     hinge,
+    ipo,
     logistic,
     margin_loss,
     preferred_probability,
@@ -23,15 +26,8 @@ from fastdpo.losses.heads import (
 )
 from fastdpo.losses.inputs import PairLogps, PerPair
 from fastdpo.losses.links import DEFAULT_ALPHA, FDivergence, linked_gap
-from fastdpo.losses.registry import (
-    Example,
-    FlipProbability,
-    Interval,
-    NonNegative,
-    Positive,
-    preference_loss,
-)
-from fastdpo.losses.stable import MAX_EXPONENT
+from fastdpo.losses.ranges import FlipProbability, Interval, NonNegative, Positive
+from fastdpo.losses.registry import Example, preference_loss
 
 # u_w = 1 and u_l = -1, over 2 and 4 tokens: D = 2 and h = 0.2 at beta 0.1; the means differ by 0.75.
 _PAIR = Example(
@@ -75,7 +71,7 @@ def sigmoid_loss(
     ranks the wrong way round: the gap of log-probabilities less max(0, D_ref) (psi = relu(-beta D_ref)).
     """
     preferred = preferred_probability(label_smoothing, soft_labels)
-    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef)
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta)
     h = scaled_margin(gap, beta, margin)
     if ref_clip:
         h = h - F.relu(-beta * pair.reference_gap)
@@ -100,7 +96,7 @@ def hinge_loss(
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
 ) -> Tensor:
     """Hinge on the DPO margin, relu(1 - h) (RSO, normalised SLiC)."""
-    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef)
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta)
     return margin_loss(scaled_margin(gap, beta, margin), hinge, 1.0 if soft_labels is None else soft_labels)
 
 
@@ -123,22 +119,19 @@ def ipo_loss(
     """IPO, (D - 1 / (2 beta))^2; D of per-token means (sums with ``length_normalize=False``).
 
     beta is the paper's tau. Per-token means are what TRL computes; the original DPO code has sums.
-    ``margin`` moves the target to (1/2 + psi) / beta.
+    ``margin`` moves the target to (1/2 + psi) / beta. With an f-divergence the link has its constant, f'(1)
+    = 0, which TRL leaves out: over answers of different length it does not cancel.
     """
     gap = linked_gap(
         pair,
         f_divergence_type,
         f_alpha_divergence_coef,
+        scale=1.0,  # divided by beta again
+        is_squared=True,
         length_normalize=length_normalize,
-        most=MAX_EXPONENT / 2,  # it is squared
     )
-
-    def squared_distance(m: Tensor) -> Tensor:
-        return ((m - 0.5) / beta) ** 2
-
-    return margin_loss(
-        scaled_margin(gap, beta, margin), squared_distance, 1.0 if soft_labels is None else soft_labels
-    )
+    phi = partial(ipo, beta=beta)
+    return margin_loss(scaled_margin(gap, beta, margin), phi, 1.0 if soft_labels is None else soft_labels)
 
 
 @preference_loss(
@@ -161,8 +154,10 @@ def robust_loss(
 
     [-(1 - eps) log sigmoid(h) + eps log sigmoid(-h)] / (1 - 2 eps). Unbounded below as h grows.
     """
-    h = scaled_margin(linked_gap(pair, f_divergence_type, f_alpha_divergence_coef), beta, margin)
     eps = label_smoothing
+    scale = beta * ((1 - eps) / (1 - 2 * eps))
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=scale)
+    h = scaled_margin(gap, beta, margin)
     return ((1 - eps) * logistic(h) - eps * logistic(-h)) / (1 - 2 * eps)
 
 
@@ -182,9 +177,13 @@ def sigmoid_norm_loss(
     f_divergence_type: FDivergence = "reverse_kl",
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
 ) -> Tensor:
-    """Length-normalised DPO: log-ratios per token. Wants a larger beta, 2 to 10."""
+    """Length-normalised DPO: log-ratios per token. Wants a larger beta, 2 to 10.
+
+    With an f-divergence the link has its constant, f'(1) = 0, which TRL leaves out: over answers of different
+    length it does not cancel.
+    """
     preferred = preferred_probability(label_smoothing, soft_labels)
-    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, length_normalize=True)
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta, length_normalize=True)
     return margin_loss(scaled_margin(gap, beta, margin), logistic, preferred)
 
 
@@ -192,6 +191,7 @@ def sigmoid_norm_loss(
     "exo_pair",
     paper="arXiv:2402.00856 eq. 16",
     shift_invariant=True,
+    presets={"authors": {"beta": 0.5, "label_smoothing": math.exp(-10)}},
     # Q = sigmoid(0.2): Q (log Q - log 0.999) + (1 - Q) (log(1 - Q) - log 0.001)
     example=replace(_PAIR, loss=2.4220146207),
 )
@@ -206,10 +206,11 @@ def exo_pair_loss(
 ) -> Tensor:
     """EXO with two answers: reverse KL of the policy's choice to the label smoothed by eps.
 
-    KL(Bernoulli(sigmoid(h)) || Bernoulli(1 - eps)); eps must be positive. Its minimum, 0, lies at
-    sigmoid(h) = 1 - eps.
+    KL(Bernoulli(sigmoid(h)) || Bernoulli(1 - eps)); eps must be positive. Its minimum, 0, lies at sigmoid(h)
+    = 1 - eps. ``exo_pair@authors`` has eps = e^-10 and beta 0.5, as the authors' code and most of its
+    scripts; the default eps is TRL's.
     """
-    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef)
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta)
     return exo(scaled_margin(gap, beta, margin), label_smoothing)
 
 
@@ -233,8 +234,8 @@ def discopop_loss(
 
     (1 - w) (-log sigmoid(h)) + w e^-h, w = sigmoid(h / tau). Found by a language model; not convex.
     """
-    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef)
-    return discopop(scaled_margin(gap, beta, margin), discopop_tau)
+    gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta)
+    return discopop(scaled_margin(gap, beta, margin), discopop_tau, scale=beta)
 
 
 @preference_loss(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastdpo.losses.heads import logistic, rank_hinge, regress, unlikelihood
 from fastdpo.losses.inputs import PairLogps, PerPair
-from fastdpo.losses.registry import Example, NonNegative, preference_loss
+from fastdpo.losses.ranges import NonNegative
+from fastdpo.losses.registry import Example, preference_loss
 from fastdpo.losses.stable import token_mean
 
 # u_w = 1 and u_l = -1, over 2 and 4 tokens: beta u is 0.1 and -0.1 at beta 0.1.

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastdpo.losses.heads import logistic, margin_loss
 from fastdpo.losses.inputs import PairLogps, PerPair
-from fastdpo.losses.registry import BatchExample, FlipProbability, preference_loss
+from fastdpo.losses.ranges import FlipProbability
+from fastdpo.losses.registry import BatchExample, preference_loss
 
 
 def _transported(source: Tensor, target: Tensor, is_scored: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class ReferenceCombination:
         weights: of the references, at least 0 and adding up to 1: K numbers, or a tensor ``(K,)`` or
             ``(K, P)``. None: 1 / K each; for ``mrpo`` |D_k| / sum_j |D_j| pair by pair, D_k = the reference's
             own gap (``reference_logps.discriminative_weights``).
-        eta: width of MRPO's clipping, a share of the first reference's log-probability. None: 0.1.
+        eta: width of MRPO's clipping, a share in [0, 1] of the first reference's log-probability. None: 0.1.
         clip: whether to clip. None: yes.
 
     Raises:
@@ -71,8 +71,8 @@ class ReferenceCombination:
         if self.clip is not None and not isinstance(self.clip, bool):
             raise ValueError(f"ref_combination.clip: got {self.clip!r}, wanted True, False or None")
         if self.eta is not None:
-            if not _is_number(self.eta) or not 0 <= self.eta < math.inf:
-                raise ValueError(f"ref_combination.eta: got {self.eta!r}, wanted a number in [0, inf)")
+            if not _is_number(self.eta) or not 0 <= self.eta <= 1:
+                raise ValueError(f"ref_combination.eta: got {self.eta!r}, wanted a number in [0, 1]")
             if self.clip is False:
                 raise ValueError("ref_combination.eta: got a value with clip=False, wanted one of the two")
         if self.weights is not None and not isinstance(self.weights, Tensor):

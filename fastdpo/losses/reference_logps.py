@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastdpo.losses.inputs import can_be_read
+from fastdpo.losses.ranges import can_be_read
 
 Fusion = Literal["max_margin", "mean"]
 
@@ -63,7 +63,7 @@ def clip_to_first(logps: Tensor, eta: float | Tensor) -> Tensor:
 
     Args:
         logps: ``(K, P)``, at most 0; the first is the policy's own initial model, and stays.
-        eta: at least 0, a number or ``(P,)``.
+        eta: in [0, 1], a number or ``(P,)``.
 
     Source: arXiv:2405.16388 (clipped trust region optimisation, CTRO).
     """
@@ -90,8 +90,8 @@ def mrpo_reference(
     if weights is None:
         weights = discriminative_weights(chosen, rejected)
     if eta is not None:
-        if not eta >= 0:
-            raise ValueError(f"eta: got {eta!r}, wanted a number in [0, inf) or None")
+        if not 0 <= eta <= 1:  # beyond 1 a reference might have log-probabilities above 0
+            raise ValueError(f"eta: got {eta!r}, wanted a number in [0, 1] or None")
         size, other = chosen.mean(0).abs(), rejected.mean(0).abs()
         total = size + other
         eta_chosen = torch.where(total > 0, eta * size / total.where(total > 0, 1), eta / 2)

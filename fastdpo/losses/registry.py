@@ -5,20 +5,23 @@ A loss is one decorated function from the log-probabilities of a batch (``PairLo
 from it: its options, their types and defaults from the keyword-only parameters, their legal ranges
 from the annotations, what it accepts per row from the reserved names among them (``PER_PAIR``), its
 row in the README from the docstring's first line. Tests and command-line flags iterate ``LOSSES``.
+
+Each is finite, value and gradient, in fp32: for log-probabilities up to 1e4 nats of either sign, and beta and
+options of any legal value from 1e-4 to 1e4. Exponents that would take it beyond are cut off.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from fastdpo.losses.inputs import PairLogps
+from fastdpo.losses.ranges import FINITE, NOT_NEGATIVE, POSITIVE, PROBABILITY, Interval
 
 Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 
@@ -43,33 +46,17 @@ SCOPES = ("token", "pair", "batch", "global")
 KINDS = ("paired", "unpaired", "listwise", "token")
 
 NLL_WEIGHT = "nll_weight"  # the option of every loss that comes with an NLL term
+PRESET = "@"  # between a loss and one of its presets, where it is named
 
 
-@dataclass(frozen=True)
-class Interval:
-    """The legal range of a number, as the metadata of an ``Annotated`` option; ``[low, high)`` by default."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    includes_low: bool = True
-    includes_high: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        is_above = self.low < value or (self.includes_low and value == self.low)
-        is_below = value < self.high or (self.includes_high and value == self.high)
-        return math.isfinite(value) and is_above and is_below
-
-    def __str__(self) -> str:
-        if math.isinf(self.low) and math.isinf(self.high):
-            return "a finite number"
-        left, right = "[" if self.includes_low else "(", "]" if self.includes_high else ")"
-        return f"a number in {left}{self.low:g}, {self.high:g}{right}"
-
-
-FlipProbability: TypeAlias = Annotated[float, Interval(0.0, 0.5)]
-NonNegative: TypeAlias = Annotated[float, Interval(0.0)]
-Positive: TypeAlias = Annotated[float, Interval(0.0, includes_low=False)]
-Fraction: TypeAlias = Annotated[float, Interval(0.0, 1.0, includes_high=True)]
+# Legal numbers of what comes with a row, whatever the loss.
+RANGES = {
+    "beta": POSITIVE,
+    "margin": FINITE,
+    "soft_labels": PROBABILITY,
+    "pair_weights": NOT_NEGATIVE,
+    **{name: PROBABILITY for name in WIN_RATES},
+}
 
 
 @dataclass(frozen=True)
@@ -127,7 +114,7 @@ class LossSpec:
     function: Callable[..., Tensor]
     summary: str
     paper: str
-    example: Example | BatchExample
+    example: Example | BatchExample | None
     scope: str
     uses_reference: bool
     length_normalized: bool
@@ -141,6 +128,12 @@ class LossSpec:
     nll_weight: float | None = None  # None: the loss has no NLL term of its own
     needs: tuple[str, ...] = ()
     reads_nll: bool = False
+    ranges: Mapping[str, Interval] = field(default_factory=dict)
+    counted: Callable[[Any], Tensor] | None = None
+    nll_term: str = "sft"
+    metrics: Callable[[Any], dict[str, Tensor]] | None = None
+    presets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    preset: Mapping[str, float] = field(default_factory=dict)  # the one it was named with
 
     @property
     def is_nll(self) -> bool:
@@ -166,8 +159,8 @@ LOSSES: dict[str, LossSpec] = {}
 def preference_loss(
     name: str,
     *,
-    paper: str,
-    example: Example | BatchExample,
+    paper: str = "none",
+    example: Example | BatchExample | None = None,
     scope: str = "pair",
     uses_reference: bool = True,
     length_normalized: bool = False,
@@ -178,6 +171,11 @@ def preference_loss(
     nll_weight: float | None = None,
     needs: tuple[str, ...] = (),
     reads_nll: bool = False,
+    ranges: Mapping[str, Interval] | None = None,
+    counted: Callable[[Any], Tensor] | None = None,
+    nll_term: str = "sft",
+    metrics: Callable[[Any], dict[str, Tensor]] | None = None,
+    presets: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Callable[[Loss], Loss]:
     """Register the decorated function as a loss; it stays an ordinary function.
 
@@ -188,8 +186,8 @@ def preference_loss(
 
     Args:
         name: what users write in ``loss_type``.
-        paper: arXiv id and equation.
-        example: one pair worked out by hand; the automatic test holds the function to it.
+        paper: arXiv id and equation. The package's own losses all have one.
+        example: one pair worked out by hand; the automatic test holds the function to it. As ``paper``.
         scope: one of ``SCOPES``. A ``token`` loss returns sums over tokens, which are divided by the
             number of NLL tokens of the batch; every other scope is a mean over pairs.
         uses_reference: whether reference log-probabilities are needed (else they are refused).
@@ -200,11 +198,19 @@ def preference_loss(
         kind: one of ``KINDS``; losses of different kinds do not mix.
         inputs: the dataclass the function takes.
         nll_weight: the default weight of an NLL term beside the function, which does not see it: the loss
-            gets an option of this name, and ``build_objective`` adds ``sft`` with that weight.
+            gets an option of this name, and ``build_objective`` adds ``nll_term`` with that weight.
         needs: those of the ``extras`` of its ``inputs`` without which it cannot be computed; the others are
             refused.
         reads_nll: whether it is a function of ``PairLogps.nll`` and ``nll_count`` alone (every loss of scope
             ``token`` is taken to be).
+        ranges: of the ``extras`` of its ``inputs``, those it takes some numbers of only: name -> legal range.
+            Refused where numbers are read (rows of data, tensors on the CPU); on a device the function has to
+            make such a row NaN.
+        counted: bool per row: what the mean is over, beside the rows that have a token. None: all of these.
+        nll_term: the loss that is its NLL term: ``sft``, a mean over tokens, or one of ``reads_nll``.
+        metrics: further numbers of the same batch to log, by name: one per row, of which the mean is taken.
+        presets: other defaults than those of the parameters: preset -> parameter -> number. ``name@preset``
+            is the loss with these.
 
     Raises:
         ValueError: a name that is taken, an unknown scope or kind, a parameter without a usable default.
@@ -214,7 +220,7 @@ def preference_loss(
         _check_registration((name, *aliases), scope, kind)
         parameters = _keyword_only(name, function)
         if nll_weight is not None:
-            parameters[NLL_WEIGHT] = LossOption(NLL_WEIGHT, float, nll_weight, Interval(0.0))
+            parameters[NLL_WEIGHT] = LossOption(NLL_WEIGHT, float, nll_weight, NOT_NEGATIVE)
         beta = parameters.get("beta")
         LOSSES[name] = LossSpec(
             name=name,
@@ -235,6 +241,11 @@ def preference_loss(
             nll_weight=nll_weight,
             needs=needs,
             reads_nll=reads_nll,
+            ranges=ranges or {},
+            counted=counted,
+            nll_term=nll_term,
+            metrics=metrics,
+            presets=presets or {},
         )
         return function
 
@@ -270,20 +281,36 @@ def _keyword_only(name: str, function: Callable[..., Tensor]) -> dict[str, LossO
         metadata = getattr(annotation, "__metadata__", ())
         interval = next((item for item in metadata if isinstance(item, Interval)), None)
         if interval is None and type(default) is float:
-            interval = Interval()  # finite
+            interval = FINITE
         choices = get_args(annotation) if get_origin(annotation) is Literal else ()
         options[parameter.name] = LossOption(parameter.name, type(default), default, interval, choices)
     return options
 
 
 def find_loss(name: str) -> LossSpec:
-    """The loss of that name or alias. Raises ValueError naming the known ones and the nearest."""
+    """The loss of that name or alias, or ``name@preset``.
+
+    Raises:
+        ValueError: there is none: names the known ones and the nearest.
+    """
+    plain, _, preset = name.partition(PRESET) if isinstance(name, str) else (name, "", "")
     for spec in LOSSES.values():
-        if name == spec.name or name in spec.aliases:
-            return spec
+        if plain == spec.name or plain in spec.aliases:
+            return spec if plain == name else _with_preset(spec, preset)
     near = difflib.get_close_matches(str(name), list(LOSSES), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"loss_type: got {name!r}, wanted one of {', '.join(sorted(LOSSES))}{hint}")
+
+
+def _with_preset(spec: LossSpec, preset: str) -> LossSpec:
+    """The loss with the defaults of one of its presets."""
+    if preset not in spec.presets:
+        wanted = ", ".join(f"{spec.name}{PRESET}{name}" for name in spec.presets) or spec.name
+        raise ValueError(f"loss_type: got {spec.name}{PRESET}{preset}, wanted {wanted}")
+    values = spec.presets[preset]
+    options = tuple(replace(item, default=values.get(item.name, item.default)) for item in spec.options)
+    beta = values.get("beta", spec.default_beta)
+    return replace(spec, options=options, default_beta=beta, preset=values)
 
 
 def loss_options(inputs: type = PairLogps) -> dict[str, dict[str, LossOption]]:
@@ -304,6 +331,9 @@ def losses_table() -> str:
     for spec in sorted(LOSSES.values(), key=lambda spec: KINDS.index(spec.kind)):
         defaults = [] if spec.default_beta is None else [f"`beta={spec.default_beta:g}`"]
         defaults += [f"`{option.name}={option.default}`" for option in spec.options]
+        for preset, values in spec.presets.items():
+            said = ", ".join(f"`{key}={value:.3g}`" for key, value in values.items())
+            defaults.append(f"`{spec.name}{PRESET}{preset}`: {said}")
         cells = (
             f"`{spec.name}`" + "".join(f" (`{alias}`)" for alias in spec.aliases),
             spec.summary,

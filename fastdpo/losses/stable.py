@@ -11,6 +11,13 @@ from torch import Tensor
 MAX_EXPONENT = 80.0  # e^80 = 5.5e34 leaves room for a few factors in fp32 (and is TRL's bound)
 
 
+def exponent_bound(scale: float | Tensor) -> float | Tensor:
+    """The largest x for which scale * e^x still has that room: less by log(scale) for a scale above 1."""
+    if isinstance(scale, Tensor):
+        return MAX_EXPONENT - scale.detach().clamp(min=1).log()
+    return MAX_EXPONENT - math.log(max(scale, 1.0))
+
+
 def token_mean(sums: Tensor, counts: Tensor) -> Tensor:
     """``sums / counts``; where the count is 0, the sum (0 for an empty answer) as it is."""
     return sums / counts.clamp(min=1)
@@ -30,19 +37,25 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (masked_sum(values, mask) / mask.sum().clamp(min=1)).to(values.dtype)
 
 
-def bounded_exp(exponent: Tensor, most: float = MAX_EXPONENT) -> Tensor:
+def bounded_exp(exponent: Tensor, most: float | Tensor = MAX_EXPONENT) -> Tensor:
     """e^min(x, most): finite, with gradient 0 beyond the bound."""
-    return exponent.clamp(max=most).exp()
+    return _bounded(exponent, most).exp()
 
 
-def bounded_expm1(exponent: Tensor, most: float = MAX_EXPONENT) -> Tensor:
+def bounded_expm1(exponent: Tensor, most: float | Tensor = MAX_EXPONENT) -> Tensor:
     """e^min(x, most) - 1, exact near 0; gradient 0 beyond the bound."""
-    return torch.expm1(exponent.clamp(max=most))
+    return torch.expm1(_bounded(exponent, most))
 
 
-def sigmoid_times_exp(weight: Tensor, exponent: Tensor) -> Tensor:
+def _bounded(exponent: Tensor, most: float | Tensor) -> Tensor:
+    if isinstance(most, Tensor):
+        return torch.clamp(exponent, max=most.to(exponent.dtype))
+    return exponent.clamp(max=most)
+
+
+def sigmoid_times_exp(weight: Tensor, exponent: Tensor, most: float | Tensor = MAX_EXPONENT) -> Tensor:
     """sigmoid(w) e^x in log space, where either factor alone would vanish or overflow."""
-    return bounded_exp(F.logsigmoid(weight) + exponent)
+    return bounded_exp(F.logsigmoid(weight) + exponent, most)
 
 
 def log1mexp(logp: Tensor) -> Tensor:

@@ -59,7 +59,9 @@ def trust_region(logps: Tensor, old_logps: Tensor, mask: Tensor, cu_seqlens: Ten
         mask: bool: the tokens that count.
         cu_seqlens: ``(B + 1,)`` or None.
     """
-    total = sequence_sums(k3(old_logps.detach() - logps), mask, cu_seqlens).sum()
+    # Masked before the difference, whose gradient is a product: a NaN there would come back as one.
+    gaps = old_logps.detach().where(mask, 0) - logps.where(mask, 0)
+    total = sequence_sums(k3(gaps), mask, cu_seqlens).sum()
     return total / mask.sum().clamp(min=1)
 
 

@@ -7,12 +7,19 @@ Every class is an ``inputs.Batch``. B sequences, padded ``(B, T)`` or packed ``(
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from fastdpo.losses.aggregate import sequence_sums
 from fastdpo.losses.inputs import check_values
+from fastdpo.losses.ranges import PROBABILITY, Interval, check_range
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Of two distributions, whose probabilities add up to 1 each; fp32 may round a sum of two of them upwards.
+L1_DISTANCE = Interval(0.0, 2.0 + 1e-4)
 
 
 class _Tokens:
@@ -31,9 +38,15 @@ class _Tokens:
         """B."""
         return len(self.mask) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
-    def sums(self, values: Tensor) -> Tensor:
-        """``(B,)`` sums over each sequence's tokens."""
-        return sequence_sums(values, self.mask, self.cu_seqlens)
+    def sums(self, *factors: Tensor) -> Tensor:
+        """``(B,)`` sums over each sequence's tokens, of a product where there are several factors.
+
+        Each of them may be NaN where masked away: a product's gradient would have the other's NaN in it.
+        """
+        product = factors[0].where(self.mask, 0)
+        for factor in factors[1:]:
+            product = product * factor.where(self.mask, 0)
+        return sequence_sums(product, self.mask, self.cu_seqlens)
 
     @property
     def counts(self) -> Tensor:
@@ -44,6 +57,14 @@ class _Tokens:
     def is_scored(self) -> Tensor:
         """``(B,)`` bool: the sequence has at least one token."""
         return self.counts > 0
+
+    def emptied(self, keep: Tensor) -> Self:
+        """The same sequences, those where ``keep`` ``(B,)`` is False without tokens."""
+        if self.cu_seqlens is None:
+            of_token = keep.unsqueeze(-1)
+        else:
+            of_token = keep.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.mask))
+        return replace(self, mask=self.mask & of_token)  # type: ignore[type-var]
 
     def _check(self, per_token: tuple[str, ...], per_row: tuple[str, ...] = ()) -> None:
         name = type(self).__name__
@@ -100,7 +121,7 @@ class TokenLogps(_Tokens):
     def check(self) -> None:
         """Raise ValueError unless the tensors fit together; on the CPU also for a rate outside [0, 1]."""
         self._check(("ref_logps",), ("win_rates",))
-        check_values(self, "win_rates", 0.0, 1.0)
+        check_values(self, "win_rates", PROBABILITY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +132,8 @@ class TokenDivergences(_Tokens):
         divergences: KL(pi || teacher_t) at each position, differentiable.
         mask: bool: the answers' tokens.
         cu_seqlens: ``(B + 1,)``, or None for padded.
-        l1_distance: of a teacher made of two, sum_v |p_first(v) - p_second(v)| at each position; the second
-            is the reference, or what stands in its place. None: one teacher.
+        l1_distance: of a teacher made of two, sum_v |p_first(v) - p_second(v)| at each position, in [0, 2];
+            the second is the reference, or what stands in its place. None: one teacher.
     """
 
     extras: ClassVar[tuple[str, ...]] = ()
@@ -137,5 +158,7 @@ class TokenDivergences(_Tokens):
         return replace(self, l1_distance=None)
 
     def check(self) -> None:
-        """Raise ValueError unless the tensors fit together."""
+        """Raise ValueError unless the tensors fit together; on the CPU also for a distance that is none."""
         self._check(("l1_distance",))
+        if self.l1_distance is not None:
+            check_range("TokenDivergences.l1_distance", self.l1_distance.where(self.mask, 0), L1_DISTANCE)

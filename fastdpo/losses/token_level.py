@@ -13,7 +13,8 @@ from torch import Tensor
 from fastdpo.losses.batches import DivergencePairLogps, StepLogps
 from fastdpo.losses.heads import logistic, margin_loss, regress, scaled_margin
 from fastdpo.losses.inputs import PairLogps, PerPair
-from fastdpo.losses.registry import BatchExample, FlipProbability, NonNegative, Positive, preference_loss
+from fastdpo.losses.ranges import FlipProbability, NonNegative, Positive
+from fastdpo.losses.registry import BatchExample, preference_loss
 from fastdpo.losses.stable import token_mean
 from fastdpo.losses.token_batches import TokenDivergences, TokenLogps
 
@@ -172,8 +173,9 @@ def _two_tokens() -> TokenDivergences:
     paper="arXiv:2503.02832",
     kind="token",
     inputs=TokenDivergences,
-    # 0.5 * 0.1 / 0.05 + 0.25 * 0.1 / 0.025
-    example=BatchExample(2.0, _two_tokens, {"beta2": 0.25}),
+    length_normalized=True,
+    # (0.5 * 0.1 / 0.05 + 0.25 * 0.1 / 0.025) / 2
+    example=BatchExample(1.0, _two_tokens, {"beta2": 0.25}),
 )
 def aligndistil_loss(
     tokens: TokenDivergences,
@@ -181,13 +183,14 @@ def aligndistil_loss(
     beta: PerPair = 0.1,
     beta2: Positive = 10.0,
     teacher_mode: TeacherMode = "aligndistil",
-    length_normalize: bool = False,
+    length_normalize: bool = True,
 ) -> Tensor:
     """AlignDistil: the KL divergence from a teacher made of two, each token with its own scale.
 
-    sum_t scale_t KL(pi || teacher_t). Teacher and scale are ``aligndistil_teacher``'s: the divergences must
-    be from the teacher of the same ``teacher_mode`` and betas (``aligndistil_coefficients``). Off-policy on
-    chosen answers only, or on samples.
+    The mean over an answer's tokens of scale_t KL(pi || teacher_t), as both launch scripts of the authors
+    have it; their sum, the paper's, with ``length_normalize=False``. Teacher and scale are
+    ``aligndistil_teacher``'s: the divergences must be from the teacher of the same ``teacher_mode`` and
+    betas (``aligndistil_coefficients``). Off-policy on chosen answers only, or on samples.
     """
     if tokens.l1_distance is None:
         raise ValueError("l1_distance: got None, wanted a value for aligndistil")
@@ -196,7 +199,7 @@ def aligndistil_loss(
     teacher = aligndistil_teacher(
         tokens.l1_distance, mode=teacher_mode, beta=1.0 if is_adaptive else beta, beta2=beta2
     )
-    total = tokens.sums(tokens.divergences * teacher.scale)
+    total = tokens.sums(tokens.divergences, teacher.scale)
     total = token_mean(total, tokens.counts) if length_normalize else total
     return beta * total if is_adaptive else total
 
@@ -248,4 +251,4 @@ def nash_md_loss(tokens: TokenLogps, *, beta: PerPair = 0.1) -> Tensor:
         raise ValueError("win_rates and ref_logps: got None, wanted both for nash_md")
     log_ratio = (tokens.logps - tokens.ref_logps).detach()
     reward = (tokens.win_rates.detach() - 0.5) * tokens.sums(tokens.logps)
-    return beta * tokens.sums(log_ratio * tokens.logps) - reward
+    return beta * tokens.sums(log_ratio, tokens.logps) - reward

@@ -12,7 +12,8 @@ from torch import Tensor
 from fastdpo.losses.batches import UnpairedLogps
 from fastdpo.losses.heads import logistic, unlikelihood, value_loss
 from fastdpo.losses.inputs import PerPair
-from fastdpo.losses.registry import BatchExample, NonNegative, preference_loss
+from fastdpo.losses.ranges import NonNegative
+from fastdpo.losses.registry import BatchExample, preference_loss
 
 
 def _two(kl: float | None = None, reward_shift: float | None = None) -> UnpairedLogps:

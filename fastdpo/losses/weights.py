@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastdpo.losses.aggregate import sequence_means
+from fastdpo.losses.ranges import NOT_NEGATIVE, Interval, check_range
+
+_COSINE = Interval(-1.0 - 1e-3, 1.0 + 1e-3)  # of vectors normalised in 16 bits it rounds beyond 1
 
 
 @torch.no_grad()
@@ -46,10 +51,14 @@ def semantic_weights(cosine_similarity: Tensor, alpha: float) -> Tensor:
         cosine_similarity: ``(P,)`` in [-1, 1], of frozen embeddings of prompt and chosen answer.
         alpha: at least 0; 0 is DPO. It has no default: the paper's value could not be checked.
 
+    Raises:
+        ValueError: alpha, or (on the CPU) a similarity, is out of range.
+
     Source: arXiv:2507.20133.
     """
-    if not alpha >= 0:
+    if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha: got {alpha!r}, wanted a number in [0, inf)")
+    check_range("cosine_similarity", cosine_similarity, _COSINE)
     return torch.exp(-alpha * (1 - cosine_similarity.detach()))
 
 
@@ -61,7 +70,12 @@ def search_soft_labels(better_values: Tensor, worse_values: Tensor) -> Tensor:
     Args:
         better_values, worse_values: ``(P,)`` visit-weighted values, at least 0.
 
+    Raises:
+        ValueError: on the CPU: a negative value, with which q would leave [0, 1].
+
     Source: arXiv:2405.00451, the authors' code.
     """
+    for name, values in (("better_values", better_values), ("worse_values", worse_values)):
+        check_range(name, values, NOT_NEGATIVE)
     confidence = 1 / (1 + worse_values.detach() / better_values.detach().clamp(min=1))
     return 1 - (1 - confidence).clamp(max=0.5)

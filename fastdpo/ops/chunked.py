@@ -24,6 +24,7 @@ from fastdpo.ops.head_call import (
     empty_topk,
     slice_outputs,
 )
+from fastdpo.plan_memory import hidden_scratch_rows
 
 
 def forward_chunks(
@@ -52,7 +53,7 @@ def forward_chunks(
         first, last = block[0][0], block[-1][1]
         if is_stash:
             d = chunks.gradient_block(block, outputs, topk=topk)
-            hidden_grad_into(kept[first:last], d, chunks.weight)
+            hidden_grad_into(kept[first:last], d, chunks.weight, plan.hidden_parts(last - first))
         else:
             chunks.process(
                 first,
@@ -121,13 +122,15 @@ def add_groups(total: Gradients, groups: Iterable[DGroup], outputs: RowOutputs, 
 def backward_stash(
     call: HeadCall, kept: Tensor, outputs: RowOutputs, grads: TokenGrads, total: Gradients
 ) -> None:
-    """dhidden = g (D W), with D W from the forward pass: no product at all."""
-    for start, stop in call.plan.chunks():
-        dhidden = kept[start:stop] * row_coeff(call, grads, start, stop)[:, None]
-        if grads.lse is not None:
-            label_coeff = label_row_coeff(call, outputs, grads, start, stop)
-            dhidden += label_coeff[:, None] * total.weight.rows(call.safe_labels(start, stop))
-        total.put_hidden(start, stop, dhidden)
+    """dhidden = g (D W), with D W from the forward pass: no product at all, and few passes over the rows."""
+    num_tokens = call.plan.num_tokens
+    coeff = row_coeff(call, grads, 0, num_tokens)
+    label_coeff = None if grads.lse is None else label_row_coeff(call, outputs, grads, 0, num_tokens)
+    step = hidden_scratch_rows(1, kept.shape[1] * kept.element_size())
+    for start in range(0, num_tokens, step):
+        rows = slice(start, min(start + step, num_tokens))
+        label_part = None if label_coeff is None else label_coeff[rows]
+        total.put_scaled(rows.start, rows.stop, kept[rows], coeff[rows], label_part)
 
 
 def d_groups(call: HeadCall, weight: SlabbedWeight, kept: Tensor, grads: TokenGrads) -> Iterator[DGroup]:

@@ -100,7 +100,7 @@ def forward_divergences(call: DivergenceCall) -> tuple[DivergenceOutputs, Tensor
         chunks.process(start, stop, _rows_of(outputs, start, stop), d_out=d_out)
         if plan.mode == "stash":
             for part, d in zip(parts, d_out, strict=True):
-                hidden_grad_into(part[start:stop], d, chunks.weight)
+                hidden_grad_into(part[start:stop], d, chunks.weight, plan.hidden_parts(stop - start))
     return outputs, kept
 
 

@@ -13,7 +13,7 @@ from fastdpo.ops.backends import num_multiprocessors
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.divergence_chunks import combined_rows, tile_rows, workspace_units
 from fastdpo.plan import Plan, make_plan, sums_in_fp32
-from fastdpo.plan_memory import peak_bytes
+from fastdpo.plan_memory import peak_bytes, product_bytes
 
 
 def divergence_plan(
@@ -55,7 +55,8 @@ def divergence_plan(
         hidden_size,
         vocab_size,
         logits_bytes=acc.itemsize * workspace_units(len(teachers), backend),
-        operand_bytes=operands.itemsize * max(num_kept, 1),  # of what is kept
+        operand_bytes=operands.itemsize,
+        num_kept=max(num_kept, 1),
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
         needs_bias=needs_bias,
@@ -96,7 +97,8 @@ def divergence_plan(
             kept_bytes=plan.kept_bytes,
             row_bytes=hidden_size * operands.itemsize,
             chunk_rows=plan.chunk_rows,
-            group_rows=max(pieces, min(plan.chunk_rows, again)),
+            group_rows=max(pieces, min(plan.chunk_rows, again)) if needs_weight else 0,
+            product_bytes=_product_bytes(plan, mode, max(pieces, min(plan.chunk_rows, again)), needs_hidden),
             hidden_grad_bytes=needs_hidden * num_tokens * hidden_size * hidden.element_size(),
             weight_grad_bytes=needs_weight * weight.numel() * weight.element_size(),
             weight_sum_bytes=weight_sum_bytes,
@@ -105,3 +107,11 @@ def divergence_plan(
             combined_bytes=combined_bytes,
         ),
     )
+
+
+def _product_bytes(plan: Plan, mode: str, group_rows: int, needs_hidden: bool) -> int:
+    """Bytes of the largest D W that is made at a time."""
+    if mode == "stash":
+        return product_bytes(plan, plan.chunk_rows, plan.hidden_parts(plan.chunk_rows), is_kept=True)
+    rows = min(plan.hidden_piece(group_rows), group_rows)
+    return needs_hidden * product_bytes(plan, rows, plan.hidden_parts(rows), is_kept=False)

@@ -23,11 +23,11 @@ from fastdpo.kernels.matmul import (
     add_in_slabs,
     add_weight_grad,
     hidden_grad_into,
+    sum_dtype,
 )
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.head_call import HeadCall
 from fastdpo.plan import MAX_LOW_PRECISION_GROUPS
-from fastdpo.plan_memory import hidden_scratch_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +87,7 @@ class Gradients:
     def add_group(self, group: DGroup, outputs: RowOutputs, grads: TokenGrads) -> None:
         """All that a group gives: one product for dhidden, one for dweight."""
         call = self.call
-        coeff = torch.ones_like(grads.logps[group.start : group.stop])
-        if not group.is_scaled:
-            coeff = row_coeff(call, grads, group.start, group.stop)
+        coeff = None if group.is_scaled else row_coeff(call, grads, group.start, group.stop)
         adds_label_rows = grads.lse is not None and not group.is_scaled
         if self.dhidden is not None:
             self._add_hidden(group, coeff, outputs, grads if adds_label_rows else None)
@@ -97,37 +95,56 @@ class Gradients:
             rows = call.rows(group.start, group.stop) if group.rows is None else group.rows
             # In place only where rows are no view of the caller's; one rounding, no wider copy on the way.
             is_own = group.rows is None and call.index is not None
-            if group.is_scaled:
-                scaled = rows
-            else:
-                scaled = torch.mul(rows, coeff[:, None], out=rows if is_own else torch.empty_like(rows))
-            add_weight_grad(self.dweight, group.d, scaled, is_first=self._is_first_product)
+            if coeff is not None:
+                rows = torch.mul(rows, coeff[:, None], out=rows if is_own else torch.empty_like(rows))
+            add_weight_grad(self.dweight, group.d, rows, is_first=self._is_first_product)
             self._is_first_product = False
         if self.dbias is not None:
-            add_bias_grad(self.dbias, group.d, coeff)
+            ones = torch.ones_like(grads.logps[group.start : group.stop]) if coeff is None else coeff
+            add_bias_grad(self.dbias, group.d, ones)
         if adds_label_rows and (self.dweight is not None or self.dbias is not None):
             label_coeff = label_row_coeff(call, outputs, grads, group.start, group.stop)
             self._add_label_rows(group.start, group.stop, label_coeff)
 
     def _add_hidden(
-        self, group: DGroup, coeff: Tensor, outputs: RowOutputs, lse_grads: TokenGrads | None
+        self, group: DGroup, coeff: Tensor | None, outputs: RowOutputs, lse_grads: TokenGrads | None
     ) -> None:
         """dhidden of a group, in pieces so that a large cache needs no (N, H) scratch."""
-        call = self.call
-        row_bytes = call.plan.hidden_size * call.operand_dtype.itemsize
-        step = hidden_scratch_rows(call.plan.block_rows, row_bytes)
+        call, plan = self.call, self.call.plan
+        step = plan.hidden_piece(group.stop - group.start)
         for start in range(group.start, group.stop, step):
             stop = min(start + step, group.stop)
             local = slice(start - group.start, stop - group.start)
-            product = call.hidden.new_empty((stop - start, call.plan.hidden_size), dtype=call.operand_dtype)
-            hidden_grad_into(product, group.d[local], self.weight)
-            if lse_grads is None:
-                product = product if group.is_scaled else product.mul_(coeff[local, None])
-            else:
-                label_coeff = label_row_coeff(call, outputs, lse_grads, start, stop)
-                label_rows = self.weight.rows(call.safe_labels(start, stop))
-                product = product * coeff[local, None] + label_coeff[:, None] * label_rows
+            d = group.d[local]
+            product = call.hidden.new_empty((stop - start, plan.hidden_size), dtype=sum_dtype(d))
+            hidden_grad_into(product, d, self.weight, plan.hidden_parts(stop - start))
+            self.put_scaled(
+                start,
+                stop,
+                product,
+                None if coeff is None else coeff[local],
+                None if lse_grads is None else label_row_coeff(call, outputs, lse_grads, start, stop),
+            )
+
+    def put_scaled(
+        self, start: int, stop: int, product: Tensor, coeff: Tensor | None, label_coeff: Tensor | None
+    ) -> None:
+        """dhidden of labelled rows from their D W ``(stop - start, H)``: scaled, and rounded once.
+
+        ``coeff``: of each row, None for 1; ``label_coeff``: of the label's row of W, None for 0.
+        """
+        assert self.dhidden is not None
+        if label_coeff is not None:
+            label_rows = self.weight.rows(self.call.safe_labels(start, stop))
+            scaled = product if coeff is None else product * coeff[:, None]
+            self.put_hidden(start, stop, scaled.add_(label_coeff[:, None] * label_rows))
+        elif coeff is None:
             self.put_hidden(start, stop, product)
+        elif self.call.index is None:
+            torch.mul(product, coeff[:, None], out=self.dhidden[start:stop])
+        else:
+            scaled = product.new_empty(product.shape, dtype=self.dhidden.dtype)
+            self.put_hidden(start, stop, torch.mul(product, coeff[:, None], out=scaled))
 
     def put_hidden(self, start: int, stop: int, dhidden: Tensor) -> None:
         """``dhidden (stop - start, H)`` of labelled rows to where these are in the batch."""
@@ -169,7 +186,8 @@ def row_coeff(call: HeadCall, grads: TokenGrads, start: int, stop: int) -> Tenso
     coeff = grads.logps[start:stop]
     if grads.lse is not None:
         coeff = coeff - grads.lse[start:stop]
-    return coeff * call.transform.grad_scale
+    scale = call.transform.grad_scale
+    return coeff if scale == 1 else coeff * scale
 
 
 def label_row_coeff(call: HeadCall, outputs: RowOutputs, grads: TokenGrads, start: int, stop: int) -> Tensor:

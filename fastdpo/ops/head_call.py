@@ -99,7 +99,7 @@ class LogitChunks:
         self._logits = call.hidden.new_empty((num_rows, plan.leading_dim), dtype=call.logits_dtype)
         self._start = 0  # the labelled row that row 0 of the workspace is for
         self._first = 0  # the labelled row that the last product began with
-        self._rows = call.hidden.new_empty(0)
+        self._rows: Tensor | None = None  # of hidden, where the label's logit is to be made of them
 
     def process(
         self,
@@ -111,15 +111,13 @@ class LogitChunks:
         grad_coeffs: Tensor | None = None,
         topk: TopkOutputs | None = None,
         at: int = 0,
-    ) -> Tensor:
-        """Rows ``[start, stop)`` through the product and the kernel; returns the rows of hidden.
+    ) -> None:
+        """Rows ``[start, stop)`` through the product and the kernel.
 
         ``at``: where in the workspace, behind the D of a block's earlier chunks.
         """
-        rows = self.call.rows(start, stop)
-        self.fill(start, rows, at)
+        self.fill(start, stop, at)
         self.run_kernel(start, stop, outputs, d_out=d_out, grad_coeffs=grad_coeffs, topk=topk)
-        return rows
 
     def score_reference(self, start: int, stop: int, outputs: RowOutputs) -> None:
         """The reference's rows ``[start, stop)``: a product of the same shape as the policy's.
@@ -127,17 +125,21 @@ class LogitChunks:
         Not one product for both: GEMM libraries do not give a row the same bits at every place (seen with
         MKL for small odd row counts), and policy == reference has to give exactly 0.
         """
-        self.fill(start, self.call.ref_rows(start, stop))
+        self.fill(start, stop, of_reference=True)
         self.run_kernel(start, stop, outputs)
 
-    def fill(self, start: int, rows: Tensor, at: int = 0) -> None:
-        """The logits of ``rows``, the first of them labelled row ``start``, from row ``at`` on."""
-        self._start, self._first, self._rows = start - at, start, rows
+    def fill(self, start: int, stop: int, at: int = 0, *, of_reference: bool = False) -> None:
+        """The logits of labelled rows ``[start, stop)``, from row ``at`` of the workspace on."""
+        self._rows = None  # those of the chunk before are given back first
+        rows = self.call.ref_rows(start, stop) if of_reference else self.call.rows(start, stop)
+        self._start, self._first = start - at, start
+        if self.call.logits_dtype == torch.bfloat16:
+            self._rows = rows
         logits = self._logits[at : at + len(rows), : self.call.plan.vocab_size]
         logits_into(logits, rows, self.weight)
         if (low_rank := self.call.low_rank) is not None:
             # Second, so that an adapter whose B is still 0 adds exact zeros to the bits of the plain head.
-            states = low_rank.rows(self.call.index, start, start + len(rows))
+            states = low_rank.rows(self.call.index, start, stop)
             add_logits(logits, states, low_rank.weight)
 
     def run_kernel(
@@ -154,7 +156,7 @@ class LogitChunks:
         call = self.call
         local = slice(start - self._start, stop - self._start)
         target = None
-        if call.logits_dtype == torch.bfloat16:
+        if self._rows is not None:
             target_rows = self.weight.rows(call.safe_labels(start, stop))
             rows = self._rows[start - self._first : stop - self._first]
             target = (rows.float() * target_rows.float()).sum(-1)

@@ -85,7 +85,7 @@ def _run(
     for start, stop in plan.chunks():
         if ref_outputs is not None:
             chunks.score_reference(start, stop, slice_outputs(ref_outputs, start, stop))
-        chunks.fill(start, call.rows(start, stop))
+        chunks.fill(start, stop)
         ended_long_pairs = []
         for group, first, last in _pieces(plan.groups, start, stop):
             d_out = None if group.is_recomputed else held[first - group.start : last - group.start]

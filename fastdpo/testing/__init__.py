@@ -1,8 +1,9 @@
 """The fp64 checker, the data it is fed and the bugs it has to find, for tests and benchmarks.
 
-``assert_close_to_fp64`` and ``assert_logps_close`` are the only tolerances of the test suite;
-``make_case`` and ``same_sign_case`` make data, ``fp64_results`` and ``eager_results`` the truth and
-the yardstick for it, and ``assert_results_close`` holds a whole result to both.
+``assert_close_to_fp64`` and ``assert_logps_close`` are the only tolerances of the test suite; ``accuracy``
+has what is promised, by H, dtype and hardware, ``hardware_sums`` and ``simulated_logps`` the arithmetic
+behind it; ``make_case`` and ``same_sign_case`` make data, ``fp64_results`` and ``eager_results`` the truth
+and the yardstick for it, and ``assert_results_close`` holds a whole result to both.
 """
 
 from fastdpo.testing.cases import (

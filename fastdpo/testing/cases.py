@@ -183,7 +183,7 @@ def assert_results_close(ours: HeadResults, case: Case) -> None:
     ignored = case.labels == case.ignore_index
     if ours.logps[ignored].count_nonzero() or ours.dhidden[ignored].count_nonzero():
         raise AssertionError("logps and dhidden: not exactly 0 at ignored tokens")
-    assert_logps_close(ours.logps, ref64.logps, case.hidden.dtype)
+    assert_logps_close(ours.logps, ref64.logps, case.hidden.dtype, hidden_size=case.hidden.shape[-1])
     for name in ("dhidden", "dweight", "dbias"):
         got, want, plain = getattr(ours, name), getattr(ref64, name), getattr(eager, name)
         if want is None:

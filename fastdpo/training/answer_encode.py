@@ -30,6 +30,7 @@ from fastdpo.training.encode import (
     truncate,
 )
 from fastdpo.training.kinds import DataKind
+from fastdpo.training.scores import ScoreRules
 
 # Numbers of which a row has one for each answer or piece.
 _PER_ANSWER = ("scores", "advantages")
@@ -42,14 +43,14 @@ class AnswerOptions:
     Args:
         kind: of the data.
         list_size: how many candidates a list must have; None for any number from two.
-        has_scores: whether the losses use scores.
+        scores: what the losses ask of scores; None: they use none.
         has_mismatched: whether rows come with another row's answer.
         has_reference: whether the rows' reference log-probabilities are read (``answer_reference.py``).
     """
 
     kind: DataKind
     list_size: int | None = None
-    has_scores: bool = True
+    scores: ScoreRules | None = field(default_factory=ScoreRules)
     has_mismatched: bool = False
     has_reference: bool = False
 
@@ -76,7 +77,7 @@ def encode_answers(
                 for number, row in batch
                 for texts in render_answers(
                     row, number, source.name, tokenizer, wanted.kind, options.columns,
-                    list_size=wanted.list_size, has_scores=wanted.has_scores,
+                    list_size=wanted.list_size, scores=wanted.scores,
                 )
             ]
         )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastdpo.training.formats import check_messages, has_content, read_number, render_chat
 from fastdpo.training.kinds import DataKind
+from fastdpo.training.scores import ScoreRules, read_scores
 
 EMPTY, NOT_FINITE = "an empty completion", "a number that is missing or not finite"
 ONE_CANDIDATE = "one candidate"
@@ -48,7 +49,7 @@ def render_answers(
     columns: Mapping[str, str],
     *,
     list_size: int | None = None,
-    has_scores: bool = True,
+    scores: ScoreRules | None = None,
 ) -> list[AnswerTexts]:
     """Check one row and render it; of a pair, given where single answers are wanted, both answers (where
     nothing is said of them, the chosen one).
@@ -56,7 +57,7 @@ def render_answers(
     Args:
         columns: further numbers per row to read: name in the result -> name of the row's column.
         list_size: how many candidates there must be.
-        has_scores: whether the losses use scores.
+        scores: what the losses ask of scores; None: they use none.
 
     Raises:
         ValueError: the row has not the columns of its kind, or not the right things in them; names the row,
@@ -71,9 +72,7 @@ def render_answers(
         singles = [{**row, "completion": row["chosen"]}]
     else:
         singles = [dict(row)]
-    return [
-        _render(single, number, where, tokenizer, kind, columns, list_size, has_scores) for single in singles
-    ]
+    return [_render(single, number, where, tokenizer, kind, columns, list_size, scores) for single in singles]
 
 
 def _render(
@@ -84,7 +83,7 @@ def _render(
     kind: DataKind,
     columns: Mapping[str, str],
     list_size: int | None,
-    has_scores: bool,
+    scores: ScoreRules | None,
 ) -> AnswerTexts:
     prompt = _column(row, "prompt", where, kind)
     pieces: tuple[str, ...] = ()
@@ -100,11 +99,13 @@ def _render(
         answers = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]]
     else:
         answers = [_column(row, "completion", where, kind)]
-    numbers = _numbers(row, kind, len(pieces) if pieces else len(answers), where, has_scores)
+    numbers = _numbers(row, kind, len(pieces) if pieces else len(answers), where, scores)
     numbers |= {name: read_number(row, name, column, where) for name, column in columns.items()}
     opened, texts, is_chat = _texts(row, prompt, answers, where, tokenizer)
     beginnings = _beginnings(opened, pieces, texts, where) if pieces else ()
     problem = _problem(kind, answers, pieces, numbers)
+    if problem is None and scores is not None and "scores" in numbers:
+        problem = scores.problem(numbers["scores"])  # type: ignore[arg-type]
     return AnswerTexts(number, opened, tuple(texts), beginnings, is_chat, numbers, problem)
 
 
@@ -154,7 +155,7 @@ def _beginnings(opened: str, pieces: Sequence[str], texts: Sequence[str], where:
 
 
 def _numbers(
-    row: Mapping[str, Any], kind: DataKind, count: int, where: str, has_scores: bool
+    row: Mapping[str, Any], kind: DataKind, count: int, where: str, scores: ScoreRules | None
 ) -> dict[str, float | tuple[float, ...]]:
     """What the kind's losses use; NaN where a number is missing."""
     if kind.name == "unpaired":
@@ -169,12 +170,11 @@ def _numbers(
         return {"win_rates": rate}
     if kind.name == "steps":
         return {"advantages": _per_answer(row, "advantages", count, where, kind)}
-    if not has_scores or kind.name == "prompt-completion":
+    if scores is None or kind.name not in ("listwise", "ranking"):
         return {}
-    if "ranks" in row and "scores" not in row:
-        ranks = _per_answer(row, "ranks", count, where, kind)
-        return {"scores": tuple(-rank for rank in ranks)}  # the first is the best, and scores rise
-    return {"scores": _per_answer(row, "scores", count, where, kind)}
+    return {
+        "scores": read_scores(row, lambda name: _per_answer(row, name, count, where, kind), where, scores)
+    }
 
 
 def _per_answer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastdpo.preference_loss import preference_loss_from_logps
+from fastdpo.functional_rows import preference_loss_from_logps
 from fastdpo.preference_rows import DATA
 from fastdpo.training.answer_collate import by_row
 from fastdpo.training.batches import Batch, completion_mask, is_filler, num_labelled, packed_layout

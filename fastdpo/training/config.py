@@ -7,7 +7,6 @@ repeated at the top of the class. Every value is checked here, before a model is
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,29 +16,17 @@ from transformers import TrainingArguments
 from fastdpo.losses import DivergencePairLogps, LossSpec, PairLogps, build_objective, find_loss
 from fastdpo.losses.token_batches import TokenDivergences
 from fastdpo.training.batch_settings import check_batches, check_loader
-from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES, EncodingOptions
+from fastdpo.training.encode import EncodingOptions
 from fastdpo.training.kinds import DataKind, kind_of
+from fastdpo.training.loop_settings import TRAINING_MODES, check_installed, check_loop
+from fastdpo.training.loss_settings import TakesLossOptions
 from fastdpo.training.nll_settings import trains_on_prompt
-from fastdpo.training.row_plan import ARRANGEMENTS
-from fastdpo.training.step_settings import COLUMN_FIELDS, check_step_settings, parse_options, stand_ins
-from fastdpo.types import BACKENDS, MODES, Execution
+from fastdpo.training.setting_values import settle
+from fastdpo.training.step_settings import COLUMN_FIELDS, check_step_settings, stand_ins
+from fastdpo.types import BACKENDS, Execution
 
-BATCH_LAYOUTS = ("padded", "packed", "shared_prompt", "auto")
-REFERENCES = ("auto", "copy", "adapter", "precomputed", "none")
-NONFINITE_POLICIES = ("stop", "skip")
-# "score" has no backward pass. `pairs` is what `auto` takes wherever a loss and a trained head let it; the
-# reference and some losses (of ranks, with a beta of the step) want log-probabilities, which it has none of.
-TRAINING_MODES = tuple(mode for mode in MODES if mode not in ("score", "pairs"))
 FULL_LEARNING_RATE = 1e-6
 ADAPTER_LEARNING_RATE = 1e-5
-# Settings of TrainingArguments that this trainer cannot honour: the value it needs, and why.
-_FIXED = {
-    "remove_unused_columns": (False, "the collator decides what reaches the model"),
-    "label_smoothing_factor": (0, "use the loss option label_smoothing"),
-    "use_liger_kernel": (False, "it replaces the forward pass that the fused head lives in"),
-    "auto_find_batch_size": (False, "not supported by this version"),
-    "length_column_name": ("length", "lengths are counted in the tokenised rows, not read from a column"),
-}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -47,10 +34,13 @@ def _help(text: str) -> dict[str, str]:
 
 
 @dataclass
-class PreferenceConfig(TrainingArguments):
-    """All settings of ``PreferenceTrainer``.
+class PreferenceConfig(TrainingArguments, metaclass=TakesLossOptions):
+    """All settings of ``PreferenceTrainer``; the losses' options, and TRL's names, are keywords too.
+
+    Values are read as on the command line and in YAML: ``None``, ``none`` and ``null`` are one.
 
     Raises:
+        TypeError: an unknown setting; says what it is called here.
         ValueError: a value out of range, an unknown loss, option, mode or policy, or a setting of
             ``TrainingArguments`` that this trainer cannot honour; names the field, got, wanted.
     """
@@ -66,13 +56,11 @@ class PreferenceConfig(TrainingArguments):
     )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
-        metadata=_help("bfloat16 autocast. Default: on a GPU that has bfloat16, unless fp16 is set.")
-        | {"nargs": "?", "const": True},
+        metadata=_help("bfloat16 autocast. Default: on a GPU that has bfloat16, unless fp16 is set."),
     )
     gradient_checkpointing: bool | None = field(
         default=None,
-        metadata=_help("Recompute activations in the backward pass. Default: on a GPU yes, on a CPU no.")
-        | {"nargs": "?", "const": True},
+        metadata=_help("Recompute activations in the backward pass. Default: on a GPU yes, on a CPU no."),
     )
     logging_steps: float = field(
         default=10, metadata=_help("Log every so many steps (a share of all if below 1).")
@@ -81,6 +69,10 @@ class PreferenceConfig(TrainingArguments):
         default=False, metadata=_help("Hide non-finite losses in the log; on_nonfinite_loss deals with them.")
     )
     remove_unused_columns: bool = field(default=False, metadata=_help("Must stay False."))
+    resume_from_checkpoint: str | bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata=_help("Checkpoint to go on from; without a value, or true, the last one in output_dir."),
+    )
 
     loss_type: str | list[str] = field(
         default_factory=lambda: ["sigmoid"], metadata=_help("One loss or several, whose sum is minimised.")
@@ -91,7 +83,7 @@ class PreferenceConfig(TrainingArguments):
     beta: float | None = field(
         default=None, metadata=_help("Strength of the tie to the reference. Default: each loss's own.")
     )
-    loss_options: dict[str, Any] | str | None = field(
+    loss_options: dict[str, Any] | None = field(
         default=None,
         metadata=_help("Further options of the losses, as a dict or JSON; each is a flag of its own too."),
     )
@@ -115,21 +107,20 @@ class PreferenceConfig(TrainingArguments):
         metadata=_help(
             "NLL terms train on the chosen answers' prompts too. Default: where only orpo has one, as in its "
             "paper's code and TRL."
-        )
-        | {"nargs": "?", "const": True},
+        ),
     )
     gold_column: str | None = field(
         default=None,
         metadata=_help("Column with the gold answer of tpo's NLL. Default: reference, where rows have it."),
     )
-    dynamic_beta: dict[str, Any] | str | None = field(
+    dynamic_beta: dict[str, Any] | None = field(
         default=None,
         metadata=_help(
             "beta-DPO: a beta per step from how far apart its pairs are, and pairs far off left out. A dict "
             "or JSON of alpha, rho, momentum, min_beta, warm_start; {} for their defaults."
         ),
     )
-    over_optimisation_monitor: dict[str, Any] | str | None = field(
+    over_optimisation_monitor: dict[str, Any] | None = field(
         default=None,
         metadata=_help("Settings of OverOptimisationMonitor, a dict or JSON; {} adds it with its defaults."),
     )
@@ -165,6 +156,10 @@ class PreferenceConfig(TrainingArguments):
     )
     chosen_win_rate_column: str | None = field(default=None, metadata=_help("Column with SPPO's win rate."))
     rejected_win_rate_column: str | None = field(default=None, metadata=_help("The same of the rejected."))
+    dataset_num_proc: int | None = field(
+        default=None,
+        metadata=_help("Processes that tokenise. Default: one for every few thousand rows, up to the cores."),
+    )
     pad_to_multiple_of: int | None = field(default=None, metadata=_help("Pad batches to a multiple of this."))
 
     batch_layout: str = field(
@@ -201,8 +196,7 @@ class PreferenceConfig(TrainingArguments):
         metadata=_help(
             "Try the largest batch before the first step, so that a run that does not fit fails at once. "
             "Default: on a GPU yes, on a CPU no."
-        )
-        | {"nargs": "?", "const": True},
+        ),
     )
 
     reference: str = field(
@@ -258,15 +252,18 @@ class PreferenceConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        settle(self)
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        self.loss_options = self.options
-        self.dynamic_beta = self.dynamic_beta_options
+        self.report_to = self.report_to or "none"
         self.max_length = self.max_length or None
         self._choose_defaults()
-        self._check()
+        self._check_losses()
+        check_loop(self)
+        check_batches(self)
         super().__post_init__()
         check_loader(self)
+        check_installed(self)
 
     @property
     def losses(self) -> list[LossSpec]:
@@ -275,13 +272,8 @@ class PreferenceConfig(TrainingArguments):
 
     @property
     def options(self) -> dict[str, Any]:
-        """``loss_options``, parsed."""
-        return parse_options(self.loss_options)
-
-    @property
-    def dynamic_beta_options(self) -> dict[str, Any] | None:
-        """``dynamic_beta``, parsed."""
-        return None if self.dynamic_beta is None else parse_options(self.dynamic_beta, "dynamic_beta")
+        """``loss_options``, if any."""
+        return self.loss_options or {}
 
     @property
     def data_kind(self) -> DataKind | None:
@@ -296,7 +288,7 @@ class PreferenceConfig(TrainingArguments):
     @property
     def makes_pair_loss(self) -> bool:
         """Whether the head's call makes the loss itself, so that a trained head runs in mode ``pairs``."""
-        is_one_call = self.dynamic_beta_options is None and not self.gather_batch_losses and not self.fp16
+        is_one_call = self.dynamic_beta is None and not self.gather_batch_losses and not self.fp16
         is_one_call = is_one_call and not self.use_weighting
         is_one_call = is_one_call and not (self.nll_on_prompt and self.batch_layout != "padded")
         specs = self.losses
@@ -346,43 +338,6 @@ class PreferenceConfig(TrainingArguments):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = wanted
         self.gradient_checkpointing = None
-
-    def _check(self) -> None:
-        self._check_losses()
-        for name, choices in (
-            ("truncation_mode", TRUNCATION_MODES),
-            ("on_bad_row", BAD_ROW_POLICIES),
-            ("batch_layout", BATCH_LAYOUTS),
-            ("row_arrangement", ("auto", *ARRANGEMENTS)),
-            ("reference", REFERENCES),
-            ("mode", TRAINING_MODES),
-            ("backend", BACKENDS),
-            ("logits_dtype", (None, "fp32", "bf16")),
-            ("on_nonfinite_loss", NONFINITE_POLICIES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {choices}")
-        for name, least in (
-            ("max_length", 2),
-            ("pad_to_multiple_of", 1),
-            ("max_tokens_per_batch", 1),
-            ("reference_batch_size", 1),
-            ("ref_model_sync_steps", 1),
-            ("workspace_mib", 1),
-            ("cache_mib", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"{name}: got {value!r}, wanted a whole number from {least}")
-        rate = self.learning_rate
-        if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < math.inf):
-            raise ValueError(f"learning_rate: got {rate!r}, wanted a number from 0")
-        for name, (needed, reason) in _FIXED.items():
-            if getattr(self, name) != needed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {needed}: {reason}")
-        if self.train_sampling_strategy == "batch_rebalance":
-            raise ValueError("train_sampling_strategy: 'batch_rebalance' is not supported by this version")
-        check_batches(self)
 
     def _check_losses(self) -> None:
         kind_of(self.losses)  # raises for losses that want unlike data

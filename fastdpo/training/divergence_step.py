@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastdpo.functional_rows import preference_loss_from_logps
 from fastdpo.losses import build_objective
-from fastdpo.preference_loss import preference_loss_from_logps
 from fastdpo.preference_rows import divergence_outputs, teacher_combination
 from fastdpo.training.batches import Batch, completion_mask, packed_layout
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig

@@ -35,6 +35,14 @@ class EvaluatingTrainer(Trainer):
     _eval_rows: int | None = None
     _eval_width: int | None
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the log has an evaluation of the model as it is now."""
+        last = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
+        has_metrics = any(name.startswith("eval_") for entry in last for name in entry)
+        # The best model takes the last one's place at the end.
+        return has_metrics and not self.args.load_best_model_at_end
+
     def _prepare_data(self, data: Any, *, may_be_many: bool = False) -> Any:
         raise NotImplementedError
 
@@ -143,7 +151,7 @@ class EvaluatingTrainer(Trainer):
                 result = batch_loss(
                     self.model, self.model, batch, counts, self.args, self.reference, self.loss_state.frozen
                 )
-            record(self._sums["eval"], batch, result)
+            record(self._sums["eval"], batch, result, nll_on_prompt=bool(self.args.nll_on_prompt))
             # A share of the mean over all rows; scaled so that the mean over rows adds the shares up.
             self._sums["eval"].add_mean("loss", result.loss * (self._eval_rows or kept) / kept, kept)
             rewards[:kept], loss = stacked_rewards(batch, result, width), result.loss

@@ -68,9 +68,9 @@ class LossState:
             (args.beta or spec.default_beta for spec in args.losses if spec.default_beta is not None), None
         )
         self.betas: BetaController | None = None
-        if args.dynamic_beta_options is not None:
+        if args.dynamic_beta is not None:
             assert self.base_beta is not None  # the settings have been checked
-            self.betas = BetaController(self.base_beta, seed=args.seed, **args.dynamic_beta_options)
+            self.betas = BetaController(self.base_beta, seed=args.seed, **args.dynamic_beta)
         self._training_kl: KLEstimate | None = None
         self._is_waiting = False
         self._queue: deque[StepValues] = deque()

@@ -1,4 +1,4 @@
-"""What a trainer needs before its first step: a model, tokenised pairs, an output directory."""
+"""What a trainer needs before its first step: tokenised pairs, one process a GPU, an output directory."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from fastdpo.integrations.virtual_tokens import has_prefix
+from fastdpo.losses.ranges import FINITE, PROBABILITY, check_range
+from fastdpo.losses.registry import RANGES
 from fastdpo.training.answer_encode import AnswerOptions, encode_answers
 from fastdpo.training.answer_reference import reference_columns
-from fastdpo.training.answers import REFERENCE, AnswerDataset
+from fastdpo.training.answers import REFERENCE, AnswerDataset, Ragged
 from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
-from fastdpo.training.checkpointing import recomputes_activations
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
 from fastdpo.training.data import (
     LD_COLUMN,
@@ -33,89 +31,10 @@ from fastdpo.training.dataset import RowDataset
 from fastdpo.training.encode import encode_rows
 from fastdpo.training.kinds import list_size
 from fastdpo.training.nll_settings import check_gold, gold_column
-from fastdpo.training.reference import check_weighted_reference, disable_dropout, is_adapter_model
+from fastdpo.training.reference import check_weighted_reference
+from fastdpo.training.scores import ONE_LEVEL, ScoreRules
 
 logger = logging.getLogger(__name__)
-
-
-def load_model(name: str, *, dtype: str | torch.dtype = "auto", **options: Any) -> nn.Module:
-    """A causal LM by path or hub id; ``dtype`` "auto" keeps the checkpoint's.
-
-    Raises:
-        ValueError: there is no such model, or it cannot be loaded; names it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model: could not load {name!r}{_where(name)}: {first_line(error)}") from error
-    return model
-
-
-def load_tokenizer(name: str, **options: Any) -> Any:
-    """A tokenizer by path or hub id. Raises ValueError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer: could not load {name!r}{_where(name)}: {first_line(error)}") from error
-
-
-def _where(name: str) -> str:
-    return "" if Path(name).exists() else ", which is no folder here, from the hub"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for messages that have to fit on one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def prepare_policy(model: str | nn.Module, args: PreferenceConfig, peft_config: Any | None) -> nn.Module:
-    """The model to train: loaded, with its adapter and without dropout.
-
-    Raises:
-        ValueError: a model this version cannot train; says which and why.
-        ImportError: ``peft_config`` without peft.
-    """
-    # Weights that are trained are loaded as float32: 16 bits lose small updates.
-    dtype = "float32" if peft_config is None else "auto"
-    policy = load_model(model, dtype=dtype) if isinstance(model, str) else model
-    if args.disable_dropout:
-        # Before the adapter is added: a dropout in peft_config is asked for.
-        disable_dropout(policy)
-    if peft_config is not None:
-        policy = _add_adapter(policy, peft_config)
-    if is_adapter_model(policy):
-        if has_prefix(policy) and recomputes_activations(args):
-            raise ValueError(
-                "gradient_checkpointing: got True with prefix tuning, whose prefix is in a cache that layers "
-                "have to do without where they run again; wanted False, or prompt tuning or P-tuning"
-            )
-    elif next(policy.parameters()).dtype in (torch.float16, torch.bfloat16):
-        logger.warning(
-            "the model's weights are %s: at the learning rates of preference training most updates are lost "
-            "in rounding; load them as float32 (bf16=True still computes in bfloat16) or train an adapter",
-            next(policy.parameters()).dtype,
-        )
-    if getattr(getattr(policy, "config", None), "output_router_logits", False):
-        raise ValueError("model: a router loss (output_router_logits=True) is not supported by this version")
-    return policy
-
-
-def _add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    if is_adapter_model(model):
-        raise ValueError("peft_config: the model has an adapter already; give one or the other")
-    try:
-        from peft import get_peft_model
-    except ImportError:
-        raise ImportError(
-            "training an adapter needs peft, which is not installed: pip install peft"
-        ) from None
-    adapted: nn.Module = get_peft_model(model, peft_config)
-    return adapted
 
 
 def prepare_pairs(data: Any, tokenizer: Any, args: PreferenceConfig) -> RowDataset | None:
@@ -162,7 +81,7 @@ def answer_options(args: PreferenceConfig) -> AnswerOptions:
     needs = {name for spec in args.losses for name in spec.needs}
     assert args.data_kind is not None
     return AnswerOptions(
-        args.data_kind, list_size(args.losses), has_scores="scores" in needs, has_mismatched="kl" in needs
+        args.data_kind, list_size(args.losses), ScoreRules.of(args.losses), has_mismatched="kl" in needs
     )
 
 
@@ -195,23 +114,32 @@ def check_pairs(dataset: RowDataset, args: PreferenceConfig) -> None:
             raise ValueError(
                 f"{column}: the tokenised pairs carry {sorted(dataset.columns)}, wanted {name!r} too"
             )
+        if name in dataset.columns:
+            check_range(f"dataset: {name}", dataset.columns[name], RANGES[name])
     check_weighted_reference(dataset, args)
 
 
 def _check_answers(dataset: AnswerDataset, args: PreferenceConfig) -> None:
     options = answer_options(args)
     names = {"unpaired": ("is_desirable",), "steps": ("advantages",), "samples": ("win_rates",)}
-    needed = [*names.get(options.kind.name, ("scores",) if options.has_scores else ())]
+    needed = [*names.get(options.kind.name, ("scores",) if options.scores is not None else ())]
     needed += ["pair_weights"] if args.pair_weight_column else []
     for name in needed:
         if name not in dataset.numbers:
             raise ValueError(
                 f"dataset: the tokenised rows carry {sorted(dataset.numbers)}, wanted {name!r} too"
             )
-    if "scores" in dataset.numbers and not options.has_scores:
+    if "scores" in dataset.numbers and options.scores is None:
         raise ValueError(
             f"dataset: the tokenised rows carry scores, which {', '.join(args.loss_type)} does not use"
         )
+    legal = {"win_rates": PROBABILITY, "advantages": FINITE, "scores": FINITE, **RANGES}
+    for name, values in dataset.numbers.items():
+        if name in legal:
+            numbers = values.values if isinstance(values, Ragged) else values
+            check_range(f"dataset: {name}", numbers, legal[name])
+    if options.scores is not None:
+        _check_scores(dataset, options.scores)
     is_part = REFERENCE in dataset.numbers and not dataset.has_reference
     if is_part and dataset.has_mismatched and args.reference == "auto":
         raise ValueError(
@@ -222,6 +150,20 @@ def _check_answers(dataset: AnswerDataset, args: PreferenceConfig) -> None:
     if dataset.has_mismatched != options.has_mismatched:
         got, wanted = ("with", "without") if dataset.has_mismatched else ("without", "with")
         raise ValueError(f"dataset: got rows {got} mismatched answers, wanted them {wanted}")
+
+
+def _check_scores(dataset: AnswerDataset, rules: ScoreRules) -> None:
+    """Raise ValueError for tokenised rows with scores that losses would misread, or learn nothing from."""
+    scores = dataset.numbers["scores"]
+    if rules == ScoreRules() or not isinstance(scores, Ragged):
+        return
+    flat = []
+    for index, row in enumerate(dataset.rows.tolist()):
+        rules.check(scores[index].tolist(), "scores", f"dataset, row {row}")
+        if rules.problem(scores[index].tolist()) is not None:
+            flat.append(row)
+    if flat:
+        raise ValueError(f"dataset: got {ONE_LEVEL} in {row_list(flat)}, wanted such rows left out")
 
 
 def check_machine(args: PreferenceConfig, *, is_sharded: bool) -> None:

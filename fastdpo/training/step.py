@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fastdpo.functional import METRIC_STATISTICS, dpo_loss_from_logps
 from fastdpo.losses.aggregate import sequence_sums
+from fastdpo.losses.build import build_objective
 from fastdpo.losses.gather import gather_pairs
 from fastdpo.losses.inputs import PairLogps
-from fastdpo.losses.objective import build_objective
 from fastdpo.losses.weights import wpo_weights
 from fastdpo.training import answer_step
 from fastdpo.training.batches import (
@@ -96,7 +96,7 @@ def batch_loss(
     is_gathered = args.gather_batch_losses and over_ranks
     tokens = loss_tokens(batch, nll_on_prompt=bool(args.nll_on_prompt))
     # Elsewhere the loss waits for log-probabilities: of all ranks, or for the step's beta or weights.
-    waits = is_gathered or args.use_weighting or args.dynamic_beta_options is not None
+    waits = is_gathered or args.use_weighting or args.dynamic_beta is not None
     if tokens.fit_the_head and not waits:
         arguments = _pair_arguments(batch, counts, args, StepValues())
         return fused_pair_loss(model, batch, **tokens.for_the_head(ref_logps), **arguments)
@@ -155,7 +155,7 @@ def _loss_over_ranks(
     return loss - loss.detach() * (1 - 1 / dist.get_world_size())
 
 
-def record(sums: MetricSums, batch: Batch, result: Result) -> None:
+def record(sums: MetricSums, batch: Batch, result: Result, *, nll_on_prompt: bool = False) -> None:
     """Add a batch's metrics: means over tokens count by token, all others by pair."""
     if isinstance(result, PreferenceLossOutput):
         return answer_step.record(sums, batch, result)
@@ -166,6 +166,7 @@ def record(sums: MetricSums, batch: Batch, result: Result) -> None:
         "logits/chosen": chosen,
         "logits/rejected": rejected,
         "mean_token_accuracy": chosen,
+        "nll_loss": nll_tokens(batch, on_prompt=nll_on_prompt),
     }
     for name, mean in result.metrics.items():
         if name != "num_tokens":  # under this name TRL logs all input tokens since the start

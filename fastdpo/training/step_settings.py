@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.losses import LossSpec, PairLogps
@@ -29,8 +28,8 @@ _STAND_INS = {"margin": 0.0, "soft_labels": 0.5, "chosen_win_rate": 0.5, "reject
 
 def check_step_settings(args: PreferenceConfig) -> None:
     """Raise ValueError for settings that do not go with the losses or with each other."""
-    if args.dynamic_beta_options is not None:
-        _check_dynamic_beta(args.dynamic_beta_options, args.losses, args.beta)
+    if args.dynamic_beta is not None:
+        _check_dynamic_beta(args.dynamic_beta, args.losses, args.beta)
     if args.beta_column is not None:
         _check_beta_column(args)
     _check_ld_alpha(args)
@@ -137,25 +136,13 @@ def _check_dynamic_beta(options: dict[str, Any], losses: list[LossSpec], beta: f
     BetaController(0.1 if beta is None else beta, **options)
 
 
-def monitor_of(settings: dict[str, Any] | str | None) -> list[OverOptimisationMonitor]:
+def monitor_of(options: dict[str, Any] | None) -> list[OverOptimisationMonitor]:
     """The monitor that the settings ask for, or none. Raises ValueError for a setting it does not have."""
-    if settings is None:
+    if options is None:
         return []
-    options = parse_options(settings, "over_optimisation_monitor")
     known = tuple(inspect.signature(OverOptimisationMonitor).parameters)
     for name in options:
         if name not in known:
             wanted = f"some of {', '.join(known)}"
             raise ValueError(f"over_optimisation_monitor: got the option {name!r}, wanted {wanted}")
     return [OverOptimisationMonitor(**options)]
-
-
-def parse_options(value: dict[str, Any] | str | None, name: str = "loss_options") -> dict[str, Any]:
-    """Options given as a dict or as JSON. Raises ValueError, naming the setting, for anything else."""
-    try:
-        options = json.loads(value) if isinstance(value, str) else value or {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: got {value!r}, wanted a JSON object: {error}") from None
-    if not isinstance(options, dict):
-        raise ValueError(f"{name}: got {value!r}, wanted a dict or a JSON object")
-    return options

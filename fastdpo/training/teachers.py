@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdpo.integrations.lm_head import current_head, unwrap
+from fastdpo.integrations.lm_head import find_linear, unwrap
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.config import PreferenceConfig
 
@@ -43,7 +43,7 @@ def common_vocabulary(models: Sequence[nn.Module], tokenizer: Any) -> int | None
     Raises:
         ValueError: the smallest head has fewer rows than the tokenizer has tokens, or there is no tokenizer.
     """
-    sizes = [current_head(unwrap(model)).weight.shape[0] for model in models]
+    sizes = [find_linear(unwrap(model)).weight.shape[0] for model in models]
     if len(set(sizes)) == 1:
         return None
     known = None if tokenizer is None else len(tokenizer)

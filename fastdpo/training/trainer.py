@@ -39,6 +39,7 @@ from fastdpo.training.largest_batch import try_before_scoring
 from fastdpo.training.layouts import choose_collator, like_length_sampler, token_budget
 from fastdpo.training.loss_state import LossState
 from fastdpo.training.metrics import MetricSums
+from fastdpo.training.models import check_trained, load_tokenizer, other_model, prepare_policy, tokenizer_of
 from fastdpo.training.offload import offloaded_activations
 from fastdpo.training.precompute import PrecomputedReference
 from fastdpo.training.progress import load_progress, save_progress
@@ -57,9 +58,7 @@ from fastdpo.training.setup import (
     clear_output_dir,
     find_checkpoint,
     is_unused,
-    load_tokenizer,
     prepare_pairs,
-    prepare_policy,
 )
 from fastdpo.training.step import (
     BatchCounts,
@@ -90,10 +89,10 @@ class PreferenceTrainer(EvaluatingTrainer):
         args: the settings.
         train_dataset, eval_dataset: whatever ``read_rows`` reads (a path, rows, a ``datasets.Dataset``),
             or a ``PreferenceDataset`` or ``AnswerDataset``; ``eval_dataset`` may be a dict of several.
-        processing_class: the model's tokenizer; not needed with a path or id as ``model``, nor when all
-            data is tokenised already.
-        ref_model: the reference, where it is not the policy as it is now; frozen and patched.
-        teacher_model: what the losses distil (``aligndistil``: a model trained with DPO); frozen and patched.
+        processing_class: the model's tokenizer, or a processor that has it; not needed with a path or id as
+            ``model``, nor when all data is tokenised already.
+        ref_model: the reference, or its path or id, where it is not the policy as it is now; frozen, patched.
+        teacher_model: the same of what the losses distil (``aligndistil``: a model trained with DPO).
             The other of AlignDistil's teachers is the reference, or as ``ref_model`` a model trained with
             DPO on swapped pairs.
         peft_config: adds an adapter to ``model``.
@@ -121,8 +120,8 @@ class PreferenceTrainer(EvaluatingTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        ref_model: nn.Module | None = None,
-        teacher_model: nn.Module | None = None,
+        ref_model: str | nn.Module | None = None,
+        teacher_model: str | nn.Module | None = None,
         peft_config: Any = None,
         data_collator: Any = None,
         compute_metrics: Any = None,
@@ -133,14 +132,18 @@ class PreferenceTrainer(EvaluatingTrainer):
             raise TypeError(f"args: got {type(args).__name__}, wanted PreferenceConfig")
         if processing_class is None and isinstance(model, str):
             processing_class = load_tokenizer(model)
-        self.args, self._tokenizer = args, processing_class
-        if ref_model is not None and ref_model is model:
+        self.args, self._tokenizer = args, tokenizer_of(processing_class)
+        if ref_model is model and not isinstance(model, str):
             raise ValueError(
                 "ref_model: got the model that is trained, wanted another, or None for a copy of it"
             )
         if data_collator is not None:
             check_own_collator(args)
         policy = prepare_policy(model, args, peft_config)
+        if train_dataset is not None:
+            check_trained(policy)
+        ref_model = other_model("ref_model", ref_model, policy)
+        teacher_model = other_model("teacher_model", teacher_model, policy)
         if args.learning_rate is None:
             args.learning_rate = ADAPTER_LEARNING_RATE if is_adapter_model(policy) else FULL_LEARNING_RATE
         train_dataset = self._prepare_data(train_dataset)
@@ -311,7 +314,7 @@ class PreferenceTrainer(EvaluatingTrainer):
             model, policy, inputs, counts, self.args, self.reference, values, over_ranks=over_ranks
         )
         if torch.isfinite(result.loss):
-            record(self._sums["train"], inputs, result)
+            record(self._sums["train"], inputs, result, nll_on_prompt=bool(self.args.nll_on_prompt))
             self._input_tokens += 0 if is_filler(inputs) else sequence_tokens(inputs)
         else:
             self._report_nonfinite(inputs, result)

@@ -14,6 +14,7 @@ from fastdpo.integrations.model import patch_model
 from fastdpo.testing import assert_logps_close
 from tests.integrations.tiny import (
     FAMILIES,
+    FEW_ENTRIES,
     IMAGE_TOKEN,
     VOCAB,
     Batch,
@@ -33,6 +34,18 @@ def test_logps_and_gradients_equal_the_logits_path(family: str) -> None:
     model, batch = make_model(family), make_batch()
     expected = expected_step(model, batch)
     assert_step_close(run_step(patch_model(model), batch, fused_logps), expected)
+
+
+def test_a_wrong_gradient_of_few_entries_is_found() -> None:
+    """They are held to the rule together, and one of them scaled by 1e-4 is still found."""
+    model, batch = make_model("qwen2"), make_batch()
+    expected = expected_step(model, batch)
+    assert_step_close(expected.eager, expected)
+    for name in ("model.layers.0.self_attn.q_proj.bias", "model.norm.weight"):
+        assert expected.eager.grads[name].numel() <= FEW_ENTRIES
+        wrong = {**expected.eager.grads, name: expected.eager.grads[name] * (1 + 1e-4)}
+        with pytest.raises(AssertionError, match="in one"):
+            assert_step_close(expected.eager._replace(grads=wrong), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "phi"])
@@ -89,9 +102,9 @@ def test_a_ragged_vocabulary_of_262k() -> None:
     assert_step_close(run_step(patch_model(model), batch, fused_logps), expected)
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3-vl", "qwen2-vl", "qwen2.5-vl"])
+@pytest.mark.parametrize("family", ["llava", "vipllava", "gemma3-vl", "qwen2-vl", "qwen2.5-vl"])
 def test_images_reach_the_backbone(family: str) -> None:
-    """Four tokens of an image in the prompt: their embeddings come from pixels."""
+    """Four tokens of an image in the prompt: their embeddings come from pixels, by the config's layers."""
     model, batch = make_model(family), make_batch(batch=1)
     ids = batch.input_ids.clamp(max=190)
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +118,7 @@ def test_images_reach_the_backbone(family: str) -> None:
     else:
         shape, inputs, types = (1, 3, 8, 8), {}, "token_type_ids"
     ids[0, 3:7] = IMAGE_TOKEN
-    if family != "llava":
+    if "llava" not in family:
         inputs[types] = (ids == IMAGE_TOKEN).long()
     pixels = [torch.randn(shape, generator=generator) for _ in range(2)]
     batch = batch._replace(input_ids=ids, labels=ids.masked_fill(torch.arange(12) < 8, -100))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastdpo import LMHead
 from fastdpo.integrations.lm_head import examine, find_backbone, read_head
 from fastdpo.integrations.model import patch_model
+from fastdpo.testing import assert_logps_close
 from tests.integrations.tiny import (
     FAMILIES,
     HIDDEN,
@@ -26,6 +27,7 @@ from tests.integrations.tiny import (
     make_batch,
     make_config,
     make_model,
+    plain_logps,
     run_step,
 )
 
@@ -93,6 +95,22 @@ def _shift_inputs(model: Any, forward: Any, arguments: dict[str, Any]) -> Any:
 def _make_positions(model: Any, forward: Any, arguments: dict[str, Any]) -> Any:
     positions = torch.arange(arguments["input_ids"].shape[1])[None]
     return forward(**{**arguments, "position_ids": positions})
+
+
+def _make_embeddings(model: Any, forward: Any, arguments: dict[str, Any]) -> Any:
+    """As Llama 4 with its vision tower does, around a language model with a head of its own."""
+    embeddings = model.get_input_embeddings()(arguments.pop("input_ids"))
+    return forward(**{**arguments, "input_ids": None}, inputs_embeds=embeddings)
+
+
+def _make(**made: Any) -> Any:
+    """Hands the backbone what is in no field of its config, or not so."""
+
+    def change(model: Any, forward: Any, arguments: dict[str, Any]) -> Any:
+        model.config.vision_feature_layer = -1
+        return forward(**arguments, **made)
+
+    return _with_forward(change)
 
 
 def _twice(model: Any, forward: Any, arguments: dict[str, Any]) -> Any:
@@ -178,6 +196,12 @@ REFUSED = {
     "no loss": (lambda: _with_forward(_drop_loss), "makes no loss from labels"),
     "inputs changed": (lambda: _with_forward(_shift_inputs), "does not hand `input_ids`"),
     "positions made": (lambda: _with_forward(_make_positions), "makes `position_ids`"),
+    "layer made": (lambda: _make(vision_feature_layer=-2), "makes `vision_feature_layer`"),
+    "switch made": (lambda: _make(is_causal=False), "makes `is_causal`"),
+    "embeddings made": (
+        lambda: _with_forward(_make_embeddings),
+        "does not hand `input_ids` to the backbone as it came but embeddings",
+    ),
     "backbone run twice": (lambda: _with_forward(_twice), "2 calls of what may be its backbone"),
     "norm head": (lambda: _with_head(_NormHead(HIDDEN, VOCAB)), "not a plain nn.Linear"),
     "head of two layers": (
@@ -233,11 +257,29 @@ def test_scales_that_are_no_number_are_refused(value: Any) -> None:
         read_head(model)
 
 
-def test_a_scale_the_forward_does_not_apply_is_refused() -> None:
-    model = make_model()
-    model.config.logit_scale = 0.25
-    with pytest.raises(ValueError, match="logits of its forward are not"):
-        read_head(model)
+@pytest.mark.parametrize(
+    ("family", "config", "applied"),
+    [
+        ("llama", {"logit_scale": 0.25}, (1.0, None)),
+        ("llama", {"final_logit_softcapping": 5.0}, (1.0, None)),
+        ("cohere", {"final_logit_softcapping": 5.0}, (0.25, None)),
+        ("gemma2", {"logit_scale": 0.25}, (1.0, 5.0)),
+        ("cohere2-vl", {}, (1.0, None)),
+    ],
+)
+def test_the_forward_decides_what_of_the_config_is_applied(
+    family: str, config: dict[str, Any], applied: tuple[float, float | None]
+) -> None:
+    """As Cohere 2 Vision leaves out the scale of its language model."""
+    model, batch = make_model(family), make_batch()
+    model.config.get_text_config().update(config)
+    truth = plain_logps(copy.deepcopy(model).double(), batch)
+    head = read_head(model)
+    assert (head.logit_scale, head.softcap) == applied
+    assert_logps_close(fused_logps(patch_model(model), batch), truth, torch.float32)
+    model.config.get_text_config().update({"logit_scale": 0.5})
+    with pytest.raises(ValueError, match="scale or softcap of the logits changed"):
+        fused_logps(model, batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -247,10 +289,10 @@ def test_meta_models_are_understood(family: str) -> None:
         model = getattr(transformers, FAMILIES[family].model)(config)
     meta, real = examine(model), examine(make_model(family))
     assert meta == real
-    wanted = {"input_ids", "attention_mask", "inputs_embeds", "position_ids", "past_key_values"}
-    if family == "mamba2":  # it has neither
-        wanted -= {"position_ids", "past_key_values"}
-    assert wanted <= real.arguments
+    wanted = {"input_ids", "attention_mask", "inputs_embeds"}
+    if family != "mamba2":
+        wanted |= {"position_ids"}
+    assert wanted <= real.arguments and real.arguments & {"cache", "past_key_values", "cache_params"}
     assert read_head(model).weight.is_meta
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import StaticCache
+from transformers import Cache, LlamaForCausalLM, StaticCache
 
 from fastdpo import Execution
 from fastdpo.integrations.model import (
@@ -28,6 +29,8 @@ from tests.integrations.tiny import (
     plain_logps,
     run_step,
 )
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 class _VocabularyTensors(TorchDispatchMode):
@@ -84,7 +87,7 @@ def test_statistics_equal_those_of_the_logits() -> None:
     for name, values in wanted.items():
         got = out[name]
         assert not got[~out.logps_mask].any(), name
-        # 1e-5 nats is the promise for fp32; logits here have a standard deviation of 3.
+        # 1e-5 nats: fp32 at this width; logits here have a standard deviation of 3.
         assert torch.allclose(got[:, 1:][mask].double(), values[mask].double(), rtol=0, atol=1e-5), name
     assert out.lse.dtype == torch.float32 and out.is_top1.dtype == torch.bool
 
@@ -126,13 +129,21 @@ def test_embeddings_as_input() -> None:
     assert torch.equal(out.logps, fused(model).logps)
 
 
-def test_cached_prefix_is_continued() -> None:
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_cached_prefix_is_continued(name: str) -> None:
+    """By either name: transformers 5.24 calls ``cache`` what was ``past_key_values``."""
     model = patch_model(make_model())
     ids = BATCH.input_ids[:1]
-    prefix = model(input_ids=ids[:, :5], use_cache=True).past_key_values
-    rest = model(input_ids=ids[:, 5:], labels=ids[:, 5:], past_key_values=prefix, return_logps=True).logps
+    prefix = model(input_ids=ids[:, :5], labels=ids[:, :5], use_cache=True, return_logps=True)
+    assert prefix.past_key_values is prefix.cache
+    rest = model(input_ids=ids[:, 5:], labels=ids[:, 5:], **{name: prefix.cache}, return_logps=True).logps
     whole = model(input_ids=ids, labels=ids, return_logps=True).logps
-    assert torch.allclose(rest[:, 1:], whole[:, 6:], rtol=0, atol=1e-5)  # the promise for fp32
+    assert torch.allclose(rest[:, 1:], whole[:, 6:], rtol=0, atol=1e-5)  # fp32 at this width
+
+
+def test_a_recurrent_state_is_passed_through() -> None:
+    """Mamba's is ``cache_params`` before transformers 5.24."""
+    assert isinstance(fused(patch_model(make_model("mamba2")), use_cache=True).cache, Cache)
 
 
 def test_packed_rows_equal_separate_ones() -> None:
@@ -145,7 +156,7 @@ def test_packed_rows_equal_separate_ones() -> None:
     packed = model(input_ids=ids, position_ids=positions, labels=labels, return_logps=True).logps
     separate = fused(model).logps
     expected = torch.cat([row[:n] for row, n in zip(separate, lengths, strict=True)])[None]
-    assert torch.allclose(packed, expected, rtol=0, atol=1e-5)  # the promise for fp32
+    assert torch.allclose(packed, expected, rtol=0, atol=1e-5)  # fp32 at this width
 
 
 def test_everything_ignored_gives_zeros_and_a_connected_graph() -> None:
@@ -169,7 +180,7 @@ def test_options_of_patch_model_reach_the_op() -> None:
     expected = fused(patch_model(make_model())).logps
     assert torch.allclose(
         fused(model, labels=labels).logps, expected, rtol=0, atol=1e-5
-    )  # the promise for fp32
+    )  # fp32 at this width
     rounded = patch_model(make_model(), execution=Execution(compute_dtype=torch.bfloat16))
     assert not torch.allclose(fused(rounded).logps, expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="backend"):
@@ -252,8 +263,8 @@ def test_a_static_cache_fills_as_it_did() -> None:
         for each in (model, patched):
             cache = StaticCache(config=each.config, max_cache_len=16)
             outputs = [
-                each(BATCH.input_ids[:1, :8], past_key_values=cache),
-                each(BATCH.input_ids[:1, 8:9], past_key_values=cache),
+                each(BATCH.input_ids[:1, :8], **{CACHE: cache}),
+                each(BATCH.input_ids[:1, 8:9], **{CACHE: cache}),
             ]
             caches.append((cache, outputs))
         patched(**BATCH.inputs, labels=BATCH.labels, return_logps=True)  # no cache asked for: none touched
@@ -311,7 +322,7 @@ def test_a_config_changed_after_patching_is_noticed() -> None:
     with pytest.raises(ValueError, match="changed; unpatch_model and patch_model again"):
         fused(model)
     uncapped = fused(patch_model(unpatch_model(model))).logps
-    assert torch.allclose(uncapped, plain_logps(model, BATCH), rtol=0, atol=1e-5)  # the promise for fp32
+    assert torch.allclose(uncapped, plain_logps(model, BATCH), rtol=0, atol=1e-5)  # fp32 at this width
 
 
 def test_an_unpatched_model_ignores_return_logps_and_the_check_says_so() -> None:

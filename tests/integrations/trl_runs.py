@@ -134,9 +134,9 @@ def record(trainer: Any) -> Run:
 
 _CLOCK = ("runtime", "per_second", "step_time", "total_flos", "time")
 
-# Log-probabilities of fp32 operands are promised within 1e-5 nats of fp64, TRL's have the same rounding, and
-# the losses here have slopes of about 1 in a token's mean log-probability: 1e-5 relative to what is compared,
-# or absolute below 1. Sums over an answer's tokens (10 at most) are as large as their number.
+# Log-probabilities of fp32 operands of this width are within 1e-5 nats of fp64, TRL's have the same rounding,
+# and the losses here have slopes of about 1 in a token's mean log-probability: 1e-5 relative to what is
+# compared, or absolute below 1. Sums over an answer's tokens (10 at most) are as large as their number.
 METRIC_TOLERANCE = 1e-5
 
 

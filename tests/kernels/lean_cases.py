@@ -85,7 +85,9 @@ class Head:
             if name == "is_top1":
                 assert torch.equal(got, truth[name] & (self.labels >= 0) & (self.labels < len(self.weight)))
             else:
-                assert_logps_close(got, truth[name], self.compute_dtype, name=name)
+                assert_logps_close(
+                    got, truth[name], self.compute_dtype, hidden_size=self.hidden.shape[-1], name=name
+                )
 
 
 def assert_equal_bits(one: dict[str, Tensor], two: dict[str, Tensor], rows: Any = slice(None)) -> None:

@@ -43,6 +43,7 @@ def example_batch(spec: LossSpec) -> Any:
     example = spec.example
     if isinstance(example, BatchExample):
         return example.batch()
+    assert example is not None
     return PairLogps(
         *(
             None if value is None else torch.tensor([value], dtype=torch.float64)

@@ -50,8 +50,9 @@ def random_batch(spec: LossSpec, *, seed: int = 0, scale: float = 8.0) -> Any:
         shuffled = torch.randperm(len(ids), generator=generator)
         ref = draw(len(ids), 10.0, -60.0)
         scores = draw(len(ids), 1.0)
+        scores = scores.abs() if "scores" in spec.ranges else scores
         if spec.name == "trpa":
-            # Levels 1 to 3; the group of four has some of each, the group of one is of level 1.
+            # Three levels; the group of four has some of each, the group of one has one.
             scores = -torch.tensor([2, 1, 3, 1, 1, 3, 2, 2, 2, 3]).double()[shuffled]
         return ListLogps(
             (ref + draw(len(ids)))[shuffled],

@@ -53,7 +53,9 @@ def test_every_loss(name: str, arguments: dict[str, Any]) -> None:
         metrics = list_metrics if isinstance(batch, ListLogps) else unpaired_metrics
         assert all(value.device == META for value in metrics(batch, rewards).values())  # type: ignore[operator]
     elif isinstance(batch, PairLogps):
-        assert all(v.device == META for v in pair_metrics(batch, *objective.rewards(batch)).values())
+        logged = (objective.rewards(batch), objective.logged_logps(batch))
+        metrics = pair_metrics(batch, *logged) | objective.further_metrics(batch)
+        assert all(value.device == META for value in metrics.values())
 
 
 def test_everything_beside_the_losses() -> None:

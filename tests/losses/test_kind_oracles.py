@@ -180,11 +180,11 @@ def test_aligndistil_scales_every_token() -> None:
     distance = torch.tensor([[0.1, 0.4, torch.nan]])
     tokens = TokenDivergences(torch.tensor([[1.0, 2.0, torch.nan]]), mask, l1_distance=distance)
     options: dict[str, Any] = {"beta": 0.3, "beta2": 5.0}
-    want = 0.3 * (1 / 0.501 + 2 / 2.001)
+    want = 0.3 * (1 / 0.501 + 2 / 2.001) / 2  # a mean over tokens, as in the authors' scripts
     assert losses("aligndistil", tokens, **options).item() == pytest.approx(want)
-    assert losses("aligndistil", tokens, length_normalize=True, **options).item() == pytest.approx(want / 2)
+    assert losses("aligndistil", tokens, length_normalize=False, **options).item() == pytest.approx(2 * want)
     constant = losses("aligndistil", tokens, teacher_mode="theorem1_contrast", **options)
-    assert constant.item() == pytest.approx(5 * (1 + 2))
+    assert constant.item() == pytest.approx(5 * (1 + 2) / 2)
     bounds = torch.tensor([0, 3])
     packed = TokenDivergences(tokens.divergences[0], mask[0], bounds, distance[0])
     assert torch.equal(losses("aligndistil", packed, **options), losses("aligndistil", tokens, **options))

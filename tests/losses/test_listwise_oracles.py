@@ -15,6 +15,7 @@ from fastdpo.losses import (
     LOSSES,
     ListLogps,
     PairLogps,
+    build_objective,
 )
 from tests.losses.common import random_pair
 from tests.losses.kinds import random_batch
@@ -166,6 +167,17 @@ def test_adpo_is_zero_with_zero_gradient_where_q_is_p() -> None:
     torch.testing.assert_close(losses("adpo", scaled), losses("adpo", lists), rtol=1e-4, atol=1e-6)
 
 
+def test_adpo_normalises_by_the_sample() -> None:
+    """The deviation of n - 1, as torch.std has it."""
+    lists = random_batch(LOSSES["adpo"])
+    for i in (0, 2, 3):
+        keep = lists.group_ids == i
+        scores, u = lists.scores[keep], (lists.logps - lists.ref_logps)[keep]
+        q = ((scores - scores.mean()) / scores.std() / 0.5).softmax(0)
+        want = (q * (q.log() - u.log_softmax(0))).sum()
+        torch.testing.assert_close(losses("adpo", lists)[i], want, rtol=1e-5, atol=1e-6)
+
+
 def test_in_context_ranking() -> None:
     pair = random_pair()
     # n = 2 with w_2 = 0: (w_1 / 2) DPO, w_1 = (2^1 - 1) / log2(2) = 1
@@ -208,18 +220,60 @@ def test_rrhf() -> None:
 
 def test_trpa() -> None:
     pair = random_pair()
-    levels = as_lists(pair, scores=(-1.0, -2.0))
+    norm = losses("sigmoid_norm", pair, beta=2.5 * BETA)
+    for scores in (
+        (1.0, 0.0),
+        (-1.0, -2.0),
+        (0.5, 0.25),
+        (-2.0, -7.0),
+    ):  # the order counts
+        levels = as_lists(pair, scores=scores)
+        assert_same(losses("trpa", levels, beta=BETA), norm)
     assert_same(losses("trpa", levels, beta=BETA, anisotropy=1.0), losses("sigmoid_norm", pair, beta=BETA))
-    assert_same(
-        losses("trpa", levels, beta=BETA, anisotropy=2.5), losses("sigmoid_norm", pair, beta=2.5 * BETA)
+    # Of three levels only pairs with the best answer are anisotropic, whatever the numbers.
+    u = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+    softplus = torch.nn.functional.softplus
+    want = softplus(-torch.stack([0.25 * (u[2] - u[0]), 0.25 * (u[2] - u[1]), 0.1 * (u[0] - u[1])])).mean()
+    for scores in ([0.0, -1.0, 3.0], [-2.0, -4.0, -1.0]):
+        assert_same(losses("trpa", group((2 * u).tolist(), scores, [0.0] * 3)), want[None])
+
+
+@pytest.mark.parametrize("score", [1.0, 0.0, -1.0])
+def test_trpa_of_one_level_teaches_nothing_and_counts_nowhere(score: float) -> None:
+    """All right or all wrong: rewards do not say which, so nothing is pushed."""
+    flat = group([-1.0, -3.0], [score, score], [0.0, 0.0])
+    assert losses("trpa", flat).item() == 0 and not gradient("trpa", flat).any()
+    both = ListLogps(
+        torch.tensor([-1.0, -3.0, -2.0, -5.0], dtype=torch.float64),
+        torch.full((4,), 2.0).double(),
+        torch.tensor([0, 0, 1, 1]),
+        torch.tensor([score, score, 1.0, 0.0], dtype=torch.float64),
+        torch.zeros(4).double(),
     )
-    lower = as_lists(pair, scores=(-2.0, -3.0))  # nobody of level 1: no anisotropy
-    assert_same(losses("trpa", lower, beta=BETA), losses("sigmoid_norm", pair, beta=BETA))
-    top = group([-1.0, -3.0], [-1.0, -1.0], [0.0, 0.0])
-    want = (math.log1p(math.exp(0.5)) + math.log1p(math.exp(1.5))) / 2
-    assert losses("trpa", top).item() == pytest.approx(want)
-    low = group([-1.0, -3.0], [-2.0, -2.0], [0.0, 0.0])
-    assert losses("trpa", low).item() == pytest.approx(want - 1.0)  # softplus(-x) = softplus(x) - x
+    alone = group([-2.0, -5.0], [1.0, 0.0], [0.0, 0.0])
+    assert_same(build_objective("trpa").loss(both), build_objective("trpa").loss(alone))
+    assert build_objective("trpa").loss(flat).item() == 0
+
+
+def test_relevances_are_not_negative() -> None:
+    """Ranks 1, 2, 3 as scores -1, -2, -3 would train the ranking upside down, without a floor."""
+    backwards = group([-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0], [0.0] * 3)
+    for name in ("in_context_ranking",):
+        with pytest.raises(ValueError, match=rf"scores of {name}: got -1.0 among them, wanted each a number"):
+            build_objective(name).check(backwards)
+        assert losses(name, backwards).isnan().all()  # where nobody reads them: not a plausible number
+        with pytest.raises(ValueError, match=r"got 31.0 among them, wanted each a number in \[0, 30\]"):
+            build_objective(name).check(group([-1.0, -2.0], [31.0, 0.0], [0.0] * 2))
+        build_objective(name).check(group([-1.0, -2.0], [30.0, 0.0], [0.0] * 2))
+
+
+def test_plackett_luce_gives_equal_scores_one_place() -> None:
+    tied = group([-1.0, -2.5, 0.3], [1.0, 1.0, 0.0], [0.0] * 3)
+    other = group([-2.5, -1.0, 0.3], [1.0, 1.0, 0.0], [0.0] * 3)
+    u = 0.1 * tied.logps
+    want = 2 * u.logsumexp(0) - u[0] - u[1]
+    assert_same(losses("plackett_luce", tied), want[None])
+    assert_same(losses("plackett_luce", other), want[None])
 
 
 def test_bolt() -> None:
@@ -282,11 +336,11 @@ def test_a_nan_score_that_slips_through_makes_the_loss_nan(name: str) -> None:
         ("rrhf", 3.0),  # its NLL
         ("bolt", 3.0),
         ("nca", 2 * math.log1p(math.exp(0.3)) - 0.3),  # softplus(0.3) + softplus(-0.3) at beta u = -0.3
-        ("trpa", math.log1p(math.exp(-1.5))),  # not of level 1: -ls(3 / 2)
+        ("trpa", 0.0),
     ],
 )
 def test_a_group_of_one_candidate(name: str, want: float) -> None:
-    one = group([-3.0], [-2.0], [0.0] if LOSSES[name].uses_reference else None)
+    one = group([-3.0], [2.0], [0.0] if LOSSES[name].uses_reference else None)
     assert losses(name, one).item() == pytest.approx(want, abs=1e-15)
     if want == 0:
         assert gradient(name, one).item() == 0

@@ -99,8 +99,14 @@ def test_pairs_without_tokens_count_nowhere() -> None:
         assert torch.equal(build_objective(name).loss(padded), build_objective(name).loss(pair))
         got = build_objective(name, pair_weights=weights).loss(padded)
         assert torch.equal(got, build_objective(name, pair_weights=weights[:5]).loss(pair))
-    want = pair_metrics(pair, *build_objective().rewards(pair))
-    got = pair_metrics(padded, *build_objective().rewards(padded))
+    objective = build_objective("orpo")
+    bare, padded = pair.without_reference(), padded.without_reference()
+    want, got = (
+        pair_metrics(batch, objective.rewards(batch), objective.logged_logps(batch))
+        | objective.further_metrics(batch)
+        for batch in (bare, padded)
+    )
+    assert {"nll_loss", "log_odds_ratio", "log_odds_chosen"} <= got.keys()
     assert all(torch.equal(got[key], want[key]) for key in want)
 
 
@@ -150,7 +156,8 @@ def test_metrics_by_hand() -> None:
         torch.tensor([2.0, 3.0, 0.0]),
         torch.tensor([1.0, 0.0, 0.0]),
     )
-    got = pair_metrics(pair, torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.5, 2.0, 9.0]))
+    rewards = (torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.5, 2.0, 9.0]))
+    got = pair_metrics(pair, rewards, (pair.chosen, pair.rejected))
     assert got == {
         "rewards/chosen": 1.5,
         "rewards/rejected": 1.25,

@@ -295,7 +295,7 @@ def test_reference_free_losses_are_each_other() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["cpo", "cpo_simpo", "tpo", "tpo_l", "orpo", "slic"])
+@pytest.mark.parametrize("name", ["cpo", "cpo_simpo", "tpo", "tpo_l", "orpo"])
 def test_the_nll_term_is_sft(name: str) -> None:
     pair = random_pair(LOSSES[name])
     bare, sft = mean_loss(name, pair, nll_weight=0.0), mean_loss("sft", pair)
@@ -312,6 +312,19 @@ def test_the_nll_term_is_sft(name: str) -> None:
         build_objective(name, nll_weight=-1)
     with pytest.raises(ValueError, match="num_tokens: got None"):
         build_objective(name, num_pairs=10)
+
+
+def test_slics_regulariser_is_of_whole_answers() -> None:
+    """|y| times what a mean over tokens would be: HALOs' lambda_coef, and the paper's lambda."""
+    pair = random_pair(LOSSES["slic"])
+    bare = losses("slic", pair)
+    want = (bare - 0.1 * pair.chosen).mean()
+    assert_same(mean_loss("slic", pair), want)
+    assert_same(mean_loss("slic", pair, nll_weight=0.0), bare.mean())
+    assert_same(build_objective("slic", num_pairs=10).loss(pair), want / 2)  # divided by pairs alone
+    (got,) = torch.autograd.grad(mean_loss("slic", pair), pair.chosen)
+    assert_same(got, torch.autograd.grad(bare.mean(), pair.chosen)[0] - 0.1 / 5)
+    assert_same(mean_loss("sft_sum", pair), -pair.chosen.mean())
 
 
 def test_orpo_of_equal_means_and_near_certainty() -> None:

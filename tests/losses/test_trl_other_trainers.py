@@ -12,6 +12,7 @@ import torch
 
 from fastdpo.losses import LOSSES, PairLogps, build_objective
 from fastdpo.losses.heads import bradley_terry
+from fastdpo.losses.metrics import pair_metrics
 from tests.losses.common import random_pair
 from tests.losses.test_trl_parity import BATCHES, BETA, EPS, GAMMA, needs_trl
 
@@ -30,6 +31,19 @@ def cpo_trainer(**settings: Any) -> Any:
     )
     trainer.cpo_loss = lambda *logps: CPOTrainer.cpo_loss(trainer, *logps)
     return trainer
+
+
+def assert_trls_metrics(
+    objective: Any, pair: PairLogps, trls: dict[str, Any], *, without_nll: bool = False
+) -> None:
+    """Every metric of the loss that TRL logs, under its name; ``logits/*`` and the like are not its."""
+    got = pair_metrics(pair, objective.rewards(pair), objective.logged_logps(pair))
+    got |= objective.further_metrics(pair)
+    elsewhere = {"entropy", "num_tokens", "mean_token_accuracy"} | ({"nll_loss"} if without_nll else set())
+    wanted = {key: value for key, value in trls.items() if key not in elsewhere and "logits/" not in key}
+    assert len(wanted) >= 6 and wanted.keys() <= got.keys()
+    for key, value in wanted.items():
+        assert got[key].item() == pytest.approx(value, rel=2e-6, abs=1e-6), key
 
 
 @needs_trl
@@ -66,12 +80,9 @@ def test_installed_trl_cpo(name: str, loss_type: str, alpha: float) -> None:
         nll = -pair.chosen.sum() / pair.chosen_tokens.sum()
         logits = torch.zeros(1)
         trainer.concatenated_forward = lambda model, batch, out=(*logps, logits, logits, nll): out
-        want, _ = CPOTrainer.get_batch_loss_metrics(trainer, None, {})
+        want, metrics = CPOTrainer.get_batch_loss_metrics(trainer, None, {})
         torch.testing.assert_close(objective.loss(pair), want, rtol=1e-6, atol=1e-6)
-        if alpha == 0 and is_mean:
-            _, *rewards = trainer.cpo_loss(*logps)
-            if name == "simpo":
-                torch.testing.assert_close(objective.rewards(pair), tuple(rewards))
+        assert_trls_metrics(objective, pair, metrics, without_nll=name == "simpo")
         grads = [torch.autograd.grad(x, (pair.chosen, pair.rejected)) for x in (objective.loss(pair), want)]
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
 
@@ -94,13 +105,17 @@ def test_installed_trl_orpo() -> None:
         nll = pair.nll.sum() / pair.nll_count.sum()
         logits = torch.zeros(1)
         trainer.concatenated_forward = lambda model, batch, out=(*means, logits, logits, nll): out
-        want, _ = ORPOTrainer.get_batch_loss_metrics(trainer, None, {})
-        got = build_objective("orpo", beta=BETA).loss(pair)
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        want, metrics = ORPOTrainer.get_batch_loss_metrics(trainer, None, {})
+        objective = build_objective("orpo", beta=BETA)
+        torch.testing.assert_close(objective.loss(pair), want, rtol=1e-6, atol=1e-6)
+        assert_trls_metrics(objective, pair, metrics)
 
 
 @needs_trl
-@pytest.mark.parametrize(("name", "loss_type"), [("tpo", "sigmoid"), ("tpo_l", "tpo-l")])
+@pytest.mark.parametrize(
+    ("name", "loss_type"),
+    [("tpo", "sigmoid"), ("tpo", "hinge"), ("tpo", "ipo"), ("tpo_l", "tpo-l")],
+)
 def test_installed_trl_tpo(name: str, loss_type: str) -> None:
     """TRL's trainer on the logits of chosen, rejected and gold answers, ours on their log-probabilities."""
     from trl.experimental.tpo import TPOTrainer
@@ -127,31 +142,33 @@ def test_installed_trl_tpo(name: str, loss_type: str) -> None:
         logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]
         sums, tokens = logps.sum(1).view(3, 3), mask[:, 1:].sum(1).view(3, 3).float()
         pair = PairLogps(sums[0], sums[1], tokens[0], tokens[1], nll_sum=-sums[2], nll_tokens=tokens[2])
-        options: dict[str, Any] = {"gamma": GAMMA} if name == "tpo_l" else {}
-        objective = build_objective(name, beta=BETA, label_smoothing=EPS, nll_weight=0.7, **options)
+        options: dict[str, Any] = {"gamma": GAMMA} if name == "tpo_l" else {"comparison": loss_type}
+        if loss_type in ("sigmoid", "tpo-l"):
+            options["label_smoothing"] = EPS
+        objective = build_objective(name, beta=BETA, nll_weight=0.7, **options)
         torch.testing.assert_close(objective.loss(pair), want, rtol=1e-6, atol=1e-6)
+        logged = {key: values[-1] for key, values in trainer._metrics["eval"].items()}
+        assert_trls_metrics(objective, pair, logged, without_nll=True)
 
 
 @needs_trl
 @pytest.mark.parametrize("loss_type", ["hinge", "ipo"])
 def test_installed_trl_cpo_with_other_losses(loss_type: str) -> None:
-    """CPO's hinge and IPO are those of DPO under a uniform reference, listed with an NLL term."""
     from trl.experimental.cpo import CPOTrainer
 
     trainer = cpo_trainer(loss_type=loss_type, cpo_alpha=0.7)
     for seed in range(BATCHES):
         pair = random_pair(LOSSES["cpo"], seed=seed, dtype=torch.float32)
-        zeros = torch.zeros(5)
-        uniform = replace(pair, ref_chosen=zeros, ref_rejected=zeros)
         logps = (pair.chosen, pair.rejected)
         if loss_type == "ipo":
             logps = pair.chosen / pair.chosen_tokens, pair.rejected / pair.rejected_tokens
         nll = -pair.chosen.sum() / pair.chosen_tokens.sum()
         logits = torch.zeros(1)
         trainer.concatenated_forward = lambda model, batch, out=(*logps, logits, logits, nll): out
-        want, _ = CPOTrainer.get_batch_loss_metrics(trainer, None, {})
-        got = build_objective([loss_type, "sft"], [1.0, 0.7], beta=BETA).loss(uniform)
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        want, metrics = CPOTrainer.get_batch_loss_metrics(trainer, None, {})
+        objective = build_objective("cpo", comparison=loss_type, nll_weight=0.7, beta=BETA)
+        torch.testing.assert_close(objective.loss(pair), want, rtol=1e-6, atol=1e-6)
+        assert_trls_metrics(objective, pair, metrics)
 
 
 @needs_trl

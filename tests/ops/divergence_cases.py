@@ -162,7 +162,8 @@ def assert_divergence_right(
         if got is None:
             continue
         assert got[~case.scored].count_nonzero() == 0
-        assert_logps_close(got.detach() / value_factor, want.detach() / value_factor, dtype, name=name)
+        got, want = got.detach() / value_factor, want.detach() / value_factor
+        assert_logps_close(got, want, dtype, hidden_size=case.policy.hidden.shape[-1], name=name)
     for name, got, want, plain in zip(
         ("dhidden", "dweight", "dbias"), our_grads, true_grads, eager_grads, strict=False
     ):

@@ -32,14 +32,9 @@ def meta_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What asks for the device's kind is told: a GPU of 132 multiprocessors, whose GEMMs sum in fp32."""
     monkeypatch.undo()  # the poison of uninitialised memory is an operation of its own
 
-    def wide_sums(out: Tensor, operand: torch.dtype) -> bool:
-        return out.dtype == torch.float32 and operand in matmul.LOW_PRECISION
-
     monkeypatch.setattr(head_call, "load_row_kernel", lambda name: _no_kernel)
     monkeypatch.setattr(library, "num_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(library, "operand_dtype", lambda compute, logits, device: compute)
-    for module in (matmul, lean_backward):
-        monkeypatch.setattr(module, "has_wide_sums", wide_sums)
+    monkeypatch.setattr(matmul, "is_gpu", lambda device: True)
 
 
 def _no_kernel(*args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo import Execution, LMHead, TokenLayout, fused_dpo_loss, linear_logprob
+from fastdpo import Execution, LMHead, TokenLayout, fused_dpo_loss, linear_logprob, plan
 from fastdpo.ops import library
 from fastdpo.plan import Plan
 from fastdpo.testing import assert_close_to_fp64
@@ -18,9 +18,14 @@ HEAD = {"logit_scale": 0.9, "softcap": 5.0}
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
-    """The plans of the calls that follow, made as for a GPU."""
+    """The plans of the calls that follow, as of a GPU whose blocks are two chunks where they are many."""
     seen: list[Plan] = []
     make_plan = library.make_plan
+    whole = plan.chunk_and_block_rows
+
+    def in_blocks(num_tokens: int, *sizes: int, **device: int) -> tuple[int, int]:
+        rows, _ = whole(num_tokens, *sizes, **device)
+        return (rows, rows) if rows == num_tokens else (512, 1024)
 
     def recorded(*args: object, **kwargs: object) -> Plan:
         seen.append(make_plan(*args, **kwargs))  # type: ignore[arg-type]
@@ -28,6 +33,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
     monkeypatch.setattr(library, "num_multiprocessors", lambda device: 132)
     monkeypatch.setattr(library, "make_plan", recorded)
+    monkeypatch.setattr(plan, "chunk_and_block_rows", in_blocks)
     return seen
 
 

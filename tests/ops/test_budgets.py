@@ -118,12 +118,12 @@ def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch, mode: str,
     right = getattr(owner, name)
     seen: list[Any] = []
 
-    def failing(self: Any, *args: Any) -> Any:
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(seen) == when:
             seen.append(weakref.ref(self._logits))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
         seen.append(None)
-        return right(self, *args)
+        return right(self, *args, **kwargs)
 
     monkeypatch.setattr(owner, name, failing)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):

@@ -124,7 +124,7 @@ def test_they_are_those_of_linear_logprob(dtype: torch.dtype) -> None:
     for got, one in ((out.logps, policy), (out.ref_logps, teacher)):
         want = linear_logprob(one.hidden, one.lm_head, policy.labels).logps
         assert got is not None and got.dtype == want.dtype
-        assert_logps_close(got, want.double(), dtype)
+        assert_logps_close(got, want.double(), dtype, hidden_size=one.hidden.shape[-1])
 
 
 @pytest.mark.parametrize("mode", ["score", "stash", "cache", "recompute"])

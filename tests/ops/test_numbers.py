@@ -64,7 +64,7 @@ def test_frozen_head_meets_the_rule(dtype: torch.dtype, softcap: float | None) -
     out = run_op(case, h, w, b, Execution(mode="stash", workspace_mib=1))
     (dhidden,) = torch.autograd.grad(out.logps, (h,), case.upstream)
     truth, eager = fp64_results(case), eager_results(case)
-    assert_logps_close(out.logps.detach(), truth.logps, dtype)
+    assert_logps_close(out.logps.detach(), truth.logps, dtype, hidden_size=case.hidden.shape[-1])
     assert_close_to_fp64(dhidden.flatten(0, 1), truth.dhidden.flatten(0, 1), eager.dhidden.flatten(0, 1))
     assert (dhidden[case.labels == case.ignore_index] == 0).all()
 
@@ -161,7 +161,8 @@ def test_statistics(backend: str, dtype: torch.dtype) -> None:
     out = run_op(case, h, w, b, Execution(backend=backend, workspace_mib=1), outputs=TOKEN_STATISTICS)
     truth = dense_output(case, h.double(), w.double(), None if b is None else b.double(), TOKEN_STATISTICS)
     for name in ("logps", "lse", "entropy", "log_sum_sq_probs", "mean_logit"):
-        assert_logps_close(getattr(out, name).detach(), getattr(truth, name).detach(), dtype, name=name)
+        got, want = getattr(out, name).detach(), getattr(truth, name).detach()
+        assert_logps_close(got, want, dtype, hidden_size=case.hidden.shape[-1], name=name)
     assert out.is_top1 is not None and torch.equal(out.is_top1, truth.is_top1)
     assert out.topk_mass is None and out.topk_entropy is None
 

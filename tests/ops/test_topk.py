@@ -55,7 +55,7 @@ def assert_right(case: Case, out: LinearLogprobOutput, k: int) -> None:
         got, want = getattr(out, name), getattr(truth, name)
         assert got.shape == case.labels.shape and not got.requires_grad
         assert got[case.labels == -100].count_nonzero() == 0
-        assert_logps_close(got, want, case.hidden.dtype, name=name)
+        assert_logps_close(got, want, case.hidden.dtype, hidden_size=case.hidden.shape[-1], name=name)
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)

@@ -76,7 +76,7 @@ def test_numbers_come_through(tokenizer: Any):
         ]
 
     assert numbers("unpaired", "is_desirable") == [1.0, 0.0]
-    assert numbers("listwise", "scores") == [[1.0, 0.5, -2.0], [-2.0, -1.0]]  # the first rank is the best
+    assert numbers("listwise", "scores") == [[1.0, 0.5, -2.0], [0.0, 1.0]]  # the first rank is the best
     assert numbers("steps", "advantages") == [[0.5, -1.0], [0.0, 1.0]]
     assert numbers("samples", "win_rates") == [0.25]
 
@@ -176,7 +176,7 @@ def test_rows_with_nothing_to_learn_are_left_out(tokenizer: Any, kind: str, chan
 
 def test_lists_of_a_size(tokenizer: Any):
     with pytest.raises(ValueError, match="row 1: column 'completions': got 2, wanted 3"):
-        encode("listwise", [LIST], tokenizer, {"list_size": 3, "has_scores": False})
+        encode("listwise", [LIST], tokenizer, {"list_size": 3, "scores": None})
 
 
 def test_mismatched_answers_are_the_last_of_another_prompt(tokenizer: Any):

@@ -87,6 +87,28 @@ MakeArgs = Callable[..., PreferenceConfig]
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
+        ({"fsdp": "full_shard"}, "fsdp: got 'full_shard', wanted nothing: not supported by this version"),
+        ({"fsdp_config": {"min_num_params": 1}}, "fsdp_config: got .*, wanted nothing"),
+        ({"deepspeed": {"train_batch_size": 3}}, "deepspeed: got .*, wanted None: not supported"),
+        ({"parallelism_config": object()}, "parallelism_config: got"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices: got False"),
+        ({"label_names": ["labels"]}, "label_names: got"),
+        ({"do_predict": True}, "do_predict: got True"),
+        ({"report_to": "tensorbord"}, "report_to: got 'tensorbord', wanted none, all, or some of"),
+        ({"report_to": ["codecarbon"]}, "report_to: got 'codecarbon', which is not installed"),
+        ({"optim": "adamw"}, "optim: got 'adamw', wanted one of"),
+        ({"optim": "lomo"}, "optim: got 'lomo', which is not installed"),
+        ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type: got 'cosin', .*did you mean 'cosine'"),
+        (
+            {"per_device_train_batch_size": 0},
+            "per_device_train_batch_size: got 0, wanted a whole number from 1",
+        ),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"save_total_limit": 0}, "save_total_limit"),
+        (
+            {"loss_options": {"gamma": 1.0}, "loss_type": "simpo", "gamma": "x"},
+            "gamma: got 'x', wanted a number",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(make_args: MakeArgs, changes: dict[str, Any], message: str):
@@ -111,8 +133,25 @@ def test_loss_options_may_be_json(make_args: MakeArgs):
     assert make_args(loss_options='{"label_smoothing": 0.1}').options == {"label_smoothing": 0.1}
 
 
-def test_no_limit_on_the_length(make_args: MakeArgs):
-    assert make_args(max_length=0).max_length is None
+@pytest.mark.parametrize("value", [0, None, "none", "null", "0"])
+def test_no_limit_on_the_length(make_args: MakeArgs, value: Any):
+    assert make_args(max_length=value).max_length is None
+
+
+@pytest.mark.parametrize("value", ["none", None, [], ["none"]])
+def test_no_tracker(make_args: MakeArgs, value: Any):
+    assert make_args(report_to=value).report_to == []
+
+
+def test_pushing_without_a_network_is_refused(make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="push_to_hub: got True with HF_HUB_OFFLINE"):
+        make_args(push_to_hub=True)
+
+
+def test_options_of_the_losses_are_keywords(make_args: MakeArgs):
+    args = make_args(loss_type="simpo", gamma=1.5, loss_options={"gamma": 1.0, "label_smoothing": 0.1})
+    assert args.options == {"gamma": 1.5, "label_smoothing": 0.1}
 
 
 def test_defaults_on_a_cpu(make_args: MakeArgs):

@@ -77,7 +77,8 @@ def by_logits(models: Any, batch: Any, mode: str) -> tuple[Tensor, dict[str, Ten
         teacher = (w * (first - second) + first).log_softmax(-1)
         scale = 0.1 / w if mode == "aligndistil" else torch.full_like(w, 2.0)
     kl = (scale * log_p.exp() * (log_p - teacher)).sum(-1)[:, :-1]
-    loss = (kl * (batch["labels"][:, 1:] >= 0)).sum(1).mean()
+    mask = batch["labels"][:, 1:] >= 0
+    loss = ((kl * mask).sum(1) / mask.sum(1)).mean()
     return loss.detach(), gradients(policy, loss)
 
 

@@ -32,8 +32,8 @@ from tests.training.test_trainer import KeepGradients
 
 MakeArgs = Callable[..., PreferenceConfig]
 LAYOUTS = ["padded", "packed", "shared_prompt"]
-# An answer has 12 tokens at the most; each of log p, log q and the KL of a token is right to 1e-5 nats in
-# fp32, and the margin of a pair has six sums of them, whose log-sigmoid moves by beta times as much.
+# An answer has 12 tokens at the most; each of log p, log q and the KL of a token is right to 1e-5 nats at
+# this width, and the margin of a pair has six sums of them, whose log-sigmoid moves by beta times as much.
 BETA = 0.4
 LOSS_LIMIT = 6 * 12 * 1e-5 * BETA
 

@@ -74,9 +74,14 @@ def test_a_step_however_it_is_cut(make_args: MakeArgs, tokenizer: Any, tmp_path:
         trainer = made_trainer(
             args, tokenizer, rows_for(settings, 8), kept, eval_dataset=rows_for(settings, 7, 2)
         )
-        evaluated = trainer.evaluate()["eval_loss"]
+        evaluated = trainer.evaluate()
         trainer.train()
-        results.append((kept.steps[0], read_metrics(args.output_dir)[1]["loss"], evaluated))
+        first = read_metrics(args.output_dir)[1]
+        # The NLL is a mean over all its tokens, however they lie in batches; the rest are means over pairs.
+        names = [name for name in ("loss", "nll_loss", "log_odds_ratio", "logps/chosen") if name in first]
+        logged = [evaluated[f"eval_{name}"] for name in names]
+        results.append((kept.steps[0], *(first[name] for name in names), *logged))
+        assert "nll_loss" in names and ("log_odds_ratio" in names) == (settings["loss_type"] == "orpo")
     (grads, *losses), *others = results
     largest = max(gradient.abs().max().item() for gradient in grads.values())
     for other_grads, *other_losses in others:

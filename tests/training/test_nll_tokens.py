@@ -48,7 +48,7 @@ GOLD = [
     )
 ]
 GOLD_TOKENS = 25 + 1 + 4 + 2
-# A mean over tokens is right to 1e-5 nats in fp32; an answer has 12 tokens, a margin four sums of them.
+# A mean over tokens is right to 1e-5 nats in fp32 at this width; an answer has 12 tokens, a margin four sums.
 LIMIT = 1e-5 + 4 * 12 * 1e-5 * BETA
 
 

@@ -45,7 +45,7 @@ MakeArgs = Callable[..., PreferenceConfig]
 BETA, ALPHA = 0.4, 0.3
 COUNTS = (len(PAIRS), 40)
 NAMES = ("chosen_ids", "rejected_ids")
-# Each token is right to 1e-5 nats in fp32, an answer has 12 at the most, a margin four sums of them.
+# Each token is right to 1e-5 nats in fp32 at this width, an answer has at most 12, a margin four sums.
 LIMIT = 4 * 12 * 1e-5 * BETA
 
 

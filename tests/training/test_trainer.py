@@ -343,7 +343,7 @@ def test_wrong_arguments(make_args: MakeArgs, tokenizer: Any):
 
     with pytest.raises(TypeError, match="PreferenceConfig"):
         PreferenceTrainer(tiny_llama(), TrainingArguments("x", use_cpu=True), processing_class=tokenizer)
-    with pytest.raises(ValueError, match="could not load './no/such-model'"):
+    with pytest.raises(ValueError, match="model: got './no/such-model', and there is no such folder"):
         PreferenceTrainer("./no/such-model", make_args(), processing_class=tokenizer)
 
 

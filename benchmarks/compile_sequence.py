@@ -1,22 +1,15 @@
-"""Compiles the Triton sequence kernels for architectures that need not be here, and reports what came out.
-
-Run in a process of its own, as ``triton_compile.py``, whose helpers it uses: ``python -m
-tests.kernels.sequence_compile 90`` prints the reports of all CASES for sm_90 as JSON.
-"""
+"""The sequence kernels in Triton, compiled as the ops ask for them; `benchmarks.compiled` runs this."""
 
 from __future__ import annotations
 
-import json
 import re
-import sys
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.kernels.triton_compile import StubDriver, disassemble
+from benchmarks.compiled import CompiledKernel, find_reductions, report
 
 
 @dataclass(frozen=True)
@@ -41,37 +34,21 @@ CASES = {
 BATCHES = ((1000, 4, 0), (1, 2, 0), (16, 32, 0), (17, 34, 1), (4096, 2, 3))
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a case."""
-
-    threads: int
-    registers: int
-    stack_bytes: int  # spills and arrays in local memory
-    shared_bytes: int
-    instructions: dict[str, int]  # SASS, by name
-    reductions: list[str]  # the layouts in which fp64 tiles are added up
-    tickets: list[str]  # PTX of the atomics
-    num_kernels: int  # compiled for all BATCHES together
+def compile_all(arch: int) -> list[CompiledKernel]:
+    return [_compile(name, case, arch) for name, case in CASES.items()]
 
 
-def compile_case(case: CompileCase) -> Compiled:
+def _compile(name: str, case: CompileCase, arch: int) -> CompiledKernel:
     launches = [make_launch(case, *batch) for batch in BATCHES]
     kernels = [launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options) for launch in launches]
     kernel = kernels[0]
-    resources, sass = disassemble(kernel.asm["cubin"])
-    usage = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", resources))
-    instruction = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-    return Compiled(
-        threads=32 * launches[0].options["num_warps"],
-        registers=int(usage["REG"]),
-        stack_bytes=int(usage["STACK"]),
-        shared_bytes=int(usage["SHARED"]),
-        instructions=Counter(instruction.findall(sass)),
-        reductions=reduction_layouts(kernel.asm["ttgir"]),
-        tickets=re.findall(r"\batom\.[\w.:]+", kernel.asm["ptx"]),
-        num_kernels=len({id(each) for each in kernels}),
-    )
+    facts = {
+        # The layouts in which tiles are added up, and the PTX of the atomics.
+        "reductions": sorted(set().union(*find_reductions(kernel.asm["ttgir"], "f64").values())),
+        "tickets": re.findall(r"\batom\.[\w.:]+", kernel.asm["ptx"]),
+        "kernels": len({id(each) for each in kernels}),  # compiled for all BATCHES together
+    }
+    return report("sequence", name, kernel, arch, launches[0].options["num_warps"], facts=facts)
 
 
 def make_launch(case: CompileCase, num_tokens: int, num_sequences: int, offset: int) -> Any:
@@ -92,20 +69,3 @@ def make_launch(case: CompileCase, num_tokens: int, num_sequences: int, offset: 
         terms = SigmoidTerms(*per_pair, vector(1)[0], vector(num_sequences))
     outputs = SigmoidOutputs(vector(num_sequences), vector(1, torch.float64)[0], vector(num_tokens))
     return backend.plan_pairs(values, offsets, terms, outputs, weights, mask, vector(1, torch.int32))
-
-
-def reduction_layouts(ttgir: str) -> list[str]:
-    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
-    found = set(re.findall(r"^\s*\}\) : \(tensor<\d+xf64, (#\w+)>\) ->", ttgir, re.MULTILINE))
-    return sorted(layouts[name] for name in found)
-
-
-def main(arch: int) -> None:
-    import triton
-
-    triton.runtime.driver.set_active(StubDriver(arch))
-    json.dump({name: vars(compile_case(case)) for name, case in CASES.items()}, sys.stdout)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

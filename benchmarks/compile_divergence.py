@@ -1,22 +1,15 @@
-"""Compiles the Triton divergence kernel for architectures that need not be here, and reports what came out.
-
-Run in a process of its own, as ``triton_compile.py``, whose helpers it uses: ``python -m
-tests.kernels.divergence_compile 90`` prints the reports of all CASES for sm_90 as JSON.
-"""
+"""The divergence kernel in Triton, compiled as the ops ask for it; `benchmarks.compiled` runs this."""
 
 from __future__ import annotations
 
-import json
 import re
-import sys
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.kernels.triton_compile import StubDriver, disassemble, find_reductions
+from benchmarks.compiled import CompiledKernel, find_reductions, report
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -52,21 +45,11 @@ CASES = {
 }
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a case."""
-
-    threads: int
-    registers: int
-    stack_bytes: int  # spills and arrays in local memory
-    shared_bytes: int
-    instructions: dict[str, int]  # SASS, by name
-    num_walks: int  # loops over a row
-    num_barriers: int  # written out, in Triton's own code
-    reductions: dict[str, list[str]]  # shape of what is reduced, and the layouts in which that happens
+def compile_all(arch: int) -> list[CompiledKernel]:
+    return [_compile(name, case, arch) for name, case in CASES.items()]
 
 
-def compile_case(case: CompileCase) -> Compiled:
+def _compile(name: str, case: CompileCase, arch: int) -> CompiledKernel:
     from fastdpo.kernels import divergence_triton as backend
     from fastdpo.kernels.contract import LogitTransform
     from fastdpo.kernels.divergence import DivergenceOutputs
@@ -105,27 +88,10 @@ def compile_case(case: CompileCase) -> Compiled:
     )
     assert launch.options["IN_PLACE"] == (case.d == "in place")
     kernel: Any = backend._divergence_kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-    resources, sass = disassemble(kernel.asm["cubin"])
-    usage = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", resources))
-    instruction = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-    return Compiled(
-        threads=32 * launch.options["num_warps"],
-        registers=int(usage["REG"]),
-        stack_bytes=int(usage["STACK"]),
-        shared_bytes=int(usage["SHARED"]),
-        instructions=Counter(instruction.findall(sass)),
-        num_walks=len(re.findall(r"\bscf\.for\b", kernel.asm["ttir"])),
-        num_barriers=len(re.findall(r"\w+\.barrier\b", kernel.asm["ttir"])),
-        reductions=find_reductions(kernel.asm["ttgir"]),
-    )
-
-
-def main(arch: int) -> None:
-    import triton
-
-    triton.runtime.driver.set_active(StubDriver(arch))
-    json.dump({name: vars(compile_case(case)) for name, case in CASES.items()}, sys.stdout)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    facts = {
+        "walks": len(re.findall(r"\bscf\.for\b", kernel.asm["ttir"])),  # over a row
+        "barriers": len(re.findall(r"\w+\.barrier\b", kernel.asm["ttir"])),  # written out
+        "reductions": find_reductions(kernel.asm["ttgir"]),
+    }
+    warps, writes_d = launch.options["num_warps"], case.d != "none"
+    return report("divergence", name, kernel, arch, warps, writes_d=writes_d, facts=facts)

@@ -18,8 +18,9 @@ from fastdpo.batch import next_token, shift_labels
 from fastdpo.functional_checks import FLOAT_DTYPES, INT_DTYPES, check_like, check_tensor, reference_head
 from fastdpo.losses.aggregate import check_cu_seqlens
 from fastdpo.losses.batches import DivergencePairLogps
+from fastdpo.losses.build import build_objective
 from fastdpo.losses.inputs import PerPair
-from fastdpo.losses.objective import Objective, build_objective
+from fastdpo.losses.objective import Objective
 from fastdpo.losses.token_batches import TokenDivergences, TokenLogps
 from fastdpo.ops.checks import as_head, fail
 from fastdpo.ops.linear_logprob import linear_logprob

@@ -1,22 +1,16 @@
-"""Compiles the kernels of mode ``lean`` for architectures that need not be here, and reports what came out.
-
-Run in a process of its own, as `tests.kernels.triton_compile`, which has the tools:
-``python -m tests.kernels.lean_compile 90`` prints the reports of all CASES for sm_90 as JSON.
-"""
+"""The Triton kernels of mode ``lean``, compiled as the ops ask for them; `benchmarks.compiled` runs this."""
 
 from __future__ import annotations
 
-import json
 import re
-import sys
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from benchmarks.compiled import CompiledKernel, report
 from fastdpo.types import TOKEN_STATISTICS
-from tests.kernels.triton_compile import BF16, FP16, FP32, StubDriver, disassemble
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @dataclass(frozen=True)
@@ -76,19 +70,12 @@ SLAB_CASES = {
 }
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a case."""
-
-    registers: int
-    stack_bytes: int  # spills and arrays in local memory
-    shared_bytes: int
-    threads: int
-    instructions: dict[str, int]  # SASS, by name
-    num_barriers: int  # in Triton's own code: those written out
+def compile_all(arch: int) -> list[CompiledKernel]:
+    lean = [_compile(name, case, arch) for name, case in CASES.items()]
+    return lean + [_compile_slab(name, case, arch) for name, case in SLAB_CASES.items()]
 
 
-def compile_case(case: LeanCase, arch: int) -> Compiled:
+def _compile(name: str, case: LeanCase, arch: int) -> CompiledKernel:
     from fastdpo.kernels import lean_triton as backend
     from fastdpo.kernels.contract import LogitTransform
 
@@ -108,10 +95,10 @@ def compile_case(case: LeanCase, arch: int) -> Compiled:
         divmod(arch, 10),
     )
     kernel = backend._lean_kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-    return report(kernel, launch.options["num_warps"])
+    return report("lean", name, kernel, arch, launch.options["num_warps"])
 
 
-def compile_slab_case(case: SlabCase) -> Compiled:
+def _compile_slab(name: str, case: SlabCase, arch: int) -> CompiledKernel:
     from fastdpo.kernels import slab_triton as backend
     from fastdpo.kernels.contract import LogitTransform
 
@@ -124,31 +111,5 @@ def compile_slab_case(case: SlabCase) -> Compiled:
     labels = torch.zeros(2, dtype=torch.int64)
     launch = backend.plan_launch(logits, labels, torch.empty(2), transform, 64, d, coeffs, entropy)
     kernel = backend._slab_kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-    return report(kernel, launch.options["num_warps"])
-
-
-def report(kernel: Any, num_warps: int) -> Compiled:
-    resources, sass = disassemble(kernel.asm["cubin"])
-    usage = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", resources))
-    instruction = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-    return Compiled(
-        registers=int(usage["REG"]),
-        stack_bytes=int(usage["STACK"]),
-        shared_bytes=kernel.metadata.shared,
-        threads=32 * num_warps,
-        instructions=Counter(instruction.findall(sass)),
-        num_barriers=len(re.findall(r"\w+\.barrier\b", kernel.asm["ttir"])),
-    )
-
-
-def main(arch: int) -> None:
-    import triton
-
-    triton.runtime.driver.set_active(StubDriver(arch))
-    reports = {name: vars(compile_case(case, arch)) for name, case in CASES.items()}
-    reports |= {name: vars(compile_slab_case(case)) for name, case in SLAB_CASES.items()}
-    json.dump(reports, sys.stdout)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    facts = {"barriers": len(re.findall(r"\w+\.barrier\b", kernel.asm["ttir"]))}  # written out
+    return report("slab", name, kernel, arch, launch.options["num_warps"], writes_d=True, facts=facts)

@@ -48,7 +48,8 @@ class Answers:
             given |= {key: torch.tensor(0.3) for key in spec.needs}
             return given
         if spec.inputs is ListLogps:
-            return {"group_ids": GROUPS} | ({"scores": self.scores} if "scores" in spec.needs else {})
+            scores = self.scores.abs() if spec.ranges else self.scores
+            return {"group_ids": GROUPS} | ({"scores": scores} if "scores" in spec.needs else {})
         if spec.inputs is StepLogps:
             return {"segment_ids": self.steps, "num_segments": 18, "advantages": self.advantages}
         return {"win_rates": torch.tensor([0.1, 0.9, 0.5, 0.3, 0.7, 1.0])}

@@ -1,17 +1,8 @@
-"""Compiles Triton row kernels for architectures that need not be here, and reports what came out.
-
-Run in a process of its own: it replaces the machine's driver, and must not see TRITON_INTERPRET.
-``python -m tests.kernels.triton_compile 90`` prints the reports of all CASES for sm_90 as JSON.
-"""
+"""The row kernel in Triton, compiled as the ops ask for it; `benchmarks.compiled` runs this."""
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
-import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.compiled import CompiledKernel, find_reductions, report
 from fastdpo.ops.head_call import empty_d
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -69,39 +61,6 @@ CASES = {
 }
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a case."""
-
-    threads: int
-    blocks_per_sm: int  # as many as the registers it may use are meant to leave room for
-    registers: int
-    stack_bytes: int  # spills and arrays in local memory
-    shared_bytes: int
-    instructions: dict[str, int]  # SASS, by name
-    num_tile_stores: int  # in Triton's own code
-    num_barriers: int  # the same, those written out
-    reductions: dict[str, list[str]]  # shape of what is reduced, and the layouts in which that happens
-
-
-class StubDriver:
-    """Stands for a GPU as far as Triton needs one to compile."""
-
-    def __init__(self, arch: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self._target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def held_d(vocab: int, dtype: torch.dtype) -> Tensor:
     """Two rows of D as modes `cache` and `pairs` hold them: the ops' own layout."""
     call: Any = SimpleNamespace(
@@ -110,7 +69,11 @@ def held_d(vocab: int, dtype: torch.dtype) -> Tensor:
     return empty_d(call, 2)
 
 
-def compile_case(case: CompileCase) -> Compiled:
+def compile_all(arch: int) -> list[CompiledKernel]:
+    return [_compile(name, case, arch) for name, case in CASES.items()]
+
+
+def _compile(name: str, case: CompileCase, arch: int) -> CompiledKernel:
     from fastdpo.kernels import triton as backend
     from fastdpo.kernels.contract import LogitTransform, RowOutputs
 
@@ -144,52 +107,12 @@ def compile_case(case: CompileCase) -> Compiled:
     )
     assert launch.options["IN_PLACE"] == case.in_place
     kernel = backend._row_kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-    resources, sass = disassemble(kernel.asm["cubin"])
-    usage = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", resources))
-    instruction = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-    return Compiled(
-        threads=32 * launch.options["num_warps"],
-        blocks_per_sm=128 // launch.options["maxnreg"],
-        registers=int(usage["REG"]),
-        stack_bytes=int(usage["STACK"]),
-        shared_bytes=int(usage["SHARED"]),
-        instructions=Counter(instruction.findall(sass)),
-        num_tile_stores=len(re.findall(r"tt\.store .*tensor<", kernel.asm["ttir"])),
-        num_barriers=len(re.findall(r"\w+\.barrier\b", kernel.asm["ttir"])),
-        reductions=find_reductions(kernel.asm["ttgir"]),
-    )
-
-
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """cuobjdump's report on resources, and the SASS."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, file.name]
-        texts = [
-            subprocess.run([*command, flag], capture_output=True, text=True, check=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        ]
-    return texts[0], texts[1]
-
-
-def find_reductions(ttgir: str) -> dict[str, list[str]]:
-    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
-    found: dict[str, set[str]] = {}
-    for shape, layout in re.findall(r"^\s*\}\) : \(tensor<([\dx]+)xf32, (.*?)>\) ->", ttgir, re.MULTILINE):
-        described = re.sub(r"#\w+", lambda match: layouts.get(match[0], match[0]), layout)
-        found.setdefault(shape, set()).add(described)
-    return {shape: sorted(described) for shape, described in found.items()}
-
-
-def main(arch: int) -> None:
-    import triton
-
-    triton.runtime.driver.set_active(StubDriver(arch))
-    json.dump({name: vars(compile_case(case)) for name, case in CASES.items()}, sys.stdout)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    facts = {
+        # As many as the registers it may use are meant to leave room for.
+        "blocks_per_sm": 128 // launch.options["maxnreg"],
+        "tile_stores": len(re.findall(r"tt\.store .*tensor<", kernel.asm["ttir"])),
+        "barriers": len(re.findall(r"\w+\.barrier\b", kernel.asm["ttir"])),  # written out
+        "reductions": find_reductions(kernel.asm["ttgir"]),
+    }
+    warps, writes_d = launch.options["num_warps"], case.d_dtype is not None
+    return report("row", name, kernel, arch, warps, writes_d=writes_d, facts=facts)
