@@ -24,8 +24,8 @@ def document(results: Sequence[Result]) -> str:
         "loop, in which plain matrix products of the task are the floor. Equal for all: tokens, labels, "
         "dtypes, and the task, forward and backward. What is not equal is which rows are projected: those "
         "with a label (*labelled*), or all.",
-        "On a GPU a time is the device's own, which a spin keeps busy until the host has launched what is timed; "
-        "*host* is how long the host took.",
+        "On a GPU a time is the device's own, which a spin keeps busy until the host has launched what is "
+        "timed; *host* is how long the host took.",
         "*+-* is what two medians of one version may differ by, with some 90 % confidence; "
         "`make bench-repeat` runs suites twice and tells whether they do agree within it.",
         "| task | what it gives |\n|---|---|\n"

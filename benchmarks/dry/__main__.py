@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     with pretence:
         launches.install(pretence)
         stand_in_for_extension(pretence)
+        _take_for_granted(pretence)
         from benchmarks.suites import Options, check_options, make_cases
 
         options = Options(
@@ -74,6 +76,8 @@ def _run(args: argparse.Namespace) -> int:
             tasks=args.tasks, contenders=args.contenders, is_brief=True,
         )  # fmt: skip
         suites = args.suites or SUITES
+        if "step" in suites:
+            _few_layers()
         check_options(suites, options, [])
         failed, said = 0, set[str]()
         for case in (case for suite in suites for case in make_cases(suite, options)):
@@ -89,6 +93,29 @@ def _run(args: argparse.Namespace) -> int:
         f"{claims.left_aside} claims left aside, which hang on values"
     )
     return int(failed > 0)
+
+
+def _few_layers() -> None:
+    """Two layers show what twenty-four of the same kind do."""
+    from benchmarks.step_contenders import SIZES
+
+    for name, size in SIZES.items():
+        SIZES[name] = replace(size, layers=2)
+
+
+def _take_for_granted(pretence: Pretence) -> None:
+    """What the hook and the loop decide by values, of a model that a CPU's tests show to be right."""
+    from fastdpo.integrations.probe import Probe
+    from fastdpo.training.row_probe import _Probe as RowProbe
+
+    why_not = RowProbe.why_not
+
+    def why_it_fails(probe: Any, *arguments: Any) -> str | None:
+        reason = why_not(probe, *arguments)
+        return reason if reason is not None and "its forward fails" in reason else None
+
+    pretence.replace(RowProbe, "why_not", why_it_fails)
+    pretence.replace(Probe, "check_labels", lambda probe: None)
 
 
 def _problems(case: Any, pretence: Pretence) -> list[tuple[bool, str]]:

@@ -140,8 +140,8 @@ def _answers(card: Card, mode: HollowMode) -> dict[str, Any]:
     def forget_peak(device: Any = None) -> None:
         mode.peak = mode.allocated
 
-    def forbid_waiting(how: str) -> None:
-        mode.forbids_waiting = how == "error"
+    def forbid_waiting(how: str | int) -> None:
+        mode.forbids_waiting = how in ("error", 2)
 
     def constant(value: Any = None) -> Any:
         return lambda *args, **options: value
@@ -161,7 +161,8 @@ def _answers(card: Card, mode: HollowMode) -> dict[str, Any]:
         "max_memory_reserved": lambda device=None: mode.peak,
         "reset_peak_memory_stats": forget_peak, "set_per_process_memory_fraction": fraction,
         "empty_cache": constant(), "ipc_collect": constant(), "synchronize": constant(), "_sleep": constant(),
-        "set_sync_debug_mode": forbid_waiting, "current_stream": constant(stream),
+        "set_sync_debug_mode": forbid_waiting,
+        "get_sync_debug_mode": lambda: 2 * mode.forbids_waiting, "current_stream": constant(stream),
         "default_stream": constant(stream), "Stream": _Stream, "stream": _nothing, "Event": _Event,
         "CUDAGraph": _Graph, "graph": _nothing, "is_current_stream_capturing": constant(False),
         "manual_seed": constant(), "manual_seed_all": constant(),

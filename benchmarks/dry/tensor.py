@@ -5,9 +5,9 @@ offsets, masks), so that sizes which hang on them are right; floating-point numb
 them, and take no memory. Where a value is asked for that is not there, one is made up (1, 0 or True), and
 counted in ``HollowMode.made_up``.
 
-To torch's C++ a `Hollow` tensor is one of a CPU, so that autograd and autocast need no CUDA in the build; what
-Python sees of it says ``cuda``. Operators run in `HollowMode`: on meta tensors, or where all values are there
-on these. One that mixes a CPU's tensor with a GPU's raises, as CUDA does, and so does one that waits for the
+To torch's C++ a `Hollow` tensor is one of a CPU, so that autograd and autocast need no CUDA in the build;
+what Python sees of it says ``cuda``. Operators run in `HollowMode`: on meta tensors, or on values where all
+are there. One that mixes a CPU's tensor with a GPU's raises, as CUDA does, and so does one that waits for the
 device where that is forbidden.
 """
 
@@ -29,8 +29,8 @@ ROUNDING = 512  # bytes, to which torch's allocator rounds
 # What may take a CPU's tensor beside a GPU's; numbers, of no dimension, all may.
 MIXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "copy_")
 BY_INDEX = MIXING[:-1]
-# Made-up booleans are True, but for these.
-MADE_UP_FALSE = ("any", "isnan", "isinf", "ne")
+# Made-up booleans are True, but for these and for what differs from itself.
+MADE_UP_FALSE = ("any", "isnan", "isinf")
 
 to_any = Tensor.to  # torch's own, which `benchmarks.dry.device` replaces
 
@@ -221,7 +221,7 @@ class HollowMode(TorchDispatchMode):
         is_valued = not any(leaf.inner.is_meta for leaf in given)
         hangs_on_values = torch.Tag.dynamic_output_shape in func.tags
         if is_valued and not (func._schema.is_mutable or func.is_view or hangs_on_values):
-            # Seen first: a comparison of all labels with all of a vocabulary would have values by the billion.
+            # A comparison of all labels with all of a vocabulary would have values by the billion.
             is_valued = all(has_values(result) for result in _tensors(_call(func, leaves, spec, "meta")))
         result = _call(func, leaves, spec, "cpu" if is_valued else "meta")
         if func._schema.is_mutable:
@@ -230,14 +230,15 @@ class HollowMode(TorchDispatchMode):
                 leaf.is_known = is_valued and all(leaf.is_known for leaf in given)
             if len(written) == 1 and isinstance(result, Tensor):
                 return written[0]
-            return tree_map(lambda leaf: leaf, written) if isinstance(result, (tuple, list)) else result
+            return written if isinstance(result, (tuple, list)) else result
         is_known = is_valued and all(leaf.is_known for leaf in given)
 
         def wrapped(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
             if leaf.is_meta and has_values(leaf) and not func.is_view:
-                value = leaf.dtype == torch.bool and name not in MADE_UP_FALSE
+                is_itself = name == "ne" and len(given) == 2 and given[0] is given[1]
+                value = leaf.dtype == torch.bool and name not in MADE_UP_FALSE and not is_itself
                 leaf = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype).fill_(value)
             return self.wrap(leaf, is_known)
 
