@@ -65,7 +65,7 @@ def plan_of(
             return plan_divergences(hidden, head, teachers, num_tokens, **how), "reference"
     with torch.enable_grad():
         mode = settle_mode(hidden, head, execution, has_pair_loss=has_pair_loss)
-    options = call_options(hidden, head, execution, mode)
+        options = call_options(hidden, head, execution, mode)
     index = torch.zeros(num_tokens, dtype=torch.int64, device=weight.device)
     call = head_call(
         hidden.detach(),
