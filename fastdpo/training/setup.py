@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
+from fastdpo.integrations.auto_class import auto_class, read_config
 from fastdpo.integrations.virtual_tokens import has_prefix
 from fastdpo.training.answer_encode import AnswerOptions, encode_answers
 from fastdpo.training.answer_reference import reference_columns
@@ -44,10 +45,9 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", **options: Any) 
     Raises:
         ValueError: there is no such model, or it cannot be loaded; names it.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        loader = auto_class(read_config(name, **options))
+        model: nn.Module = loader.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model: could not load {name!r}{_where(name)}: {first_line(error)}") from error
     return model
