@@ -9,7 +9,7 @@ import torch
 
 from fastdpo.doctor import doctor
 from fastdpo.integrations.auto_class import auto_class
-from fastdpo.training.setup import load_model
+from fastdpo.training.models import load_model
 from tests.integrations.tiny import FAMILIES, make_config, make_model
 
 
