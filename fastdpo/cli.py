@@ -108,12 +108,14 @@ def train(argv: Sequence[str]) -> None:
     _set_up_logging(arguments.config.process_index)
     check_output_dir(arguments.config)
     trainer = PreferenceTrainer(**_load_run(arguments))
+    trainer.told = arguments.told()
     output = trainer.train()
     # Before the last evaluation, which may cast the model, or fail.
     trainer.save_model()
     trainer.save_state()
     if trainer.eval_dataset is not None and not trainer.is_evaluated:
         trainer.evaluate()
+        trainer.create_model_card()  # with what the evaluation found
     if trainer.is_world_process_zero():
         seconds = output.metrics.get("train_runtime", 0.0)
         folder = arguments.config.output_dir
@@ -128,7 +130,9 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
     arguments.check_there()
     adapter = arguments.adapter.peft_config()
     tokenizer = arguments.model.load_tokenizer()
-    _, train_pairs, eval_pairs = _load_pairs(arguments.data, tokenizer, arguments.config)
+    _, train_pairs, eval_pairs = _load_pairs(
+        arguments.data, tokenizer, arguments.config, reads_reference=arguments.model.ref_model is None
+    )
     loading = arguments.model.loading_options(adapted=arguments.is_adapted)
     # A revision is of the model that is trained.
     others = {name: value for name, value in loading.items() if name != "revision"}
@@ -161,7 +165,7 @@ def score(argv: Sequence[str]) -> None:
     _set_up_logging(config.process_index)
     arguments.check_there()
     tokenizer = arguments.model.load_tokenizer()
-    source, *data_sets = _load_pairs(arguments.data, tokenizer, config)
+    source, *data_sets = _load_pairs(arguments.data, tokenizer, config, reads_reference=False)
     loading = arguments.model.loading_options(adapted=arguments.is_adapted)
     if arguments.model.ref_model is not None:
         loading.pop("revision", None)
@@ -260,24 +264,27 @@ def _diagnose_run(argv: Sequence[str], *, debug: bool) -> int:
 
 
 def _load_pairs(
-    data: DataArguments, tokenizer: Any, config: PreferenceConfig
+    data: DataArguments, tokenizer: Any, config: PreferenceConfig, *, reads_reference: bool
 ) -> tuple[RowSource, RowDataset, RowDataset | None]:
     """The rows of ``--dataset``, and the pairs to train and to evaluate on."""
     from fastdpo.training.data import read_rows, split_pairs
     from fastdpo.training.setup import tokenized_pairs
 
     source = read_rows(data.dataset, split=data.dataset_split)
-    pairs = tokenized_pairs(source, tokenizer, config)
+    pairs = tokenized_pairs(source, tokenizer, config, reads_reference=reads_reference)
     if data.eval_dataset is not None:
         eval_rows = read_rows(data.eval_dataset, split=data.eval_dataset_split or "test")
-        return source, pairs, tokenized_pairs(eval_rows, tokenizer, config)
+        held_out = tokenized_pairs(eval_rows, tokenizer, config, reads_reference=reads_reference)
+        return source, pairs, held_out
     if data.held_out:
         return source, *split_pairs(pairs, data.held_out, seed=config.data_seed or config.seed)
     return source, pairs, None
 
 
 def _write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) -> int:
-    """Write the rows that were scored, in their order, each with its log-probabilities."""
+    """Write the rows that were scored, in their order, each with its log-probabilities and no others."""
+    from fastdpo.training.row_references import WRITTEN_COLUMNS
+
     scores: dict[int, dict[str, Any]] = {}
     for dataset in scored:
         for place, values in dataset.scores_by_row():
@@ -291,7 +298,10 @@ def _write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) -
     with partial_file.open("w", encoding="utf-8") as file:
         for number, row in source:
             if number in scores:
-                file.write(json.dumps({**row, **scores[number]}, ensure_ascii=False, default=str) + "\n")
+                kept = {name: value for name, value in row.items() if name not in WRITTEN_COLUMNS}
+                line = json.dumps({**kept, **scores[number]}, ensure_ascii=False, default=str)
+                # Columns that nobody looked at may hold half a surrogate pair, which JSON can only escape.
+                file.write(line.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
     partial_file.replace(path)
     return len(scores)
 

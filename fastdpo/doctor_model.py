@@ -211,8 +211,11 @@ def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, list[int], in
     limit = getattr(trainer.args, "max_length", None)
     limit = limit if isinstance(limit, int) and limit > 0 else sys.maxsize
     labelled = torch.tensor([sum(min(n, limit) for n in answers) for _, *answers in sizes])
+    scored = getattr(dataset, "num_labelled", None)  # of answers of several turns not all
     if getattr(trainer.args, "nll_on_prompt", None):  # the chosen answer's prompt, but for its first token
         labelled += torch.tensor([max(prompt - 1, 0) for prompt, *_ in sizes])
+    elif isinstance(scored, torch.Tensor):
+        labelled = scored
     lengths = torch.tensor([min(prompt + max(answers), limit) for prompt, *answers in sizes])
     counts = torch.tensor([len(answers) for _, *answers in sizes])
     kind = getattr(getattr(dataset, "kind", None), "name", None)  # None for pairs
@@ -220,7 +223,10 @@ def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, list[int], in
     longest = int(lengths.argmax())
     lines = [
         (unit, str(len(sizes)) if kind is None else f"{len(sizes)}, {kind}"),
-        (f"longest {unit.removesuffix('s')}", f"number {longest}: {_parts(sizes[longest], kind)} tokens"),
+        (
+            f"longest {unit.removesuffix('s')}",
+            f"{_row_name(dataset, longest)}: {_parts(sizes[longest], kind)} tokens",
+        ),
     ]
     budget = getattr(trainer.args, "max_tokens_per_batch", None)
     if isinstance(budget, int):
@@ -239,6 +245,12 @@ def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, list[int], in
         logits = positions * head.weight.shape[0] * 4
         lines.append(("logits avoided", f"{_mib(logits)} in fp32 ({what})"))
     return lines, largest, int(labelled[longest])
+
+
+def _row_name(dataset: Any, place: int) -> str:
+    """A row as its file has it; of other trainers' data, whose files are not known, its number from 1."""
+    rows = getattr(dataset, "rows", None)
+    return f"row {int(rows[place])}" if isinstance(rows, torch.Tensor) else f"number {place + 1}"
 
 
 def _fill(row_tokens: list[int], num_tokens: int) -> list[int]:

@@ -110,10 +110,12 @@ def test_doctor_at_a_run_with_an_adapter_and_a_budget(diagnose: Callable[..., An
 
 @pytest.mark.skipif(not REAL_PAIRS.exists(), reason=f"{REAL_PAIRS.name} is not beside this checkout")
 def test_doctor_at_a_run_on_single_answers(diagnose: Callable[..., Any], tmp_path: Path):
-    code, report = diagnose("--loss_type", "kto", dataset=REAL_PAIRS.with_name("unpaired_en.jsonl"))
+    code, report = diagnose(
+        "--loss_type", "kto", "--max_bad_rows", "1", dataset=REAL_PAIRS.with_name("unpaired_en.jsonl")
+    )
     data = report["Data"]
     assert code == 0 and re.fullmatch(r"\d+, unpaired", data["rows"])
-    assert re.fullmatch(r"number \d+: prompt \d+, answer \d+ tokens", data["longest row"])
+    assert re.fullmatch(r"row \d+: prompt \d+, answer \d+ tokens", data["longest row"])
     labelled = re.fullmatch(r"8 rows, at most (\d+) labelled tokens", data["largest batch"])
     assert labelled and report["Plan for the largest batch"]["tokens"] == f"{labelled[1]} labelled"
 

@@ -106,7 +106,7 @@ def test_a_preference_trainer(
     prompt, chosen, rejected = parts[longest].tolist()
     assert (
         data["longest pair"]
-        == f"number {longest}: prompt {prompt}, chosen {chosen}, rejected {rejected} tokens"
+        == f"row {longest + 1}: prompt {prompt}, chosen {chosen}, rejected {rejected} tokens"
     )
     tokens = int(parts[:, 1:].sum(1).topk(4).values.sum())
     assert data["largest batch"] == f"4 pairs, at most {tokens} labelled tokens"
@@ -160,7 +160,7 @@ def test_a_trainer_of_divergences(
     heads = 2 if teacher is None else 3
     assert lines.pop("op") == f"token_divergence, with a product for each of {heads} heads"
     assert ("teacher" in section(diagnosis, "Memory")) == (teacher is not None)
-    assert lines.pop("backend") == "reference"
+    assert lines.pop("backend") in ("cpu", "reference")  # the latter where nothing is compiled
     assert lines["mode"] == mode and lines["GEMM passes"] == products
     assert section(diagnosis, "Data")["head for it alone"].endswith("at once, gradients included")
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastdpo.training.answers import REF_MISMATCHED, REFERENCE
-from fastdpo.training.collate import Batch, padded_batch
+from fastdpo.training.collate import Batch, padded_batch, scored_tokens
 from fastdpo.training.kinds import DataKind
 from fastdpo.training.row_collate import RowCollator, row_tensors
+from fastdpo.training.row_references import REF_MISMATCHED, REFERENCE
 from fastdpo.training.rows import Unit, build_rows
 
 # What a batch holds, by what it has one of for each.
@@ -49,7 +49,8 @@ class AnswerCollator:
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> Batch:
         prompts = [item["prompt_ids"] for item in items for _ in item["answer_ids"]]
         answers = [answer for item in items for answer in item["answer_ids"]]
-        batch = padded_batch(prompts, answers, self.pad_token_id, self.pad_to_multiple_of)
+        scored = [mask for item in items for _, mask in _answers(item)]
+        batch = padded_batch(prompts, answers, self.pad_token_id, self.pad_to_multiple_of, scored)
         batch |= _numbers(items, self.kind, self.pad_token_id)
         if self.kind.has_pieces:
             # Every labelled token belongs to a piece, in the order of both.
@@ -94,18 +95,23 @@ def _is_labelled(batch: Batch) -> Tensor:
     return is_labelled
 
 
+def _answers(item: Mapping[str, Any]) -> list[tuple[Tensor, Tensor | None]]:
+    """Each answer, and what is scored of it."""
+    return list(zip(item["answer_ids"], scored_tokens(item), strict=False))
+
+
 def _units(items: Sequence[Mapping[str, Any]], layout: str) -> list[Unit]:
     first = [0, *accumulate(len(item["answer_ids"]) for item in items)]
-    if layout == "shared_prompt":
-        return [
-            Unit(item["prompt_ids"], item["answer_ids"], tuple(range(start, start + len(item["answer_ids"]))))
-            for start, item in zip(first, items, strict=False)
-        ]
-    return [
-        Unit(item["prompt_ids"], (answer,), (start + place,))
-        for start, item in zip(first, items, strict=False)
-        for place, answer in enumerate(item["answer_ids"])
-    ]
+    units = []
+    for start, item in zip(first, items, strict=False):
+        answers, scored = zip(*_answers(item), strict=True)
+        sequences = tuple(range(start, start + len(answers)))
+        if layout == "shared_prompt":
+            units.append(Unit(item["prompt_ids"], answers, sequences, scored=scored))
+            continue
+        for answer, mask, sequence in zip(answers, scored, sequences, strict=True):
+            units.append(Unit(item["prompt_ids"], (answer,), (sequence,), scored=(mask,)))
+    return units
 
 
 def _segments(items: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -139,7 +145,8 @@ def _numbers(items: Sequence[Mapping[str, Any]], kind: DataKind, pad_token_id: i
         batch["is_desirable"] = torch.tensor([item["is_desirable"] > 0 for item in items])
     if "mismatched_ids" in first:
         prompts, others = zip(*((item["prompt_ids"], item["mismatched_ids"]) for item in items), strict=True)
-        batch["mismatched"] = padded_batch(prompts, others, pad_token_id, None)
+        scored = [item.get("mismatched_scored") for item in items]
+        batch["mismatched"] = padded_batch(prompts, others, pad_token_id, None, scored)
     return batch
 
 

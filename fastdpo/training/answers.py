@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.training.data import DataReport
 from fastdpo.training.kinds import DataKind
-
-REFERENCE = "ref_logps"
-REF_MISMATCHED = "ref_mismatched_logps"
-REF_MISMATCHED_OF = "ref_mismatched_of"
+from fastdpo.training.report import DataReport
+from fastdpo.training.row_references import REF_MISMATCHED, REF_MISMATCHED_OF, REF_OF, REFERENCE
+from fastdpo.training.row_tokens import token_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +82,8 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Any]]):
         pieces: the lengths of the answer's pieces, for a kind that has them; they add up to the answer's.
         has_mismatched: whether items carry another row's answer too, for KTO's reference point.
         max_length: where a mismatched answer is cut.
+        scored: bool, as ``tokens``: which of the answers' tokens are scored; None for all of them.
+        made_with: what beside the rows' texts decided on the tokens, in words.
 
     Raises:
         ValueError: an empty prompt or answer, or mismatched answers asked of a single row.
@@ -103,6 +103,8 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Any]]):
         pieces: Ragged | None = None,
         has_mismatched: bool = False,
         max_length: int | None = None,
+        scored: Tensor | None = None,
+        made_with: str = "",
     ) -> None:
         if (
             bool((prompt_lengths < 1).any())
@@ -123,14 +125,14 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.kind, self.tokens, self.starts, self.prompt_lengths = kind, tokens, starts, prompt_lengths
         self.answers, self.rows, self.numbers, self.report = answers, rows, dict(numbers), report
         self.pieces, self.has_mismatched, self.max_length = pieces, has_mismatched, max_length
+        self.scored, self.made_with = scored, made_with
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = int(index)
-        start = int(self.starts[index])
-        prompt, *answers = self.tokens[start:].split(self._row_sizes(index))[: 1 + len(self.answers[index])]
+        prompt, *answers = self._parts(self.tokens, index)
         item: dict[str, Any] = {
             "prompt_ids": prompt,
             "answer_ids": tuple(answers),
@@ -138,23 +140,38 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Any]]):
         }
         if self.pieces is not None:
             item["piece_lengths"] = self.pieces[index].tolist()
+        if self.scored is not None:
+            item["scored"] = tuple(self._parts(self.scored, index)[1:])
         if self.has_mismatched:
-            item["mismatched_ids"] = self._mismatched_answer(index)
+            place = self._mismatched_place(index)
+            item["mismatched_ids"] = self.tokens[place]
+            if self.scored is not None:
+                item["mismatched_scored"] = self.scored[place]
         for name, values in self.numbers.items():
             item[name] = values[index] if isinstance(values, Ragged) else values[index].item()
         return item
 
-    def _row_sizes(self, index: int) -> list[int]:
-        sizes = [int(self.prompt_lengths[index]), *self.answers[index].tolist()]
-        return [*sizes, len(self.tokens) - int(self.starts[index]) - sum(sizes)]
+    def _parts(self, values: Tensor, index: int) -> list[Tensor]:
+        """Of numbers per token those of a row's prompt and answers."""
+        start, sizes = (
+            int(self.starts[index]),
+            [int(self.prompt_lengths[index]), *self.answers[index].tolist()],
+        )
+        return list(values[start : start + sum(sizes)].split(sizes))
 
-    def _mismatched_answer(self, index: int) -> Tensor:
+    def _mismatched_place(self, index: int) -> slice:
+        """Where the tokens of another row's answer stand, as far as they fit behind the prompt."""
         other = int(self.mismatched[index])
         start = int(self.starts[other] + self.prompt_lengths[other])
-        length = int(self.answers[other][0])
+        return slice(start, start + int(self.mismatched_lengths[index]))
+
+    @cached_property
+    def mismatched_lengths(self) -> Tensor:
+        """``(R,)``: tokens of the answer that each prompt is mismatched with."""
+        lengths = self.answers.values[self.answers.offsets[self.mismatched]]
         if self.max_length is not None:
-            length = max(min(length, self.max_length - int(self.prompt_lengths[index])), 1)
-        return self.tokens[start : start + length]
+            lengths = lengths.minimum(self.max_length - self.prompt_lengths).clamp(min=1)
+        return lengths
 
     @cached_property
     def mismatched(self) -> Tensor:
@@ -179,8 +196,19 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def mismatched_digests(self) -> list[str]:
         """Of each row a short hash of the answer that its prompt is mismatched with."""
-        answers = (self._mismatched_answer(index) for index in range(len(self)))
+        answers = (self.tokens[self._mismatched_place(index)] for index in range(len(self)))
         return [hashlib.blake2b(ids.numpy().tobytes(), digest_size=8).hexdigest() for ids in answers]
+
+    def row_digests(self) -> list[str]:
+        """Of each row a short hash of the tokens that its log-probabilities are of."""
+        found = []
+        for index in range(len(self)):
+            prompt, *answers = self._parts(self.tokens, index)
+            sizes = [len(prompt), *map(len, answers)]
+            pieces = [] if self.pieces is None else self.pieces[index].tolist()
+            scored = None if self.scored is None else torch.cat(self._parts(self.scored, index)[1:])
+            found.append(token_digest(torch.cat([prompt, *answers]), [*sizes, *pieces], scored))
+        return found
 
     @property
     def lengths(self) -> Tensor:
@@ -195,7 +223,21 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Any]]):
     @property
     def num_answer_tokens(self) -> int:
         """Labelled tokens of all answers."""
-        return int(self.answers.values.sum())
+        return int(self.num_labelled.sum())
+
+    @property
+    def num_labelled(self) -> Tensor:
+        """``(R,)``: tokens of each row's answers that are scored."""
+        if self.scored is None:
+            return self.answers.sums()
+        counts = torch.cat([torch.zeros(1, dtype=torch.int64), self.scored.cumsum(0)])
+        bounds = self.row_bounds
+        return counts[bounds[:, 1]] - counts[bounds[:, 0]]
+
+    @property
+    def row_bounds(self) -> Tensor:
+        """``(R, 2)``: where each row begins and ends in ``tokens``."""
+        return torch.stack([self.starts, self.starts + self.prompt_lengths + self.answers.sums()], 1)
 
     @property
     def num_loss_rows(self) -> int:
@@ -249,20 +291,21 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return AnswerDataset(
             self.kind, self.tokens, starts, prompt_lengths, answers, rows, numbers, self.report,
             pieces=pieces, has_mismatched=self.has_mismatched, max_length=self.max_length,
+            scored=self.scored, made_with=self.made_with,
         )  # fmt: skip
 
     def fingerprint(self) -> str:
-        """Hash of the token ids, their boundaries and the kind: equal exactly when the sequences are."""
+        """Hash of token ids, boundaries, what is scored, and kind: equal exactly when these are."""
         digest = hashlib.blake2b(
             f"{self.kind.name} {self.has_mismatched} {self.max_length}".encode(), digest_size=16
         )
         lengths = [self.prompt_lengths, self.answers.offsets, self.answers.values]
         for part in lengths if self.pieces is None else [*lengths, self.pieces.offsets, self.pieces.values]:
             digest.update(part.contiguous().numpy().tobytes())
-        for start, size in zip(
-            self.starts.tolist(), (self.prompt_lengths + self.answers.sums()).tolist(), strict=True
-        ):
-            digest.update(self.tokens[start : start + size].numpy().tobytes())
+        for start, end in self.row_bounds.tolist():
+            digest.update(self.tokens[start:end].numpy().tobytes())
+            if self.scored is not None:
+                digest.update(self.scored[start:end].numpy().tobytes())
         return digest.hexdigest()
 
     # Reference log-probabilities: one for each answer, piece or token, then the mismatched answers' sums
@@ -274,7 +317,7 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if self.pieces is not None:
             counts = self.pieces.counts
         elif self.kind.reference_per == "token":
-            counts = self.answers.sums()
+            counts = self.num_labelled
         return Ragged.of_counts(torch.zeros(int(counts.sum())), counts)
 
     @property
@@ -305,13 +348,17 @@ class AnswerDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return self._with(numbers, self.starts, self.prompt_lengths, self.answers, self.rows, self.pieces)
 
     def scores_by_row(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Each row, and the columns of its reference log-probabilities (``answer_reference.py``): lists."""
+        """Each row, and the columns of its reference log-probabilities (``row_references.py``): lists."""
         scores = self.numbers[REFERENCE]
         assert isinstance(scores, Ragged)
         mismatched: Any = self.numbers.get(REF_MISMATCHED)
         digests = self.mismatched_digests() if self.has_mismatched else []
+        of = self.row_digests()
         for place, row in enumerate(self.rows.tolist()):
-            columns: dict[str, Any] = {REFERENCE: scores[place].tolist()}
+            columns: dict[str, Any] = {
+                REFERENCE: scores[place].tolist(),
+                REF_OF: [f"{of[place]} {self.made_with}".strip()],
+            }
             if self.has_mismatched:
                 columns[REF_MISMATCHED] = [mismatched[place].item()]
                 columns[REF_MISMATCHED_OF] = [digests[place]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdpo.training.config import PreferenceConfig
@@ -31,6 +31,17 @@ def check_own_collator(args: PreferenceConfig) -> None:
     if args.ld_alpha is not None:
         raise ValueError(
             f"data_collator: got one with ld_alpha={args.ld_alpha!r}, wanted None: ours makes weights"
+        )
+
+
+def check_own_masks(data_collator: Any, dataset: Any) -> None:
+    """Raise ValueError for answers that are scored in part, with a collator that does not know of it."""
+    is_ours = type(data_collator).__module__.startswith("fastdpo.")
+    if getattr(dataset, "scored", None) is not None and data_collator is not None and not is_ours:
+        raise ValueError(
+            "data_collator: got one with answers of several turns, of which only the assistant's are "
+            "scored, wanted None: ours knows which (an item's `scored`); or assistant_only=False, and all "
+            "turns are"
         )
 
 

@@ -10,13 +10,13 @@ import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fastdpo.losses.aggregate import ld_weights
-from fastdpo.training.data import REF_COLUMNS
+from fastdpo.training.row_references import REF_COLUMNS
 
 Batch = dict[str, Any]
 IGNORE_INDEX = -100
 TOKEN_WEIGHTS = "token_weights"
 # What an item of a PreferenceDataset holds beside its per-pair numbers.
-TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "gold_ids", "row")
+TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "gold_ids", "scored", "row")
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,13 @@ class PreferenceCollator:
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> Batch:
         prompts = [pair["prompt_ids"] for pair in pairs] * 2
         answers = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
-        batch = padded_batch(prompts, answers, self.pad_token_id, self.pad_to_multiple_of)
+        scored = [scored_tokens(pair)[side] for side in (0, 1) for pair in pairs]
+        padding = (self.pad_token_id, self.pad_to_multiple_of)
+        batch = padded_batch(prompts, answers, *padding, scored)
         if len(answer_names(pairs)) > 2:
             gold = [pair["gold_ids"] for pair in pairs]
-            batch["gold"] = padded_batch(
-                prompts[: len(gold)], gold, self.pad_token_id, self.pad_to_multiple_of
-            )
+            scored = [scored_tokens(pair)[2] for pair in pairs]
+            batch["gold"] = padded_batch(prompts[: len(gold)], gold, *padding, scored)
         return with_ld_weights({**batch, **pair_numbers(pairs)}, self.ld_alpha)
 
 
@@ -56,10 +57,25 @@ def answer_names(pairs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return ("chosen_ids", "rejected_ids", *gold)
 
 
+def scored_tokens(item: Mapping[str, Any]) -> Sequence[Any]:
+    """Of each answer of an item which tokens are scored, a bool tensor; None for an answer that is as a
+    whole."""
+    scored: Sequence[Any] = item.get("scored") or (None,) * max(3, len(item.get("answer_ids", ())))
+    return scored
+
+
 def padded_batch(
-    prompts: Sequence[Any], answers: Sequence[Any], pad_token_id: int, multiple_of: int | None
+    prompts: Sequence[Any],
+    answers: Sequence[Any],
+    pad_token_id: int,
+    multiple_of: int | None,
+    scored: Sequence[Any] | None = None,
 ) -> Batch:
-    """``input_ids``, ``attention_mask`` and ``labels`` ``(S, T)`` of S prompts, each with an answer."""
+    """``input_ids``, ``attention_mask`` and ``labels`` ``(S, T)`` of S prompts, each with an answer.
+
+    Args:
+        scored: of each answer what ``scored_tokens`` has of it: the others have no label.
+    """
     ends = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     step = multiple_of or 1
     shape = (len(answers), -(-max(ends) // step) * step)
@@ -70,7 +86,8 @@ def padded_batch(
         answer = torch.as_tensor(answer)
         input_ids[i, : ends[i]] = torch.cat([torch.as_tensor(prompt), answer])
         attention_mask[i, : ends[i]] = 1
-        labels[i, len(prompt) : ends[i]] = answer
+        mask = None if scored is None else scored[i]
+        labels[i, len(prompt) : ends[i]] = answer if mask is None else answer.where(mask, IGNORE_INDEX)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

@@ -1,7 +1,8 @@
 """``PreferenceConfig``: transformers' ``TrainingArguments`` plus what preference training needs.
 
-Every field is a flag of ``fastdpo train``. Defaults that differ from transformers' are the fields
-repeated at the top of the class. Every value is checked here, before a model is loaded.
+Every field is a flag of ``fastdpo train``; those of the data are in ``data_settings.py``. Defaults that
+differ from transformers' are the fields repeated at the top of the class. Every value is checked here, before
+a model is loaded.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from transformers import TrainingArguments
 from fastdpo.losses import DivergencePairLogps, LossSpec, PairLogps, build_objective, find_loss
 from fastdpo.losses.token_batches import TokenDivergences
 from fastdpo.training.batch_settings import check_batches, check_loader
+from fastdpo.training.data_settings import DataSettings, check_data_settings
 from fastdpo.training.encode import EncodingOptions
 from fastdpo.training.kinds import DataKind, kind_of
 from fastdpo.training.loop_settings import TRAINING_MODES, check_installed, check_loop
 from fastdpo.training.loss_settings import TakesLossOptions
 from fastdpo.training.nll_settings import trains_on_prompt
-from fastdpo.training.setting_values import settle
+from fastdpo.training.setting_values import not_default, plain_values, settle
 from fastdpo.training.step_settings import COLUMN_FIELDS, check_step_settings, stand_ins
 from fastdpo.types import BACKENDS, Execution
 
@@ -34,7 +36,7 @@ def _help(text: str) -> dict[str, str]:
 
 
 @dataclass
-class PreferenceConfig(TrainingArguments, metaclass=TakesLossOptions):
+class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptions):
     """All settings of ``PreferenceTrainer``; the losses' options, and TRL's names, are keywords too.
 
     Values are read as on the command line and in YAML: ``None``, ``none`` and ``null`` are one.
@@ -132,30 +134,6 @@ class PreferenceConfig(TrainingArguments, metaclass=TakesLossOptions):
         ),
     )
 
-    max_length: int | None = field(
-        default=1024, metadata=_help("Longest prompt + answer, in tokens; 0 for no limit.")
-    )
-    truncation_mode: str = field(
-        default="keep_start",
-        metadata=_help(
-            "What happens to what is too long: keep_start cuts the answer's end, keep_end the prompt's "
-            "start, skip leaves the row out."
-        ),
-    )
-    on_bad_row: str = field(
-        default="skip",
-        metadata=_help(
-            "Rows nothing can be learnt from (empty, identical, too long): skip and count, or error."
-        ),
-    )
-    beta_column: str | None = field(default=None, metadata=_help("Column with a beta per pair."))
-    margin_column: str | None = field(default=None, metadata=_help("Column with a margin per pair."))
-    pair_weight_column: str | None = field(default=None, metadata=_help("Column with a weight per pair."))
-    soft_label_column: str | None = field(
-        default=None, metadata=_help("Column with the probability that chosen is the better answer.")
-    )
-    chosen_win_rate_column: str | None = field(default=None, metadata=_help("Column with SPPO's win rate."))
-    rejected_win_rate_column: str | None = field(default=None, metadata=_help("The same of the rejected."))
     dataset_num_proc: int | None = field(
         default=None,
         metadata=_help("Processes that tokenise. Default: one for every few thousand rows, up to the cores."),
@@ -253,6 +231,7 @@ class PreferenceConfig(TrainingArguments, metaclass=TakesLossOptions):
 
     def __post_init__(self) -> None:
         settle(self)
+        self.given = not_default(self)
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.report_to = self.report_to or "none"
@@ -260,10 +239,17 @@ class PreferenceConfig(TrainingArguments, metaclass=TakesLossOptions):
         self._choose_defaults()
         self._check_losses()
         check_loop(self)
+        check_data_settings(self)
         check_batches(self)
         super().__post_init__()
         check_loader(self)
         check_installed(self)
+        self._settled = plain_values(self)
+
+    def changed(self) -> dict[str, Any]:
+        """Settings that were given, or changed since, as plain values."""
+        since = {name: value for name, value in plain_values(self).items() if value != self._settled[name]}
+        return {**self.given, **since}
 
     @property
     def losses(self) -> list[LossSpec]:
@@ -316,10 +302,15 @@ class PreferenceConfig(TrainingArguments, metaclass=TakesLossOptions):
 
     def encoding_options(self) -> EncodingOptions:
         """How rows become tokens."""
-        columns = {
-            name: getattr(self, column) for name, column in COLUMN_FIELDS.items() if getattr(self, column)
-        }
-        return EncodingOptions(self.max_length, self.truncation_mode, self.on_bad_row, columns)
+        return EncodingOptions(
+            self.max_length,
+            self.truncation_mode,
+            self.on_bad_row,
+            {name: getattr(self, column) for name, column in COLUMN_FIELDS.items() if getattr(self, column)},
+            assistant_only=self.assistant_only,
+            allow_bad_rows=self.allow_bad_rows or (),
+            max_bad_rows=self.max_bad_rows,
+        )
 
     def _choose_defaults(self) -> None:
         on_gpu = torch.cuda.is_available() and not self.use_cpu

@@ -11,16 +11,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-# The ld_alpha that they were weighted with; without this column they are plain sums.
-LD_COLUMN = "ref_ld_alpha"
+from fastdpo.training.report import DataReport
+from fastdpo.training.row_references import LD_COLUMN, REF_COLUMNS, REF_OF
+from fastdpo.training.row_tokens import token_digest
+
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -167,40 +168,6 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_SUFFIXES
 
 
-@dataclass(frozen=True)
-class DataReport:
-    """What became of the rows: counts, and the numbers of the rows left out by reason."""
-
-    source: str
-    rows: int
-    kept: int
-    skipped: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    merged: Sequence[int] = ()  # the prompt's last tokens are others once an answer follows
-    truncated: int = 0
-    duplicates: int = 0
-    unit: str = "pairs"
-
-    def __str__(self) -> str:
-        lines = f"{self.source}: {self.kept} of {self.rows} {self.unit} kept"
-        for reason, numbers in self.skipped.items():
-            lines += f"; skipped {len(numbers)} with {reason} ({row_list(numbers)})"
-        if self.truncated:
-            lines += f"; {self.truncated} truncated"
-        if self.merged:
-            lines += f"; {len(self.merged)} whose prompt ends otherwise once an answer follows"
-            lines += f" ({row_list(self.merged)})"
-        if self.duplicates:
-            lines += f"; {self.duplicates} repeated {self.unit} kept"
-        return lines
-
-
-def row_list(numbers: Sequence[int], *, at_most: int = 10) -> str:
-    """``rows 3, 17, 40 and 5 more``: how messages name rows."""
-    shown = ", ".join(str(n) for n in numbers[:at_most])
-    more = f" and {len(numbers) - at_most} more" if len(numbers) > at_most else ""
-    return f"{'row' if len(numbers) == 1 else 'rows'} {shown}{more}"
-
-
 class Divisible(Protocol):
     """A data set that can be cut."""
 
@@ -222,13 +189,24 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         columns: further numbers per pair, each ``(P,)`` fp32: those of ``COLUMN_FIELDS`` (margin ...),
             ref_chosen_logps, ref_rejected_logps, and with LD-DPO their ref_ld_alpha.
         report: what became of the rows.
+        scored: bool, as ``tokens``: which of the answers' tokens are scored; None for all of them.
+        made_with: what beside the rows' texts decided on the tokens, in words.
     """
 
     def __init__(
-        self, tokens: Tensor, bounds: Tensor, rows: Tensor, columns: Mapping[str, Tensor], report: DataReport
+        self,
+        tokens: Tensor,
+        bounds: Tensor,
+        rows: Tensor,
+        columns: Mapping[str, Tensor],
+        report: DataReport,
+        *,
+        scored: Tensor | None = None,
+        made_with: str = "",
     ) -> None:
         self.tokens, self.bounds, self.rows = tokens, bounds, rows
         self.columns, self.report = dict(columns), report
+        self.scored, self.made_with = scored, made_with
 
     def __len__(self) -> int:
         return self.bounds.shape[0]
@@ -240,9 +218,34 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
             "chosen_ids": self.tokens[prompt:chosen],
             "rejected_ids": self.tokens[chosen:rejected],
             **({"gold_ids": self.tokens[rejected : gold[0]]} if gold else {}),
+            **({} if self.scored is None else {"scored": self._scored_answers(index)}),
             "row": int(self.rows[index]),
             **{name: float(values[index]) for name, values in self.columns.items()},
         }
+
+    def _scored_answers(self, index: int) -> tuple[Tensor, ...]:
+        """Of each answer, which tokens are scored."""
+        assert self.scored is not None
+        _, *bounds = self.bounds[index].tolist()
+        return tuple(self.scored[start:end] for start, end in zip(bounds, bounds[1:], strict=False))
+
+    def _num_scored(self, answer: int) -> Tensor:
+        """``(P,)``: of the chosen (0), rejected (1) or gold (2) answer of each pair."""
+        starts, ends = self.bounds[:, answer + 1], self.bounds[:, answer + 2]
+        if self.scored is None:
+            return ends - starts
+        counts = torch.cat([torch.zeros(1, dtype=torch.int64), self.scored.cumsum(0)])
+        return counts[ends] - counts[starts]
+
+    @property
+    def num_labelled(self) -> Tensor:
+        """``(P,)``: tokens of each pair's answers that are scored."""
+        return torch.stack([self._num_scored(i) for i in range(self.bounds.shape[1] - 2)]).sum(0)
+
+    @property
+    def row_bounds(self) -> Tensor:
+        """``(P, 2)``: where each pair begins and ends in ``tokens``."""
+        return self.bounds[:, [0, -1]]
 
     @property
     def lengths(self) -> Tensor:
@@ -258,15 +261,15 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
     @property
     def num_chosen_tokens(self) -> int:
         """Labelled tokens of all chosen answers."""
-        return int((self.bounds[:, 2] - self.bounds[:, 1]).sum())
+        return int(self._num_scored(0).sum())
 
     def num_nll_tokens(self, *, on_prompt: bool) -> int:
         """Tokens of an NLL term: of gold answers, else of chosen ones, with or without their prompts."""
         if self.has_gold:
-            return int((self.bounds[:, 4] - self.bounds[:, 3]).sum())
-        # Nothing predicts a prompt's first token.
-        prompts = (self.bounds[:, 1] - self.bounds[:, 0] - 1).clamp(min=0)
-        return self.num_chosen_tokens + (int(prompts.sum()) if on_prompt else 0)
+            return int(self._num_scored(2).sum())
+        # Nothing predicts a sequence's first token.
+        sequences = (self.bounds[:, 2] - self.bounds[:, 0] - 1).clamp(min=0)
+        return int(sequences.sum()) if on_prompt else self.num_chosen_tokens
 
     @property
     def num_sequences(self) -> Tensor:
@@ -308,8 +311,16 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """Each pair's row, and its reference log-probabilities by column."""
         names = [*REF_COLUMNS, *([LD_COLUMN] if LD_COLUMN in self.columns else [])]
         table = torch.stack([self.columns[name] for name in names], 1)
-        for row, values in zip(self.rows.tolist(), table.tolist(), strict=True):
-            yield row, dict(zip(names, values, strict=True))
+        for row, values, of in zip(self.rows.tolist(), table.tolist(), self.row_digests(), strict=True):
+            yield row, {**dict(zip(names, values, strict=True)), REF_OF: f"{of} {self.made_with}".strip()}
+
+    def row_digests(self) -> list[str]:
+        """Of each pair a short hash of the tokens that its numbers are of; gold answers have none."""
+        found = []
+        for start, *ends in self.bounds[:, :4].tolist():
+            scored = None if self.scored is None else self.scored[ends[0] : ends[-1]]
+            found.append(token_digest(self.tokens[start : ends[-1]], [end - start for end in ends], scored))
+        return found
 
     def rows_not_finite(self, scores: Tensor) -> list[int]:
         """Rows with a score that is NaN or infinite."""
@@ -320,21 +331,26 @@ class PreferenceDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """The pairs at ``indices``, sharing the token storage."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         columns = {name: values[index] for name, values in self.columns.items()}
-        return PreferenceDataset(self.tokens, self.bounds[index], self.rows[index], columns, self.report)
+        return self._with(self.bounds[index], self.rows[index], columns)
 
     def with_columns(self, **columns: Tensor) -> PreferenceDataset:
         """The same pairs with further (or replaced) per-pair numbers."""
+        return self._with(self.bounds, self.rows, {**self.columns, **columns})
+
+    def _with(self, bounds: Tensor, rows: Tensor, columns: Mapping[str, Tensor]) -> PreferenceDataset:
         return PreferenceDataset(
-            self.tokens, self.bounds, self.rows, {**self.columns, **columns}, self.report
+            self.tokens, bounds, rows, columns, self.report, scored=self.scored, made_with=self.made_with
         )
 
     def fingerprint(self) -> str:
-        """Hash of the token ids and their boundaries, in order: equal exactly when the pairs are."""
+        """Hash of token ids, boundaries and what is scored, in order: equal exactly when these are."""
         digest = hashlib.blake2b(digest_size=16)
         lengths = self.bounds.diff(dim=1)
         digest.update(lengths.contiguous().numpy().tobytes())
         for start, *_, end in self.bounds.tolist():
             digest.update(self.tokens[start:end].numpy().tobytes())
+            if self.scored is not None:
+                digest.update(self.scored[start:end].numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -13,9 +13,9 @@ import torch
 
 from fastdpo.training.batches import backbone_calls, is_pairs, num_rows, sequence_tokens
 from fastdpo.training.checkpointing import recomputes_activations
-from fastdpo.training.data import row_list
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.layouts import layout_of, token_budget
+from fastdpo.training.report import row_list
 from fastdpo.training.step import BatchCounts, batch_loss
 from fastdpo.training.token_budget import pair_tokens, training_sampler
 

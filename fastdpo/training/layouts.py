@@ -18,6 +18,7 @@ from fastdpo.training.checkpointing import recomputes_activations
 from fastdpo.training.collate import LikeLengthSampler, PreferenceCollator
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.dataset import RowDataset
+from fastdpo.training.model_fit import fitting_pad_id
 from fastdpo.training.row_collate import RowCollator
 from fastdpo.training.row_plan import ARRANGEMENTS, RowCosts, padded_cost, unit_lengths
 from fastdpo.training.row_probe import refusals
@@ -57,6 +58,7 @@ def choose_collator(
         ValueError: the layout asked for changes a model's results, or cannot be arranged; says why.
     """
     kind = args.data_kind
+    pad_token_id = fitting_pad_id(pad_token_id, models)
     padded = padded_collator(args, pad_token_id)
     if args.batch_layout == "padded":
         return padded

@@ -6,8 +6,9 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.training.encode import BAD_ROW_POLICIES, TRUNCATION_MODES
+from fastdpo.training.encode import BAD_ROW_POLICIES
 from fastdpo.training.row_plan import ARRANGEMENTS
+from fastdpo.training.row_tokens import TRUNCATION_MODES
 from fastdpo.types import BACKENDS, MODES
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastdpo.training.config import PreferenceConfig
@@ -37,15 +37,18 @@ def trains_on_prompt(args: PreferenceConfig, *, has_nll: bool) -> bool:
     return bool(args.nll_on_prompt)
 
 
-def gold_column(args: PreferenceConfig, rows: Sequence[Mapping[str, Any]]) -> str | None:
+def gold_column(args: PreferenceConfig, columns: Collection[str]) -> str | None:
     """The column that gold answers are read from; None where none are there, or wanted.
+
+    Args:
+        columns: of the data, that hold something.
 
     Raises:
         ValueError: other losses beside have an NLL term, of the chosen answers.
     """
     if not _wants_gold(args):
         return None
-    found = args.gold_column or (GOLD_COLUMN if len(rows) and GOLD_COLUMN in rows[0] else None)
+    found = args.gold_column or (GOLD_COLUMN if GOLD_COLUMN in columns else None)
     others = [name for name in _nll_losses(args) if name not in GOLD_LOSSES]
     if found is not None and others:
         raise ValueError(

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 import fastdpo
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.data import LD_COLUMN, PreferenceDataset, row_list
+from fastdpo.training.data import PreferenceDataset
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.layouts import layout_of, token_budget
+from fastdpo.training.model_fit import check_fit
 from fastdpo.training.reference import adapter_off, check_weighted_reference
 from fastdpo.training.reference_cache import ReferenceCache, cache_key, fingerprint_model
 from fastdpo.training.reference_shards import ScoreShards
+from fastdpo.training.report import row_list
+from fastdpo.training.row_references import LD_COLUMN
 from fastdpo.training.scoring import score_dataset
 
 logger = logging.getLogger(__name__)
@@ -66,6 +69,7 @@ class PrecomputedReference:
             if isinstance(dataset, PreferenceDataset):
                 check_weighted_reference(dataset, self.args)
             return dataset
+        check_fit(dataset, {"model": self.model}, self.args)
         key = self._key(dataset)
         is_main = self.accelerator.is_main_process
         found = [self.cache.load(key, dataset.score_shape) if is_main and key else None]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastdpo.training.collate import Batch, answer_names, pair_numbers, with_ld_weights
+from fastdpo.training.collate import Batch, answer_names, pair_numbers, scored_tokens, with_ld_weights
 from fastdpo.training.row_plan import ARRANGEMENTS, RowCosts, RowPlan, plan_rows
 from fastdpo.training.rows import Rows, Unit, build_rows
 from fastdpo.types import TokenLayout
@@ -92,7 +92,11 @@ def make_units(pairs: Sequence[Mapping[str, Any]], layout: str, *, labels_prompt
     """
     count, sides = len(pairs), answer_names(pairs)
     texts = [
-        (torch.as_tensor(pair["prompt_ids"]), tuple(torch.as_tensor(pair[side]) for side in sides))
+        (
+            torch.as_tensor(pair["prompt_ids"]),
+            tuple(torch.as_tensor(pair[side]) for side in sides),
+            tuple(scored_tokens(pair)[: len(sides)]),
+        )
         for pair in pairs
     ]
     if layout == "shared_prompt":
@@ -102,8 +106,9 @@ def make_units(pairs: Sequence[Mapping[str, Any]], layout: str, *, labels_prompt
                 answers,
                 tuple(side * count + i for side in range(len(sides))),
                 2 * count + i if labels_prompt else None,
+                scored,
             )
-            for i, (prompt, answers) in enumerate(texts)
+            for i, (prompt, answers, scored) in enumerate(texts)
         ]
     return [
         Unit(
@@ -111,9 +116,10 @@ def make_units(pairs: Sequence[Mapping[str, Any]], layout: str, *, labels_prompt
             (answers[side],),
             (side * count + i,),
             2 * count + i if labels_prompt and side == 0 else None,
+            (scored[side],),
         )
         for side in range(len(sides))
-        for i, (prompt, answers) in enumerate(texts)
+        for i, (prompt, answers, scored) in enumerate(texts)
     ]
 
 

@@ -28,13 +28,16 @@ PADDING = -1
 class Unit:
     """A prompt ``(m,)`` and its answers, with the number of the sequence that each makes with the prompt.
 
-    ``prompt_sequence`` is the number of one that the prompt's own tokens make, where they are labelled too.
+    ``prompt_sequence`` is the number of one that the prompt's own tokens make, where they are labelled too,
+    with those of the first answer that are not scored. ``scored`` says of each answer which are, bool; None:
+    all.
     """
 
     prompt: Tensor
     answers: tuple[Tensor, ...]
     sequences: tuple[int, ...]
     prompt_sequence: int | None = None
+    scored: tuple[Tensor | None, ...] = ()
 
     @property
     def length(self) -> int:
@@ -140,16 +143,26 @@ class _Table:
 
 
 def _predictions(unit: Unit) -> list[tuple[int, Tensor, Tensor]]:
-    """Of each answer: its sequence, the offsets that predict its tokens, and these tokens."""
+    """Of each sequence: its number, the offsets that predict its tokens, and these tokens."""
     found, start = [], len(unit.prompt)
-    if unit.prompt_sequence is not None and len(unit.prompt):
-        found.append((unit.prompt_sequence, torch.arange(start - 1), unit.prompt[1:].long()))
-    for sequence, answer in zip(unit.sequences, unit.answers, strict=True):
+    # Without a prompt nothing predicts an answer's first token.
+    first = 0 if start else 1
+    scored = unit.scored or (None,) * len(unit.answers)
+    others: tuple[Tensor, Tensor] | None = None
+    for place, (sequence, answer, mask) in enumerate(zip(unit.sequences, unit.answers, scored, strict=True)):
         at = torch.arange(start - 1, start - 1 + len(answer))
         if len(answer):
             at[0] = len(unit.prompt) - 1  # every answer follows the prompt
-        # Without a prompt nothing predicts an answer's first token.
-        first = 0 if len(unit.prompt) else 1
-        found.append((sequence, at[first:], answer[first:].long()))
         start += len(answer)
+        at, targets = at[first:], answer[first:].long()
+        if mask is not None:
+            mask = mask[first:]
+            others = (at[~mask], targets[~mask]) if place == 0 else others
+            at, targets = at[mask], targets[mask]
+        found.append((sequence, at, targets))
+    if unit.prompt_sequence is not None and len(unit.prompt):
+        at, targets = torch.arange(len(unit.prompt) - 1), unit.prompt[1:].long()
+        if others is not None:
+            at, targets = torch.cat([at, others[0]]), torch.cat([targets, others[1]])
+        found.append((unit.prompt_sequence, at, targets))
     return found

@@ -10,8 +10,6 @@ from fastdpo.losses import LossSpec
 from fastdpo.losses.list_scores import has_levels
 from fastdpo.losses.ranges import Interval
 
-ONE_LEVEL = "scores that are all the same"
-
 
 @dataclass(frozen=True)
 class ScoreRules:
@@ -33,9 +31,9 @@ class ScoreRules:
         legal = {spec.name: spec.ranges["scores"] for spec in losses if "scores" in spec.ranges}
         return cls(legal, any(spec.counted is has_levels for spec in losses))
 
-    def problem(self, scores: Sequence[float]) -> str | None:
-        """Why nothing can be learnt from a row with these scores."""
-        return ONE_LEVEL if self.must_differ and len(set(scores)) < 2 else None
+    def are_flat(self, scores: Sequence[float]) -> bool:
+        """Whether nothing can be learnt from a row with these scores: they are all the same."""
+        return self.must_differ and len(set(scores)) < 2
 
     def check(self, scores: Sequence[float], column: str, where: str) -> None:
         """Raise ValueError, naming row and column, for a score that a loss would misread. NaN is no score."""

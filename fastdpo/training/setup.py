@@ -10,70 +10,77 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from fastdpo.losses.ranges import FINITE, PROBABILITY, check_range
 from fastdpo.losses.registry import RANGES
 from fastdpo.training.answer_encode import AnswerOptions, encode_answers
-from fastdpo.training.answer_reference import reference_columns
-from fastdpo.training.answers import REFERENCE, AnswerDataset, Ragged
-from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
+from fastdpo.training.answers import AnswerDataset, Ragged
+from fastdpo.training.callbacks import METRICS_FILE
+from fastdpo.training.checks import CHECKS
+from fastdpo.training.columns import select_columns, survey
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
-from fastdpo.training.data import (
-    LD_COLUMN,
-    REF_COLUMNS,
-    PreferenceDataset,
-    RowSource,
-    read_rows,
-    row_list,
-)
+from fastdpo.training.curves import CURVES_FILE
+from fastdpo.training.data import PreferenceDataset, RowSource, read_rows
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.encode import encode_rows
 from fastdpo.training.kinds import list_size
 from fastdpo.training.nll_settings import check_gold, gold_column
 from fastdpo.training.reference import check_weighted_reference
-from fastdpo.training.scores import ONE_LEVEL, ScoreRules
+from fastdpo.training.report import row_list
+from fastdpo.training.row_references import REFERENCE, reference_columns
+from fastdpo.training.scores import ScoreRules
 
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 logger = logging.getLogger(__name__)
 
 
-def prepare_pairs(data: Any, tokenizer: Any, args: PreferenceConfig) -> RowDataset | None:
+def prepare_pairs(
+    data: Any, tokenizer: Any, args: PreferenceConfig, *, reads_reference: bool = True
+) -> RowDataset | None:
     """Tokenised pairs (or rows of the losses' kind) from whatever ``read_rows`` reads, or as they come."""
     if data is None or isinstance(data, PreferenceDataset | AnswerDataset):
         return data
     if tokenizer is None:
         raise ValueError("processing_class: got None, wanted the model's tokenizer")
-    return tokenized_pairs(read_rows(data), tokenizer, args)
+    return tokenized_pairs(read_rows(data), tokenizer, args, reads_reference=reads_reference)
 
 
-def tokenized_pairs(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> RowDataset:
-    """Tokenise rows as the settings say, and log what became of them."""
-    dataset = _encode(source, tokenizer, args)
+def tokenized_pairs(
+    source: RowSource, tokenizer: Any, args: PreferenceConfig, *, reads_reference: bool = True
+) -> RowDataset:
+    """Tokenise rows as the settings say, and log what became of them.
+
+    Args:
+        reads_reference: the reference's log-probabilities are taken from the rows, where they have some and
+            the settings let them; not where a model is given for it.
+    """
+    dataset = _encode(source, tokenizer, args, reads_reference)
     report = dataset.report
-    is_clean = not (report.skipped or report.merged or report.duplicates)
-    logger.log(logging.INFO if is_clean else logging.WARNING, "%s", report)
+    logger.log(logging.INFO if report.is_clean else logging.WARNING, "%s", report)
     return dataset
 
 
-def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig) -> RowDataset:
+def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig, reads_reference: bool) -> RowDataset:
+    source = select_columns(source, args.column_names, args.ignore_columns or ())
+    found = survey(source)
+    wanted = None if args.data_kind is None else answer_options(args)
     options = args.encoding_options()
-
-    def has(names: tuple[str, ...]) -> bool:
-        """Whether the reference is to be read, and is there; losses with divergences have no use for it."""
-        reads = args.needs_reference and not args.needs_divergences
-        is_wanted = reads and args.reference in ("auto", "precomputed")
-        return is_wanted and len(source) > 0 and all(name in source.rows[0] for name in names)
-
-    if args.data_kind is not None:
-        wanted = answer_options(args)
-        names = reference_columns(has_mismatched=wanted.has_mismatched)
-        return encode_answers(source, tokenizer, options, replace(wanted, has_reference=has(names)))
-    columns = dict(options.columns)
-    if has(REF_COLUMNS):
-        names = (*REF_COLUMNS, *(LD_COLUMN for row in source.rows[:1] if LD_COLUMN in row))
-        columns |= {name: name for name in names}
-    options = replace(options, columns=columns, gold_column=gold_column(args, source.rows))
-    return encode_rows(source, tokenizer, options)
+    # Losses with divergences have no use for log-probabilities.
+    reads = reads_reference and args.needs_reference and not args.needs_divergences
+    if reads and args.reference in ("auto", "precomputed"):
+        columns = reference_columns(
+            found.filled,
+            is_pairs=wanted is None,
+            has_mismatched=wanted is not None and wanted.has_mismatched,
+            is_trusted=args.reference == "precomputed",
+            source=source.name,
+        )
+        options = replace(options, references=columns)
+    if wanted is not None:
+        return encode_answers(source, tokenizer, options, wanted, found)
+    options = replace(options, gold_column=gold_column(args, found.filled))
+    return encode_rows(source, tokenizer, options, found)
 
 
 def answer_options(args: PreferenceConfig) -> AnswerOptions:
@@ -160,10 +167,12 @@ def _check_scores(dataset: AnswerDataset, rules: ScoreRules) -> None:
     flat = []
     for index, row in enumerate(dataset.rows.tolist()):
         rules.check(scores[index].tolist(), "scores", f"dataset, row {row}")
-        if rules.problem(scores[index].tolist()) is not None:
+        if rules.are_flat(scores[index].tolist()):
             flat.append(row)
     if flat:
-        raise ValueError(f"dataset: got {ONE_LEVEL} in {row_list(flat)}, wanted such rows left out")
+        raise ValueError(
+            f"dataset: got {CHECKS['one_level'].message} in {row_list(flat)}, wanted such rows left out"
+        )
 
 
 def check_machine(args: PreferenceConfig, *, is_sharded: bool) -> None:
@@ -181,16 +190,44 @@ def find_checkpoint(args: PreferenceConfig, resume: str | bool | None) -> str | 
     """The checkpoint to resume from: a path, the last one in the output directory for True, or None.
 
     Raises:
-        ValueError: True, and there is none.
+        ValueError: there is none, or none that was written to its end.
     """
     if resume is None or str(resume).lower() == "false":
         return None
     if str(resume).lower() != "true":
-        return str(resume)
-    last = None if is_unused(args.output_dir) else get_last_checkpoint(args.output_dir)
-    if last is None:
+        folder = Path(str(resume)).expanduser()
+        inside = _checkpoints(folder)
+        if inside:
+            raise ValueError(
+                f"resume_from_checkpoint: got {resume}, wanted a checkpoint in it, as {inside[0]}"
+            )
+        if not _is_whole(folder):
+            what = f"which has no {TRAINER_STATE_NAME}" if folder.is_dir() else "and there is no such folder"
+            raise ValueError(f"resume_from_checkpoint: got {resume}, {what}, wanted a checkpoint's folder")
+        return str(folder)
+    found = _checkpoints(Path(args.output_dir or "."))
+    whole = [folder for folder in found if _is_whole(folder)]
+    if not whole:
         raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {args.output_dir}")
-    return str(last)
+    return str(whole[0])
+
+
+def warn_of_unfinished(args: PreferenceConfig, checkpoint: Path) -> None:
+    """Log which checkpoint behind the one that a run goes on from was not written to its end."""
+    later = [folder for folder in _checkpoints(Path(args.output_dir or ".")) if not _is_whole(folder)]
+    if later and checkpoint.parent == later[0].parent:
+        logger.warning("%s was not written to its end", later[0])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in an output directory, the last one first."""
+    entries = [entry for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+    steps = {entry: match for entry in entries if (match := _CHECKPOINT.fullmatch(entry.name)) is not None}
+    return sorted(steps, key=lambda entry: -int(steps[entry][1]))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return (checkpoint / TRAINER_STATE_NAME).is_file()  # what transformers writes at the end
 
 
 def is_unused(output_dir: str | None) -> bool:
@@ -200,11 +237,11 @@ def is_unused(output_dir: str | None) -> bool:
 
 
 def check_output_dir(args: PreferenceConfig) -> None:
-    """Make sure that a fresh run can be written, and mixes with no other. Nothing is made.
+    """Make sure that a run can be written, and mixes with no other, or goes on. Nothing is made.
 
     Raises:
         ValueError: it is no directory, or one that cannot be written; or it has content, and the run neither
-            resumes nor overwrites.
+            resumes nor overwrites; or there is no checkpoint to go on from.
     """
     path = Path(args.output_dir or ".").absolute()
     standing = next(folder for folder in (path, *path.parents) if folder.exists())
@@ -219,13 +256,14 @@ def check_output_dir(args: PreferenceConfig) -> None:
             f"output_dir: {args.output_dir} is in use: choose another, continue that run with "
             "resume_from_checkpoint=True, or replace it with overwrite_output_dir=True"
         )
+    find_checkpoint(args, args.resume_from_checkpoint)
 
 
 def clear_output_dir(args: PreferenceConfig) -> None:
     """Remove the checkpoints and metrics that another run left."""
     path = Path(args.output_dir or ".")
     for entry in path.iterdir() if path.exists() else ():
-        if entry.is_dir() and re.fullmatch(r"checkpoint-\d+", entry.name):
+        if entry.is_dir() and _CHECKPOINT.fullmatch(entry.name):
             shutil.rmtree(entry)
         elif entry.name in (METRICS_FILE, CURVES_FILE):
             entry.unlink()

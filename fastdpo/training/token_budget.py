@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import seed_worker
 
-from fastdpo.training.data import row_list
 from fastdpo.training.dataset import RowDataset
+from fastdpo.training.report import row_list
 
 if TYPE_CHECKING:
     from fastdpo.training.config import PreferenceConfig

@@ -16,7 +16,6 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,22 +26,20 @@ from transformers.trainer_utils import TrainOutput
 
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.answer_step import with_margins
-from fastdpo.training.batch_settings import check_own_collator
+from fastdpo.training.batch_settings import check_own_collator, check_own_masks
 from fastdpo.training.batches import Batch, backbone_calls, is_filler, sequence_tokens
 from fastdpo.training.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.collate import pad_token_id
 from fastdpo.training.config import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, PreferenceConfig
-from fastdpo.training.data import row_list
 from fastdpo.training.dataset import RowDataset
-from fastdpo.training.evaluation import EvaluatingTrainer
 from fastdpo.training.largest_batch import try_before_scoring
 from fastdpo.training.layouts import choose_collator, like_length_sampler, token_budget
 from fastdpo.training.loss_state import LossState
 from fastdpo.training.metrics import MetricSums
+from fastdpo.training.model_fit import check_fit
 from fastdpo.training.models import check_trained, load_tokenizer, other_model, prepare_policy, tokenizer_of
 from fastdpo.training.offload import offloaded_activations
 from fastdpo.training.precompute import PrecomputedReference
-from fastdpo.training.progress import load_progress, save_progress
 from fastdpo.training.reference import (
     Reference,
     choose_reference,
@@ -50,13 +47,14 @@ from fastdpo.training.reference import (
     is_fresh_adapter,
     reference_model,
 )
-from fastdpo.training.reference_sync import load_reference, save_reference, sync_reference
+from fastdpo.training.reference_sync import sync_reference
+from fastdpo.training.report import row_list
+from fastdpo.training.saving import SavingTrainer
 from fastdpo.training.setup import (
     check_machine,
     check_output_dir,
     check_pairs,
     clear_output_dir,
-    find_checkpoint,
     is_unused,
     prepare_pairs,
 )
@@ -80,7 +78,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the message names the step and the rows."""
 
 
-class PreferenceTrainer(EvaluatingTrainer):
+class PreferenceTrainer(SavingTrainer):
     """Train a causal LM on preference pairs, or on what other losses take (``kinds.py``).
 
     Args:
@@ -144,9 +142,12 @@ class PreferenceTrainer(EvaluatingTrainer):
             check_trained(policy)
         ref_model = other_model("ref_model", ref_model, policy)
         teacher_model = other_model("teacher_model", teacher_model, policy)
+        self.told, self.has_ref_model = {}, ref_model is not None
         if args.learning_rate is None:
             args.learning_rate = ADAPTER_LEARNING_RATE if is_adapter_model(policy) else FULL_LEARNING_RATE
+        self._reads_reference = ref_model is None
         train_dataset = self._prepare_data(train_dataset)
+        check_own_masks(data_collator, train_dataset)
         eval_dataset = self._prepare_data(eval_dataset, may_be_many=True)
         self._has_given_reference = train_dataset is not None and train_dataset.has_reference
         kind = choose_reference(
@@ -180,7 +181,6 @@ class PreferenceTrainer(EvaluatingTrainer):
         self._set_reference(kind, ref_model, teacher_model, data_collator)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._input_tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
-        self._resume_from: str | None = None
         self.loss_state = LossState(args, self.reference, self.accelerator)
         self._eval_counts: BatchCounts | None = None
         self._eval_width: int | None = None
@@ -196,6 +196,9 @@ class PreferenceTrainer(EvaluatingTrainer):
             teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         models = [model for model in (self.model, ref_model, teacher) if model is not None]
         size = common_vocabulary(models, self._tokenizer) if self.args.needs_divergences else None
+        self._models = {"model": self.model, "ref_model": ref_model, "teacher_model": teacher}
+        for data in (self.train_dataset, self.eval_dataset):
+            check_fit(data, self._models, self.args)
         self.reference = Reference(kind, ref_model, teacher=teacher, vocab_size=size)
         pairs: Any = self.train_dataset
         self.data_collator = data_collator or choose_collator(
@@ -213,9 +216,11 @@ class PreferenceTrainer(EvaluatingTrainer):
     def _prepare_data(self, data: Any, *, may_be_many: bool = False) -> Any:
         if may_be_many and isinstance(data, Mapping):
             return {name: self._prepare_data(item) for name, item in data.items()}
-        dataset = prepare_pairs(data, self._tokenizer, self.args)
+        dataset = prepare_pairs(data, self._tokenizer, self.args, reads_reference=self._reads_reference)
         if dataset is not None:
             check_pairs(dataset, self.args)
+        if hasattr(self, "_models"):  # data that come after them
+            check_fit(dataset, self._models, self.args)
         return dataset
 
     def _with_reference(self, data: Any) -> Any:
@@ -264,11 +269,8 @@ class PreferenceTrainer(EvaluatingTrainer):
             ValueError: the output directory is in use and this run neither resumes nor overwrites it.
             NonFiniteLossError: under ``on_nonfinite_loss="stop"``.
         """
-        resume = (
-            self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        )
-        self._resume_from = find_checkpoint(self.args, resume)
-        if self._resume_from is None and not self._owns_output_dir and self.is_world_process_zero():
+        self.resumed_from = self._find_checkpoint(resume_from_checkpoint)
+        if self.resumed_from is None and not self._owns_output_dir and self.is_world_process_zero():
             check_output_dir(self.args)
             clear_output_dir(self.args)
         self._owns_output_dir = True
@@ -280,7 +282,7 @@ class PreferenceTrainer(EvaluatingTrainer):
             self.eval_dataset = self._with_reference(self.eval_dataset)
             if self._precomputed is not None:
                 self._precomputed.model_will_change()
-            output: TrainOutput = super().train(self._resume_from, trial, ignore_keys_for_eval)
+            output: TrainOutput = super().train(self.resumed_from, trial, ignore_keys_for_eval)
         return output
 
     def get_batch_samples(
@@ -369,20 +371,6 @@ class PreferenceTrainer(EvaluatingTrainer):
     def _over_ranks(self, value: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(value, reduction="sum")
         return total
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        save_progress(self, folder)
-        self.loss_state.save(folder)
-        save_reference(self, folder)
-
-    def restore_progress(self) -> None:
-        """At the start of a resumed run: the sums since the last log, the losses' state, the reference."""
-        if self._resume_from is not None:
-            load_progress(self, Path(self._resume_from))
-            self.loss_state.load(Path(self._resume_from))
-            load_reference(self, Path(self._resume_from))
 
     def step_ended(self) -> None:
         """After each optimiser step."""

@@ -105,6 +105,42 @@ def test_a_pair_makes_two_rows(tokenizer: Any):
     assert [dataset[i]["is_desirable"] for i in (0, 1)] == [1.0, 0.0] and dataset.rows.tolist() == [1, 1]
 
 
+def test_a_report_counts_rows_not_answers(tokenizer: Any):
+    """Two answers a row: 24 rows are 24 rows, of which a part may be left out."""
+    pairs = [{"prompt": f"river {i}:", "chosen": " stone", "rejected": " walk"} for i in range(24)]
+    report = encode("unpaired", pairs, tokenizer).report
+    assert (report.rows, report.kept) == (24, 24)
+    assert str(report) == "dataset: 24 of 24 rows kept, which make 48"
+    pairs[3]["rejected"], pairs[5] = "", {**pairs[5], "chosen": "", "rejected": None}
+    report = encode("unpaired", pairs, tokenizer).report
+    assert report.kept == 23 and report.skipped == {
+        "an empty completion": [4, 6],
+        "a text that is missing": [6],
+    }
+    assert "23 of 24 rows kept, which make 45" in str(report)
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+@pytest.mark.parametrize("kind", ["unpaired", "prompt-completion"])
+def test_a_pair_without_a_prompt_makes_rows_too(tokenizer: Any, kind: str, is_chat: bool):
+    """As TRL has it: what both answers share at their start is the prompt."""
+    answers = [answer("stone"), answer("walk")] if is_chat else [" stone", " walk"]
+    prompt: Any = CHAT if is_chat else "river:"
+    whole = {"chosen": prompt + answers[0], "rejected": prompt + answers[1]}
+    split = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    assert encode(kind, [whole], tokenizer).fingerprint() == encode(kind, [split], tokenizer).fingerprint()
+    assert not encode(kind, [whole], tokenizer).report.unused
+    # A row that lacks what others have says so, in the file's own words.
+    mixed = encode(kind, [split, whole], tokenizer).report if is_chat else None
+    assert mixed is None or not mixed.skipped
+    if not is_chat:
+        assert encode(kind, [split, whole], tokenizer).report.skipped == {"a text that is missing": [2]}
+    with pytest.raises(
+        ValueError, match=r"row 1: no column 'prompt': got \['completion'\]|no column 'label'"
+    ):
+        encode(kind, [{"completion": answers[0]}], tokenizer)
+
+
 MISMATCHED = {"has_mismatched": True}
 LIST = {"prompt": "river:", "completions": [" stone", " walk"], "scores": [1, 0]}
 
@@ -112,25 +148,19 @@ LIST = {"prompt": "river:", "completions": [" stone", " walk"], "scores": [1, 0]
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (
-            "listwise",
-            {"completions": None},
-            "no column 'completions': got .*wanted prompt, completions, scores",
-        ),
         ("listwise", {"completions": " stone"}, "row 2: column 'completions': got str, wanted a list"),
         ("listwise", {"completions": [" stone", answer("walk")], "scores": [1, 2]}, "wanted strings thr"),
         ("listwise", {"scores": [1]}, "row 2: column 'scores': got 1 numbers, wanted 3"),
         ("listwise", {"scores": [1, "good", 2]}, "row 2: column 'scores': got 'good', wanted a number"),
         ("listwise", {"prompt": CHAT}, "wanted strings throughout or lists of messages"),
         ("unpaired", {"label": 1}, "row 2: column 'label': got 1, wanted true or false"),
-        ("unpaired", {"completion": None}, "row 2: no column 'completion'"),
         (
             "steps",
             {"completion": " stone", "advantages": [1]},
             "column 'completion': got str, wanted a list",
         ),
         ("steps", {"completion": [" stone"], "advantages": [1, 2]}, "got 2 numbers, wanted 1"),
-        ("samples", {"win_rate": 1.5}, "row 2: column 'win_rate': got 1.5, wanted a number from 0 to 1"),
+        ("samples", {"win_rate": 1.5}, "row 2: column 'win_rate': got 1.5, wanted a number in .0, 1."),
     ],
 )
 def test_rows_of_the_wrong_shape_are_refused(tokenizer: Any, kind: str, changes: Any, message: str):
@@ -152,6 +182,11 @@ def test_a_missing_column_is_named(tokenizer: Any, kind: str):
     [
         ("unpaired", {"label": None}, "a number that is missing or not finite"),
         ("unpaired", {"completion": ""}, "an empty completion"),
+        ("unpaired", {"completion": None}, "a text that is missing"),
+        ("samples", {"prompt": None}, "a text that is missing"),
+        ("listwise", {"completions": None}, "a text that is missing"),
+        ("listwise", {"completions": [" stone", None, " walk"]}, "a text that is missing"),
+        ("ranking", {"completion": None}, "a text that is missing"),
         ("unpaired", {"prompt": ""}, "an empty prompt"),
         ("listwise", {"scores": None}, "a number that is missing or not finite"),
         ("listwise", {"scores": [1, None, 2]}, "a number that is missing or not finite"),
@@ -170,7 +205,7 @@ def test_rows_with_nothing_to_learn_are_left_out(tokenizer: Any, kind: str, chan
     rows = [GOOD[kind][0], {**GOOD[kind][0], **changes}]
     dataset = encode(kind, rows, tokenizer)
     assert dataset.report.skipped == {reason: [2]} and len(dataset) == 1
-    with pytest.raises(ValueError, match=rf"{reason} \(row 2\)"):
+    with pytest.raises(ValueError, match=rf"{reason} \(row 2"):
         encode(kind, rows, tokenizer, on_bad_row="error")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastdpo.training.columns import survey
 from fastdpo.training.data import DataReport, PreferenceDataset, read_rows, split_pairs
 from tests.training.conftest import make_rows, write_jsonl
 
@@ -100,6 +101,12 @@ def test_broken_files_name_the_row(tmp_path: Path, name: str, content: bytes, me
 def test_wrong_sources_are_refused(source: Any, message: str):
     with pytest.raises(ValueError, match=message):
         read_rows(source)
+
+
+@pytest.mark.parametrize("row", [7, "text", ["prompt"], None])
+def test_rows_in_memory_have_columns(row: Any):
+    with pytest.raises(ValueError, match=r"dataset, row 2: got \w+, wanted an object with columns"):
+        survey(read_rows([ROWS[0], row]))
 
 
 @pytest.mark.parametrize(("module", "write"), [("pyarrow.parquet", _parquet), ("datasets", _saved_dataset)])

@@ -19,8 +19,8 @@ from fastdpo.integrations.model import patch_model
 from fastdpo.testing import assert_close_to_fp64
 from fastdpo.training.batches import Batch
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.data import REF_COLUMNS
 from fastdpo.training.reference import Reference
+from fastdpo.training.row_references import REF_COLUMNS
 from fastdpo.training.step import BatchCounts, batch_loss
 from fastdpo.training.trainer import PreferenceTrainer
 from fastdpo.types import DPOLossOutput

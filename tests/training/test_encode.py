@@ -51,6 +51,7 @@ def test_eos_is_not_doubled(tokenizer: Any):
 
 def test_a_shared_start_is_the_prompt(tokenizer: Any):
     row = {"chosen": "green river quiet stone", "rejected": "green river fast"}
+    assert encode([row], tokenizer).report.found == {"prompt_shared": [1]}  # or a chance: it is said
     assert texts(encode([row], tokenizer), tokenizer) == ("green river", " quiet stone<eos>", " fast<eos>")
 
 
@@ -69,10 +70,12 @@ def test_strings_and_messages_may_be_mixed(tokenizer: Any):
 
 
 def test_template_arguments_of_a_row(make_tokenizer: Callable[..., Any]):
-    template = "{% for m in messages %}{{ tone }}{{ m['content'] }}{% endfor %}{% if tools %}never{% endif %}"
+    template = (
+        "{% for m in messages %}{{ tone }}{{ m['content'] }}#{% endfor %}{% if tools %}never{% endif %}"
+    )
     tokenizer = make_tokenizer(chat_template=template)
     row = {**CHAT, "chat_template_kwargs": {"tone": "!"}}
-    assert texts(encode([row], tokenizer), tokenizer) == ("!seed!lamp!cloud", "!ocean", "!winter")
+    assert texts(encode([row], tokenizer), tokenizer) == ("!seed#!lamp#!cloud#", "!ocean#", "!winter#")
 
 
 def test_batches_do_not_change_the_tokens(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
@@ -111,12 +114,16 @@ def test_a_token_across_the_boundary_belongs_to_the_answer(tokenizer: Any):
 
 def test_a_template_that_opens_an_unwritten_answer_otherwise(make_tokenizer: Callable[..., Any]):
     template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}#{% endfor %}"
         "{% if add_generation_prompt %}<assistant>think:{% endif %}"
     )
     tokenizer = make_tokenizer(chat_template=template)
     dataset = encode([CHAT], tokenizer)
-    assert texts(dataset, tokenizer) == ("<user>seed<assistant>lamp<user>cloud<assistant>", "ocean", "winter")
+    assert texts(dataset, tokenizer) == (
+        "<user>seed#<assistant>lamp#<user>cloud#<assistant>",
+        "ocean#",
+        "winter#",
+    )
     assert dataset.report.merged == [1]
 
 
@@ -131,8 +138,10 @@ def test_a_template_that_rewrites_the_prompt_is_refused(make_tokenizer: Callable
     [
         ({"prompt": "a", "chosen": "b"}, r"no column 'rejected'; got \['chosen', 'prompt'\]"),
         ({"prompt": "a", "completion": "b", "label": True}, "no column 'chosen'"),
-        ({"prompt": "a", "chosen": "b", "rejected": None}, "no column 'rejected'"),
-        ({"prompt": "a", "chosen": ["b"], "rejected": ["c"]}, "leave the prompt column out"),
+        (
+            {"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]},
+            "leave the prompt column out",
+        ),
         ({"prompt": [user("a")], "chosen": "b", "rejected": "c"}, "wanted strings throughout or lists"),
         ({"prompt": 7, "chosen": "b", "rejected": "c"}, "wanted strings throughout or lists"),
         ({"chosen": ["b"], "rejected": ["c"]}, "wanted a message with role and content"),
@@ -170,6 +179,10 @@ LONG = {"prompt": "river " * 9 + "river", "chosen": " stone", "rejected": " lamp
     ("row", "reason"),
     [
         ({**GOOD, "prompt": ""}, "an empty prompt"),
+        ({**GOOD, "prompt": None}, "a text that is missing"),
+        ({**GOOD, "rejected": None}, "a text that is missing"),
+        ({**CHAT, "chosen": None}, "a text that is missing"),
+        ({"chosen": "green river stone", "rejected": "green river fast"}, "a text that is missing"),
         ({**GOOD, "chosen": ""}, "an empty completion"),
         ({**GOOD, "rejected": ""}, "an empty completion"),
         ({**CHAT, "chosen": [assistant("")]}, "an empty completion"),
@@ -182,7 +195,7 @@ def test_rows_nothing_can_be_learnt_from(tokenizer: Any, row: dict[str, Any], re
     dataset = encode([GOOD, row, GOOD], tokenizer, max_length=40 if "role" in str(row) else 10)
     assert dataset.report.skipped == {reason: [2]}
     assert dataset.rows.tolist() == [1, 3]
-    assert f"skipped 1 with {reason} (row 2)" in str(dataset.report)
+    assert f"skipped 1 with {reason} (row 2" in str(dataset.report)
     with pytest.raises(ValueError, match=f"{reason} .row 2"):
         encode([GOOD, row], tokenizer, max_length=40 if "role" in str(row) else 10, on_bad_row="error")
 
@@ -246,12 +259,13 @@ def test_answers_that_truncation_makes_equal_are_counted(tokenizer: Any):
 
 def test_numbers_of_a_pair(tokenizer: Any):
     rows = [{**GOOD, "gap": 1.5}, {**GOOD, "gap": float("nan")}, {**GOOD, "gap": 2}]
+    rows += [{**GOOD, "gap": None}, {**GOOD, "gap": 10**400}]
     dataset = encode(rows, tokenizer, columns={"margin": "gap"})
     assert dataset.columns["margin"].tolist() == [1.5, 2.0]
-    assert dataset.report.skipped == {"a number that is not finite": [2]}
+    assert dataset.report.skipped == {"a number that is missing or not finite": [2, 4, 5]}
 
 
-@pytest.mark.parametrize("value", [None, "much", True])
+@pytest.mark.parametrize("value", ["much", True])
 def test_a_column_without_a_number_names_the_row(tokenizer: Any, value: Any):
     with pytest.raises(ValueError, match=r"row 1: column 'gap': got .*, wanted a number"):
         encode([{**GOOD, "gap": value}], tokenizer, columns={"margin": "gap"})

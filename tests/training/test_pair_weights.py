@@ -19,10 +19,10 @@ from fastdpo.training.arguments import parse_train
 from fastdpo.training.batches import bounds_of, completion_mask, first_pairs
 from fastdpo.training.collate import PreferenceCollator
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.data import LD_COLUMN, REF_COLUMNS
 from fastdpo.training.pair_tokens import spread_sums
 from fastdpo.training.reference import Reference
 from fastdpo.training.row_collate import RowCollator
+from fastdpo.training.row_references import LD_COLUMN, REF_COLUMNS
 from fastdpo.training.trainer import PreferenceTrainer
 from tests.cli_cases import model_dir  # noqa: F401  (a fixture)
 from tests.integrations.tiny import make_model
@@ -269,10 +269,9 @@ def test_a_reference_weighted_otherwise_is_refused(make_args: MakeArgs, tokenize
     sums = [{**row, REF_COLUMNS[0]: -1.0, REF_COLUMNS[1]: -2.0} for row in make_rows(4)]
     weighted = [{**row, LD_COLUMN: ALPHA} for row in sums]
     for rows, alpha, got in ((sums, ALPHA, "None"), (weighted, None, "0.3"), (weighted, 0.5, "0.3")):
-        for kind in ("auto", "precomputed"):
-            with pytest.raises(ValueError, match=f"made with ld_alpha={got}, wanted {alpha}"):
-                made_trainer(make_args(ld_alpha=alpha, reference=kind), tokenizer, rows=rows)
-    trainer = made_trainer(make_args(ld_alpha=ALPHA), tokenizer, rows=weighted)
+        with pytest.raises(ValueError, match=f"made with ld_alpha={got}, wanted {alpha}"):
+            made_trainer(make_args(ld_alpha=alpha, reference="precomputed"), tokenizer, rows=rows)
+    trainer = made_trainer(make_args(ld_alpha=ALPHA, reference="precomputed"), tokenizer, rows=weighted)
     assert trainer.reference.kind == "precomputed"
     again = made_trainer(make_args(ld_alpha=ALPHA), tokenizer, rows=trainer.train_dataset)
     assert again.reference.kind == "precomputed"
@@ -343,9 +342,14 @@ def test_scored_rows_say_how_they_were_weighted(model_dir: Path, tmp_path: Path)
     ]
     assert main(["score", *words, "--dataset", str(data), "--ld_alpha", "0.5", "--output", str(scored)]) == 0
     assert [json.loads(line)[LD_COLUMN] for line in scored.read_text().splitlines()] == [0.5] * 4
+    # Scoring again is of this run's own settings, whatever the rows have already.
     again = ["score", *words, "--dataset", str(scored), "--output", str(tmp_path / "again.jsonl")]
-    assert main(again) == main([*again, "--ld_alpha", "0.4"]) == 2
-    assert main([*again, "--ld_alpha", "0.5"]) == 0
+    for alpha in ([], ["--ld_alpha", "0.4"], ["--ld_alpha", "0.5"]):
+        assert main([*again, *alpha]) == 0
+        written = [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()]
+        wanted = pytest.approx(float(alpha[1])) if alpha else None  # in fp32
+        assert all(row.get(LD_COLUMN) == wanted for row in written)
+    assert written == [json.loads(line) for line in scored.read_text().splitlines()]
     assert main(["train", *words, "--dataset", str(scored), "--ld_alpha", "0.5"]) == 0
     assert main(["train", *words, "--dataset", str(scored), "--overwrite_output_dir"]) == 2
 

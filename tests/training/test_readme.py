@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -51,6 +52,21 @@ def test_python_examples_run(index: int, folder: Path, capsys: pytest.CaptureFix
         unpatch_trl()
     if index == 0:
         assert capsys.readouterr().out.split()[0].startswith("0.69314")
+
+
+def test_the_hook_example_scores_no_padding(
+    folder: Path, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+) -> None:
+    """Whatever side the model's tokenizer pads: each sentence has the log-probability that it has alone."""
+    make_tokenizer(padding_side="left").save_pretrained(folder / "my-model")
+    names: dict[str, Any] = {}
+    exec(compile(blocks("python")[1], "README.md, example 2", "exec"), names)
+    tokenizer, model = names["tokenizer"], fastdpo.patch_model(names["model"])
+    assert tokenizer.padding_side == "left" and int((names["batch"]["attention_mask"] == 0).sum()) > 0
+    for sentence, found in (("The sky is blue.", "chosen"), ("The sky is green.", "rejected")):
+        alone = tokenizer(sentence, return_tensors="pt")
+        wanted = model(**alone, labels=alone["input_ids"], return_logps=True).logps.sum()
+        assert names[found].item() == pytest.approx(wanted.item(), abs=1e-4)
 
 
 def test_the_shell_example_runs(folder: Path) -> None:

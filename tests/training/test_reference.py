@@ -13,9 +13,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 
 from fastdpo.training import precompute
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.data import REF_COLUMNS
 from fastdpo.training.reference import Reference, is_fresh_adapter
 from fastdpo.training.reference_cache import ReferenceCache, cache_key, fingerprint_model
+from fastdpo.training.row_references import REF_COLUMNS
 from fastdpo.training.scoring import score_dataset, sequence_logps
 from fastdpo.training.trainer import PreferenceTrainer
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
@@ -79,7 +79,11 @@ def test_what_auto_chooses(make_args: MakeArgs, tokenizer: Any):
     assert kind(tiny_llama()) == "copy"
     assert kind(tiny_llama(), peft_config=lora()) == "adapter"
     assert kind(trained_adapter()) == "precomputed"
-    assert kind(tiny_llama(), scored) == "precomputed"
+    # Of which tokens they are is not said: nobody takes them for what they may not be.
+    with pytest.raises(ValueError, match=r"do not say of which tokens \(no column 'ref_of'\).*'precomputed'"):
+        kind(tiny_llama(), scored)
+    assert kind(tiny_llama(), scored, reference="precomputed") == "precomputed"
+    assert kind(tiny_llama(), scored, ref_model=tiny_llama(1)) == "copy"
     assert kind(tiny_llama(), ref_model=tiny_llama(1)) == "copy"
     assert kind(tiny_llama(), loss_type="simpo") == "none"
 
@@ -224,12 +228,16 @@ def test_new_data_after_training(make_args: MakeArgs, tokenizer: Any, scorings: 
 
 
 def test_reference_columns_of_the_data_are_taken_as_they_are(
-    make_args: MakeArgs, tokenizer: Any, scorings: list[int]
+    make_args: MakeArgs, tokenizer: Any, scorings: list[int], caplog: pytest.LogCaptureFixture
 ):
     rows = [{**row, "ref_chosen_logps": -7.0, "ref_rejected_logps": -8.0} for row in make_rows(4)]
     trainer = PreferenceTrainer(
-        tiny_llama(), make_args(beta=1.0), train_dataset=rows, processing_class=tokenizer
+        tiny_llama(),
+        make_args(beta=1.0, reference="precomputed"),
+        train_dataset=rows,
+        processing_class=tokenizer,
     )
+    assert "taken on trust" in caplog.text
     metrics = trainer.evaluate(rows)
     assert metrics["eval_rewards/chosen"] == pytest.approx(metrics["eval_logps/chosen"] + 7, abs=1e-5)
     assert metrics["eval_rewards/rejected"] == pytest.approx(metrics["eval_logps/rejected"] + 8, abs=1e-5)

@@ -13,9 +13,9 @@ import torch
 from fastdpo.training import reference_shards, scoring
 from fastdpo.training.answers import Ragged
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.data import REF_COLUMNS
 from fastdpo.training.precompute import PrecomputedReference
 from fastdpo.training.reference_shards import ScoreShards
+from fastdpo.training.row_references import REF_COLUMNS
 from fastdpo.training.trainer import PreferenceTrainer
 from tests.training.conftest import tiny_llama
 from tests.training.ddp_run import answers, pairs

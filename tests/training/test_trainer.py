@@ -357,7 +357,7 @@ def test_sixteen_bit_weights_are_warned_about(
 def test_unusable_rows_are_counted_in_the_log(
     make_args: MakeArgs, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ):
-    rows = [*make_rows(3), {"prompt": "a", "chosen": "", "rejected": "b"}]
+    rows = [*make_rows(9), {"prompt": "a", "chosen": "", "rejected": "b"}]
     trainer = PreferenceTrainer(tiny_llama(), make_args(), train_dataset=rows, processing_class=tokenizer)
-    assert len(trainer.train_dataset) == 3
-    assert "skipped 1 with an empty completion (row 4)" in caplog.text
+    assert len(trainer.train_dataset) == 9
+    assert "skipped 1 with an empty completion (row 10)" in caplog.text

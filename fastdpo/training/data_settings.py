@@ -1,0 +1,106 @@
+"""Settings of the data: which columns, which rows, which tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastdpo.training.checks import may_stay
+from fastdpo.training.columns import ROW_COLUMNS
+
+if TYPE_CHECKING:
+    from fastdpo.training.config import PreferenceConfig
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+def _column(what: str) -> Any:
+    return field(default=None, metadata=_help(f"Column to read {what} from, in place of one of that name."))
+
+
+@dataclass
+class DataSettings:
+    """What ``PreferenceConfig`` says of the data."""
+
+    max_length: int | None = field(
+        default=1024, metadata=_help("Longest prompt + answer, in tokens; 0 for no limit.")
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata=_help(
+            "What happens to what is too long: keep_start cuts the answer's end, keep_end the prompt's "
+            "start, skip leaves the row out."
+        ),
+    )
+    on_bad_row: str = field(
+        default="skip",
+        metadata=_help(
+            "Rows nothing can be learnt from (empty, identical, too long): skip and count, or error."
+        ),
+    )
+    beta_column: str | None = field(default=None, metadata=_help("Column with a beta per pair."))
+    margin_column: str | None = field(default=None, metadata=_help("Column with a margin per pair."))
+    pair_weight_column: str | None = field(default=None, metadata=_help("Column with a weight per pair."))
+    soft_label_column: str | None = field(
+        default=None, metadata=_help("Column with the probability that chosen is the better answer.")
+    )
+    reward_gap_column: str | None = field(
+        default=None, metadata=_help("Column with the chosen answer's reward less the rejected one's.")
+    )
+    chosen_win_rate_column: str | None = field(default=None, metadata=_help("Column with SPPO's win rate."))
+    rejected_win_rate_column: str | None = field(default=None, metadata=_help("The same of the rejected."))
+    assistant_only: bool = field(
+        default=True,
+        metadata=_help(
+            "Score only the assistant's turns of answers that are messages of several turns: those that the "
+            "chat template marks as its generation, or what they add to the text before. False: all turns."
+        ),
+    )
+    allow_bad_rows: list[str] | None = field(
+        default=None,
+        metadata=_help(f"Checks whose rows are trained on all the same: some of {', '.join(may_stay())}."),
+    )
+    max_bad_rows: float = field(
+        default=0.1,
+        metadata=_help("Share of the rows that may be left out before the run is refused; 1 for any."),
+    )
+    ignore_columns: list[str] | None = field(
+        default=None, metadata=_help("Columns to read as if they were not there.")
+    )
+    prompt_column: str | None = _column("the prompt")
+    chosen_column: str | None = _column("the chosen answer")
+    rejected_column: str | None = _column("the rejected answer")
+    completion_column: str | None = _column("the completion")
+    completions_column: str | None = _column("the completions")
+    label_column: str | None = _column("the label")
+    scores_column: str | None = _column("the scores")
+    ranks_column: str | None = _column("the ranks")
+    advantages_column: str | None = _column("the advantages")
+    win_rate_column: str | None = _column("the win rate")
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """Names of what a row holds -> the columns that the settings give them."""
+        given = {name: getattr(self, f"{name}_column") for name in ROW_COLUMNS}
+        return {name: column for name, column in given.items() if column is not None}
+
+
+def check_data_settings(args: PreferenceConfig) -> None:
+    """Raise ValueError for a setting of the data out of range, or of columns that the losses do not read."""
+    if not 0 <= args.max_bad_rows <= 1:
+        raise ValueError(f"max_bad_rows: got {args.max_bad_rows!r}, wanted a number from 0 to 1")
+    for name in args.allow_bad_rows or ():
+        if name not in may_stay():
+            raise ValueError(f"allow_bad_rows: got {name!r}, wanted some of {', '.join(may_stay())}")
+    kind = args.data_kind
+    read = ("prompt", "chosen", "rejected") if kind is None else kind.columns
+    if kind is not None and kind.name in ("unpaired", "prompt-completion"):
+        read = (*read, "chosen", "rejected")
+    if "scores" in read:
+        read = (*read, "ranks")
+    for name in args.column_names:
+        if name not in read:
+            losses = ", ".join(args.loss_type)
+            raise ValueError(f"{name}_column: got a value with {losses}, which reads {', '.join(read)}")
