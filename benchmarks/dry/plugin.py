@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.dry.claims import Claims
 from benchmarks.dry.device import CARDS, Card, Pretence
-from benchmarks.dry.extension import stand_in_for_extension
+from benchmarks.dry.ours import prepare
 from benchmarks.dry.launches import Launches
 
 
@@ -36,7 +36,7 @@ class _DryRun:
         self._claims.install()
         self._pretence.__enter__()
         self._launches.install(self._pretence)
-        stand_in_for_extension(self._pretence)
+        prepare(self._pretence)
         self._skip_walks()
 
     def _skip_walks(self) -> None:

@@ -1,0 +1,28 @@
+"""What of fastdpo has to be told that a dry run's tensors are a GPU's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.dry.device import Pretence
+from benchmarks.dry.tensor import Hollow
+
+
+def prepare(pretence: Pretence) -> None:
+    """Until the pretence ends: compiled CUDA kernels are launched into nothing, where they are built."""
+    from fastdpo.kernels import native
+    from fastdpo.ops import scaling
+
+    # Which takes other classes for a compiler's.
+    pretence.replace(scaling, "Tensor", Hollow)
+    major, minor = pretence.card.capability
+    answers = {"cuda_probe": (0, "", 10 * major + minor), "cuda_driver_version": 13000}
+
+    def stand_in(name: str) -> Any:
+        if name in answers:
+            return lambda *args: answers[name]
+        return lambda *args: pretence.mode.launch(name)
+
+    for name in () if native._C is None else dir(native._C):
+        if name.startswith("cuda_") and callable(getattr(native._C, name)):
+            pretence.replace(native._C, name, stand_in(name))
