@@ -55,37 +55,21 @@ test-llama-factory: $(LLAMA_FACTORY)/.ready  ## patch_llama_factory, and patch_t
 	OMP_NUM_THREADS=1 $(LLAMA_FACTORY)/bin/python -m pytest tests/integrations/test_llama_factory.py \
 	  tests/integrations/test_trl_0_24*.py
 
-# Uses the active Python with what it has, no .venv and no network: GPU images bring their own torch. A failed test does
-# not keep the measurements from being made (each is checked before it is timed); it does fail the verb. Without nvcc, or
-# where it fails, all else is run, and the CUDA contenders show the reason.
-#   make gpu                            # the build, the tests, all parts of the benchmarks, their tables and plots
-#   make gpu PART=tests                 # the build and the tests
-#   make gpu PART=3 RESULTS=DIR         # the build and one part, of 1 to 7, within 540 s from now; into a folder
+# Uses the active Python with what it has, no .venv and no network: GPU images bring their own torch. All of it is
+# `python -m benchmarks.gpu`, which needs no make. A failed test does not keep the measurements from being made (each
+# is checked before it is timed); it does fail the verb. Without nvcc, or where it fails, all else is run, and the
+# CUDA contenders show the reason.
+#   make gpu                            # all parts: kernels compiled, tests, suites, and their tables and plots
+#   make gpu PART=compile               # one part, within 540 s: compile, tests-op, tests-kernels, tests-others, 1 to 7
+#   make gpu PART=3 RESULTS=DIR         # into a folder; the same command again goes on with what is left
+#   make gpu DRY=1                      # without a GPU: every test and case on one that is not there
 #   FASTDPO_COMMIT=$(git rev-parse HEAD) make gpu ...     # on a machine that gets a copy without .git
 PART ?=
-RESULTS ?= benchmarks/results
-gpu:  ## on a machine with a GPU: build the CUDA kernels, run tests/gpu, run the benchmarks (PART=tests, 1 to 7; RESULTS=DIR)
-	@case '$(PART)' in ''|tests|[1-7]) ;; \
-	  *) echo "make gpu: PART: got '$(PART)', wanted tests, or a number from 1 to 7, or nothing for all" >&2; exit 2;; esac
-	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null \
-	  || { echo "make gpu: $(PYTHON) has no torch that sees a CUDA GPU; nothing was run" >&2; exit 1; }
-	@begun=$$(date +%s); status=0; part='$(PART)'; \
-	$(PYTHON) setup.py --quiet build_ext --inplace || status=$$?; \
-	without=$$($(PYTHON) -c 'from fastdpo.kernels import cuda; print(cuda.unavailable_reason() or "")') || status=$$?; \
-	if [ -n "$$without" ]; then echo "make gpu: WITHOUT THE CUDA BACKEND: $$without" >&2; fi; \
-	case "$$part" in ''|tests) \
-	  $(PYTHON) -m pytest -m gpu tests/gpu tests/kernels/test_rows.py tests/kernels/test_sequence.py \
-	    tests/kernels/test_lean_kernel.py || status=$$?;; esac; \
-	case "$$part" in \
-	  '') $(PYTHON) -m benchmarks.gpu --results '$(RESULTS)' || status=$$?;; \
-	  [1-7]) $(PYTHON) -m benchmarks.gpu --results '$(RESULTS)' --part "$$part" --begun "$$begun" || status=$$?;; esac; \
-	case "$$part" in tests) ;; *) \
-	  case '$(RESULTS)' in \
-	    benchmarks/results) $(PYTHON) -m benchmarks.tables;; \
-	    *) $(PYTHON) -m benchmarks.tables --results '$(RESULTS)' --page '$(RESULTS)';; \
-	  esac || echo "make gpu: not all tables and plots were written; \`make tables\` writes them where matplotlib is" >&2;; esac; \
-	if [ -n "$$without" ]; then echo "make gpu: was run WITHOUT THE CUDA BACKEND: $$without" >&2; fi; \
-	exit $$status
+RESULTS ?=
+DRY ?=
+gpu:  ## on a machine with a GPU: compile the kernels, run the tests and the benchmarks (PART=..., RESULTS=DIR; DRY=1: without one)
+	@$(if $(DRY),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON)) -m benchmarks.gpu \
+	  $(if $(PART),--part '$(PART)') $(if $(RESULTS),--results '$(RESULTS)') $(if $(DRY),--dry)
 
 demo: setup  ## train a small model with DPO on the spot
 	$(BIN)/python examples/demo.py

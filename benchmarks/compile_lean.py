@@ -109,7 +109,9 @@ def _compile_slab(name: str, case: SlabCase, arch: int) -> CompiledKernel:
         transform = LogitTransform(torch.empty(2 * case.columns), scale=-0.5, softcap=30.0, temperature=0.7)
     coeffs, entropy = (torch.empty(3, 2), torch.empty(2)) if case.has_coeffs else (None, None)
     labels = torch.zeros(2, dtype=torch.int64)
-    launch = backend.plan_launch(logits, labels, torch.empty(2), transform, 64, d, coeffs, entropy)
+    launch = backend.plan_launch(
+        logits, labels, torch.empty(2), torch.empty(2), transform, 64, d, coeffs, entropy
+    )
     kernel = backend._slab_kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
     facts = {"barriers": len(re.findall(r"\w+\.barrier\b", kernel.asm["ttir"]))}  # written out
     return report("slab", name, kernel, arch, launch.options["num_warps"], writes_d=True, facts=facts)

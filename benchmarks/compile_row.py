@@ -69,6 +69,13 @@ def held_d(vocab: int, dtype: torch.dtype) -> Tensor:
     return empty_d(call, 2)
 
 
+def _tiles_carried(ttir: str) -> int:
+    """Tiles that the loop of pass two hands from step to step; 0 where there is no such loop."""
+    loops = re.findall(r"scf\.for.*?iter_args\(.*?\) -> \((.*?)\)", ttir)
+    types = [loop.split(", ") for loop in loops]
+    return next((len(each) for each in types if len(set(each)) == 1), 0)
+
+
 def compile_all(arch: int) -> list[CompiledKernel]:
     return [_compile(name, case, arch) for name, case in CASES.items()]
 
@@ -110,6 +117,7 @@ def _compile(name: str, case: CompileCase, arch: int) -> CompiledKernel:
     facts = {
         # As many as the registers it may use are meant to leave room for.
         "blocks_per_sm": 128 // launch.options["maxnreg"],
+        "tiles_carried": _tiles_carried(kernel.asm["ttir"]),
         "tile_stores": len(re.findall(r"tt\.store .*tensor<", kernel.asm["ttir"])),
         "barriers": len(re.findall(r"\w+\.barrier\b", kernel.asm["ttir"])),  # written out
         "reductions": find_reductions(kernel.asm["ttgir"]),

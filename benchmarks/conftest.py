@@ -14,6 +14,7 @@ that does not run here is skipped with the reason. Neither is timed.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ from benchmarks.sizes import (
     step_sizes,
 )
 from benchmarks.suites import step_names
+from benchmarks.timing import Ahead, Stamp
 
 FLOOR = "gemm"
 BY_NAME = {method.name: method for method in METHODS}
@@ -139,15 +141,39 @@ def accepted(name: str, found: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def synchronised(run: Callable[..., object], device: torch.device) -> Callable[..., None]:
-    """A GPU's work ends when it is waited for; pytest-benchmark reads a clock of the host."""
+def timed(
+    benchmark: Any,
+    run: Callable[..., object],
+    device: torch.device,
+    *,
+    setup: Callable[[], tuple[Any, ...] | None] | None = None,
+    rounds: int = 1,
+    warmup_rounds: int = 0,
+) -> None:
+    """``benchmark.pedantic``; on a GPU behind a spin and by the device's own clock (`benchmarks.timing`).
 
-    def whole(*args: Any) -> None:
-        run(*args)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    Args:
+        setup: runs before each round, untimed; gives the arguments of ``run``, or None for none.
+    """
+    ahead = Ahead(run, device) if device.type == "cuda" else None
 
-    return whole
+    def begin() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args = (setup() if setup is not None else None) or ()
+        if ahead is not None:
+            ahead.begin()
+        return args, {}
+
+    target = run if ahead is None else ahead.run
+    benchmark.pedantic(target, setup=begin, rounds=rounds, warmup_rounds=warmup_rounds)
+    if ahead is not None:
+        benchmark.extra_info["host_ms"] = statistics.median(ahead.host_ms[warmup_rounds:])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU its clock is the one that is read."""
+    if device_of(config).type == "cuda":
+        for item in items:
+            item.add_marker(pytest.mark.benchmark(timer=Stamp))
 
 
 @pytest.fixture

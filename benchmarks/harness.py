@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's description, interleaved timing, peak memory."""
+"""What every benchmark shares: the machine's description, peak memory, what a list of times says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import os
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -31,7 +30,6 @@ SMI_QUERY = (
     "driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,"
     "clocks_event_reasons.active"
 )
-MIN_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -131,68 +129,6 @@ def _cpu_model() -> str | None:
 def smi() -> str | None:
     """Driver, clocks, power state and temperature as they are now; None without ``nvidia-smi``."""
     return _command("nvidia-smi", f"--query-gpu={SMI_QUERY}", "--format=csv,noheader")
-
-
-def time_interleaved(
-    contenders: list[Contender],
-    device: torch.device,
-    *,
-    repeats: int = 20,
-    warmup: int = 3,
-    seconds: float | None = None,
-    failed: dict[str, str] | None = None,
-) -> dict[str, list[float]]:
-    """Milliseconds of every run of every contender; they take turns, so that drift hits all alike.
-
-    Args:
-        repeats: runs of each contender.
-        warmup: runs before, which do not count.
-        seconds: about how long all of it may take; then fewer repeats, but ``MIN_REPEATS`` at least.
-        failed: where the reason of a contender that raises, or runs out of memory, is put; it alone is out
-            of the turns then. None: it raises.
-
-    Returns:
-        Samples by name, of those that ran to the end.
-
-    Raises:
-        DeviceLost: after an error the device answers no more.
-    """
-    samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    start, round_ = time.perf_counter(), 0
-    while round_ < warmup + repeats and samples:
-        for contender in [contender for contender in contenders if contender.name in samples]:
-            reason = None
-            try:
-                if contender.prepare is not None:
-                    contender.prepare()
-                elapsed = _time_once(contender.run, device)
-            except Exception as error:
-                if failed is None:
-                    raise
-                reason = f"raised while it was timed: {why(error)}"
-            if reason is not None and failed is not None:
-                failed[contender.name] = reason
-                del samples[contender.name]
-                recover(device, contender.name, reason)
-            elif round_ >= warmup:
-                samples[contender.name].append(elapsed)
-        round_ += 1
-        if seconds is not None and time.perf_counter() - start > seconds:
-            repeats = min(repeats, max(round_ - warmup, min(MIN_REPEATS, repeats)))
-    return samples
-
-
-def _time_once(run: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) * 1e3
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:

@@ -18,6 +18,8 @@ TARGET_TOKENS = {"score": 16384, "stash": 16384, "cache": 4096, "pairs": 16384}
 GPU_MODELS = ("llama-3-8b", "qwen2.5-7b", "gemma-2-9b")
 # DESIGN section 6: how many times faster than a peer, on the same tokens of the first model at N = 16384.
 PEER_TARGETS = (
+    ("unsloth", "stash", 1.0),
+    ("unsloth", "pairs", 1.2),
     ("trl", "stash", 1.45),
     ("trl", "pairs", 1.3),
     ("liger-dpo", "pairs-frozen", 1.2),

@@ -22,13 +22,13 @@ from benchmarks.harness import (
     recover,
     smi,
     summarise,
-    time_interleaved,
     why,
 )
 from benchmarks.method import Method
 from benchmarks.ours import OURS
 from benchmarks.peers import PEERS
 from benchmarks.problem import PASSES, HeadProblem, Size, Wrong
+from benchmarks.timing import of_host, time_interleaved
 
 METHODS: tuple[Method, ...] = (*OURS, *PEERS)
 EQUAL = "tokens, labels, dtypes, task (forward and backward), device, taking turns"
@@ -110,10 +110,11 @@ def bench_task(
         cells.pop(name, None)
     if "gemm" in samples:
         cells["gemm"] = {"rows": "labelled", "what": "the products alone"}
-    for name, values in samples.items():
-        cells[name] |= {**summarise(values), "samples_ms": values}
-        if "gemm" in samples:
-            cells[name]["ratio_to_gemm"] = cells[name]["median_ms"] / summarise(samples["gemm"])["median_ms"]
+    for name, found in samples.items():
+        values = [sample.ms for sample in found]
+        cells[name] |= {**summarise(values), **of_host(found, problem.device), "samples_ms": values}
+    for name in samples if "gemm" in samples else ():
+        cells[name]["ratio_to_gemm"] = cells[name]["median_ms"] / cells["gemm"]["median_ms"]
     return {**result, "smi": [before, after]}
 
 

@@ -17,7 +17,7 @@ from benchmarks.sizes import IGNORED_PERCENT
 # What README shows, of the model and N of the targets; the page shows all.
 TASKS = ("stash", "pairs")
 NUM_TOKENS = 16384
-EXPECTED = {"stash": ("trl", "torch"), "pairs": ("trl", "liger-dpo", "torch")}
+EXPECTED = {"stash": ("unsloth", "trl", "torch"), "pairs": ("unsloth", "trl", "liger-dpo", "torch")}
 INTRO = (
     "Over the share of labels that are ignored (prompt and padding), at the same N: ours in ms, the others' "
     "times as multiples of it. Who projects all rows is expected to grow as *all rows / labelled rows* does."

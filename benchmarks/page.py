@@ -24,6 +24,8 @@ def document(results: Sequence[Result]) -> str:
         "loop, in which plain matrix products of the task are the floor. Equal for all: tokens, labels, "
         "dtypes, and the task, forward and backward. What is not equal is which rows are projected: those "
         "with a label (*labelled*), or all.",
+        "On a GPU a time is the device's own, which a spin keeps busy until the host has launched what is "
+        "timed; *host* is how long the host took.",
         "*+-* is what two medians of one version may differ by, with some 90 % confidence; "
         "`make bench-repeat` runs suites twice and tells whether they do agree within it.",
         "| task | what it gives |\n|---|---|\n"
@@ -132,6 +134,8 @@ def _time(cell: Result) -> str:
         text += f", {cell['gb_per_s']:.0f} GB/s"
     if "useful_tokens_per_s" in cell:
         text += f", {cell['useful_tokens_per_s']:.0f} tokens/s"
+    if "host_ms" in cell:
+        text += f", host {cell['host_ms']:.2g} ms"
     text += _peak(cell, ", ")
     for name in ("logps_error_nats", "loss_error_nats"):
         if name in cell:

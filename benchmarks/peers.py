@@ -8,8 +8,10 @@ not installed, or does not run on a machine, is listed with the reason.
 from __future__ import annotations
 
 import importlib
+import os
+import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from benchmarks.problem import BETA, IGNORED, OF_PAIRS, WITH_DWEIGHT, HeadProble
 
 # Bytes a logit of a graph over full logits: 16-bit logits, their fp32 copy, log-softmax and its gradient.
 FULL_LOGITS = {2: 14, 4: 16, 8: 32}
+HALF = (torch.bfloat16, torch.float16)
+CUTE_OPERATION = "_linear_cross_entropy_batch_chunked"
 
 
 def _torch_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -61,6 +65,17 @@ def _torch_fused(problem: HeadProblem, task: str) -> Outcome:
     if task == "ce":
         return _mean_loss(problem, lambda h, w: run(h, w, "mean"))
     return problem.compose(task, lambda h, w: -run(h, w, "none")[problem.index])
+
+
+def _torch_fused_cute(problem: HeadProblem, task: str) -> Outcome:
+    from torch.nn import LinearCrossEntropyOptions
+
+    # What its kernel is for: fp32 sums, and no second fp32 dweight.
+    options = LinearCrossEntropyOptions(acc_policy="compact", acc_dtype=torch.float32)
+    return _mean_loss(
+        problem,
+        lambda h, w: F.linear_cross_entropy(h, w, problem.labels, ignore_index=IGNORED, options=options),
+    )
 
 
 def _trl(problem: HeadProblem, task: str) -> Outcome:
@@ -107,6 +122,51 @@ def _liger_scaled(problem: HeadProblem, task: str) -> Outcome:
     )
 
 
+def _liger_cute(problem: HeadProblem, task: str) -> Outcome:
+    """A vocabulary in one piece: the tensor-parallel kernel on a process group of this process alone."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+        LigerFusedLinearScaledCrossEntropyTPFunction as Function,
+    )
+
+    group = _configured_for(problem.size, problem.device)
+    return problem.compose(
+        task, lambda h, w: -Function.apply(h, w, problem.labels, group, 1.0, IGNORED)[problem.index]
+    )
+
+
+@lru_cache(maxsize=1)
+def _configured_for(size: Size, device: torch.device) -> Any:
+    """The process group, with the library's buffers for a size: they do not grow, but are made anew."""
+    import torch.distributed as dist
+    from liger_cute_kernels import nvshmem
+    from liger_kernel.ops.configure import FusedLinearCrossEntropyConfig, configure
+
+    if dist.is_initialized():
+        torch.cuda.synchronize(device)
+        nvshmem.pool_clear_all()
+    else:
+        dist.init_process_group("nccl", device_id=device)
+    group = dist.group.WORLD
+    capacity = FusedLinearCrossEntropyConfig(size.num_tokens, size.hidden_size, size.vocab_size, group="tp")
+    if not configure(process_groups={"tp": group}, bootstrap_group=group, device=device, flsce=capacity):
+        raise RuntimeError("liger-cute-kernels does not take this GPU: what would run is Liger's fallback")
+    return group
+
+
+def _unsloth(problem: HeadProblem, task: str) -> Outcome:
+    """Called as Unsloth's trainers do; what has no label it leaves out by itself."""
+    from unsloth_zoo.fused_losses.fused_linear import fused_linear_cross_entropy, fused_linear_logprobs
+
+    if task == "ce":
+        return _mean_loss(
+            problem,
+            lambda h, w: fused_linear_cross_entropy(
+                h, w, None, problem.labels, divisor=problem.size.num_labelled, ignore_index=IGNORED
+            ),
+        )
+    return problem.compose(task, lambda h, w: fused_linear_logprobs(h, w, problem.labels)[problem.index])
+
+
 def _cce(filter_eps: str | None) -> Callable[[HeadProblem, str], Outcome]:
     def run(problem: HeadProblem, task: str) -> Outcome:
         from cut_cross_entropy import linear_cross_entropy
@@ -143,19 +203,20 @@ def _needs(
     *modules: str,
     package: str | None = None,
     is_gpu_only: bool = False,
-    capability: tuple[int, int] | None = None,
-    is_16_bit_only: bool = False,
+    capabilities: tuple[tuple[int, int], ...] = (),
+    dtypes: tuple[torch.dtype, ...] = (),
 ) -> Callable[[torch.device, torch.dtype], str | None]:
     """A test for what a peer needs; it imports, because a module that is there may still not load."""
 
     def reason(device: torch.device, dtype: torch.dtype) -> str | None:
         if is_gpu_only and device.type != "cuda":
             return "runs on CUDA GPUs only"
-        if capability is not None and torch.cuda.get_device_capability(device) != capability:
-            found = torch.cuda.get_device_capability(device)
-            return f"its kernel is for compute capability {capability}, this GPU has {found}"
-        if is_16_bit_only and dtype.itemsize != 2:
-            return f"takes bf16 and fp16 only, not {str(dtype).removeprefix('torch.')}"
+        if capabilities and (found := torch.cuda.get_device_capability(device)) not in capabilities:
+            wanted = " or ".join(map(str, capabilities))
+            return f"its kernel is for compute capability {wanted}, this GPU has {found}"
+        if dtypes and dtype not in dtypes:
+            taken = " and ".join(str(each).removeprefix("torch.") for each in dtypes)
+            return f"takes {taken} only, not {str(dtype).removeprefix('torch.')}"
         for module in modules:
             try:
                 importlib.import_module(module)
@@ -175,6 +236,41 @@ def _torch_fused_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"torch {torch.__version__} has no chunked torch.nn.functional.linear_cross_entropy"
 
 
+def _torch_cute_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    if (reason := _needs(is_gpu_only=True, dtypes=HALF)(device, dtype)) is not None:
+        return reason
+    if (found := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"its kernel is for compute capability (8, 0) and newer, this GPU has {found}"
+    if torch.__version__ < (2, 15):
+        return f"torch {torch.__version__} has no row kernel in CuTe for linear_cross_entropy; torch 2.15 has"
+    if CUTE_OPERATION not in torch.backends.python_native.get_dsl_operations("cutedsl", "torch_nn"):
+        return (
+            "torch has not taken its row kernel in CuTe: it wants nvidia-cutlass-dsl (4.6.2, 4.7.1 or 4.8.0 "
+            "for torch 2.15) and apache-tvm-ffi"
+        )
+    return None
+
+
+def _unsloth_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    # Its import replaces the heads of transformers' models too, which suite `step` times, and writes its own
+    # source into the current folder, which may be this checkout: its switches for both.
+    os.environ.setdefault("UNSLOTH_FUSED_FORWARD", "0")
+    os.environ.setdefault(
+        "UNSLOTH_COMPILE_LOCATION", os.path.join(tempfile.gettempdir(), f"unsloth-{os.getpid()}")
+    )
+    return _needs("unsloth_zoo.fused_losses.fused_linear", package="unsloth==2026.10.9")(device, dtype)
+
+
+def _liger_cute_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    reason = _needs(
+        "liger_cute_kernels", "liger_kernel.ops.configure", package="liger-cute-kernels[cu13]==0.8.5",
+        is_gpu_only=True, capabilities=((9, 0), (10, 0), (10, 3)), dtypes=(torch.bfloat16,),
+    )(device, dtype)  # fmt: skip
+    if reason is None and not torch.distributed.is_torchelastic_launched():
+        return "its kernels are for process groups: start the benchmark with torchrun, one process will do"
+    return reason
+
+
 def _full(size: Size) -> int:
     return size.num_tokens * size.vocab_size * FULL_LOGITS[size.dtype.itemsize]
 
@@ -188,9 +284,7 @@ def _one_pair(size: Size) -> int:
 
 
 _here = _needs()
-_cce_reason = _needs(
-    "cut_cross_entropy", package="cut-cross-entropy==25.1.1", is_gpu_only=True, is_16_bit_only=True
-)
+_cce_reason = _needs("cut_cross_entropy", package="cut-cross-entropy==25.1.1", is_gpu_only=True, dtypes=HALF)
 PEERS: tuple[Method, ...] = (
     Method("torch", "torch", "full logits, softmax in fp32", "all", _torch, _here, bytes_needed=_full),
     Method(
@@ -204,6 +298,15 @@ PEERS: tuple[Method, ...] = (
     Method(
         "torch-linear-ce", "torch", "torch.nn.functional.linear_cross_entropy, its chunked path", "all",
         _torch_fused, _torch_fused_reason,
+    ),
+    Method(
+        "torch-linear-ce-cute", "torch", "the same with its row kernel in CuTe, mean loss only", "all",
+        _torch_fused_cute, _torch_cute_reason, tasks=("ce",),
+    ),
+    # LGPL and AGPL: its user installs it, our extra does not.
+    Method(
+        "unsloth", "unsloth-zoo", "fused_linear_logprobs; fused_linear_cross_entropy of a mean", "labelled",
+        _unsloth, _unsloth_reason,
     ),
     Method(
         "trl", "trl", "ChunkedLogProbFunction, as TRL's trainers call it on a GPU", "labelled", _trl,
@@ -221,8 +324,13 @@ PEERS: tuple[Method, ...] = (
         _needs(
             "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90",
             package="liger-kernel[cutedsl]==0.8.5",
-            is_gpu_only=True, capability=(9, 0), is_16_bit_only=True,
+            is_gpu_only=True, capabilities=((9, 0),), dtypes=(torch.bfloat16,),
         ),
+    ),
+    Method(
+        "liger-cute", "liger-cute-kernels",
+        "LigerFusedLinearScaledCrossEntropyTPFunction on a group of one process", "all", _liger_cute,
+        _liger_cute_reason,
     ),
     Method(
         "cce", "cut-cross-entropy", "linear_cross_entropy, gradients filtered as by default", "labelled",
@@ -236,8 +344,7 @@ PEERS: tuple[Method, ...] = (
     Method(
         "quack", "quack-kernels", "chunked_linear_cross_entropy, mean loss only", "all", _quack,
         _needs(
-            "quack.linear_cross_entropy", package="quack-kernels==0.6.5", is_gpu_only=True,
-            is_16_bit_only=True,
+            "quack.linear_cross_entropy", package="quack-kernels==0.6.5", is_gpu_only=True, dtypes=HALF
         ),
         tasks=("ce",),
     ),

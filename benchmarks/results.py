@@ -195,6 +195,19 @@ def read_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return sorted(found, key=lambda payload: payload["environment"]["date"])
 
 
+def newest_of_part(folder: Path, part: int, here: dict[str, Any]) -> str | None:
+    """The name of the last file of a part of `benchmarks.gpu` that a run in these circumstances may go on in.
+
+    Raises:
+        ValueError: as ``read_result``.
+    """
+    alike = [
+        payload["file"] for payload in read_results(folder)
+        if payload.get("part") == part and not differing(payload["environment"], here)
+    ]  # fmt: skip
+    return alike[-1] if alike else None
+
+
 def write_results(payload: dict[str, Any], folder: Path = RESULTS) -> Path:
     """A whole run at once, in a new file."""
     file = ResultFile(folder, payload["environment"], payload.get("settings", {}))

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Contender, recover, smi, summarise, time_interleaved, why
+from benchmarks.harness import Contender, recover, smi, summarise, why
+from benchmarks.problem import Wrong
+from benchmarks.timing import of_host, time_interleaved
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
 from fastdpo.ops.backends import load_row_kernel
 from fastdpo.plan import leading_dim
@@ -62,12 +64,14 @@ class RowProblem:
             log_p = z.log_softmax(-1)
             error = (self.logps[:CHECKED].double() - log_p.gather(1, labels)[:, 0]).abs().max().item()
             if not error <= logps_bound(0, torch.float32):  # the logits are given
-                return {"failed": f"log-probabilities are off by {error:.3e} nats; not timed"}
+                raise Wrong(f"log-probabilities are off by {error:.3e} nats; not timed")
             want = torch.zeros_like(z).scatter_(1, labels, 1.0) - log_p.exp()
             off = ((self.d[:CHECKED].double() - want).norm() / want.norm()).item()
             # One rounding to bf16: 2^-9 of each entry at most on average, twice that.
             if not off <= 2**-8:
-                return {"failed": f"D is off by {off:.3e} of its norm; not timed"}
+                raise Wrong(f"D is off by {off:.3e} of its norm; not timed")
+        except Wrong as wrong:
+            return {"failed": str(wrong)}
         except Exception as error_raised:  # its result, and no reason to lose the others'
             return {"failed": why(error_raised)}
         return {"logps_error_nats": error, "d_relative_error": off}
@@ -112,8 +116,9 @@ def bench_rows(
     after = smi() if device.type == "cuda" else None
     copied = 2 * problem.source.numel() * logits_dtype.itemsize
     cells = {}
-    for name, values in samples.items():
-        summary = summarise(values)
+    for name, taken in samples.items():
+        values = [sample.ms for sample in taken]
+        summary = {**summarise(values), **of_host(taken, device)}
         moved = copied if name == "copy" else problem.bytes_moved
         bandwidth = moved / (summary["median_ms"] * 1e6)
         cells[name] = {**summary, **errors.get(name, {}), "gb_per_s": bandwidth, "samples_ms": values}

@@ -178,7 +178,8 @@ def _line(result: dict[str, Any], said: set[tuple[str, str]]) -> str:
         if "median_ms" in cell:
             parts.append(f"{cell['median_ms']:10.2f} ms +-{100 * cell.get('noise', 0):.0f}%")
         for key, unit, form in (
-            ("ratio_to_gemm", "x GEMM", ".3f"), ("gb_per_s", "GB/s", ".0f"), ("peak_mib", "MiB", ".0f"),
+            ("ratio_to_gemm", "x GEMM", ".3f"), ("gb_per_s", "GB/s", ".0f"), ("host_ms", "ms host", ".2f"),
+            ("peak_mib", "MiB", ".0f"),
             ("useful_tokens_per_s", "tokens/s", ".0f"), ("backbone_positions_per_pair", "positions", ".0f"),
             ("logps_error_nats", "nats", ".1e"), ("dhidden_relative_error", "dhidden", ".1e"),
             ("dweight_relative_error", "dweight", ".1e"), ("loss_error_nats", "nats", ".1e"),

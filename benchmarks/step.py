@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from benchmarks.results import RESULTS, ResultFile
 from benchmarks.step_contenders import CONTENDERS, OURS, SIZES, Contender, Size
 from benchmarks.step_data import MADE_UP, made_up_rows, make_data
 from benchmarks.step_truth import LOSS_BOUND, Truth, true_steps, wrong
+from benchmarks.timing import Timer, of_host
 from fastdpo.training.batches import sequence_tokens
 from fastdpo.training.data import PreferenceDataset
 
@@ -94,14 +94,13 @@ class Run:
 
     def _steps(self, contender: Contender, steps: int, measure_peak: bool) -> dict[str, Any]:
         inputs = self.inputs(contender, steps)
-        found: dict[str, Any] = {"samples_ms": [], "tokens": [], "positions": []}
+        found: dict[str, Any] = {"samples_ms": [], "host": [], "tokens": [], "positions": []}
         losses, norms = [], []
+        timer = Timer(self.device)
         for batch in inputs:
-            self.synchronise()
-            start = time.perf_counter()
-            losses.append(contender.step(batch))
-            self.synchronise()
-            found["samples_ms"].append((time.perf_counter() - start) * 1e3)
+            sample = timer(lambda batch=batch: losses.append(contender.step(batch)))  # type: ignore[misc]
+            found["samples_ms"].append(sample.ms)
+            found["host"].append(sample)
             norms.append(contender.gradient_norm)
             calls = batch.get("calls", [batch])
             found["positions"].append(sum(call["input_ids"].numel() for call in calls))
@@ -113,10 +112,6 @@ class Run:
             # Above what is held between steps: weights, reference, Adam's state.
             found["peak_mib"] = peak_mib(lambda: contender.step(largest), self.device)
         return found
-
-    def synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def checked(run: Run, name: str, truth: Truth, check_steps: int) -> dict[str, Any]:
@@ -187,6 +182,7 @@ def _summary(run: Run, rounds: Sequence[dict[str, Any]], checked: dict[str, Any]
     positions = sum(count for found in rounds for count in found["positions"][1:])
     return {
         **summarise_steps(times, len(rounds[0]["samples_ms"]) - 1),
+        **of_host([sample for found in rounds for sample in found["host"][1:]], run.device),
         "useful_tokens_per_s": tokens / seconds,
         "backbone_positions_per_pair": positions / (run.size.pairs * len(times)),
         "peak_mib": checked.get("peak_mib"),

@@ -59,6 +59,7 @@ class Options:
 
     Args:
         lost: key of a case -> contender -> reason: who took the device with it in an earlier process.
+        is_brief: as few steps as show that all goes: a dry run.
     """
 
     device: torch.device
@@ -72,10 +73,15 @@ class Options:
     without: Sequence[str] = ()
     data: str | None = None
     lost: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    is_brief: bool = False
 
     def settings(self) -> dict[str, Any]:
         """As they are kept in a result file: all but the device and what happened."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("device", "lost")}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("device", "lost", "is_brief")
+        }
 
     def seconds_of(self, flop: float) -> float:
         """Of products, guessed: a GPU's tensor cores, or one CPU thread."""
@@ -253,7 +259,8 @@ def step_cases(options: Options) -> list[Case]:
     names = [name for name in names if name not in options.without]
     if not names:
         return []
-    brief = {"check_steps": 2, "steps": 1, "rounds": 1} if options.preset == "tiny" else {}
+    is_brief = options.is_brief or options.preset == "tiny"
+    brief = {"check_steps": 1 if options.is_brief else 2, "steps": 1, "rounds": 1} if is_brief else {}
     cases = []
     data = None if options.data is None else Path(options.data)
     if data is not None:

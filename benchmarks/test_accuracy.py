@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.conftest import BY_NAME, accepted, left_out_at, skip_what_does_not_fit, synchronised
+from benchmarks.conftest import BY_NAME, accepted, left_out_at, skip_what_does_not_fit, timed
 from benchmarks.op import admit
 from benchmarks.problem import Size, problem_of
 
@@ -22,4 +22,4 @@ def test_accuracy(
     benchmark.group = f"errors, {size.model} N={size.num_tokens} {size.dtype_name} {task}"
     benchmark.extra_info |= accepted(name, admit(method, problem, task, left_out=left_out_at(size)))
     benchmark.extra_info["timed"] = "one call of what was checked; no measurement of speed"
-    benchmark.pedantic(synchronised(lambda: method.run(problem, task), bench_device), rounds=1)
+    timed(benchmark, lambda: method.run(problem, task), bench_device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.conftest import BY_NAME, accepted, left_out_at, skip_what_does_not_fit, synchronised
+from benchmarks.conftest import BY_NAME, accepted, left_out_at, skip_what_does_not_fit, timed
 from benchmarks.memory import measure_apart
 from benchmarks.problem import Size, problem_of
 
@@ -25,4 +25,4 @@ def test_memory(
     benchmark.extra_info |= accepted(name, found)
     benchmark.extra_info["timed"] = "one call more, after the measurement; no measurement of speed"
     problem = problem_of(size, bench_device)
-    benchmark.pedantic(synchronised(lambda: method.run(problem, task), bench_device), rounds=1)
+    timed(benchmark, lambda: method.run(problem, task), bench_device)

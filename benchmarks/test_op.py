@@ -6,7 +6,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.conftest import BY_NAME, FLOOR, accepted, left_out_at, skip_what_does_not_fit, synchronised
+from benchmarks.conftest import BY_NAME, FLOOR, accepted, left_out_at, skip_what_does_not_fit, timed
 from benchmarks.op import admit
 from benchmarks.problem import PASSES, Size, problem_of
 
@@ -34,6 +34,6 @@ def test_op(
         found = admit(method, problem, task, with_peak=on_gpu, left_out=left_out_at(size))
         benchmark.extra_info |= accepted(name, found)
     try:
-        benchmark.pedantic(synchronised(run, bench_device), rounds=bench_rounds, warmup_rounds=2)
+        timed(benchmark, run, bench_device, rounds=bench_rounds, warmup_rounds=2)
     except torch.OutOfMemoryError as error:
         pytest.skip(f"does not fit: {error}")

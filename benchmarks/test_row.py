@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.conftest import accepted, synchronised
+from benchmarks.conftest import accepted, timed
 from benchmarks.rows import RowProblem
 
 
@@ -19,7 +19,9 @@ def test_row(
     problem = RowProblem(bench_device, vocab, dtype, rows)
     benchmark.extra_info |= accepted(backend, problem.checked(backend))
     benchmark.group = f"V={vocab} {dtype}"
-    run = synchronised(lambda: problem.run(backend), bench_device)
     # D overwrites the logits, so each round gets them anew.
-    benchmark.pedantic(run, setup=problem.refill, rounds=bench_rounds, warmup_rounds=2)
+    timed(
+        benchmark, lambda: problem.run(backend), bench_device, setup=problem.refill, rounds=bench_rounds,
+        warmup_rounds=2,
+    )  # fmt: skip
     benchmark.extra_info["gb_per_s"] = problem.bytes_moved / benchmark.stats.stats.median / 1e9

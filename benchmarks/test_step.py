@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.conftest import accepted, skip_what_does_not_fit, synchronised
+from benchmarks.conftest import accepted, skip_what_does_not_fit, timed
 from benchmarks.suites import step_bytes
 
 if TYPE_CHECKING:
@@ -52,12 +52,11 @@ def test_step(
         contender = run.build(name)
         batches = cycle(run.inputs(contender, BATCHES))
 
-        def setup() -> tuple[tuple[Any], dict[str, Any]]:
-            return (next(batches),), {}
-
         # The first step warms up: allocators, thread pools, Adam's state.
-        step = synchronised(contender.step, bench_device)
-        benchmark.pedantic(step, setup=setup, rounds=bench_rounds, warmup_rounds=1)
+        timed(
+            benchmark, contender.step, bench_device, setup=lambda: (next(batches),), rounds=bench_rounds,
+            warmup_rounds=1,
+        )  # fmt: skip
     finally:
         del contender  # what it holds would be missing for the next
         run.free()

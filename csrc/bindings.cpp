@@ -132,6 +132,16 @@ void cuda_launch(const Args& args, uintptr_t stream) {
   const int code = launch(args, reinterpret_cast<void*>(stream));
   if (code != 0) throw std::runtime_error(std::string("CUDA kernel: ") + fastdpo_cuda_error_string(code));
 }
+
+// The error (0: none), what it means, and the architecture of the code that the device runs.
+py::tuple cuda_probe() {
+  int code_version = 0, error = 0;
+  {
+    py::gil_scoped_release release;
+    error = fastdpo_cuda_probe(&code_version);
+  }
+  return py::make_tuple(error, error == 0 ? "" : fastdpo_cuda_error_string(error), code_version);
+}
 #endif
 
 }  // namespace
@@ -155,6 +165,9 @@ PYBIND11_MODULE(_C, module) {
     module.def(name, kernel, py::arg("args"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   };
   module.attr("built_with_cuda") = true;
+  module.attr("cuda_runtime_version") = fastdpo_cuda_runtime_version();
+  module.def("cuda_driver_version", &fastdpo_cuda_driver_version);
+  module.def("cuda_probe", &cuda_probe);
   def_cuda("cuda_row_kernel", &cuda_launch<RowArgs, fastdpo_cuda_row_kernel>);
   def_cuda("cuda_sequence_sums", &cuda_launch<SequenceArgs, fastdpo_cuda_sequence_sums>);
   def_cuda("cuda_sigmoid_pairs", &cuda_launch<SigmoidArgs, fastdpo_cuda_sigmoid_pairs>);

@@ -136,4 +136,11 @@ int fastdpo_cuda_sequence_sums(const fastdpo::SequenceArgs& args, void* stream);
 int fastdpo_cuda_sigmoid_pairs(const fastdpo::SigmoidArgs& args, void* stream);
 
 const char* fastdpo_cuda_error_string(int code);
+
+// Whether the current device can run the kernels: a cudaError_t, 0 for yes. Then `code_version` is what the machine
+// code was compiled for, 90 for sm_90.
+int fastdpo_cuda_probe(int* code_version);
+// What the driver and the runtime that is linked in are of, 13000 for CUDA 13.0; 0: there is no driver.
+int fastdpo_cuda_driver_version();
+int fastdpo_cuda_runtime_version();
 }

@@ -108,12 +108,14 @@ def train(argv: Sequence[str]) -> None:
     _set_up_logging(arguments.config.process_index)
     check_output_dir(arguments.config)
     trainer = PreferenceTrainer(**_load_run(arguments))
+    trainer.told = arguments.told()
     output = trainer.train()
     # Before the last evaluation, which may cast the model, or fail.
     trainer.save_model()
     trainer.save_state()
     if trainer.eval_dataset is not None and not trainer.is_evaluated:
         trainer.evaluate()
+        trainer.create_model_card()  # with what the evaluation found
     if trainer.is_world_process_zero():
         seconds = output.metrics.get("train_runtime", 0.0)
         folder = arguments.config.output_dir

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from fastdpo.ops.backends import backend_report
+from fastdpo.ops.backends import backend_report, explain_auto
+from fastdpo.plan import MIB
+from fastdpo.types import Execution
 
 # Beside what fastdpo cannot be installed without: what each is for.
 OPTIONAL = {
@@ -21,6 +23,7 @@ OPTIONAL = {
     "trl": "patch_trl",
 }
 REQUIRED = ("torch", "transformers", "accelerate")
+LARGE_SHARE = 0.15  # of a GPU's memory, beside a model, its gradients and its activations
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,9 +57,7 @@ def doctor(model: Any = None) -> Diagnosis:
     sections = {
         "Versions": _versions(),
         "Devices": _devices(),
-        "Kernels": [
-            (name, "runs" if reason is None else reason) for name, reason in backend_report().items()
-        ],
+        "Kernels": _kernels(),
         "Extension": [("fastdpo._C", _extension())],
         "TRL": _trl(),
         "LLaMA-Factory": _llama_factory(),
@@ -100,11 +101,37 @@ def _devices() -> list[tuple[str, str]]:
     lines = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")]
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
-        size = f"{found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}"
-        lines.append((f"cuda:{index}", f"{found.name}, {size}"))
+        size = f"{found.total_memory / 2**30:.0f} GiB, {found.multi_processor_count} multiprocessors"
+        capability = f"compute capability {found.major}.{found.minor}"
+        lines.append((f"cuda:{index}", f"{found.name}, {size}, {capability}"))
+        lines += _budgets(f"cuda:{index}", found.total_memory)
     if len(lines) == 1:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         lines.append(("cuda", f"none that torch can use ({built})"))
+    return lines
+
+
+def _budgets(name: str, total_bytes: int) -> list[tuple[str, str]]:
+    """A line where the default budgets are much of a small GPU, or of a slice of a large one (MIG)."""
+    default = Execution()
+    workspace, cache = default.workspace_mib, default.cache_mib
+    share = (workspace + cache) * MIB / total_bytes
+    if share <= LARGE_SHARE:
+        return []
+    smaller = f"Execution(workspace_mib={workspace // 4}, cache_mib={cache // 4})"
+    said = f"the defaults, {workspace} MiB of logits and {cache} MiB of kept D, are {share:.0%} of it"
+    return [(f"{name} budgets", f"{said}; {smaller} takes a quarter of that")]
+
+
+def _kernels() -> list[tuple[str, str]]:
+    """Every backend, and of every device what ``auto`` takes and why."""
+    lines = [(name, "runs" if reason is None else reason) for name, reason in backend_report().items()]
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        try:
+            lines.append((f"auto on {device}", explain_auto(device)))
+        except torch.OutOfMemoryError as error:
+            lines.append((f"auto on {device}", f"cannot be asked: {error}"))
     return lines
 
 
@@ -113,7 +140,10 @@ def _extension() -> str:
         from fastdpo import _C
     except ImportError as error:
         return f"not built ({error}); install fastdpo with a C++17 compiler on PATH"
-    return "built with CUDA" if _C.built_with_cuda else "built without CUDA (no nvcc when it was installed)"
+    if not _C.built_with_cuda:
+        return "built without CUDA (no nvcc when it was installed)"
+    version = f"{_C.cuda_runtime_version // 1000}.{_C.cuda_runtime_version % 1000 // 10}"
+    return f"built with CUDA {version} for {_C.cuda_archs.replace(' ', ', ')}"
 
 
 def _trl() -> list[tuple[str, str]]:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fastdpo.integrations.lm_head import unwrap
-from fastdpo.ops.backends import resolve_backend
-from fastdpo.ops.checks import resolve_dtypes
+from fastdpo.ops.backends import resolve_divergence_backend
+from fastdpo.ops.checks import accumulation_dtype, resolve_dtypes
 from fastdpo.ops.library import head_call
 from fastdpo.ops.linear_logprob import call_options, settle_mode
 from fastdpo.ops.token_divergence import plan_divergences
@@ -62,7 +62,9 @@ def plan_of(
         how: dict[str, Any] = {"execution": execution, **divergences._asdict()}
         del how["heads"]
         with torch.enable_grad():
-            return plan_divergences(hidden, head, teachers, num_tokens, **how), "reference"
+            plan = plan_divergences(hidden, head, teachers, num_tokens, **how)
+        sums = accumulation_dtype(resolve_dtypes(hidden, weight, execution)[0])
+        return plan, resolve_divergence_backend(execution.backend, weight.device, sums)
     with torch.enable_grad():
         mode = settle_mode(hidden, head, execution, has_pair_loss=has_pair_loss)
     options = call_options(hidden, head, execution, mode)
@@ -80,5 +82,4 @@ def plan_of(
         needs_bias=head.bias is not None and head.bias.requires_grad,
         pair_rows=list(accumulate(row_tokens, initial=0)),
     )
-    logits_dtype = resolve_dtypes(hidden, weight, execution)[1]
-    return call.plan, resolve_backend(execution.backend, weight.device, logits_dtype)
+    return call.plan, call.backend

@@ -86,6 +86,7 @@ def fused_dpo_loss(
     margin: PerPair | None = None,
     pair_weights: PerPair | None = None,
     soft_labels: PerPair | None = None,
+    reward_gap: PerPair | None = None,
     chosen_win_rate: PerPair | None = None,
     rejected_win_rate: PerPair | None = None,
     token_weights: Tensor | None = None,
@@ -120,6 +121,8 @@ def fused_dpo_loss(
         margin: psi, subtracted from the margin beta * (u_w - u_l); a number or ``(P,)``.
         pair_weights: at least 0, a number or ``(P,)``; multiplies the pair's share of every loss.
         soft_labels: probability in [0, 1] that chosen is the better answer, a number or ``(P,)``.
+        reward_gap: the chosen answer's reward less the rejected one's, for losses that go by it (``rebel``,
+            ``rpo_sq``, ``rpo_bwd_kl``, ``rpo_fwd_kl``); a number or ``(P,)``.
         chosen_win_rate, rejected_win_rate: probability in [0, 1] that the answer beats another sample of the
             policy, for losses that regress on it (``sppo``): both or neither, numbers or ``(P,)``.
         token_weights: the labels' shape, aligned with them; an answer's log-probability becomes the
@@ -166,8 +169,9 @@ def fused_dpo_loss(
     """
     loss_arguments = {
         "loss_type": loss_type, "loss_weights": loss_weights, "beta": beta, "margin": margin,
-        "pair_weights": pair_weights, "soft_labels": soft_labels, "chosen_win_rate": chosen_win_rate,
-        "rejected_win_rate": rejected_win_rate, "num_pairs": num_pairs, "num_tokens": num_tokens,
+        "pair_weights": pair_weights, "soft_labels": soft_labels, "reward_gap": reward_gap,
+        "chosen_win_rate": chosen_win_rate, "rejected_win_rate": rejected_win_rate,
+        "num_pairs": num_pairs, "num_tokens": num_tokens,
         **loss_options,
     }  # fmt: skip
     objective = build_objective(**loss_arguments)
@@ -261,8 +265,8 @@ def dpo_loss_from_logps(
         ref_logps: ``(2P,)`` sums or per token; None for losses without a reference. With ``ref_combination``
             K of them, as there.
         nll_mask: bool; its tokens of the chosen sequences are those of an NLL term. None: ``mask``.
-        token_weights, layout: as in ``fused_dpo_loss``.
-        loss_arguments: ``loss_type``, ``loss_weights``, ``beta``, ``margin``, ``soft_labels``,
+        token_weights, layout: as in ``fused_dpo_loss``. loss_arguments: ``loss_type``, ``loss_weights``,
+        ``beta``, ``margin``, ``soft_labels``, ``reward_gap``,
             ``chosen_win_rate``, ``rejected_win_rate``, ``pair_weights``, ``num_pairs``, ``num_tokens`` and
             the losses' own options, as there.
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from fastdpo.batch import next_token, shift_labels
 from fastdpo.functional_checks import FLOAT_DTYPES, INT_DTYPES, check_like, check_tensor, reference_head
 from fastdpo.losses.aggregate import check_cu_seqlens
-from fastdpo.losses.batches import DivergencePairLogps
 from fastdpo.losses.build import build_objective
 from fastdpo.losses.inputs import PerPair
 from fastdpo.losses.objective import Objective
@@ -33,7 +32,9 @@ from fastdpo.preference_rows import (
     check_divergent_batch,
     check_kind,
     divergence_outputs,
+    divergence_settings,
     loss_names,
+    needs_token_logps,
     rows_output,
     teacher_combination,
 )
@@ -85,7 +86,7 @@ def fused_preference_loss(
             from the reference to the policy is made here, of ``ref_hidden``, together with the
             log-probabilities of both: in 4 products forward and backward, the head trained or not. For
             ``aligndistil`` the reverse KL to a teacher made of two is: in 4 products, the head trained in 5
-            while ``cache_mib`` holds D.
+            while ``cache_mib`` holds D. ``gkd`` and ``minillm`` distil one teacher.
         is_desirable: ``(B,)`` bool, for unpaired losses (KTO, BCO).
         kl: ``()``, KTO's reference point, in nats; ``reward_shift``: ``()``, BCO's running mean.
         group_ids: ``(B,)`` int64, which list a candidate belongs to, for listwise losses.
@@ -152,6 +153,8 @@ def fused_preference_loss(
     cu_seqlens = _check_tokens("labels", labels, layout, INT_DTYPES)
     _check_reference_states(hidden, ref_hidden, ref_lm_head, ref_logps)
     _check_teachers(objective, hidden, ref_hidden, teacher_hidden, teacher_lm_head, vocab_size)
+    if objective.inputs is TokenDivergences and ref_logps is not None:
+        raise fail("ref_logps", f"a value that {loss_names(objective)} does not use", "None")
     sums = _row_sums(objective, labels, cu_seqlens, token_weights, extras, ref_logps)
 
     targets = shift_labels(labels, layout=layout, ignore_index=ignore_index) if shift else labels
@@ -208,7 +211,7 @@ def _divergences(
     if second is not None:
         arguments |= {"second_hidden": second[0], "second_lm_head": second[1]}
         arguments["combination"] = teacher_combination(objective)
-    is_pairs = objective.inputs is DivergencePairLogps
+    of_tokens = needs_token_logps(objective)
     names = divergence_outputs(objective)
     found = token_divergence(
         hidden,
@@ -216,8 +219,9 @@ def _divergences(
         first[0],
         targets,
         ref_lm_head=first[1],
-        outputs=(*names, "logps", *(("ref_logps",) if is_pairs else ())),
-        logps_requires_grad=is_pairs,  # else they are there to be looked at
+        outputs=(*names, "logps", *(("ref_logps",) if of_tokens else ())),
+        logps_requires_grad=of_tokens,  # else they are there to be looked at
+        **divergence_settings(objective),
         **arguments,
     )
     assert found.logps is not None
@@ -234,6 +238,7 @@ def preference_loss_from_logps(
     ref_logps: Tensor | None = None,
     forward_kl: Tensor | None = None,
     reverse_kl: Tensor | None = None,
+    jsd: Tensor | None = None,
     l1_distance: Tensor | None = None,
     beta: PerPair | None = None,
     row_weights: PerPair | None = None,
@@ -256,7 +261,9 @@ def preference_loss_from_logps(
             (``tdpo1``, ``tdpo2``): ``token_divergence`` gives it, and both models' log-probabilities.
         reverse_kl, l1_distance: per token, KL(policy || teacher) and how far apart the two are that the
             teacher is made of (``aligndistil``): from ``token_divergence`` with the same ``beta``, ``beta2``
-            and ``teacher_mode`` (``losses.token_level.aligndistil_coefficients``).
+            and ``teacher_mode`` (``losses.distillation.aligndistil_coefficients``). For ``minillm``
+            ``reverse_kl``, with the teacher's log-probabilities of the tokens as ``ref_logps``; for ``gkd``
+            what its ``jsd_beta`` says: ``forward_kl``, ``reverse_kl``, or else ``jsd``, made with that.
         arguments: ``is_desirable``, ``kl``, ``reward_shift``, ``group_ids``, ``scores``, ``num_groups``,
             ``max_candidates``, ``segment_ids``, ``num_segments``, ``advantages``, ``win_rates`` as there, and
             the losses' own options.
@@ -271,7 +278,9 @@ def preference_loss_from_logps(
         tensor(0.6931)
     """
     given = {name: arguments.pop(name) for name in DATA if name in arguments}
-    divergences = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "l1_distance": l1_distance}
+    divergences = {
+        "forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "l1_distance": l1_distance,
+    }  # fmt: skip
     given |= divergences
     extras = {name: value for name, value in given.items() if value is not None}
     objective = build_objective(
@@ -282,6 +291,8 @@ def preference_loss_from_logps(
     check_like("mask", check_tensor("mask", mask), token.logps, (torch.bool,))
     for name, value in divergences.items():
         check_like(name, value, token.logps, FLOAT_DTYPES)
+    if objective.inputs is TokenDivergences and needs_token_logps(objective):
+        check_tensor("ref_logps", ref_logps)  # the teacher's
     sums = _row_sums(objective, mask, cu_seqlens, token_weights, extras, ref_logps)
     return rows_output(objective, token, sums, ref_logps, extras)
 
@@ -301,10 +312,10 @@ def _row_sums(
     num_sequences = len(like) if cu_seqlens is None else len(cu_seqlens) - 1
     if objective.inputs in DIVERGENT:
         # Without pairs nothing is a ratio to the reference.
-        unused = {} if objective.inputs is DivergencePairLogps else {"ref_logps": ref_logps}
+        unused = {} if needs_token_logps(objective) else {"ref_logps": ref_logps}
         check_divergent_batch(objective, num_sequences, token_weights=token_weights, **unused)
     if ref_logps is not None:
-        needs_tokens = token_weights is not None or objective.inputs is TokenLogps
+        needs_tokens = token_weights is not None or objective.inputs in (TokenLogps, TokenDivergences)
         is_sums = isinstance(ref_logps, Tensor) and ref_logps.shape != like.shape and not needs_tokens
         check_like("ref_logps", ref_logps, like, FLOAT_DTYPES, (sums.num_rows,) if is_sums else None)
     return sums

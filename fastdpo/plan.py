@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fastdpo.plan_lean import make_lean_plan
+from fastdpo.plan_lean import LeanPlan, make_lean_plan
 from fastdpo.plan_memory import hidden_scratch_rows, peak_bytes, product_bytes
 from fastdpo.plan_text import plan_text
 from fastdpo.schedule import (
@@ -28,6 +28,9 @@ from fastdpo.waves import Waves, hidden_grad_parts, hidden_grad_waves, logits_wa
 # Up to this many products may be summed in a 16-bit gradient: measured error 2.4 to 2.9e-3, against
 # 1.7e-3 for a single rounding; more than that and the sum is fp32 (DESIGN section 3).
 MAX_LOW_PRECISION_GROUPS = 5
+
+# Mode `lean` where hidden alone needs a gradient: its forward pass makes D W wherever it has logits.
+LEAN_STASH = "lean_stash"
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Plan:
     kept_bytes: int
     weight_copy_bytes: int  # of the weight in the operands' dtype, on a GPU: made forward and again backward
     weight_sum_bytes: int  # of dW in the dtype it is summed in, where that is not the dtype it is returned in
-    score_rows: int  # of `lean` with a kernel that stores no logits: rows of one launch; else 0
+    score_rows: int  # of `lean`: rows at a time in its forward pass
+    score_slab: int  # and vocabulary entries; 0 with a kernel that stores no logits
     peak_bytes: int  # the most that is allocated at once, gradients included: see `fastdpo.plan_memory`
     groups: tuple[PairGroup, ...]  # of mode `pairs`
     group_rows: int  # of the longest of them that is not recomputed: the buffer for its D
@@ -59,6 +63,8 @@ class Plan:
     logits_bytes: int
     workspace_mib: int
     joins_chunks: bool
+    # Whether the forward pass keeps D W, from which the backward pass makes dhidden with no product.
+    keeps_product: bool = False
     # Rows of every product D W, and the parts of the vocabulary over which it is summed.
     hidden_products: tuple[tuple[int, int], ...] = ()
 
@@ -88,6 +94,11 @@ class Plan:
     def hidden_parts(self, num_rows: int) -> int:
         """Parts of the vocabulary over which D W of some rows is summed, so that they fill a GPU."""
         return hidden_grad_parts(num_rows, *self._device)
+
+    def slab_parts(self, num_rows: int, slab: int) -> int:
+        """The same of a slab of the vocabulary in mode ``lean``, beside the sum over the slabs."""
+        scratch_bytes = max(self._device[-1] - 4 * num_rows * self.hidden_size, 0)
+        return hidden_grad_parts(num_rows, self.hidden_size, slab, self.num_multiprocessors, scratch_bytes)
 
     @property
     def _device(self) -> tuple[int, int, int, int]:
@@ -156,6 +167,12 @@ def resolve_mode(
     return mode
 
 
+def settled_run(mode: str, *, needs_hidden: bool, trains_head: bool, entropy_requires_grad: bool) -> str:
+    """What runs as a mode that ``resolve_mode`` has settled: ``lean`` is two, by what needs a gradient."""
+    is_stash = needs_hidden and not trains_head and not entropy_requires_grad
+    return LEAN_STASH if mode == "lean" and is_stash else mode
+
+
 def make_plan(
     mode: str,
     num_tokens: int,
@@ -171,7 +188,7 @@ def make_plan(
     num_multiprocessors: int = 0,
     pair_rows: Sequence[int] = (0,),
     needs_bias: bool = False,
-    lean_logit_bytes: int = 4,
+    lean_kernel: str = "torch",
     joins_chunks: bool = False,
     hidden_bytes: int | None = None,
     weight_bytes: int | None = None,
@@ -181,53 +198,32 @@ def make_plan(
     """The plan for a mode that ``resolve_mode`` has settled; sizes in elements, budgets in MiB.
 
     ``num_multiprocessors``: of the GPU, 0 for a CPU. ``pair_rows``: for ``pairs``, pair p fills labelled rows
-    ``[pair_rows[p], pair_rows[p + 1])``. ``lean_logit_bytes``: see ``plan_lean.lean_blocks``.
+    ``[pair_rows[p], pair_rows[p + 1])``. ``lean_kernel``: of ``plan_lean.LEAN_KERNELS``.
     ``joins_chunks``: whether D may stay in the workspace for several chunks. ``hidden_bytes`` and
     ``weight_bytes``: of an element of these and of their gradients; None: as of the operands.
     ``copies_weight``: whether products need the weight in another dtype, and all of it at once.
     ``num_kept``: D's, or products of them, that are kept for each row.
     """
     hidden_bytes, weight_bytes = hidden_bytes or operand_bytes, weight_bytes or operand_bytes
-    gradient_bytes = needs_hidden * num_tokens * hidden_size * hidden_bytes
-    gradient_bytes += needs_weight * vocab_size * hidden_size * weight_bytes
-    if mode == "lean":
+    hidden_grad_bytes = needs_hidden * num_tokens * hidden_size * hidden_bytes
+    weight_grad_bytes = needs_weight * vocab_size * hidden_size * weight_bytes
+    if mode in ("lean", LEAN_STASH):
         lean = make_lean_plan(
             num_tokens,
             hidden_size,
             vocab_size,
-            logit_bytes=lean_logit_bytes,
+            kernel=lean_kernel,
             operand_bytes=operand_bytes,
             needs_hidden=needs_hidden,
             needs_weight=needs_weight,
             needs_bias=needs_bias,
+            keeps_product=mode == LEAN_STASH,
+            copies_weight=copies_weight,
             workspace_mib=workspace_mib,
-        )
-        return Plan(
-            mode=mode,
-            num_tokens=num_tokens,
-            hidden_size=hidden_size,
-            vocab_size=vocab_size,
-            chunk_rows=lean.row_block,
-            block_rows=lean.row_block,
-            leading_dim=lean.slab,
-            cached_rows=0,
-            gemm_passes_forward=lean.gemm_passes_forward,
-            gemm_passes_backward=lean.gemm_passes_backward,
-            weight_grad_groups=1,
-            workspace_bytes=lean.workspace_bytes,
-            kept_bytes=lean.sum_bytes,
-            weight_copy_bytes=0,  # its slabs are converted within the workspace
-            weight_sum_bytes=0,
-            score_rows=lean.score_rows,
-            peak_bytes=lean.workspace_bytes + lean.sum_bytes + gradient_bytes,
-            groups=(),
-            group_rows=0,
-            operand_bytes=operand_bytes,
             num_multiprocessors=num_multiprocessors,
-            logits_bytes=logits_bytes,
-            workspace_mib=workspace_mib,
-            joins_chunks=joins_chunks,
         )
+        gradients = (hidden_grad_bytes, weight_grad_bytes)
+        return _as_plan(lean, operand_bytes, num_multiprocessors, workspace_mib, *gradients)
     rows, block_rows = chunk_and_block_rows(
         num_tokens,
         vocab_size,
@@ -289,6 +285,7 @@ def make_plan(
         weight_copy_bytes=weight_copy_bytes,
         weight_sum_bytes=weight_sum_bytes,
         score_rows=0,
+        score_slab=0,
         peak_bytes=0,
         groups=groups,
         group_rows=group_rows,
@@ -297,6 +294,7 @@ def make_plan(
         logits_bytes=logits_bytes,
         workspace_mib=workspace_mib,
         joins_chunks=joins_chunks,
+        keeps_product=mode == "stash",
     )
     # Groups of D, or of recomputed rows, as there are.
     group_sizes = [cached] if cached else []
@@ -314,13 +312,53 @@ def make_plan(
         product_bytes=max(
             (product_bytes(plan, *product, is_kept=mode == "stash") for product in products), default=0
         ),
-        hidden_grad_bytes=needs_hidden * num_tokens * hidden_size * hidden_bytes,
-        weight_grad_bytes=needs_weight * vocab_size * hidden_size * weight_bytes,
+        hidden_grad_bytes=hidden_grad_bytes,
+        weight_grad_bytes=weight_grad_bytes,
         weight_sum_bytes=weight_sum_bytes,
         recomputes=bool(again),
         weight_copy_bytes=weight_copy_bytes,
     )
     return replace(plan, peak_bytes=peak, hidden_products=products)
+
+
+def _as_plan(
+    lean: LeanPlan,
+    operand_bytes: int,
+    num_multiprocessors: int,
+    workspace_mib: int,
+    hidden_grad_bytes: int,
+    weight_grad_bytes: int,
+) -> Plan:
+    """The plan of mode ``lean``. Slabs of the weight are converted within its workspace."""
+    keeps_product = lean.gemm_passes_forward == 2
+    return Plan(
+        mode="lean",
+        num_tokens=lean.num_tokens,
+        hidden_size=lean.hidden_size,
+        vocab_size=lean.vocab_size,
+        chunk_rows=lean.row_block,
+        block_rows=lean.row_block,
+        leading_dim=lean.slab,
+        cached_rows=0,
+        gemm_passes_forward=lean.gemm_passes_forward,
+        gemm_passes_backward=lean.gemm_passes_backward,
+        weight_grad_groups=1,
+        workspace_bytes=lean.workspace_bytes,
+        kept_bytes=lean.kept_bytes,
+        weight_copy_bytes=0,
+        weight_sum_bytes=0,
+        score_rows=lean.score_rows,
+        score_slab=lean.score_slab,
+        peak_bytes=lean.workspace_bytes + lean.kept_bytes + hidden_grad_bytes + weight_grad_bytes,
+        groups=(),
+        group_rows=0,
+        operand_bytes=operand_bytes,
+        num_multiprocessors=num_multiprocessors,
+        logits_bytes=0,
+        workspace_mib=workspace_mib,
+        joins_chunks=False,
+        keeps_product=keeps_product,
+    )
 
 
 def _hidden_products(plan: Plan, group_sizes: list[int]) -> tuple[tuple[int, int], ...]:

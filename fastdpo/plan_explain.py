@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from fastdpo.plan import Plan, make_plan, resolve_mode
-from fastdpo.plan_lean import logit_bytes
+from fastdpo.plan import Plan, make_plan, resolve_mode, settled_run
 from fastdpo.schedule import holds_a_chunk_row
+
+# Those of `fastdpo.types`, which a plan does not import.
+_MODES = ("auto", "score", "stash", "cache", "pairs", "recompute", "lean")
+_BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 
 def explain_plan(
@@ -51,12 +54,15 @@ def explain_plan(
         num_multiprocessors: of the GPU (132 for an H100 or H200), which sets the rows of a chunk; 0: a CPU.
 
     Raises:
-        ValueError: the mode does not fit the gradients, the logits or the workspace, or the pairs do not
-            have N tokens.
+        ValueError: an unknown mode or backend; the mode does not fit the gradients, the logits or the
+            workspace, or the pairs do not have N tokens.
 
     Example:
         >>> plan = explain_plan(4096, 4096, 128256, weight_requires_grad=True)  # doctest: +SKIP
     """
+    for name, value, known in (("mode", mode, _MODES), ("backend", backend, _BACKENDS)):
+        if value not in known:
+            raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(known)}")
     if pair_lengths is not None and sum(pair_lengths) != num_tokens:
         raise ValueError(f"pair_lengths: got {sum(pair_lengths)} tokens in all, wanted {num_tokens}")
     settled = resolve_mode(
@@ -71,9 +77,17 @@ def explain_plan(
     )
     if settled == "lean" and logits_bytes == 2:
         raise ValueError("logits_bytes: got 2 with mode 'lean', which stores no logits, wanted 4")
-    is_store_free = backend in ("auto", "triton") and num_multiprocessors > 0 and operand_bytes == 2
-    plan = make_plan(
+    kernel = "torch"
+    if num_multiprocessors > 0 and operand_bytes == 2:
+        kernel = {"auto": "triton", "triton": "triton", "cuda": "rows"}.get(backend, "torch")
+    run = settled_run(
         settled,
+        needs_hidden=hidden_requires_grad,
+        trains_head=weight_requires_grad or bias_requires_grad,
+        entropy_requires_grad=entropy_requires_grad,
+    )
+    plan = make_plan(
+        run,
         num_tokens,
         hidden_size,
         vocab_size,
@@ -86,7 +100,7 @@ def explain_plan(
         num_multiprocessors=num_multiprocessors,
         pair_rows=tuple(accumulate(pair_lengths or (), initial=0)),
         needs_bias=bias_requires_grad,
-        lean_logit_bytes=logit_bytes(is_store_free, operand_bytes),
+        lean_kernel=kernel,
         joins_chunks=True,
         hidden_bytes=hidden_bytes,
         weight_bytes=weight_bytes,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdpo.losses.aggregate import segment_sums, sequence_sums
 from fastdpo.losses.batches import DivergencePairLogps, ListLogps, StepLogps, UnpairedLogps
+from fastdpo.losses.distillation import aligndistil_coefficients
 from fastdpo.losses.inputs import Batch, PairLogps
 from fastdpo.losses.metrics import (
     distillation_metrics,
@@ -28,7 +29,6 @@ from fastdpo.losses.metrics import (
 from fastdpo.losses.objective import Objective
 from fastdpo.losses.stable import masked_mean
 from fastdpo.losses.token_batches import TokenDivergences, TokenLogps
-from fastdpo.losses.token_level import aligndistil_coefficients
 from fastdpo.ops.checks import fail
 from fastdpo.types import LinearLogprobOutput, PreferenceLossOutput, TeacherCombination
 
@@ -39,7 +39,7 @@ EXTRAS: dict[type, tuple[str, ...]] = {
     StepLogps: ("segment_ids", "num_segments", "advantages"),
     TokenLogps: ("win_rates",),
     DivergencePairLogps: ("forward_kl",),
-    TokenDivergences: ("reverse_kl", "l1_distance"),
+    TokenDivergences: ("reverse_kl", "forward_kl", "jsd", "l1_distance"),
 }
 REQUIRED = {
     UnpairedLogps: ("is_desirable",),
@@ -123,6 +123,9 @@ def check_kind(objective: Objective, extras: Mapping[str, Any], made_later: Sequ
     for name in needed:
         if name not in extras and name not in made_later:
             raise ValueError(f"{name}: got None, wanted a value for {names}")
+    for name in extras:
+        if name in DIVERGENCES and name not in needed:
+            raise ValueError(f"{name}: got a value, wanted None: {names} is of {', '.join(needed)}")
     if "num_segments" in extras and "segment_ids" not in extras:
         raise fail("num_segments", "a value without segment_ids", "segment_ids as well")
 
@@ -137,10 +140,33 @@ def check_divergent_batch(objective: Objective, num_sequences: int, **unused: Te
 
 
 def divergence_outputs(objective: Objective) -> tuple[str, ...]:
-    """What losses with divergences ask ``token_divergence`` for, beside log-probabilities."""
-    return tuple(
-        name for name in DIVERGENT[objective.inputs] if name != "l1_distance" or objective.uses_reference
-    )
+    """What losses with divergences ask ``token_divergence`` for, beside log-probabilities.
+
+    Raises:
+        ValueError: losses of different divergences.
+    """
+    if objective.inputs is DivergencePairLogps:
+        return DIVERGENT[DivergencePairLogps]
+    choosers = [(term.spec.divergence, term.arguments) for term in objective.terms]
+    kinds = {"reverse_kl" if choose is None else choose(arguments) for choose, arguments in choosers}
+    if len(kinds) > 1:
+        raise fail("loss_type", f"{loss_names(objective)} of {', '.join(sorted(kinds))}", "one divergence")
+    return (*kinds, "l1_distance") if objective.uses_reference else tuple(kinds)
+
+
+def divergence_settings(objective: Objective) -> dict[str, Any]:
+    """What ``token_divergence``, or ``Teachers``, is told of how to make them."""
+    if "jsd" not in divergence_outputs(objective):
+        return {}
+    (term, *_) = objective.terms
+    (option,) = (option for option in term.spec.options if option.name == "jsd_beta")
+    return {"jsd_beta": term.arguments.get("jsd_beta", option.default)}
+
+
+def needs_token_logps(objective: Objective) -> bool:
+    """Whether losses with divergences look at the tokens' own log-probabilities, differentiably."""
+    is_teacher = any("teacher_logps" in term.spec.needs for term in objective.terms)
+    return is_teacher or objective.inputs is DivergencePairLogps
 
 
 def teacher_combination(objective: Objective) -> TeacherCombination | None:
@@ -181,7 +207,7 @@ def rows_output(
         name: value.to(logps.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in extras.items()
     }
-    batch = _make_batch(objective.inputs, sums, logps, ref_logps, extras)
+    batch = _make_batch(objective, sums, logps, ref_logps, extras)
     objective.check(batch)
     row_logps = sums.logps(logps).detach()
     rewards, metrics = _rewards(objective, batch, row_logps)
@@ -198,16 +224,19 @@ def rows_output(
 
 
 def _make_batch(
-    kind: type, sums: RowSums, token: Tensor, ref_logps: Tensor | None, extras: Mapping[str, Any]
+    objective: Objective, sums: RowSums, token: Tensor, ref_logps: Tensor | None, extras: Mapping[str, Any]
 ) -> Batch:
     """The batch that the losses take, from log-probabilities per token."""
+    kind = objective.inputs
     if kind is TokenLogps:
         weighted = None if ref_logps is None else sums.weighted(ref_logps)
         return TokenLogps(
             sums.weighted(token), sums.mask, sums.cu_seqlens, weighted, win_rates=extras.get("win_rates")
         )
     if kind is TokenDivergences:
-        return TokenDivergences(extras["reverse_kl"], sums.mask, sums.cu_seqlens, extras.get("l1_distance"))
+        own = {"logps": token, "teacher_logps": ref_logps} if needs_token_logps(objective) else {}
+        divergences = extras[divergence_outputs(objective)[0]]
+        return TokenDivergences(divergences, sums.mask, sums.cu_seqlens, extras.get("l1_distance"), **own)
     logps, lengths = sums.logps(token), sums.lengths(token.dtype)
     reference = None if ref_logps is None else sums.logps(ref_logps)
     if kind is DivergencePairLogps:

@@ -238,13 +238,18 @@ def _p_log_p(log_p: Tensor) -> Tensor:
 
 
 def _logit_gradient(z: Tensor, labels: Tensor, in_range: Tensor, grad_coeffs: Tensor | None) -> Tensor:
-    """``onehot - p``, or its combination with the gradients of lse and entropy, with respect to z."""
+    """``onehot - p``, or its combination with the gradients of lse and entropy, with respect to z.
+
+    1 - p of the label is the sum of the other p, which has all its digits where p rounds to 1.
+    """
     log_p = _log_softmax(z)
     p = log_p.exp()
-    onehot = torch.zeros_like(p).scatter(1, labels.where(in_range, 0)[:, None], in_range[:, None].to(p.dtype))
+    index = labels.where(in_range, 0)[:, None]
+    others = _by_row(torch.sum, p.scatter(1, index, 0.0))[:, None]
+    d = (-p).scatter(1, index, others.where(in_range[:, None], -p.gather(1, index)))
     if grad_coeffs is None:
-        return onehot - p
+        return d
     a, b, c = grad_coeffs.to(p.dtype)[:, :, None]  # each (C, 1)
     p_log_p = _p_log_p(log_p)
     entropy = -_by_row(torch.sum, p_log_p)[:, None]
-    return a * (onehot - p) + b * p - c * (p_log_p + p * entropy)
+    return a * d + b * p - c * (p_log_p + p * entropy)

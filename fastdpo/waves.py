@@ -86,7 +86,7 @@ def _best_parts(
             return product
         # Partial sums are written and read once; adding them up is a kernel, and what is left over another.
         has_rest = part_size(vocab_size, parts) * parts < vocab_size
-        sums = _byte_cost(2 * partial_sum_bytes(rows, hidden_size, parts), num_multiprocessors)
+        sums = byte_cost(2 * partial_sum_bytes(rows, hidden_size, parts), num_multiprocessors)
         return product + sums + (1 + has_rest) * BETWEEN_KERNELS
 
     fitting = scratch_bytes // partial_sum_bytes(rows, hidden_size, 1)
@@ -101,10 +101,11 @@ def cost_of_all(num_rows: int, rows: int, cost: Callable[[int], float]) -> float
 
 
 def _weight_cost(hidden_size: int, vocab_size: int, num_multiprocessors: int) -> float:
-    return _byte_cost(2 * vocab_size * hidden_size, num_multiprocessors) / WEIGHT_READ_SHARE
+    return byte_cost(2 * vocab_size * hidden_size, num_multiprocessors) / WEIGHT_READ_SHARE
 
 
-def _byte_cost(num_bytes: int, num_multiprocessors: int) -> float:
+def byte_cost(num_bytes: int, num_multiprocessors: int) -> float:
+    """The time of reading or writing some bytes at the full bandwidth."""
     return num_bytes * FLOP_PER_BYTE / (2 * TILE_ROWS * TILE_COLUMNS * num_multiprocessors)
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from benchmarks import op, run
-from benchmarks.harness import Contender, DeviceLost, environment, time_interleaved
+from benchmarks.harness import Contender, DeviceLost, environment
 from benchmarks.method import WHOLE, Method
 from benchmarks.op import METHODS, bench_task, reason_not_to_run
 from benchmarks.problem import HeadProblem, Outcome, Size
 from benchmarks.results import ResultFile, read_result
 from benchmarks.rows import RowProblem, bench_rows
 from benchmarks.suites import Case
+from benchmarks.timing import time_interleaved
 
 CPU = torch.device("cpu")
 TINY = Size("tiny", 256, torch.float32, 50)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +19,7 @@ import torch
 
 from benchmarks import gpu, harness
 from benchmarks.harness import environment
-from benchmarks.results import ResultFile, read_result, write_results
+from benchmarks.results import ResultFile, newest_of_part, read_result, write_results
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,11 +40,9 @@ def commands_of(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def start(command: list[str], cwd: Path) -> Any:
         started.append(command)
-        return SimpleNamespace(wait=lambda timeout: 0)
+        return SimpleNamespace(poll=lambda: 0)
 
-    monkeypatch.setattr(
-        gpu, "subprocess", SimpleNamespace(Popen=start, TimeoutExpired=subprocess.TimeoutExpired)
-    )
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(Popen=start))
     return started
 
 
@@ -64,39 +65,60 @@ def test_a_part_goes_on_in_its_own_file(
 
 
 def test_every_part_has_its_time_and_only_the_options_that_its_suites_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started = commands_of(monkeypatch)
     words = ["--device", "cpu", "--results", str(tmp_path)]
     assert gpu.main([*words, "--repeats", "3"]) == 0
-    assert len(started) == len(gpu.PARTS) <= 8
-    for part, command in zip(gpu.PARTS, started, strict=True):
-        assert option(command, "--part") == str(part)
+    said = capsys.readouterr().out
+    for (name, part), command in zip(gpu.PARTS.items(), started, strict=True):
+        assert f"part {name}, " in said and part.what in said
+        if part.tests:
+            assert command[2:4] == ["benchmarks.gpu_tests", name] and set(part.tests) < set(command)
+            continue
         limit = float(option(command, "--max_seconds") or "nan")
         assert 0 < limit <= gpu.PART_SECONDS - gpu.RESERVE
-        is_timed = gpu.PARTS[part][0] in ("op", "row")
-        assert option(command, "--repeats") == ("3" if is_timed else None)
-        assert (option(command, "--seconds") is not None) == is_timed
+        if part.suites:
+            assert option(command, "--part") == name
+            is_timed = part.suites[0] in ("op", "row")
+            assert option(command, "--repeats") == ("3" if is_timed else None)
+            assert (option(command, "--seconds") is not None) == is_timed
 
 
-def test_the_build_counts_towards_the_time_of_a_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_parts_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = commands_of(monkeypatch)
-    words = ["--device", "cpu", "--results", str(tmp_path), "--part", "1", "--begun"]
-    assert gpu.main([*words, str(time.time() - 200)]) == 0
-    assert float(option(started[0], "--max_seconds") or "nan") <= gpu.PART_SECONDS - gpu.RESERVE - 200
-    assert gpu.main([*words, str(time.time() - gpu.PART_SECONDS)]) == 1
-    assert len(started) == 1 and "call it again" in capsys.readouterr().err
+    words = ["--device", "cpu", "--results", str(tmp_path)]
+    assert gpu.main([*words, "--part", "tests"]) == 0
+    assert [command[3] for command in started] == ["tests-op", "tests-kernels", "tests-others"]
+    with pytest.raises(SystemExit):
+        gpu.main([*words, "--part", "9"])
+
+
+def test_every_test_that_needs_a_gpu_is_in_a_part() -> None:
+    marked = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")
+        if "mark.gpu" in path.read_text() and path.name != "test_bench_gpu.py"
+    }  # fmt: skip
+    assert marked == set(gpu.everything()[0])
+
+
+def test_without_a_gpu_nothing_is_run(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu.main(["--part", "1"]) == 1
+    said = capsys.readouterr()
+    assert "sees no CUDA GPU; nothing was run" in said.err and not said.out
 
 
 @pytest.mark.parametrize("part", [part for part in gpu.PARTS if part not in gpu.QUICK])
 def test_a_part_that_has_nothing_at_tiny_sizes_says_so(
-    part: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--device", "cpu", "--quick", "--part", str(part), "--results", str(tmp_path / "none")]
-    assert gpu.main(words) == 0
-    assert f"part {part} has nothing of its own" in capsys.readouterr().out
+    words = ["--device", "cpu", "--quick", "--part", part, "--results", str(tmp_path / "none")]
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(words)
+    assert ended.value.code == 0
+    assert f"part {part} has nothing of its own" in capsys.readouterr().err
 
 
 def test_a_process_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +129,66 @@ def test_a_process_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -
     with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline()
         assert gpu._wait(process, time.time()) == -9
+
+
+@pytest.mark.parametrize("number", gpu.ENDINGS, ids=str)
+def test_who_is_asked_to_end_lets_the_part_keep_what_it_has(number: signal.Signals) -> None:
+    """By ^C, or by a limit on the whole: the process that measures is asked too, and waited for."""
+    kept = "import time\ntry:\n print(flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+    with subprocess.Popen([sys.executable, "-c", kept], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            gpu._wait(process, time.time() + 500)
+        assert process.stdout.read() == "kept\n" and process.returncode == 0
+
+
+TESTS = """
+import os, signal, time
+import pytest
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["a", "b", "c", "d"])
+def test_one(name, request):
+    if name == "b" and os.environ["CUT_OFF"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "c":
+        pytest.skip("needs more")
+    assert name != os.environ["WRONG"]
+
+def test_not_of_a_gpu():
+    raise AssertionError
+"""
+
+
+def test_tests_that_were_cut_off_go_on_where_they_stopped(tmp_path: Path) -> None:
+    """By SIGKILL, which leaves no word: outcomes are on disk by then, and who was under way is tried last."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    file = tmp_path / "test_it.py"
+    file.write_text(TESTS)
+
+    def run(cut_off: str, wrong: str) -> tuple[int, list[dict[str, Any]], str]:
+        command = [sys.executable, "-m", "benchmarks.gpu_tests", "tests-op", str(file)]
+        command += ["-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini")]
+        command += ["--results", str(tmp_path / "results")]
+        environment = {**os.environ, "CUT_OFF": cut_off, "WRONG": wrong, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        (record,) = (tmp_path / "results").glob("*.jsonl")
+        lines = [json.loads(line) for line in record.read_text().splitlines()]
+        return done.returncode, lines[1:], done.stdout
+
+    code, lines, _ = run("1", "none")
+    assert code == -9 and [line["test"][-2] for line in lines] == ["a", "a", "b"]
+    code, lines, said = run("0", "d")
+    assert code == 1 and [line["test"][-2] for line in lines[3:]] == ["c", "c", "d", "d", "b", "b"]
+    outcomes = {line["test"][-2]: line for line in lines if "outcome" in line}
+    assert {name: line["outcome"] for name, line in outcomes.items()} == {
+        "a": "passed", "b": "passed", "c": "skipped", "d": "failed"
+    }  # fmt: skip
+    assert "assert" in outcomes["d"]["why"] and "2 passed, 1 failed, 1 skipped, 0 not run" in said
+    code, again, said = run("0", "d")  # a failure stands
+    assert code == 1 and again == lines and "2 passed, 1 failed" in said
 
 
 def test_files_of_parts_can_lie_together(tmp_path: Path) -> None:
@@ -156,13 +238,13 @@ def test_a_commit_that_is_not_known_is_never_gone_on_with(
     path = ResultFile(tmp_path, info, {}, part=1).add(result("a"))
     with pytest.raises(ValueError, match="the commit is not known.*FASTDPO_COMMIT"):
         ResultFile.resume(path, environment(CPU), {})
-    assert gpu._newest(tmp_path, 1, CPU) is None
+    assert newest_of_part(tmp_path, 1, environment(CPU)) is None
     monkeypatch.setenv("FASTDPO_COMMIT", "1" * 40)
     with pytest.raises(ValueError, match="commit was None, is 1111"):
         ResultFile.resume(path, environment(CPU), {})
     named = ResultFile(tmp_path, environment(CPU), {}, part=1).add(result("a"))
-    assert gpu._newest(tmp_path, 1, CPU) == named.name
-    assert gpu._newest(tmp_path, 2, CPU) is None
+    assert newest_of_part(tmp_path, 1, environment(CPU)) == named.name
+    assert newest_of_part(tmp_path, 2, environment(CPU)) is None
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -192,39 +274,22 @@ def test_uncommitted_changes_are_told_from_one_another(
         ResultFile.resume(path, info, {})
 
 
-# Stands in for a Python whose torch sees a GPU, and whose nvcc failed.
-STUB = """#!/bin/sh
-echo "$@" >> "$LOG"
-case "$*" in
-  *unavailable_reason*) echo "nvcc failed";;
-  *pytest*) exit 3;;
-esac
-"""
-
-
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_gpu_goes_on_loudly_without_the_cuda_kernels(tmp_path: Path) -> None:
-    stub, log = tmp_path / "python", tmp_path / "log"
-    stub.write_text(STUB)
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ((), ""),
+        (("PART=3", "RESULTS=out"), "--part 3 --results out"),
+        (("PART=tests",), "--part tests"),
+    ],
+    ids=str,
+)
+def test_make_gpu_is_this_program(tmp_path: Path, words: tuple[str, ...], arguments: str) -> None:
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\necho "$@"\nexit 3\n')
     stub.chmod(0o755)
-
-    def make(*words: str) -> tuple[subprocess.CompletedProcess[str], str]:
-        log.write_text("")
-        command = ["make", "--no-print-directory", "gpu", f"PYTHON={stub}", *words]
-        # Of a make above this one, whose options are not meant.
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-        done = subprocess.run(
-            command, cwd=ROOT, env={**clean, "LOG": str(log)}, capture_output=True, text=True
-        )
-        return done, log.read_text()
-
-    done, called = make("PART=3", "RESULTS=out")
-    assert done.returncode == 0 and "WITHOUT THE CUDA BACKEND: nvcc failed" in done.stderr
-    assert "-m benchmarks.gpu --results out --part 3 --begun " in called and "pytest" not in called
-    done, called = make("PART=tests")
-    assert done.returncode == 2 and "pytest" in called and "benchmarks.gpu" not in called
-    done, called = make()
-    assert done.returncode == 2 and "pytest" in called  # a test that fails fails the verb, after all is run
-    assert "-m benchmarks.gpu --results benchmarks/results\n" in called
-    done, called = make("PART=9")
-    assert done.returncode == 2 and "wanted tests, or a number from 1 to 7" in done.stderr and not called
+    command = ["make", "--no-print-directory", "gpu", f"PYTHON={stub}", *words]
+    # Of a make above this one, whose options are not meant.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == f"-m benchmarks.gpu {arguments}".strip() + "\n"

@@ -15,10 +15,11 @@ import torch
 
 from benchmarks import ours, peers
 from benchmarks.compare import agreement, compare_results
-from benchmarks.harness import Contender, summarise, summarise_steps, time_interleaved
+from benchmarks.harness import Contender, summarise, summarise_steps
 from benchmarks.method import Method
 from benchmarks.op import METHODS, bench_task
 from benchmarks.problem import IGNORED, MODELS, OF_PAIRS, PASSES, HeadProblem, Outcome, Size, Wrong
+from benchmarks.timing import time_interleaved
 from fastdpo.testing.accuracy import logps_bound
 from fastdpo.testing.simulated_logps import simulated_errors, sums_of
 
@@ -317,8 +318,8 @@ def test_ligers_adapter_hands_over_pairs_as_liger_wants_them(monkeypatch: pytest
 
 def test_every_peer_of_the_suite_has_an_adapter() -> None:
     assert {peer.name for peer in peers.PEERS} == {
-        "torch", "torch-compacted", "torch-compile", "torch-linear-ce", "trl", "liger-dpo",
-        "liger-scaled-ce-sm90", "cce", "cce-exact", "quack",
+        "torch", "torch-compacted", "torch-compile", "torch-linear-ce", "torch-linear-ce-cute", "unsloth",
+        "trl", "liger-dpo", "liger-scaled-ce-sm90", "liger-cute", "cce", "cce-exact", "quack",
     }  # fmt: skip
     modes = {ours.MODE[task] for task in PASSES} | {"recompute", "lean"}
     assert modes == {"score", "stash", "cache", "pairs", "recompute", "lean"}
@@ -330,3 +331,6 @@ def test_the_pins_of_the_peers_are_those_of_the_extra() -> None:
     source = Path(peers.__file__).read_text()
     for pin in ("liger-kernel==0.8.5", "cut-cross-entropy==25.1.1", "quack-kernels==0.6.5", "trl==1.16.0"):
         assert pin in pyproject and pin.split("==")[1] in source
+    # Called where a user has installed them: a licence of its own, a runtime that pip cannot choose.
+    assert "unsloth==" in source and "liger-cute-kernels[cu13]==" in source
+    assert "unsloth" not in pyproject and "liger-cute" not in pyproject

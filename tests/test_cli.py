@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastdpo
 from fastdpo.cli import main
-from fastdpo.losses import LOSSES
+from fastdpo.losses import LOSSES, TokenDivergences
 from fastdpo.training.arguments import ArgumentError, parse_score, parse_train
 from fastdpo.training.kinds import KINDS, PAIRED
 from tests.cli_cases import (  # noqa: F401  (fixtures)
@@ -160,7 +160,8 @@ def test_every_option_of_every_loss_of_the_loop_is_a_flag():
         words = ["--model", "m", "--dataset", "d", "--use_cpu", "--loss_type", spec.name]
         for option in spec.options:
             words += [f"--{option.name}", str(option.default)]
-        distils = spec.name == "aligndistil"
+        words += ["--reward_gap_column", "gap"] if "reward_gap" in spec.needs else []
+        distils = spec.inputs is TokenDivergences
         config = parse_train([*words, *(("--teacher_model", "t") if distils else ())]).config
         assert config.options == {option.name: option.default for option in spec.options}
 

@@ -21,8 +21,8 @@ from fastdpo import (
     token_divergence,
 )
 from fastdpo.losses import build_objective
+from fastdpo.losses.distillation import TeacherMode, aligndistil_coefficients
 from fastdpo.losses.token_batches import TokenDivergences
-from fastdpo.losses.token_level import TeacherMode, aligndistil_coefficients
 from fastdpo.testing import assert_close_to_fp64
 from fastdpo.testing.accuracy import logps_bound
 from tests.ops.test_gemm_passes import count_passes

@@ -160,7 +160,7 @@ def test_a_trainer_of_divergences(
     heads = 2 if teacher is None else 3
     assert lines.pop("op") == f"token_divergence, with a product for each of {heads} heads"
     assert ("teacher" in section(diagnosis, "Memory")) == (teacher is not None)
-    assert lines.pop("backend") == "reference"
+    assert lines.pop("backend") in ("cpu", "reference")  # the latter where nothing is compiled
     assert lines["mode"] == mode and lines["GEMM passes"] == products
     assert section(diagnosis, "Data")["head for it alone"].endswith("at once, gradients included")
 

@@ -215,7 +215,10 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     (KTO | {"gamma": 1.0}, "gamma: got an option that kto does not have"),
     (LISTS | {"group_ids": None}, "group_ids: got None, wanted a value for sdpo"),
     (LISTS | {"scores": None}, "scores: got None, wanted a value"),
-    (LISTS | {"scores": torch.tensor([1.0, float("nan"), 0.0, 0.0])}, "scores: got a NaN or infinite score"),
+    (
+        LISTS | {"scores": torch.tensor([1.0, float("nan"), 0.0, 0.0])},
+        "scores: got nan among them, wanted each a finite number",
+    ),
     (LISTS | {"group_ids": torch.tensor([0, 0, 1])}, "group_ids: got shape (3,)"),
     (LISTS | {"num_segments": 4}, "num_segments: got a value without segment_ids"),
 ]

@@ -89,13 +89,14 @@ def test_other_kinds_from_logps(name: str, packed: bool) -> None:
         if name in DIVERGENT:
             divergences = filled(tokens(1).abs(), value, packed)
             leaves.append(divergences)
-            given["forward_kl" if spec.inputs is DivergencePairLogps else "reverse_kl"] = divergences
+            kind = "forward_kl" if spec.inputs is DivergencePairLogps else "reverse_kl"
+            given["jsd" if name == "gkd" else kind] = divergences
             if spec.inputs is TokenDivergences and spec.uses_reference:
                 given["l1_distance"] = filled(tokens(3).abs(), value, packed).detach()
         else:
             given["token_weights"] = filled(tokens(1).abs(), value, packed)
             leaves.append(given["token_weights"])
-        if spec.uses_reference and spec.inputs is not TokenDivergences:
+        if "teacher_logps" in spec.needs or (spec.uses_reference and spec.inputs is not TokenDivergences):
             given["ref_logps"] = filled(tokens(2), value, packed).detach()
         out = preference_loss_from_logps(
             LinearLogprobOutput(logps), mask, loss_type=name, layout=layout, **given

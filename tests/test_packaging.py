@@ -145,7 +145,11 @@ def small_project(tmp_path: Path) -> Path:
     (project / "csrc" / "bindings.cpp").write_text(EMPTY_MODULE)
     (project / "csrc" / "other.cpp").touch()
     (project / "csrc" / "cuda" / "kernels.cu").touch()
-    shutil.copy(ROOT / "setup.py", project)
+    toolkits = tmp_path / "toolkits"  # in the place of /usr/local, which has one here and none elsewhere
+    toolkits.mkdir()
+    script = (ROOT / "setup.py").read_text()
+    assert 'Path("/usr/local")' in script
+    (project / "setup.py").write_text(script.replace('Path("/usr/local")', f"Path({str(toolkits)!r})"))
     return project
 
 
@@ -157,7 +161,8 @@ def built_modules(project: Path) -> list[Path]:
 def test_without_nvcc_the_build_says_so_and_goes_on(small_project: Path, tmp_path: Path):
     env = {"PATH": path_with(tmp_path / "bin", "g++", "as", "ld")}
     printed = setup(small_project, "build_ext", "--inplace", env=env)
-    assert "fastdpo: no nvcc in CUDA_HOME or on PATH: building without the CUDA kernels\n" in printed
+    assert "fastdpo: no nvcc in CUDA_HOME, on PATH or in " in printed
+    assert "building without the CUDA kernels\n" in printed
     (module,) = built_modules(small_project)
     subprocess.run([sys.executable, "-c", "import fastdpo._C"], cwd=small_project, check=True)
     assert not [name for name in shared_libraries(module) if "cuda" in name]
@@ -176,6 +181,56 @@ def test_a_failing_nvcc_costs_the_cuda_kernels_only(small_project: Path, tmp_pat
     assert "this nvcc is broken" in printed
     assert f"fastdpo: {nvcc} failed, see above: building without the CUDA kernels\n" in printed
     assert len(built_modules(small_project)) == 1
+
+
+def make_nvcc(folder: Path) -> Path:
+    """One that fails."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+@needs_compiler
+def test_nvcc_is_looked_for_in_the_usual_places(small_project: Path, tmp_path: Path):
+    env = {"PATH": path_with(tmp_path / "bin", "g++", "as", "ld", "sh")}
+    toolkits = tmp_path / "toolkits"
+
+    def tried() -> str:
+        (small_project / "csrc" / "cuda" / "kernels.cu").touch()
+        printed = setup(small_project, "build_ext", "--inplace", env=env)
+        (line,) = [
+            line for line in printed.splitlines() if line.endswith("building without the CUDA kernels")
+        ]
+        return line
+
+    make_nvcc(toolkits / "cuda-9.2")
+    newest = make_nvcc(toolkits / "cuda-13.0")
+    assert tried().startswith(f"fastdpo: {newest} failed")
+    default = make_nvcc(toolkits / "cuda")
+    assert tried().startswith(f"fastdpo: {default} failed")
+    env["CUDA_HOME"] = str(tmp_path / "nothing")
+    assert tried().startswith(f"fastdpo: {default} failed")
+    env["CUDA_HOME"] = str(make_nvcc(tmp_path / "home").parents[1])
+    assert tried().startswith(f"fastdpo: {env['CUDA_HOME']}/bin/nvcc failed")
+
+
+@pytest.mark.parametrize("found", ["an old one", "none"])
+def test_without_a_new_setuptools_it_builds_in_place_or_says_what_it_needs(
+    small_project: Path, tmp_path: Path, found: str
+):
+    fake = "__version__ = '65.5.1'\n" if found == "an old one" else "raise ImportError\n"
+    (small_project / "setuptools.py").write_text(fake)
+    env = {"FASTDPO_CUDA": "0", "PATH": path_with(tmp_path / "bin")}
+    got = "setuptools 65.5.1" if found == "an old one" else "no setuptools"
+    printed = setup(small_project, "build_ext", "--inplace", env=env)
+    assert f"fastdpo: got {got}, wanted setuptools >= 77: building in place without it\n" in printed
+    assert "no C++ compiler found" in printed
+    refused = subprocess.run(
+        [sys.executable, "setup.py", "bdist_wheel"], cwd=small_project, capture_output=True, text=True
+    )
+    assert refused.returncode != 0 and "pip install 'setuptools>=77'" in refused.stderr
 
 
 @pytest.mark.parametrize("missing", ["compiler", "a compiler that works"])

@@ -31,10 +31,9 @@ from tests.pair_cases import (  # noqa: F401  (a fixture)
 pytestmark = pytest.mark.usefixtures("tiny_budgets")
 
 PAIRWISE = [
-    name
-    for name, spec in LOSSES.items()
-    if spec.inputs is PairLogps and spec.scope in ("pair", "token") and not spec.needs
+    name for name, spec in LOSSES.items() if spec.inputs is PairLogps and spec.scope in ("pair", "token")
 ]
+GAPS = torch.linspace(-1.0, 2.0, len(LENGTHS))  # of rewards
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -42,16 +41,17 @@ PAIRWISE = [
 def test_equals_fp64_and_the_cache(name: str, dtype: torch.dtype) -> None:
     """What is reported is that of `cache` to the last bit, gradients are right by the tolerance rule."""
     pairs = make_pairs(dtype)
-    want, _ = dense(pairs, torch.float64, loss_type=name)
-    cache, _ = gradients(pairs, mode("cache"), loss_type=name)
-    out, got = gradients(pairs, mode("pairs"), loss_type=name)
+    said: dict[str, Any] = {"loss_type": name} | ({"reward_gap": GAPS} if LOSSES[name].needs else {})
+    want, _ = dense(pairs, torch.float64, **said)
+    cache, _ = gradients(pairs, mode("cache"), **said)
+    out, got = gradients(pairs, mode("pairs"), **said)
     assert torch.equal(out.loss, cache.loss)
     for field in ("chosen_logps", "rejected_logps", "chosen_rewards"):
         assert torch.equal(getattr(out, field), getattr(cache, field))
     for key, value in out.metrics.items():
         assert torch.equal(value, cache.metrics[key]), key
     torch.testing.assert_close(out.loss.double(), want.loss, rtol=1e-5, atol=1e-5)
-    assert_gradients(pairs, got, loss_type=name)
+    assert_gradients(pairs, got, **said)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,10 @@ INLINE void fold(Row& row, Block& block) {
       q_aparts[l] += weighted(block.x[i + l], block.d[i + l]);
     }
   }
-  row.p.sum += total(p_sums);
+  const double p_sum = total(p_sums);
+  const int64_t label = row.label - block.start;
+  row.p.others += label >= 0 && label < block.size ? sum_without(block.p, label, block.padded) : p_sum;
+  row.p.sum += p_sum;
   row.q.sum += total(q_sums);
   row.p_apart += total(p_aparts);
   row.q_apart += total(q_aparts);
@@ -171,6 +174,13 @@ INLINE void add_difference(Block& block, float weight) {
   for (int i = 0; i < block.size; ++i) block.d[i] += weight * (block.p[i] - block.x[i]);
 }
 
+// `weight` (1 - p) of the label, from the sum of the other probabilities, in the place of its share `weight` (-p).
+INLINE void put_label(const Row& row, float weight, Block& block) {
+  const int64_t offset = row.label - block.start;
+  if (offset < 0 || offset >= block.size) return;
+  block.d[offset] = static_cast<float>(weight * (row.p.others / row.p.sum));
+}
+
 // Every divergence's share of D, from what was kept, or else from the logits.
 INLINE void add_divergences(const Row& row, const Weights& weights, Block& block) {
   const DivergenceArgs& args = row.args;
@@ -190,6 +200,7 @@ INLINE void add_divergences(const Row& row, const Weights& weights, Block& block
   }
   if (row.kept != Kept::log_ratio) multiply(block.p, static_cast<float>(std::exp(p_moved) / row.p.sum), block.size);
   for (int i = 0; i < block.size; ++i) block.d[i] = -weights.logps * block.p[i];
+  put_label(row, weights.logps, block);
 
   if (args.forward_kl) {
     if (!is_kept) {
@@ -212,10 +223,8 @@ INLINE void add_divergences(const Row& row, const Weights& weights, Block& block
   }
 }
 
-// block.d as D of one of the two outputs: the label's share, the slope of the cap, the dtype.
-INLINE void finish_d(const Row& row, const DArgs& out, float at_label, Block& block) {
-  const int64_t offset = row.label - block.start;
-  if (offset >= 0 && offset < block.size) block.d[offset] += at_label;
+// block.d as D of one of the two outputs: the slope of the cap, the dtype.
+INLINE void finish_d(const Row& row, const DArgs& out, Block& block) {
   if (row.policy.is_capped) {
     for (int i = 0; i < block.size; ++i) block.d[i] *= 1.0f - block.tanh[i] * block.tanh[i];
   }
@@ -230,10 +239,11 @@ INLINE void write_d(const Row& row, Block& block) {
     if (row.policy.is_capped) get(row.policy, block, block.tanh);
     if (row.kept == Kept::nothing) load_both(row, block);
     add_divergences(row, weights, block);
-    finish_d(row, row.args.d_out, weights.logps, block);
+    finish_d(row, row.args.d_out, block);
     if (row.args.logps_d_out.d) {
       for (int i = 0; i < block.size; ++i) block.d[i] = -block.p[i];
-      finish_d(row, row.args.logps_d_out, 1.0f, block);
+      put_label(row, 1.0f, block);
+      finish_d(row, row.args.logps_d_out, block);
     }
   }
 }

@@ -35,6 +35,7 @@ struct Softmax {
   float max = -kInf;
   float shift = 0.0f;  // max, or 0 while that is -inf
   double sum = 0.0;    // of exp(z - shift)
+  double others = 0.0;  // the same but for the label's
   float label_logit = kNaN;
 
   double log_prob(float z) const { return (static_cast<double>(z) - shift) - std::log(sum); }
@@ -119,6 +120,7 @@ INLINE Raised raise_max(Softmax& softmax, float max) {
   raised.offset = static_cast<double>(softmax.shift) - max;
   if (softmax.max != -kInf) raised.factor = std::exp(raised.offset);  // else there is nothing in the sums, or NaN
   softmax.sum *= raised.factor;
+  softmax.others *= raised.factor;
   softmax.max = softmax.shift = max;
   return raised;
 }

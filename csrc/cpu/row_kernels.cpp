@@ -30,6 +30,7 @@ struct RowSums {
   float shift = 0.0f;  // max, or 0 while that is -inf
   float label_logit = kNaN;
   double exp = 0.0;         // sum of e = exp(z - shift)
+  double others = 0.0;      // the same but for the label's
   double exp_sq = 0.0;      // sum of e^2
   double exp_offset = 0.0;  // sum of e (z - shift)
   double z = 0.0;
@@ -90,6 +91,7 @@ INLINE void raise_max(RowSums& sums, float max) {
     sums.exp_offset = factor * (sums.exp_offset + offset * sums.exp);
     sums.exp_sq *= factor * factor;
     sums.exp *= factor;
+    sums.others *= factor;
   }
   sums.max = sums.shift = max;
 }
@@ -148,7 +150,9 @@ INLINE RowSums reduce(Row& row) {
         lanes[l] += block.e[i + l];
       }
     }
-    sums.exp += total(lanes);
+    const double sum = total(lanes);
+    sums.exp += sum;
+    sums.others += offset >= 0 && offset < block.size ? sum_without(block.e, offset, block.padded) : sum;
     add_statistics(args, block, sums);
   }
   if (sums.max == kInf) sums.exp = kInf;  // inf - inf has made it NaN
@@ -156,10 +160,12 @@ INLINE RowSums reduce(Row& row) {
   return sums;
 }
 
-// D = cf (a onehot + p (b - a - c (log p + entropy))), which is cf (onehot - p) for a, b, c = 1, 0, 0.
+// D = cf (a onehot + p (b - a - c (log p + entropy))), which is cf (onehot - p) for a, b, c = 1, 0, 0. The label's
+// a (1 - p) is made of the sum of the other p.
 INLINE void write_d(const Row& row, const RowSums& sums) {
   const RowArgs& args = row.args;
   const float inverse_sum = static_cast<float>(1.0 / sums.exp);
+  const double others = sums.others / sums.exp;
   float at_label = 1.0f, of_p = -1.0f, of_p_log_p = 0.0f;
   if (args.grad_coeffs) {
     const float* coeffs = args.grad_coeffs + row.index;
@@ -180,7 +186,11 @@ INLINE void write_d(const Row& row, const RowSums& sums) {
       for (int i = 0; i < block.size; ++i) block.e[i] = -exp_f32(block.z[i] - sums.shift) * inverse_sum;
     }
     const int64_t offset = row.label - start;
-    if (offset >= 0 && offset < block.size) block.e[offset] += at_label;
+    if (offset >= 0 && offset < block.size) {
+      const float p = exp_f32(block.z[offset] - sums.shift) * inverse_sum;
+      const float of_label = of_p + at_label + of_p_log_p * offset_from(block.z[offset], sums.shift);
+      block.e[offset] = static_cast<float>(at_label * others) + (p == 0.0f ? 0.0f : p * of_label);
+    }
     if (args.softcap > 0.0f) {
       for (int i = 0; i < block.size; ++i) block.e[i] *= 1.0f - block.tanh[i] * block.tanh[i];
     }

@@ -172,4 +172,11 @@ INLINE double total(const T (&lanes)[kLanes]) {
   return sum;
 }
 
+// The sum of the first `size` values but for one: a loop of its own for the block that has a row's label.
+INLINE double sum_without(const float* values, int64_t left_out, int size) {
+  double sum = 0.0;
+  for (int i = 0; i < size; ++i) sum += i == left_out ? 0.0f : values[i];
+  return sum;
+}
+
 }  // namespace fastdpo

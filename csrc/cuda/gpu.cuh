@@ -147,6 +147,17 @@ FASTDPO_DEVICE void wait_copies_but(int pending) {
   if (pending < 1) wait_copies<0>();
 }
 
+// An element of memory that is loaded as this is made, and waited for where its value is used. None: null.
+template <class T>
+class Early {
+ public:
+  FASTDPO_DEVICE explicit Early(const T* from) : value_(from ? *from : T{}) {}
+  FASTDPO_DEVICE T value() const { return value_; }
+
+ private:
+  T value_;
+};
+
 // Spelled out: the compiler would merge these with the accesses to a row's last columns, word by word.
 FASTDPO_DEVICE uint4 load16_global(const void* p) {
   uint4 value;

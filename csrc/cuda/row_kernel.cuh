@@ -9,8 +9,9 @@
 // writes its own tiles.
 //
 // D in the place of the logits: no block may store before every block of the cluster has loaded its slice.
-// That holds by construction: a warp gives its sums away after its last load of the row, and stores after it
-// has the sums of all warps. Rows fetched ahead lie elsewhere.
+// That holds by construction: a warp gives its sums away after all it has loaded of the row has arrived, the
+// label's logit too, since the sums hang on it; and it stores after it has the sums of all warps. Rows fetched
+// ahead lie elsewhere.
 //
 // The includer brings the namespace fastdpo::gpu: gpu.cuh, or the tests' emulation of it.
 #pragma once
@@ -70,10 +71,16 @@ class RowKernel {
     }
   }
 
-  FASTDPO_DEVICE void put_target(float (&x)[kLaneColumns], int tile) const {
+  // Which of this lane's columns of a tile is the label's; -1: none.
+  FASTDPO_DEVICE int label_place(int tile) const {
     const int offset = label_ - slice_.column(tile, 0);  // negative without a label
-    if (offset < 0 || offset >= kTileColumns || offset % kWarpGroup >= kGroup) return;
-    const int place = offset / kWarpGroup * kGroup + offset % kWarpGroup;
+    if (offset < 0 || offset >= kTileColumns || offset % kWarpGroup >= kGroup) return -1;
+    return offset / kWarpGroup * kGroup + offset % kWarpGroup;
+  }
+
+  FASTDPO_DEVICE void put_target(float (&x)[kLaneColumns], int tile) const {
+    const int place = label_place(tile);
+    if (place < 0) return;
 #pragma unroll
     for (int i = 0; i < kLaneColumns; ++i) x[i] = i == place ? target_ : x[i];
   }
@@ -107,14 +114,18 @@ class RowKernel {
     const bool is_own = owns_label();
     const bool has_own_label = is_own && label_ >= 0;
     if (kIsBf16 && args_.target_logits) target_ = args_.target_logits[row];
-    // Loaded now, before D may lie over it, and used after the exchange: no one waits for it.
-    const float x_label = has_own_label ? to_float(logits_row<X>(task_, row)[label_]) : 0.0f;
+    // Loaded now and used after the work on the slice: no one waits for it.
+    const gpu::Early<X> x_label(has_own_label ? logits_row<X>(task_, row) + label_ : nullptr);
     const float bias_label = has_own_label && args_.bias ? args_.bias[label_] : 0.0f;
 
     Sums sums = reduce(row);
+    const float x = has_own_label ? to_float(x_label.value()) : 0.0f;
+    const float u_label = transform_one(kIsBf16 && args_.target_logits ? target_ : x, bias_label);
+    // It is among the columns already and changes nothing, but now the sums cannot be sent before it is here:
+    // once they are, D of another block may lie over it.
+    if (has_own_label) sums.top = fmaxf(sums.top, u_label);
     exchange_.add_up(sums, task_.transform.gain_log2, count);
     const RowLogs logs = row_logs<kStats>(sums);
-    const float u_label = transform_one(kIsBf16 && args_.target_logits ? target_ : x_label, bias_label);
     if (is_own) write_results(row, sums, logs, u_label);
     if constexpr (kHasD) {
       const GradCoeffs coeffs = load_grad_coeffs(row, logs);
@@ -168,7 +179,7 @@ class RowKernel {
     if (kStats && is_partial) set_missing(u, tile, 0.0f);
     const float sum_of_u = kStats ? tree_sum(u) : 0.0f;
     if (is_partial) set_missing(u, tile, -kInf);
-    absorb<kStats>(sums, u, sum_of_u, task_.transform.gain_log2);
+    absorb<kHasD, kStats>(sums, u, kHasD ? label_place(tile) : -1, sum_of_u, task_.transform.gain_log2);
   }
 
   FASTDPO_DEVICE void set_missing(float (&u)[kLaneColumns], int tile, float value) const {
@@ -268,7 +279,7 @@ class RowKernel {
   const int row_step_;  // clusters in the grid
   const Slice slice_;
   TileRing<X> ring_;
-  SumExchange<kStats> exchange_;
+  SumExchange<kHasD, kStats> exchange_;
   int place_ = 0;   // in the ring, of the current row's first tile, then of the next one to write
   int label_ = -1;  // its column; -1 for one that is out of range
   float target_ = 0.0f;

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "gpu.cuh"
+#include "probe.h"
 #include "row_dispatch.cuh"
 
 namespace fastdpo {
@@ -115,6 +116,9 @@ cudaError_t launch_row_kernel(const RowArgs& args, cudaStream_t stream) {
 }
 
 }  // namespace
+
+int probe_row_kernels(int* code_version) { return probe_kernel(row_kernel<float, true, false, false>, code_version); }
+
 }  // namespace fastdpo
 
 int fastdpo_cuda_row_kernel(const fastdpo::RowArgs& args, void* stream) {

@@ -93,7 +93,8 @@ FASTDPO_INLINE Transform make_transform(float scale, float softcap, float temper
 struct Sums {
   float top = -kInf;   // NaN is passed over here and shows in `exp`
   float exp = 0.0f;    // sum of e
-  float exp_t = 0.0f;  // sum of e t; this and the rest only where statistics are wanted
+  float others = 0.0f;  // the same but for the label's; only where D is wanted
+  float exp_t = 0.0f;  // sum of e t; this and what follows only where statistics are wanted
   float exp_sq = 0.0f;
   float u = 0.0f;      // sum of u
 };
@@ -105,7 +106,7 @@ FASTDPO_INLINE float origin_of(float top) { return top == -kInf ? 0.0f : top; }
 FASTDPO_INLINE float exponent(float u, float origin, float gain_log2) { return mul_rn(add_rn(u, -origin), gain_log2); }
 
 // The same sums for a larger top.
-template <bool kStats>
+template <bool kHasD, bool kStats>
 FASTDPO_INLINE void raise_top(Sums& sums, float top, float gain_log2) {
   const float t = fmaxf(exponent(sums.top, origin_of(top), gain_log2), kFloor);
   const float shrink = exp2_fast(t);
@@ -113,6 +114,7 @@ FASTDPO_INLINE void raise_top(Sums& sums, float top, float gain_log2) {
     sums.exp_t = mul_rn(shrink, fmaf(t, sums.exp, sums.exp_t));
     sums.exp_sq = mul_rn(mul_rn(shrink, shrink), sums.exp_sq);
   }
+  if (kHasD) sums.others = mul_rn(shrink, sums.others);
   sums.exp = mul_rn(shrink, sums.exp);
   sums.top = top;
 }
@@ -129,13 +131,14 @@ FASTDPO_INLINE float tree_sum(const float (&values)[kLaneColumns]) {
   return sums[0];
 }
 
-// Adds some columns; those that do not exist have a u of -inf, and no part in the sum of u.
-template <bool kStats>
-FASTDPO_INLINE void absorb(Sums& sums, const float (&u)[kLaneColumns], float sum_of_u, float gain_log2) {
+// Adds some columns, of which the one at `label` is the label's, if any (-1); those that do not exist have a u
+// of -inf, and no part in the sum of u.
+template <bool kHasD, bool kStats>
+FASTDPO_INLINE void absorb(Sums& sums, const float (&u)[kLaneColumns], int label, float sum_of_u, float gain_log2) {
   float top = sums.top;
 #pragma unroll
   for (int i = 0; i < kLaneColumns; ++i) top = fmaxf(top, u[i]);
-  raise_top<kStats>(sums, top, gain_log2);
+  raise_top<kHasD, kStats>(sums, top, gain_log2);
 
   const float origin = origin_of(top);
   float e[kLaneColumns];
@@ -148,7 +151,17 @@ FASTDPO_INLINE void absorb(Sums& sums, const float (&u)[kLaneColumns], float sum
       sums.exp_sq = fmaf(e[i], e[i], sums.exp_sq);
     }
   }
-  sums.exp = add_rn(sums.exp, tree_sum(e));
+  const float sum = tree_sum(e);
+  sums.exp = add_rn(sums.exp, sum);
+  if (kHasD) {
+    float others = sum;
+    if (label >= 0) {  // in one tile of a row
+#pragma unroll
+      for (int i = 0; i < kLaneColumns; ++i) e[i] = i == label ? 0.0f : e[i];
+      others = tree_sum(e);
+    }
+    sums.others = add_rn(sums.others, others);
+  }
   if (kStats) sums.u = add_rn(sums.u, sum_of_u);
 }
 
@@ -157,6 +170,7 @@ struct RowLogs {
   float top;
   float log_sum;  // ln of the sum of exp(z - z_top)
   float inverse_sum;
+  float others;  // the sum of all p but the label's
   float entropy;
 };
 
@@ -164,7 +178,8 @@ template <bool kStats>
 FASTDPO_INLINE RowLogs row_logs(const Sums& sums) {
   const float log_sum = logf(sums.exp);
   const float inverse_sum = reciprocal_fast(sums.exp);
-  return {sums.top, log_sum, inverse_sum, kStats ? log_sum - kLn2 * sums.exp_t * inverse_sum : 0.0f};
+  const float entropy = kStats ? log_sum - kLn2 * sums.exp_t * inverse_sum : 0.0f;
+  return {sums.top, log_sum, inverse_sum, sums.others * inverse_sum, entropy};
 }
 
 // log p. Not z - lse: again the difference to the top comes first.
@@ -194,12 +209,12 @@ FASTDPO_INLINE float grad_of_column(float u, float top, float gain_log2, const G
 // What a softcap makes of a gradient.
 FASTDPO_INLINE float cap_factor(float u) { return fmaf(-u, u, 1.0f); }
 
-// The label's entry, factor included, with onehot - p as -expm1(log p): exact to the last digits where p is
-// nearly 1.
+// The label's entry, factor included. 1 - p is the sum of the other probabilities: where p is nearly 1, or
+// rounds to it, that has all its digits.
 FASTDPO_INLINE float grad_of_label(float u, const RowLogs& logs, const Transform& transform, const GradCoeffs& coeffs) {
   const float log_p = log_prob(u, logs, transform.gain);
   const float p = expf(log_p);
-  const float grad = -coeffs.a * expm1f(log_p) + p * (coeffs.b - coeffs.c * (fmaxf(log_p, kFloor) + logs.entropy));
+  const float grad = coeffs.a * logs.others + p * (coeffs.b - coeffs.c * (fmaxf(log_p, kFloor) + logs.entropy));
   return transform.is_capped ? grad * cap_factor(u) : grad;
 }
 

@@ -24,7 +24,7 @@ constexpr int kTileBytes = 4 * kTileColumns;      // in shared memory a tile is 
 constexpr int kQuarters = 4;                      // a slice is loaded and released in four steps
 constexpr int kMaxWarps = 16;
 constexpr int kMaxCluster = 8;
-constexpr int kSumFields = 5;                     // of Sums
+constexpr int kSumFields = 6;                     // of Sums
 constexpr int64_t kMaxVocab = int64_t{1} << 28;   // the bytes of a row are counted with 32 bits
 
 struct DeviceLimits {

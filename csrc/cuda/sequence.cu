@@ -3,6 +3,7 @@
 
 #include "sequence_gpu.cuh"
 
+#include "probe.h"
 #include "sequence.cuh"
 
 namespace fastdpo {
@@ -22,6 +23,9 @@ int launch(void (*kernel)(Args), const Args& args, int64_t blocks, int threads, 
 }
 
 }  // namespace
+
+int probe_sequence_kernels(int* code_version) { return probe_kernel(sigmoid_pairs_kernel, code_version); }
+
 }  // namespace fastdpo
 
 int fastdpo_cuda_sequence_sums(const fastdpo::SequenceArgs& args, void* stream) {

@@ -23,7 +23,7 @@ FASTDPO_DEVICE float warp_sum(float value) {
   return value;
 }
 
-template <bool kStats>
+template <bool kHasD, bool kStats>
 class SumExchange {
  public:
   FASTDPO_DEVICE SumExchange(const RowPlan& plan, int rank, int warp, int lane)
@@ -77,16 +77,18 @@ class SumExchange {
   FASTDPO_DEVICE static void for_each_field(Sums& sums, F f) {
     f(0, sums.top);
     f(1, sums.exp);
+    if constexpr (kHasD) f(2, sums.others);
     if constexpr (kStats) {
-      f(2, sums.exp_t);
-      f(3, sums.exp_sq);
-      f(4, sums.u);
+      f(3, sums.exp_t);
+      f(4, sums.exp_sq);
+      f(5, sums.u);
     }
   }
 
   FASTDPO_DEVICE static void add_up_warp(Sums& sums, float gain_log2) {
-    raise_top<kStats>(sums, warp_max(sums.top), gain_log2);
+    raise_top<kHasD, kStats>(sums, warp_max(sums.top), gain_log2);
     sums.exp = warp_sum(sums.exp);
+    if constexpr (kHasD) sums.others = warp_sum(sums.others);
     if constexpr (kStats) {
       sums.exp_t = warp_sum(sums.exp_t);
       sums.exp_sq = warp_sum(sums.exp_sq);
@@ -96,7 +98,7 @@ class SumExchange {
 
   // One lane for each block of the cluster.
   FASTDPO_DEVICE void send(float* to, gpu::Barrier* barrier, Sums& sums) const {
-    constexpr int kBytes = (kStats ? kSumFields : 2) * sizeof(float);
+    constexpr int kBytes = (2 + kHasD + 3 * kStats) * sizeof(float);
     if (gpu::thread_index() == 0) gpu::expect_bytes(barrier, kBytes * senders());
     if (lane_ < plan_.cluster) {
       for_each_field(sums, [&](int field, float& value) { gpu::send(to + field * senders(), value, barrier, lane_); });
@@ -107,8 +109,9 @@ class SumExchange {
   FASTDPO_DEVICE void add(Sums& total, const float* from, float gain_log2) const {
     Sums part;
     for_each_field(part, [&](int field, float& value) { value = from[field * senders()]; });
-    raise_top<kStats>(part, total.top, gain_log2);
+    raise_top<kHasD, kStats>(part, total.top, gain_log2);
     total.exp = add_rn(total.exp, part.exp);
+    if constexpr (kHasD) total.others = add_rn(total.others, part.others);
     if constexpr (kStats) {
       total.exp_t = add_rn(total.exp_t, part.exp_t);
       total.exp_sq = add_rn(total.exp_sq, part.exp_sq);

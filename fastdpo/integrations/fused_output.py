@@ -99,6 +99,7 @@ class Teachers:
         vocab_size: of all models, where their heads are padded to different sizes.
         logps_requires_grad: whether ``logps`` are differentiable beside the divergence, which costs as much
             again as what is kept for it.
+        jsd_beta: of the ``jsd``, where that is asked for; None: 0.5.
     """
 
     first: HeadStates
@@ -106,6 +107,7 @@ class Teachers:
     combination: TeacherCombination | None = None
     vocab_size: int | None = None
     logps_requires_grad: bool = True
+    jsd_beta: float | None = None
 
     def arguments(self, device: torch.device, *, is_flat: bool) -> dict[str, Any]:
         """Of ``token_divergence``; the positions flat where labels name rows of them."""
@@ -118,7 +120,8 @@ class Teachers:
         if self.second is not None:
             given |= {"second_hidden": states(self.second), "second_lm_head": self.second.lm_head}
         given["combination"] = self.combination if is_flat else self._from_where_predicted()
-        return given | {name: getattr(self, name) for name in ("vocab_size", "logps_requires_grad")}
+        names = ("vocab_size", "logps_requires_grad", "jsd_beta")
+        return given | {name: getattr(self, name) for name in names}
 
     def _from_where_predicted(self) -> TeacherCombination | None:
         """``combination`` for labels that have been shifted: a token's coefficients where it is predicted."""

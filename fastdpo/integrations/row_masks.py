@@ -11,7 +11,8 @@ as it is given neither a mask nor a cache; flash attention gets the bounds of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +23,17 @@ from fastdpo.integrations.lm_head import unwrap
 # Attention implementations that a mask of our own reaches, and those that skip what it hides.
 DENSE_MASKS = ("sdpa", "eager")
 BLOCK_MASKS = ("flex_attention",)
+# Types of layers whose time does not grow with the square of a row.
+_WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "moe", "mlp"})
+# Fields that say over how many tokens a layer looks, or in pieces of how many.
+_SPAN = re.compile(r"window|chunk|local(?!_experts)|block_size|stride|budget|topk")
 
 
 class RowMasks:
     """Inputs of a model's backbone for rows of several sequences.
 
     Args:
-        model: a causal LM, wrapped or not; only its config is read.
+        model: a causal LM, wrapped or not; only its config is read, and what its hook knows of its backbone.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,6 +41,8 @@ class RowMasks:
         self.config = inner.config.get_text_config()
         self.attention: str = getattr(self.config, "_attn_implementation", None) or "eager"
         self.dtype: torch.dtype = inner.dtype
+        hook = getattr(type(inner), "_fastdpo_hook", None)
+        self.takes_positions = hook is None or "position_ids" in hook.tail.arguments
 
     @property
     def windows(self) -> dict[str, int | None]:
@@ -47,16 +54,27 @@ class RowMasks:
         """Whether the attention kernel leaves masked blocks out, for rows without branches."""
         return self.attention.startswith("flash_attention") or self.attention in BLOCK_MASKS
 
+    def why_no_neighbours(self) -> str | None:
+        """Why a row may hold one sequence only, or None."""
+        if not self.takes_positions:
+            return "its backbone takes no position_ids, which would start again with each sequence"
+        try:
+            self.windows  # noqa: B018  (raises)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def why_no_branches(self) -> str | None:
         """Why rows with branches cannot be masked, or None."""
         if self.attention in (*DENSE_MASKS, *BLOCK_MASKS):
-            return None
+            return self.why_no_neighbours()
         wanted = " or ".join((*DENSE_MASKS, *BLOCK_MASKS))
         return f"attn_implementation {self.attention!r} takes no mask of its own, wanted {wanted}"
 
     def inputs(self, call: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the backbone takes for a call of ``training.rows``: ids, positions, and their mask."""
-        inputs: dict[str, Any] = {name: call[name] for name in ("input_ids", "position_ids")}
+        names = ("input_ids", "position_ids") if self.takes_positions else ("input_ids",)
+        inputs: dict[str, Any] = {name: call[name] for name in names}
         if "branches" in call:
             inputs["attention_mask"] = self.mask(call["documents"], call["branches"], call["position_ids"])
         elif self.attention.startswith("flash_attention") and len(call["input_ids"]) == 1:
@@ -110,19 +128,41 @@ class BackboneSize(NamedTuple):
 
     layers: int
     parameters: int
-    attention_width: int
+    attention_width: float  # of a layer, on average
 
 
 def backbone_size(model: nn.Module) -> BackboneSize:
     """The size of a causal LM without its embeddings and its head."""
     inner: Any = unwrap(model)
-    config = inner.config.get_text_config()
     outer = [inner.get_input_embeddings(), inner.get_output_embeddings()]
     left_out = {id(weight) for module in outer if module is not None for weight in module.parameters()}
     matrices = sum(p.numel() for p in inner.parameters() if p.dim() > 1 and id(p) not in left_out)
-    heads = getattr(config, "num_attention_heads", 1)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return BackboneSize(config.num_hidden_layers, max(matrices, 1), heads * head_size)
+    hidden = inner.get_output_embeddings().weight.shape[-1]
+    config = inner.config.get_text_config()
+    layers = layer_configs(config) or [config]
+    types = getattr(config, "layer_types", None) or [""] * len(layers)
+    widths = [
+        _attention_width(layer, hidden)
+        for layer, kind in zip(layers, types, strict=False)
+        if kind not in _WITHOUT_ATTENTION
+    ]
+    return BackboneSize(len(layers), max(matrices, 1), sum(widths) / len(layers))
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """The config of each layer, some of whose fields may be the layer's own.
+
+    Of a config whose layers differ transformers gives those fields by the layer only, and raises where they
+    are read from the whole.
+
+    Args:
+        config: of the text model. Of one that does not say how many layers it has the result is empty.
+    """
+    count = getattr(config, "num_hidden_layers", None)
+    if not isinstance(count, int):
+        return []
+    per_layer = getattr(config, "per_layer_config", None)
+    return [config] * count if per_layer is None else list(per_layer)
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
@@ -132,16 +172,44 @@ def layer_windows(config: Any) -> dict[str, int | None]:
         config: of the text model.
 
     Raises:
-        ValueError: a layer type that is not full or sliding attention.
+        ValueError: a layer type that is not full or sliding attention, or one of several windows.
     """
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return {"full_attention": window}
-    known: dict[str, int | None] = {"full_attention": None, "sliding_attention": window}
-    if unknown := sorted(set(types) - known.keys()):
+    layers = layer_configs(config)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
         raise ValueError(f"its layers of type {', '.join(unknown)} are none that a mask is known for")
-    return {name: known[name] for name in sorted(set(types))}
+    # Where layers have no type, all have the window, if there is one.
+    has_types = getattr(config, "layer_types", None) is not None
+    found: dict[str, int | None] = {}
+    for kind, layer in zip(types, layers, strict=False):
+        window = None if has_types and kind == "full_attention" else getattr(layer, "sliding_window", None)
+        if window is not None and not isinstance(window, int):
+            raise ValueError(f"its sliding_window is {window!r}, wanted a number of tokens")
+        if found.setdefault(kind, window) != window:
+            raise ValueError(f"its layers of type {kind} have windows of {found[kind]} and {window}")
+    return dict(sorted(found.items())) or {"full_attention": None}
+
+
+def spans(config: Any) -> set[int]:
+    """Numbers of tokens from which on a layer may see less, or otherwise, by the names of their fields."""
+    layers = layer_configs(config) or [config]
+    return {size for layer in layers for size in _sizes(vars(layer)) if size > 1}
+
+
+def _sizes(fields: Mapping[str, Any]) -> Iterator[int]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _sizes(value)
+        elif isinstance(name, str) and _SPAN.search(name):
+            values = value if isinstance(value, list | tuple) else [value]
+            yield from (size for size in values if isinstance(size, int) and not isinstance(size, bool))
+
+
+def _attention_width(layer: Any, hidden: int) -> int:
+    """Entries of a token's queries in one layer."""
+    heads = getattr(layer, "num_attention_heads", None)
+    head_size = getattr(layer, "head_dim", None)
+    return heads * head_size if isinstance(heads, int) and isinstance(head_size, int) else hidden
 
 
 def _sequence_bounds(position_ids: Tensor) -> dict[str, Any]:

@@ -7,13 +7,24 @@ read twice.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from . import native
 from .contract import LogitTransform, RowOutputs
 from .native import cuda_problem, row_args
 
 MIN_CAPABILITY = (8, 0)
+# cudaError_t of what has a remedy of its own.
+OUT_OF_MEMORY, DRIVER_TOO_OLD = 2, 35
+NO_CODE = (
+    98,
+    209,
+    218,
+    222,
+)  # no such kernel, no image for the device, invalid PTX, PTX too new for the driver
 
 
 def unavailable_reason(device: torch.device | None = None) -> str | None:
@@ -28,7 +39,41 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     if capability < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return f"it needs compute capability 8.0 or higher, {name} has {capability[0]}.{capability[1]}"
-    return None
+    index = None if device is None else device.index
+    return _launch_problem(torch.cuda.current_device() if index is None else index)
+
+
+@cache
+def _launch_problem(index: int) -> str | None:
+    """Why the driver cannot run what was built on a GPU; the answer stays, so it is asked once.
+
+    Raises:
+        torch.OutOfMemoryError: there was no room for the code; the next call asks again.
+    """
+    with torch.cuda.device(index):
+        error, meaning, _ = native._C.cuda_probe()
+        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if error == 0:
+        return None
+    if error == OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(f"no memory left on cuda:{index} for the code of fastdpo's kernels")
+    if error == DRIVER_TOO_OLD:
+        return _old_driver(native._C.cuda_driver_version(), native._C.cuda_runtime_version)
+    if error in NO_CODE:
+        gpu = f"{name} (compute capability {capability[0]}.{capability[1]})"
+        remedy = "install fastdpo again where nvcc is of the driver's CUDA and knows this GPU"
+        return f"it was built for {native._C.cuda_archs}, which {gpu} does not run ({meaning}): {remedy}"
+    return f"the driver answers: {meaning} (error {error})"
+
+
+def _old_driver(driver: int, runtime: int) -> str:
+    if driver == 0:
+        return "there is no NVIDIA driver"
+    ours, its = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
+    return (
+        f"it was built with CUDA {ours}, and the driver supports no more than CUDA {its}: update the driver, "
+        f"or install fastdpo again where nvcc is of CUDA {its} or older"
+    )
 
 
 def row_kernel(

@@ -210,13 +210,13 @@ def divergence_rows(
         d.mul_(p).masked_fill_(p == 0, 0.0)
     if outputs.forward_kl is not None:
         d.sub_(q.sub_(p).mul_(weights[0]))
-    if outputs.logps is not None and grad_coeffs is not None:
-        d.sub_(p.mul_(weights[3]))
-        _add_at_labels(d, labels, grad_coeffs[3])
+    if outputs.logps is not None and (grad_coeffs is not None or logps_d_out is not None):
+        minus_d = _minus_d_of_logps_(p, labels)
+        if grad_coeffs is not None:
+            d.addcmul_(minus_d, grad_coeffs[3, :, None], value=-1.0)
     _write_d(d, cap_slope, d_out)
     if logps_d_out is not None:
-        torch.neg(p, out=d)
-        _add_at_labels(d, labels, d.new_ones(len(d)))
+        torch.neg(minus_d, out=d)
         _write_d(d, cap_slope, logps_d_out)
 
 
@@ -233,11 +233,12 @@ def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
     return values.gather(1, safe[:, None])[:, 0].masked_fill(safe != labels, torch.nan)
 
 
-def _add_at_labels(d: Tensor, labels: Tensor, values: Tensor) -> None:
-    """Adds ``values`` ``(C,)`` at the labels, one a row and so without atomics; at bad ones nothing."""
-    safe = labels.clamp(0, d.shape[1] - 1)[:, None]
-    added = values.masked_fill(safe[:, 0] != labels, 0.0)
-    d.scatter_(1, safe, d.gather(1, safe) + added[:, None])
+def _minus_d_of_logps_(p: Tensor, labels: Tensor) -> Tensor:
+    """``p - onehot`` in the place of ``p``; of a label minus the others' sum, which p near 1 has not."""
+    safe = labels.clamp(0, p.shape[1] - 1)[:, None]
+    is_label, of_label = safe == labels[:, None], p.gather(1, safe)
+    others = p.scatter_(1, safe, of_label.masked_fill(is_label, 0.0)).sum(1, keepdim=True)
+    return p.scatter_(1, safe, others.neg_().where(is_label, of_label))
 
 
 def _log_softmax_(logits: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ from torch import Tensor
 
 from .contract import LogitTransform
 from .divergence import DivergenceOutputs
-from .triton import LOG2_E, MINUS_INF, _constexpr, _jit, _value, unavailable_reason, value_scales
+from .slab import value_and_slope
+from .triton_device import unavailable_reason
+from .triton_parts import LOG2_E, MINUS_INF, _expm1, _jit, _load, _log1p, _value
 
 try:
     import triton
@@ -35,70 +37,62 @@ except ModuleNotFoundError:  # the module stays importable; unavailable_reason()
     triton = None
 
 MAX_TILE = 2048  # logits of each head: 8 in each of 256 threads
-SMALL = _constexpr(0.5)
-
-
-@_jit()
-def _expm1(x):
-    """e^x - 1 for x <= 0, to fp32 rounding: where 1 cancels, the series."""
-    series = tl.fma(x, 1.0 / 40320.0, 1.0 / 5040.0)
-    series = tl.fma(x, series, 1.0 / 720.0)
-    series = tl.fma(x, series, 1.0 / 120.0)
-    series = tl.fma(x, series, 1.0 / 24.0)
-    series = tl.fma(x, series, 1.0 / 6.0)
-    series = tl.fma(x, series, 0.5)
-    series = tl.fma(x * x, series, x)
-    return tl.where(x > -SMALL, series, tl.exp2(x * LOG2_E) - 1.0)
-
-
-@_jit()
-def _log1p(x):
-    """log(1 + x) for -1 <= x <= 0, to fp32 rounding: where 1 swallows x, 2 atanh(x / (2 + x))."""
-    t = x / (2.0 + x)
-    square = t * t
-    series = tl.fma(square, 1.0 / 11.0, 1.0 / 9.0)
-    series = tl.fma(square, series, 1.0 / 7.0)
-    series = tl.fma(square, series, 1.0 / 5.0)
-    series = tl.fma(square, series, 1.0 / 3.0)
-    series = 2.0 * tl.fma(t * square, series, t)
-    return tl.where(x > -SMALL, series, tl.log(1.0 + x))
 
 
 @_jit()
 def _values(head, columns, mask, SOFTCAP: tl.constexpr):
     """v of a head's raw products at `columns`; -inf where `mask` is False."""
     row, bias, pre_scale, slope = head
-    v = _value(tl.load(row + columns, mask=mask), columns, mask, 0, None, bias, pre_scale, SOFTCAP)
+    x = tl.load(row + columns, mask=mask)
+    v = _value(x, columns, 0, None, _load(bias, columns, mask), pre_scale, SOFTCAP)
     return tl.where(mask, v, MINUS_INF)
 
 
 @_jit()
-def _fold(v, maximum, total, to_log2):
-    """Add values to each lane's maximum and its sum of exponentials relative to that."""
+def _fold(v, is_label, sums, to_log2):
+    """Add values to each lane's maximum and its sums of exponentials relative to that.
+
+    The second sum, of all but the label's, only where `is_label` is not None.
+    """
+    maximum, total, others = sums
     e = tl.exp2(-tl.abs(v - maximum) * to_log2)
     e = tl.where(v == MINUS_INF, 0.0, e)  # whose difference from -inf would be NaN
-    return tl.maximum(maximum, v), tl.where(v > maximum, total * e + 1.0, total + e)
+    is_higher = v > maximum
+    total = tl.where(is_higher, total * e + 1.0, total + e)
+    if is_label is not None:
+        others = tl.where(is_higher, others * e, others)
+        others += tl.where(is_label, 0.0, tl.where(is_higher, 1.0, e))
+    return tl.maximum(maximum, v), total, others
 
 
 @_jit()
-def _gather(maximum, total, to_log2):
-    """The row's maximum, and the log of its sum."""
+def _gather(sums, to_log2):
+    """The row's maximum, the log of its sum, and the share in it of all but the label."""
+    maximum, total, others = sums
     top = tl.max(maximum)
     factor = tl.where(maximum == MINUS_INF, 1.0, tl.exp2((maximum - top) * to_log2))  # 1: of 0, or of NaN
-    return top, tl.log(tl.sum(total * factor))
+    whole = tl.sum(total * factor)
+    return top, tl.log(whole), tl.sum(others * factor) / whole
 
 
 @_jit()
-def _softmax(head, vocab_size, NUM_TILES: tl.constexpr, TILE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """What makes log-probabilities of a head's values: the row's largest, and the log of the sum."""
+def _softmax(head, vocab_size, label, NUM_TILES: tl.constexpr, TILE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """What makes log-probabilities of a head's values: the row's largest, and the log of the sum.
+
+    With a `label` also its 1 - p, as the sum of the others: so it is right where p rounds to 1.
+    """
     lanes = tl.arange(0, TILE)
-    maximum, total = tl.full([TILE], MINUS_INF, tl.float32), tl.zeros([TILE], tl.float32)
+    zeros = tl.zeros([TILE], tl.float32)
+    sums = (zeros + MINUS_INF, zeros, zeros)
     to_log2 = head[3] * LOG2_E
     for tile in range(0, NUM_TILES):
         columns = tile * TILE + lanes
         v = _values(head, columns, columns < vocab_size, SOFTCAP)
-        maximum, total = _fold(v, maximum, total, to_log2)
-    return _gather(maximum, total, to_log2)
+        if label is None:
+            sums = _fold(v, None, sums, to_log2)
+        else:
+            sums = _fold(v, columns == label, sums, to_log2)
+    return _gather(sums, to_log2)
 
 
 @_jit()
@@ -170,14 +164,19 @@ def _divergence_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, TILE)
+    label = None
+    if logps is not None or ref_logps is not None:
+        label = tl.load(labels + row)
+        label = tl.where((label >= 0) & (label < vocab_size), label, -1).to(tl.int32)
+    NEEDS_REST: tl.constexpr = logps is not None and (grad_coeffs is not None or logps_d_out is not None)
     policy = (logits + row * stride, bias, pre_scale, slope)
-    of_policy = _softmax(policy, vocab_size, NUM_TILES, TILE, CAP)
+    of_policy = _softmax(policy, vocab_size, label if NEEDS_REST else None, NUM_TILES, TILE, CAP)
     head = (first_logits + row * first_stride, first_bias, first_pre_scale, first_slope)
-    first = (head, _softmax(head, vocab_size, NUM_TILES, TILE, FIRST_CAP))
+    first = (head, _softmax(head, vocab_size, None, NUM_TILES, TILE, FIRST_CAP))
     second, mix = None, None
     if second_logits is not None:
         head = (second_logits + row * second_stride, second_bias, second_pre_scale, second_slope)
-        second = (head, _softmax(head, vocab_size, NUM_TILES, TILE, SECOND_CAP))
+        second = (head, _softmax(head, vocab_size, None, NUM_TILES, TILE, SECOND_CAP))
         a, b = tl.load(coefficients + row), tl.load(coefficients + num_rows + row)
         if NEEDS_DISTANCE:
             distances = tl.zeros([TILE], tl.float32)
@@ -192,18 +191,17 @@ def _divergence_kernel(
                 tl.store(l1_distance + row, distance)
             a += first_by_distance * distance
             b += second_by_distance * distance
-        maximum, total = tl.full([TILE], MINUS_INF, tl.float32), tl.zeros([TILE], tl.float32)
+        zeros = tl.zeros([TILE], tl.float32)
+        sums = (zeros + MINUS_INF, zeros, zeros)
         for tile in range(0, NUM_TILES):
             columns = tile * TILE + lanes
             mask = columns < vocab_size
             c = _teacher_logits(first, second, (a, b), columns, mask, FIRST_CAP, SECOND_CAP)
-            maximum, total = _fold(c, maximum, total, LOG2_E)
-        mix = (a, b, _gather(maximum, total, LOG2_E))
+            sums = _fold(c, None, sums, LOG2_E)
+        mix = (a, b, _gather(sums, LOG2_E))
 
-    if logps is not None or ref_logps is not None:
-        label = tl.load(labels + row)
-        has_label = (label >= 0) & (label < vocab_size)
-        label = tl.where(has_label, label, -1).to(tl.int32)
+    if label is not None:
+        has_label = label >= 0
         if logps is not None:
             of_label, label_v = _log_probs(policy, of_policy, label, has_label, CAP)
             tl.store(logps + row, tl.where(has_label, of_label, float("nan")))
@@ -262,7 +260,7 @@ def _divergence_kernel(
                 if IN_ONE:
                     forward_sums += _weighted(q, delta)
             if logps is not None:
-                logps_d = tl.where(columns == label, 1.0, 0.0) - p
+                logps_d = tl.where(columns == label, of_policy[2], -p)
                 if grad_coeffs is not None:
                     d += logps_d * w_logps
             if IN_PLACE:
@@ -334,7 +332,7 @@ def plan_launch(
     num_rows, vocab_size = logits.shape
     first, second = (*teachers, None)[:2]
     every = (*transforms, LogitTransform())[:3]
-    scales = [value_scales(transform) for transform in every]
+    scales = [value_and_slope(transform) for transform in every]
     tile = max(256, min(triton.next_power_of_2(vocab_size), MAX_TILE))
     places = {matrix.data_ptr() for matrix in (logits, *teachers)}
     given = [matrix for matrix in (d_out, logps_d_out) if matrix is not None]

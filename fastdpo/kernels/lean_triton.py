@@ -25,7 +25,8 @@ from fastdpo.plan_lean import SPLIT
 
 from .contract import LogitTransform, RowOutputs
 from .slab import SlabSums, combined, value_and_slope, write_outputs
-from .triton import LN_2, LOG2_E, MINUS_INF, _jit, _rebase, _tanh, unavailable_reason
+from .triton_device import unavailable_reason
+from .triton_parts import LN_2, LOG2_E, MINUS_INF, _jit, _rebase, _tanh
 
 try:
     import triton
@@ -52,6 +53,7 @@ class Tile(NamedTuple):
 FP32_TILE = Tile(64, 32, 16, 4, 2)
 NARROW_TILE = Tile(128, 128, 64, 8, 3)  # 96 KiB of shared memory, which every GPU from sm_80 on has
 WIDE_TILE = Tile(128, 256, 64, 8, 3)  # nearly all registers of a Hopper SM
+SLIM_TILE = Tile(128, 64, 64, 8, 3)  # masks over H as well take the registers of half a tile
 UNALIGNED_TILE = Tile(64, 64, 32, 8, 2)  # loads of one element each take addresses and masks of their own
 MAX_WEIGHT_STRIDE = 2**31 // WIDE_TILE.columns - 1  # offsets within a tile have 32 bits
 ALIGNMENT = 16  # elements of which H must be a multiple for 16-byte loads
@@ -77,15 +79,17 @@ def tile_for(
     if is_rounded:
         return NARROW_TILE._replace(num_stages=2)
     # What an uneven V or H takes in masks, a bias or a cap, has no room in registers beside a wide tile.
+    if hidden_size % NARROW_TILE.depth != 0 and not is_plain:
+        return SLIM_TILE
     is_even = vocab_size % WIDE_TILE.columns == 0 and hidden_size % WIDE_TILE.depth == 0
     return WIDE_TILE if is_even and is_plain and capability[0] == 9 else NARROW_TILE
 
 
 @_jit()
-def _fold_tile(value, mask, sums, to_log2):
+def _fold_tile(value, mask, is_label, sums, to_log2):
     """Add a tile (rows, columns) of v to each row's maximum and sums of e = 2^d, e^2, e d and v.
 
-    What no output needs of them, the compiler drops.
+    The label's v is left out but of the last. What no output needs of them, the compiler drops.
     """
     maximum, sum_e, sum_ee, sum_ed, sum_v = sums
     if mask is None:
@@ -93,6 +97,7 @@ def _fold_tile(value, mask, sums, to_log2):
     else:
         sum_v += tl.sum(tl.where(mask, value, 0.0), axis=1)
         value = tl.where(mask, value, MINUS_INF)
+    value = tl.where(is_label, MINUS_INF, value)
     new_max = tl.maximum(maximum, tl.max(value, axis=1))
     sum_e, sum_ee, sum_ed = _rebase(maximum, new_max, sum_e, sum_ee, sum_ed, to_log2)
     base = tl.where(new_max == MINUS_INF, 0.0, new_max)
@@ -181,9 +186,9 @@ def _lean_kernel(
         is_label = columns[None, :] == label[:, None]
         label_value += tl.sum(tl.where(is_label, value, 0.0), axis=1)
         if EVEN_V:
-            sums = _fold_tile(value, None, sums, to_log2)
+            sums = _fold_tile(value, None, is_label, sums, to_log2)
         else:
-            sums = _fold_tile(value, mask[None, :], sums, to_log2)
+            sums = _fold_tile(value, mask[None, :], is_label, sums, to_log2)
 
     at = row * num_splits + split
     tl.store(out_max + at, sums[0], mask=has_row)

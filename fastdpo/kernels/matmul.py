@@ -79,9 +79,41 @@ def logits_into(out: Tensor, rows: Tensor, weight: SlabbedWeight) -> None:
 
 
 def add_logits(out: Tensor, rows: Tensor, weight: SlabbedWeight) -> None:
-    """``out (C, V) += rows (C, r) @ weight^T``, all in the dtype of ``out``; it may have any row stride."""
+    """``out (C, V) += rows (C, r) @ weight^T``, summed in ``out``'s dtype; it may have any row stride."""
     for start, stop, slab in weight:
-        out[:, start:stop].addmm_(rows, slab.t())
+        add_product(out[:, start:stop], rows, slab.t(), is_first=False)
+
+
+def bf16_parts(value: Tensor, count: int) -> list[Tensor]:
+    """``count`` bf16 tensors that add up to fp32 ``value``, each 8 bits more of it: three are all 24."""
+    parts = []
+    for _ in range(count):
+        parts.append(value.bfloat16())
+        value = value - parts[-1].float()
+    return parts
+
+
+# Of bf16 parts that a value of some dtype has.
+NUM_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+
+
+def exact_operands(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """bf16 ``(M, K)`` and ``(V, K)`` whose product is that of fp32 ``rows (M, r)`` and ``weight (V, r)``.
+
+    A GPU multiplies fp32 operands with 11 bits of each where TF32 is allowed, and slowly where it is not. The
+    parts' products up to 2^-24 of the whole stand side by side: K is 3 r for a bf16 weight, 5 r for an fp16
+    and 6 r for an fp32 one, and up to 7 zeros for its alignment.
+    """
+    left = bf16_parts(rows.float(), 3)
+    right = bf16_parts(weight.float(), NUM_PARTS[weight.dtype])
+    pairs = [(i, j) for j in range(len(right)) for i in range(len(left) - j)]
+    padding = -len(pairs) * rows.shape[1] % 8
+    operands = (torch.cat([left[i] for i, _ in pairs], 1), torch.cat([right[j] for _, j in pairs], 1))
+    if padding == 0:
+        return operands
+    return torch.nn.functional.pad(operands[0], (0, padding)), torch.nn.functional.pad(
+        operands[1], (0, padding)
+    )
 
 
 def hidden_grad_into(out: Tensor, d: Tensor, weight: SlabbedWeight, parts: int = 1) -> None:
@@ -153,13 +185,17 @@ def is_gpu(device: torch.device) -> bool:
 
 def sum_dtype(operand: Tensor) -> torch.dtype:
     """The dtype in which this device's GEMM gives sums of such operands: fp32 of 16 bits on a GPU."""
-    is_wide = operand.dtype in LOW_PRECISION and is_gpu(operand.device)
-    return torch.float32 if is_wide else operand.dtype
+    return torch.float32 if sums_16_bits(operand.dtype, operand.device) else operand.dtype
+
+
+def sums_16_bits(operand: torch.dtype, device: torch.device) -> bool:
+    """Whether operands have 16 bits, and this device's GEMM gives fp32 results of them."""
+    return operand in LOW_PRECISION and is_gpu(device)
 
 
 def has_wide_sums(out: Tensor, operand: torch.dtype) -> bool:
     """Whether this device's GEMM sums such operands into ``out``: 16-bit ones into fp32."""
-    return is_gpu(out.device) and out.dtype == torch.float32 and operand in LOW_PRECISION
+    return out.dtype == torch.float32 and sums_16_bits(operand, out.device)
 
 
 def add_bias_grad(total: Tensor, d: Tensor, coeff: Tensor) -> None:

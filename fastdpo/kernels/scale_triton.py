@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton import _jit, tl, unavailable_reason
+from .triton_device import unavailable_reason
+from .triton_parts import _jit, tl
 
 __all__ = ["scale_", "unavailable_reason"]
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .sequence import SigmoidOutputs, SigmoidTerms
 from .tickets import ticket_counter
-from .triton import _jit, triton, unavailable_reason
+from .triton_device import unavailable_reason
+from .triton_parts import _jit, triton
 
 if triton is not None:
     import triton.language as tl

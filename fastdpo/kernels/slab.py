@@ -8,7 +8,8 @@ part of
     D = (onehot(y) - p) * cf,    p = exp(z - lse)
 
 needs nothing of the other slabs. As in the Triton row kernel z = slope v with slope > 0, and differences of
-v are taken before anything is scaled.
+v are taken before anything is scaled. The label's logit is no part of the sums of exponentials: it is kept
+beside them and added at the end, so that 1 - p, and a log p near 0, are right where p rounds to 1.
 
 This module is plain torch: any dtype, any device. It goes through a slab in parts, so that its temporaries
 stay within half of the slab's own memory. ``slab_triton.py`` is the second implementation of
@@ -31,14 +32,17 @@ _PARTS = 16
 
 
 class SlabSums(NamedTuple):
-    """What is kept of the logits of a range of the vocabulary; each ``(C,)``, or ``(C, K)`` for K ranges."""
+    """What is kept of the logits of a range of the vocabulary; each ``(C,)``, or ``(C, K)`` for K ranges.
+
+    The label's logit is left out, but of ``value``.
+    """
 
     maximum: Tensor  # of v; -inf for nothing
     exp: Tensor  # sum of e = exp(slope (v - maximum))
     label_value: Tensor  # v of the label; 0 where the range does not have it
     exp_sq: Tensor | None = None  # sum of e^2
     exp_log: Tensor | None = None  # sum of e log e
-    value: Tensor | None = None  # sum of v
+    value: Tensor | None = None  # sum of v, the label's too
 
 
 class SlabGradient(Protocol):
@@ -52,7 +56,8 @@ class SlabGradient(Protocol):
         self,
         logits: Tensor,  # (C, S) raw products, fp32 (fp64: plain torch only); rows contiguous
         labels: Tensor,  # (C,) int64 token ids
-        lse: Tensor,  # (C,) in the dtype of logits
+        logps: Tensor,  # (C,) in the dtype of logits: of the labels, whose 1 - p is made of it
+        lse: Tensor,  # (C,) the same
         transform: LogitTransform,  # with the bias of the whole vocabulary
         first_token: int,  # the token id of column 0
         # (C, S) in the operands' dtype. At the address of `logits` it has the byte stride of its rows
@@ -94,8 +99,11 @@ def slab_sums(
         value = _value(logits[:, start:stop], transform, first_token + start)
         at = labels - (first_token + start)
         inside = (at >= 0) & (at < stop - start)
-        label_value = value.gather(1, at.where(inside, 0)[:, None])[:, 0].where(inside, 0.0)
+        column = at.where(inside, 0)[:, None]
+        here = value.gather(1, column)[:, 0]
+        label_value = here.where(inside, 0.0)
         total = value.sum(1) if "mean_logit" in statistics else None
+        value.scatter_(1, column, here.masked_fill(inside, -torch.inf)[:, None])
         maximum = value.amax(1)
         base = maximum.where(maximum != -torch.inf, 0.0)  # -inf - -inf would be NaN
         log_e = value.sub_(base[:, None]).mul_(slope).clamp_(min=_LOWEST_LOG[value.dtype])
@@ -136,14 +144,27 @@ def merged(first: SlabSums, second: SlabSums, slope: float) -> SlabSums:
     return combined(SlabSums(*stacked), slope)  # type: ignore[arg-type]
 
 
+def logsumexp(sums: SlabSums, slope: float) -> Tensor:
+    """Of z over the range that the sums are of; -inf of nothing but masked logits."""
+    base = sums.maximum.where(sums.maximum != -torch.inf, 0.0)
+    return base * slope + sums.exp.log()
+
+
 def write_outputs(sums: SlabSums, labels: Tensor, vocab_size: int, slope: float, outputs: RowOutputs) -> None:
     """The log-probabilities and statistics of C tokens from their sums over the whole vocabulary."""
     has_label = (labels >= 0) & (labels < vocab_size)
+    label = sums.label_value.where(has_label, -torch.inf)
+    # The label as a range of its own: one e of 1, none where it is masked.
+    e, zeros = (label != -torch.inf).to(label.dtype), torch.zeros_like(label)
+    others, sums = sums, merged(sums, SlabSums(label, e, zeros, e, zeros, zeros), slope)
     base = sums.maximum.where(sums.maximum != -torch.inf, 0.0)
-    log_sum = sums.exp.log()
-    logp = (sums.label_value - base) * slope - log_sum
+    # Of a label at the top the sum is 1 + the others', which may be small.
+    rest = others.exp * ((others.maximum - base) * slope).exp()
+    is_top = (label == sums.maximum) & (e == 1)
+    log_sum = rest.log1p().where(is_top, sums.exp.log())
+    logp = (label - base) * slope - log_sum
     outputs.logps.copy_(logp.where(has_label, torch.nan))
-    outputs.lse.copy_(base * slope + log_sum)
+    outputs.lse.copy_(logsumexp(sums, slope))
     if outputs.entropy is not None and sums.exp_log is not None:
         outputs.entropy.copy_(log_sum - sums.exp_log / sums.exp)
     if outputs.log_sum_sq_probs is not None and sums.exp_sq is not None:
@@ -152,12 +173,13 @@ def write_outputs(sums: SlabSums, labels: Tensor, vocab_size: int, slope: float,
         outputs.mean_logit.copy_(sums.value / vocab_size * slope)
     if outputs.is_top1 is not None:
         is_number = sums.exp == sums.exp
-        outputs.is_top1.copy_(has_label & (sums.label_value == sums.maximum) & is_number)
+        outputs.is_top1.copy_(has_label & (label == sums.maximum) & is_number)
 
 
 def slab_gradient(
     logits: Tensor,
     labels: Tensor,
+    logps: Tensor,
     lse: Tensor,
     transform: LogitTransform,
     first_token: int,
@@ -168,25 +190,27 @@ def slab_gradient(
 ) -> None:
     """`SlabGradient` in plain torch; also takes fp64."""
     _, slope = value_and_slope(transform)
+    others = logps.expm1().neg()  # 1 - p of the labels
     # In place, a D of 16 bits lies over the front of each row: parts go up, each read before it is written.
     for start, stop in _parts(logits):
         value = _value(logits[:, start:stop], transform, first_token + start)
         at = labels - (first_token + start)
         inside = (at >= 0) & (at < stop - start)
-        log_p = (value * slope).sub_(lse[:, None])
+        log_p = (value * slope).sub_(lse[:, None]).clamp_(min=_LOWEST_LOG[value.dtype])
+        column = at.where(inside, 0)[:, None]
+        label_log_p = log_p.gather(1, column)
         if coeffs is None:
             d = log_p.exp_().neg_()
-            at_label = inside.to(value.dtype)
+            at_label = others[:, None]
         else:
             a, b, c = coeffs[:, :, None]  # each (C, 1)
+            at_label = a * others[:, None] + label_log_p.exp() * b
             if entropy is None:
                 d = log_p.exp_().mul_(b - a)
             else:
-                log_p.clamp_(min=_LOWEST_LOG[value.dtype])
                 d = log_p.exp().mul_((log_p + entropy[:, None]).mul_(-c).add_(b - a))
-            at_label = coeffs[0].where(inside, 0.0)
-        column = at.where(inside, 0)[:, None]
-        d.scatter_(1, column, d.gather(1, column) + at_label[:, None])
+                at_label -= label_log_p.exp() * c * (label_log_p + entropy[:, None])
+        d.scatter_(1, column, at_label.where(inside[:, None], d.gather(1, column)))
         if transform.softcap is not None:
             d.mul_(value.square_().neg_().add_(1.0))
         d_out[:, start:stop] = d

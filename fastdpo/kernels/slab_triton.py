@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .contract import LogitTransform
 from .slab import value_and_slope
-from .triton import LOG2_E, _jit, _tanh, unavailable_reason
+from .triton_device import unavailable_reason
+from .triton_parts import LOG2_E, _expm1, _jit, _tanh
 
 try:
     import triton
@@ -27,10 +28,10 @@ MAX_TILE = 2048
 
 @_jit(
     do_not_specialize=["num_rows"],
-    do_not_specialize_on_alignment=["labels", "lse", "coeffs", "entropy"],
+    do_not_specialize_on_alignment=["labels", "logps", "lse", "coeffs", "entropy"],
 )
 def _slab_kernel(
-    logits, labels, lse, bias, coeffs, entropy, d_out,  # (C, S), (C,), (C,), (V,), (3, C), (C,), (C, S)
+    logits, labels, logps, lse, bias, coeffs, entropy, d_out,  # (C, S), (C,) each, (V,), (3, C), (C,), (C, S)
     num_rows, num_columns, first_token, logits_stride, d_stride, pre_scale, slope,
     SOFTCAP: tl.constexpr, IN_PLACE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -40,6 +41,7 @@ def _slab_kernel(
     label = tl.load(labels + row) - first_token
     label = tl.where((label >= 0) & (label < num_columns), label, -1).to(tl.int32)
     row_lse = tl.load(lse + row)
+    others = -_expm1(tl.load(logps + row))  # 1 - p of the label
     for start in range(0, num_columns, TILE):
         columns = start + tl.arange(0, TILE)
         mask = columns < num_columns
@@ -54,17 +56,16 @@ def _slab_kernel(
         p = tl.exp2(log_p * LOG2_E)
         is_label = columns == label
         if coeffs is None:
-            grad = tl.where(is_label, 1.0, 0.0) - p
+            grad = tl.where(is_label, others, -p)
         else:
             a = tl.load(coeffs + row)
             b = tl.load(coeffs + num_rows + row)
-            grad = tl.where(is_label, a, 0.0)
-            if entropy is None:
-                grad += p * (b - a)
-            else:
+            grad = tl.where(is_label, a * others, 0.0)
+            of_p = tl.where(is_label, b, b - a)
+            if entropy is not None:
                 c = tl.load(coeffs + 2 * num_rows + row)
-                of_p = b - a - c * (log_p + tl.load(entropy + row))
-                grad += tl.where(p == 0.0, 0.0, p * of_p)
+                of_p -= c * (log_p + tl.load(entropy + row))
+            grad += tl.where(p == 0.0, 0.0, p * of_p)
         if SOFTCAP:
             grad *= (1.0 - value) * (1.0 + value)
         if IN_PLACE:
@@ -83,6 +84,7 @@ class Launch(NamedTuple):
 def slab_gradient(
     logits: Tensor,
     labels: Tensor,
+    logps: Tensor,
     lse: Tensor,
     transform: LogitTransform,
     first_token: int,
@@ -105,13 +107,14 @@ def slab_gradient(
     if logits.numel() == 0:
         return
     with torch.cuda.device_of(logits):
-        launch = plan_launch(logits, labels, lse, transform, first_token, d_out, coeffs, entropy)
+        launch = plan_launch(logits, labels, logps, lse, transform, first_token, d_out, coeffs, entropy)
         _slab_kernel[launch.grid](*launch.args, **launch.options)
 
 
 def plan_launch(
     logits: Tensor,
     labels: Tensor,
+    logps: Tensor,
     lse: Tensor,
     transform: LogitTransform,
     first_token: int,
@@ -127,7 +130,7 @@ def plan_launch(
         raise ValueError(f"d_out: in place, got {d_pitch} bytes a row, want logits' {pitch}")
     pre_scale, slope = value_and_slope(transform)
     args = (
-        logits, labels, lse, transform.bias, coeffs, entropy, d_out,
+        logits, labels, logps, lse, transform.bias, coeffs, entropy, d_out,
         num_rows, num_columns, first_token, logits.stride(0), d_out.stride(0), pre_scale, slope,
     )  # fmt: skip
     tile = min(MAX_TILE, max(256, triton.next_power_of_2(num_columns)))

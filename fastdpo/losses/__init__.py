@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 # Each registers its losses.
+from fastdpo.losses import distillation as _distillation  # noqa: F401
 from fastdpo.losses import listwise as _listwise  # noqa: F401
 from fastdpo.losses import pairwise as _pairwise  # noqa: F401
 from fastdpo.losses import pairwise_anchored as _anchored  # noqa: F401
 from fastdpo.losses import pairwise_batch as _batch  # noqa: F401
 from fastdpo.losses import pairwise_free as _free  # noqa: F401
+from fastdpo.losses import pairwise_margins as _margins  # noqa: F401
+from fastdpo.losses import pairwise_rewards as _rewards  # noqa: F401
 from fastdpo.losses import ranking as _ranking  # noqa: F401
 from fastdpo.losses import token_level as _token_level  # noqa: F401
 from fastdpo.losses import unpaired as _unpaired  # noqa: F401

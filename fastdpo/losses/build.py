@@ -20,6 +20,7 @@ def build_objective(
     beta: PerPair | None = None,
     margin: PerPair | None = None,
     soft_labels: PerPair | None = None,
+    reward_gap: PerPair | None = None,
     chosen_win_rate: PerPair | None = None,
     rejected_win_rate: PerPair | None = None,
     pair_weights: PerPair | None = None,
@@ -36,7 +37,9 @@ def build_objective(
         beta: positive, a number or ``(P,)``; goes to every named loss that has one and scales the
             rewards. None: each loss's own default.
         margin, soft_labels: numbers or ``(P,)``; every named loss that compares two answers must take them.
-        chosen_win_rate, rejected_win_rate: likewise, both or neither: the probability in [0, 1] that the
+        reward_gap: likewise, for losses that regress on it: the chosen answer's reward less the rejected
+        one's. chosen_win_rate, rejected_win_rate: likewise, both or neither: the probability in [0, 1] that
+        the
             answer beats another sample of the policy (``sppo``).
         pair_weights: a number or ``(P,)``, at least 0; multiplies the pair's share of every named loss.
         num_pairs, num_tokens: positive numbers or 0-d tensors to divide by. Where one is given, all that
@@ -53,14 +56,18 @@ def build_objective(
     weights = _check_weights(loss_weights, len(names))
 
     given = {
-        "beta": beta, "margin": margin, "soft_labels": soft_labels, "chosen_win_rate": chosen_win_rate,
-        "rejected_win_rate": rejected_win_rate, "pair_weights": pair_weights,
+        "beta": beta, "margin": margin, "soft_labels": soft_labels, "reward_gap": reward_gap,
+        "chosen_win_rate": chosen_win_rate, "rejected_win_rate": rejected_win_rate, "pair_weights":
+        pair_weights,
     }  # fmt: skip
     per_pair = {name: _check_per_pair(name, value) for name, value in given.items() if value is not None}
     for name in PER_PAIR[1:]:  # a beta is also that of the rewards
         refusing = [spec.name for spec in specs if name not in spec.per_pair and not spec.is_nll]
         if name in per_pair and (refusing or all(spec.is_nll for spec in specs)):
             raise ValueError(f"{name}: got a value, wanted None: {', '.join(refusing or names)} takes none")
+        needing = [spec.name for spec in specs if name in spec.needs]
+        if needing and name not in per_pair:
+            raise ValueError(f"{name}: got None, wanted a number or (P,) for {', '.join(needing)}")
 
     _check_win_rates(per_pair)
     _check_named(specs, options)

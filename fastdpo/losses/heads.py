@@ -13,7 +13,6 @@ They take plain tensors of scores, so they serve whatever has scores: log-probab
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -48,9 +47,8 @@ def discopop(m: Tensor, tau: float, scale: PerPair = 1.0) -> Tensor:
     return logistic(m) * torch.sigmoid(-m / tau) + sigmoid_times_exp(m / tau, -m, exponent_bound(scale))
 
 
-def exo(m: Tensor, label_smoothing: float) -> Tensor:
-    """KL(Bernoulli(sigmoid(m)) || Bernoulli(1 - eps)): 0 where sigmoid(m) = 1 - eps, eps in (0, 1)."""
-    chosen, rejected = math.log1p(-label_smoothing), math.log(label_smoothing)
+def exo(m: Tensor, chosen: PerPair, rejected: PerPair) -> Tensor:
+    """KL(Bernoulli(sigmoid(m)) || Bernoulli(q)), of log q = ``chosen`` and log(1 - q) = ``rejected``."""
     return torch.sigmoid(m) * (F.logsigmoid(m) - chosen) + torch.sigmoid(-m) * (F.logsigmoid(-m) - rejected)
 
 

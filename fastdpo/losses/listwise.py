@@ -8,14 +8,16 @@ one candidate gives 0 unless its loss says otherwise; a NaN score gives a NaN lo
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastdpo.losses.batches import ListLogps
-from fastdpo.losses.heads import listwise_ce, logistic, masked_log_softmax
+from fastdpo.losses.heads import listwise_ce, logistic, masked_log_softmax, regress
 from fastdpo.losses.inputs import PerPair
 from fastdpo.losses.list_scores import (
     column,
     entropy,
+    poison,
     softmax_target,
     three,
     three_free,
@@ -140,3 +142,28 @@ def bolt_loss(lists: ListLogps, *, score_temperature: Positive = 1.0) -> Tensor:
     -(1/K) sum_n w_n s_n. A large temperature is SFT on all, a small one SFT on the best.
     """
     return -(softmax_target(lists, score_temperature) * lists.logratios).sum(-1)
+
+
+@preference_loss(
+    "a_star_po",
+    paper="arXiv:2505.20686 (the authors' code)",
+    kind="listwise",
+    inputs=ListLogps,
+    needs=("scores",),
+    # V = log((e^2 + 1 + e) / 3) = 1.30899368, so advantages 0.69, -1.31, -0.31 of u = 1, 0, -1
+    example=BatchExample(0.7621437583, three, {"beta": 1.0, "value_temperature": 1.0}),
+)
+def a_star_po_loss(lists: ListLogps, *, beta: PerPair = 1e-3, value_temperature: Positive = 0.5) -> Tensor:
+    """A*-PO: each candidate's reward regressed on its advantage over the optimal value of the prompt.
+
+    Mean of (beta u_i - (score_i - V))^2, V = T log mean_j e^(score_j / T) with T the ``value_temperature``:
+    the candidates are samples of the reference, which the authors draw beforehand to estimate V. On samples
+    of the policy, with V from elsewhere, it is ``direct_advantage`` of score - V, times 2 beta^2.
+    """
+    scores, mask = lists.dense_scores, lists.mask
+    count = mask.sum(-1, keepdim=True).clamp(min=1)
+    lowest = torch.finfo(scores.dtype).min
+    total = torch.logsumexp((scores / value_temperature).where(mask, lowest), -1, keepdim=True)
+    value = value_temperature * (total - count.to(scores.dtype).log())
+    squares = regress(column(beta) * lists.logratios, scores - value).where(mask, 0)
+    return squares.sum(-1) / count.squeeze(-1) + poison(scores).squeeze(-1)

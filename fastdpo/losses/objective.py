@@ -215,17 +215,18 @@ class Objective:
             return pair.chosen, pair.rejected
         return token_mean(pair.chosen, pair.chosen_tokens), token_mean(pair.rejected, pair.rejected_tokens)
 
-    @torch.no_grad()
     def further_metrics(self, pair: PairLogps) -> dict[str, Tensor]:
         """Means that only some losses have: over the pairs; ``nll_loss`` over the tokens of an NLL term."""
         metrics: dict[str, Tensor] = {}
         for term in self.terms:
             if term.spec.metrics is not None:
                 values = term.spec.metrics(pair.without_reference())
-                metrics |= {name: masked_mean(value, pair.is_scored) for name, value in values.items()}
+                for name, value in values.items():
+                    metrics[name] = masked_mean(value.detach(), pair.is_scored)
         if any(term.spec.is_nll or term.spec.nll_weight is not None for term in self.terms):
             count = pair.nll_count
-            metrics["nll_loss"] = (masked_sum(pair.nll, count > 0) / count.sum().clamp(min=1)).to(count.dtype)
+            total = masked_sum(pair.nll.detach(), count > 0)
+            metrics["nll_loss"] = (total / count.sum().clamp(min=1)).to(count.dtype)
         return metrics
 
     def answer_rewards(self, batch: ListLogps | UnpairedLogps) -> Tensor:

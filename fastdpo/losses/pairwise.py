@@ -56,7 +56,6 @@ def sigmoid_loss(
     soft_labels: PerPair | None = None,
     label_smoothing: FlipProbability = 0.0,
     length_penalty: float = 0.0,
-    ref_clip: bool = False,
     f_divergence_type: FDivergence = "reverse_kl",
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
 ) -> Tensor:
@@ -66,15 +65,12 @@ def sigmoid_loss(
     preferences", eq. 3. Its minimum lies at sigmoid(h) = 1 - eps.
 
     ``f_divergence_type`` (``links.py``) ties the policy to the reference by another divergence.
-    ``length_penalty``, alpha, adds alpha (|y_w| - |y_l|) to h: the labels are taken to reveal a reward of
-    which the policy is to maximise r - alpha |y|. ``ref_clip`` leaves the reference out of a pair that it
-    ranks the wrong way round: the gap of log-probabilities less max(0, D_ref) (psi = relu(-beta D_ref)).
+    ``length_penalty``, alpha, adds alpha (|y_w| - |y_l|) to h (R-DPO, arXiv:2403.19159 eq. 9 as OAT's code
+    has it): the labels are taken to reveal a reward of which the policy is to maximise r - alpha |y|.
     """
     preferred = preferred_probability(label_smoothing, soft_labels)
     gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta)
     h = scaled_margin(gap, beta, margin)
-    if ref_clip:
-        h = h - F.relu(-beta * pair.reference_gap)
     if length_penalty:
         h = h + length_penalty * (pair.chosen_tokens - pair.rejected_tokens)
     return margin_loss(h, logistic, preferred)
@@ -211,7 +207,7 @@ def exo_pair_loss(
     scripts; the default eps is TRL's.
     """
     gap = linked_gap(pair, f_divergence_type, f_alpha_divergence_coef, scale=beta)
-    return exo(scaled_margin(gap, beta, margin), label_smoothing)
+    return exo(scaled_margin(gap, beta, margin), math.log1p(-label_smoothing), math.log(label_smoothing))
 
 
 @preference_loss(

@@ -112,6 +112,22 @@ def sppo_loss(
 
 
 @preference_loss(
+    "cal_dpo",
+    paper="arXiv:2412.14516 (the authors' code)",
+    # D = 2, targets 2 and -2: log(1 + e^-2) + (1 + 1) / 2
+    example=replace(_PAIR, loss=1.1269280110, options={"beta": 0.25}),
+)
+def cal_dpo_loss(pair: PairLogps, *, beta: PerPair = 0.001, calibration_weight: NonNegative = 0.5) -> Tensor:
+    """Calibrated DPO (Cal-DPO): DPO, and each log-ratio regressed on 1 / (2 beta) or minus that.
+
+    -log sigmoid(u_w - u_l) + calibration_weight ((u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2). There is
+    no beta in the first part, and the authors' code halves the second, in their script with beta 0.001.
+    """
+    squares = regress(pair.chosen_logratios, 0.5 / beta) + regress(pair.rejected_logratios, -0.5 / beta)
+    return logistic(pair.delta) + calibration_weight * squares
+
+
+@preference_loss(
     "apo_zero",
     paper="arXiv:2408.06266 eq. 7",
     example=replace(_PAIR, loss=0.9500416250),  # 2 sigmoid(-0.1)

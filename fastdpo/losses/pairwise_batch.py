@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdpo.losses.heads import logistic, margin_loss
 from fastdpo.losses.inputs import PairLogps, PerPair
-from fastdpo.losses.ranges import FlipProbability
+from fastdpo.losses.ranges import FlipProbability, NonNegative
 from fastdpo.losses.registry import BatchExample, preference_loss
 
 
@@ -71,3 +71,41 @@ def aot_unpaired_loss(
     chosen = pair.chosen_logratios
     rejected = _transported(chosen, pair.rejected_logratios, pair.is_scored)
     return margin_loss(beta * (chosen - rejected), logistic, 1.0 - label_smoothing)
+
+
+def _standardised(values: Tensor, is_scored: Tensor) -> Tensor:
+    """(x - mean) / std over the pairs with a token, std the sample's; 0 where all are equal."""
+    count = is_scored.sum()
+    mean = values.where(is_scored, 0).sum() / count.clamp(min=1)
+    centred = (values - mean).where(is_scored, 0)
+    std = ((centred**2).sum() / (count - 1).clamp(min=1)).sqrt()
+    return centred / std.where(std != 0, 1)
+
+
+@preference_loss(
+    "alpha_dpo",
+    paper="arXiv:2410.10148 (the authors' code)",
+    scope="batch",
+    length_normalized=True,
+    # D = 3 and -1, standardised 0.70710678 and minus that: log(1 + e^-m), m = 2.5 (3 - 0.14142136) - 1.5 and
+    # 2.5 (1 + 0.14142136) - 1.5
+    example=BatchExample(0.1166509436, _two_pairs),
+)
+def alpha_dpo_loss(
+    pair: PairLogps,
+    *,
+    beta: PerPair = 2.5,
+    label_smoothing: FlipProbability = 0.0,
+    gamma: NonNegative = 1.5,
+    alpha: float = 0.2,
+) -> Tensor:
+    """alpha-DPO: SimPO with a wider target gap for pairs that the policy tells apart more than the reference.
+
+    -log sigmoid(beta (mean_w - mean_l - alpha z) - gamma), z the gap of per-token log-ratios, standardised
+    over the batch and without a gradient. ``gamma`` is beta times the authors' ``gamma_beta_ratio`` (0.6
+    here, with beta and alpha as for their Llama 3). They standardise by exponential means over batches,
+    which start from 0; this takes the batch it is given.
+    """
+    policy = pair.without_reference().mean_delta
+    z = _standardised(pair.mean_delta.detach(), pair.is_scored)
+    return margin_loss(beta * (policy - alpha * z) - gamma, logistic, 1.0 - label_smoothing)

@@ -73,6 +73,43 @@ def plackett_luce_loss(lists: ListLogps, *, beta: PerPair = 0.1) -> Tensor:
 
 
 @preference_loss(
+    "lipo_lambda",
+    paper="arXiv:2402.01878 eq. 8",
+    kind="listwise",
+    inputs=ListLogps,
+    needs=("scores",),
+    ranges={"scores": RELEVANCE},
+    shift_invariant=True,
+    # gains 3, 0, 1 at the places 1, 2, 3, with d_k = 1 / ln(1 + k):
+    # 3 (d_1 - d_2) log(1 + e^-1) + 2 (d_1 - d_3) log(1 + e^-2) + (d_2 - d_3) log(1 + e)
+    example=BatchExample(0.9315766736, three, {"beta": 1.0}),
+)
+def lipo_lambda_loss(lists: ListLogps, *, beta: PerPair = 0.1) -> Tensor:
+    """LiPO-lambda: DPO between all pairs of a list, weighted by what swapping the two would cost in DCG.
+
+    sum over score_i > score_j of |2^score_i - 2^score_j| |1 / log(1 + place_i) - 1 / log(1 + place_j)|
+    log(1 + e^-(s_i - s_j)), s = beta u; a candidate's place is that of its s in the list, from 1, and carries
+    no gradient. Scores are relevances, in the paper win rates in [0, 1]; a negative one makes the group NaN
+    where it was not refused before.
+    """
+    scores, mask = lists.dense_scores, lists.mask
+    scores = scores.where(scores >= 0, torch.nan)
+    rewards = column(beta) * lists.logratios
+    discount = 1 / torch.log(1 + _places(rewards.detach(), mask))
+    gain = torch.exp2(scores)
+    cost = (gain.unsqueeze(-1) - gain.unsqueeze(-2)) * (discount.unsqueeze(-1) - discount.unsqueeze(-2))
+    losses = cost.abs() * logistic(rewards.unsqueeze(-1) - rewards.unsqueeze(-2))
+    return losses.where(is_better(lists), 0).sum((-2, -1)) + poison(scores).squeeze(-1)
+
+
+def _places(values: Tensor, mask: Tensor) -> Tensor:
+    """``(G, K)`` from 1: where each candidate stands once its list is sorted, the highest first."""
+    order = torch.argsort(values.where(mask, -torch.inf), dim=-1, descending=True, stable=True)
+    place = torch.arange(1, mask.shape[-1] + 1, device=mask.device).expand_as(order)
+    return torch.empty_like(order).scatter(-1, order, place).to(values.dtype)
+
+
+@preference_loss(
     "in_context_ranking",
     paper="arXiv:2504.15477 (the authors' code)",
     kind="listwise",

@@ -28,20 +28,29 @@ def mix_parameters(reference: Iterable[Tensor], policy: Iterable[Tensor], weight
 
 
 @torch.no_grad()
-def extrapolate_parameters(current: Iterable[Tensor], previous: Iterable[Tensor], alpha: float) -> None:
-    """current <- current + alpha (current - previous), in place, at the end of a round.
+def extrapolate_parameters(current: Iterable[Tensor], last_end: Iterable[Tensor], alpha: float) -> None:
+    """current <- current + alpha (current - last_end) and last_end <- what current was, both in place.
 
-    The step of accelerated preference optimisation (arXiv:2410.06293): the result is the next round's start
-    and its reference. 0 changes nothing: iterative DPO. alpha has no default: the paper's could not be
-    checked.
+    The step of accelerated preference optimisation (arXiv:2410.06293) at the end of a round: what comes of
+    ``current`` is the next round's start and its reference. The direction is from the end of the last round
+    to that of this one, neither of them extrapolated. alpha = 0 is iterative DPO; it has no default, as the
+    paper's could not be checked.
+
+    Args:
+        current: what this round has reached.
+        last_end: copies of what the last one had reached, before it was extrapolated; before the first, of
+            the parameters that it started from.
+        alpha: at least 0.
 
     Raises:
-        ValueError: alpha is not finite or negative, or the parameters do not match.
+        ValueError: alpha is negative or not finite, or the parameters do not match.
     """
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha: got {alpha!r}, wanted a number in [0, inf)")
-    for target, source in _matched(current, previous):
-        target.lerp_(source.to(target.device, target.dtype), -alpha)
+    for target, previous in _matched(current, last_end):
+        end = target.clone()
+        target.lerp_(previous.to(target.device, target.dtype), -alpha)
+        previous.copy_(end)
 
 
 def _matched(first: Iterable[Tensor], second: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -28,7 +28,7 @@ Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 # Keyword-only parameters with these names are no options: they take a number or a (P,) tensor, and a
 # loss that has no such parameter refuses them.
 WIN_RATES = ("chosen_win_rate", "rejected_win_rate")
-PER_PAIR = ("beta", "margin", "soft_labels", *WIN_RATES)
+PER_PAIR = ("beta", "margin", "soft_labels", "reward_gap", *WIN_RATES)
 
 # What a loss needs beside its own row, and what its sum over the batch is divided by (a row is a pair,
 # or whatever the loss returns a number for):
@@ -53,6 +53,7 @@ PRESET = "@"  # between a loss and one of its presets, where it is named
 RANGES = {
     "beta": POSITIVE,
     "margin": FINITE,
+    "reward_gap": FINITE,
     "soft_labels": PROBABILITY,
     "pair_weights": NOT_NEGATIVE,
     **{name: PROBABILITY for name in WIN_RATES},
@@ -132,6 +133,7 @@ class LossSpec:
     counted: Callable[[Any], Tensor] | None = None
     nll_term: str = "sft"
     metrics: Callable[[Any], dict[str, Tensor]] | None = None
+    divergence: Callable[[Mapping[str, Any]], str] | None = None
     presets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     preset: Mapping[str, float] = field(default_factory=dict)  # the one it was named with
 
@@ -175,6 +177,7 @@ def preference_loss(
     counted: Callable[[Any], Tensor] | None = None,
     nll_term: str = "sft",
     metrics: Callable[[Any], dict[str, Tensor]] | None = None,
+    divergence: Callable[[Mapping[str, Any]], str] | None = None,
     presets: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Callable[[Loss], Loss]:
     """Register the decorated function as a loss; it stays an ordinary function.
@@ -199,8 +202,8 @@ def preference_loss(
         inputs: the dataclass the function takes.
         nll_weight: the default weight of an NLL term beside the function, which does not see it: the loss
             gets an option of this name, and ``build_objective`` adds ``nll_term`` with that weight.
-        needs: those of the ``extras`` of its ``inputs`` without which it cannot be computed; the others are
-            refused.
+        needs: those of the ``extras`` of its ``inputs``, and of ``PER_PAIR``, without which it cannot be
+            computed; other extras are refused.
         reads_nll: whether it is a function of ``PairLogps.nll`` and ``nll_count`` alone (every loss of scope
             ``token`` is taken to be).
         ranges: of the ``extras`` of its ``inputs``, those it takes some numbers of only: name -> legal range.
@@ -209,6 +212,9 @@ def preference_loss(
         counted: bool per row: what the mean is over, beside the rows that have a token. None: all of these.
         nll_term: the loss that is its NLL term: ``sft``, a mean over tokens, or one of ``reads_nll``.
         metrics: further numbers of the same batch to log, by name: one per row, of which the mean is taken.
+        divergence: which divergence from a single teacher it is of, by the options that were given: the name
+        of
+            an output of ``token_divergence``. None: ``reverse_kl``.
         presets: other defaults than those of the parameters: preset -> parameter -> number. ``name@preset``
             is the loss with these.
 
@@ -245,6 +251,7 @@ def preference_loss(
             counted=counted,
             nll_term=nll_term,
             metrics=metrics,
+            divergence=divergence,
             presets=presets or {},
         )
         return function

@@ -129,19 +129,23 @@ class TokenDivergences(_Tokens):
     """Divergences from a teacher per token, over the whole vocabulary.
 
     Args:
-        divergences: KL(pi || teacher_t) at each position, differentiable.
+        divergences: from the teacher at each position, differentiable; of the kind that the loss is of
+            (``LossSpec.divergence``), as a rule KL(pi || teacher_t).
         mask: bool: the answers' tokens.
         cu_seqlens: ``(B + 1,)``, or None for padded.
         l1_distance: of a teacher made of two, sum_v |p_first(v) - p_second(v)| at each position, in [0, 2];
             the second is the reference, or what stands in its place. None: one teacher.
+        logps, teacher_logps: of the tokens themselves, under the policy (differentiable) and the teacher.
     """
 
-    extras: ClassVar[tuple[str, ...]] = ()
+    extras: ClassVar[tuple[str, ...]] = ("logps", "teacher_logps")
 
     divergences: Tensor
     mask: Tensor
     cu_seqlens: Tensor | None = None
     l1_distance: Tensor | None = None
+    logps: Tensor | None = None
+    teacher_logps: Tensor | None = None
 
     @property
     def logps_like(self) -> Tensor:
@@ -159,6 +163,6 @@ class TokenDivergences(_Tokens):
 
     def check(self) -> None:
         """Raise ValueError unless the tensors fit together; on the CPU also for a distance that is none."""
-        self._check(("l1_distance",))
+        self._check(("l1_distance", "logps", "teacher_logps"))
         if self.l1_distance is not None:
             check_range("TokenDivergences.l1_distance", self.l1_distance.where(self.mask, 0), L1_DISTANCE)

@@ -14,6 +14,7 @@ from fastdpo.losses.heads import logistic, unlikelihood, value_loss
 from fastdpo.losses.inputs import PerPair
 from fastdpo.losses.ranges import NonNegative
 from fastdpo.losses.registry import BatchExample, preference_loss
+from fastdpo.losses.stable import token_mean
 
 
 def _two(kl: float | None = None, reward_shift: float | None = None) -> UnpairedLogps:
@@ -114,3 +115,61 @@ def bco_loss(answers: UnpairedLogps, *, beta: PerPair = 0.1) -> Tensor:
         raise ValueError("reward_shift: got None, wanted a value for bco")
     m = beta * answers.logratios - answers.reward_shift.detach()
     return value_loss(m, answers.is_desirable, logistic)
+
+
+def _forgetting(answers: UnpairedLogps, forget: Tensor, retain_weight: float, forget_weight: float) -> Tensor:
+    """Unlearning: ``forget`` of undesirable answers, the mean NLL per token of desirable ones."""
+    weights = _class_weights(answers, retain_weight, forget_weight)
+    return weights * (-token_mean(answers.logps, answers.tokens)).where(answers.is_desirable, forget)
+
+
+@preference_loss(
+    "npo",
+    paper="arXiv:2404.05868",
+    kind="unpaired",
+    inputs=UnpairedLogps,
+    length_normalized=True,
+    example=BatchExample(10.9813886938, _two),  # (12 / 2 + (2 / 0.1) log(1 + e^0.2)) / 2
+)
+def npo_loss(
+    answers: UnpairedLogps,
+    *,
+    beta: PerPair = 0.1,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
+) -> Tensor:
+    """Negative preference optimisation (NPO), for unlearning: undesirable answers are forgotten, others kept.
+
+    (2 / beta) log(1 + (pi / pi_ref)^beta) of an answer to forget; of one to keep its mean NLL per token,
+    times ``desirable_weight`` (the authors' retain loss, ``grad_diff``; 0 without one). beta to 0 is
+    gradient ascent. Every answer counts alike in the mean: weights say how the two kinds compare.
+    """
+    forget = 2 / beta * logistic(-beta * answers.logratios)
+    return _forgetting(answers, forget, desirable_weight, undesirable_weight)
+
+
+@preference_loss(
+    "simnpo",
+    paper="arXiv:2410.07163 (the authors' code)",
+    kind="unpaired",
+    inputs=UnpairedLogps,
+    uses_reference=False,
+    length_normalized=True,
+    # (12 / 2 + (2 / 2.5) log(1 + e^(-2.5 * 15 / 4))) / 2
+    example=BatchExample(3.0000339259, lambda: _two().without_reference()),
+)
+def simnpo_loss(
+    answers: UnpairedLogps,
+    *,
+    beta: PerPair = 2.5,
+    gamma: NonNegative = 0.0,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
+) -> Tensor:
+    """SimNPO, for unlearning: NPO on per-token means without a reference.
+
+    -(2 / beta) log sigmoid(beta (-mean - gamma)) of an answer to forget: the authors' code multiplies gamma
+    by beta. Answers to keep and weights as of ``npo``.
+    """
+    forget = 2 / beta * logistic(beta * (-token_mean(answers.logps, answers.tokens) - gamma))
+    return _forgetting(answers, forget, desirable_weight, undesirable_weight)

@@ -23,7 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdpo.kernels.contract import RowOutputs
-from fastdpo.kernels.matmul import SlabbedWeight, operand_dtype
+from fastdpo.kernels.matmul import (
+    SlabbedWeight,
+    bf16_parts,
+    exact_operands,
+    operand_dtype,
+    sums_16_bits,
+)
 from fastdpo.ops.checks import accumulation_dtype, fail, resolve_dtypes
 from fastdpo.ops.chunked import d_groups, forward_chunks
 from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads
@@ -116,8 +122,14 @@ def _low_rank_states(hidden: Tensor, adapter: HeadAdapter, dtype: torch.dtype, w
     with torch.amp.autocast(hidden.device.type, enabled=False):
         rows = F.dropout(hidden, adapter.dropout) if adapter.dropout else hidden
         # The operands' rounding comes first: under autocast an fp32 A counts as bf16.
-        operands = (value.to(dtype).to(wide) for value in (rows, adapter.lora_a))
-        return F.linear(*operands) * adapter.scale
+        low, down = (value.to(dtype).to(wide) for value in (rows, adapter.lora_a))
+        if dtype == torch.float32 and sums_16_bits(hidden.dtype, hidden.device):
+            # TF32 keeps 11 bits of A, and all of hidden's: by itself each of three parts of A is exact. The
+            # last one is a difference, through which the gradient of the sum is A's.
+            high, middle = (part.float() for part in bf16_parts(down.detach(), 2))
+            parts = F.linear(low, torch.cat((high, middle, down - high - middle)))
+            return parts.unflatten(-1, (3, -1)).sum(-2) * adapter.scale
+        return F.linear(low, down) * adapter.scale
 
 
 @torch.library.custom_op(
@@ -282,6 +294,9 @@ def _calls(
     """The head's call, and the narrow product's own over the same rows, for its gradients."""
     call = head_call(hidden, weight, bias, labels, index, index_kind, run)
     low_rank = LowRank(states, SlabbedWeight(up, adapter_dtype, call.logits_dtype))
+    if sums_16_bits(call.operand_dtype, call.hidden.device):
+        rows, weight = exact_operands(states, up.to(adapter_dtype))
+        low_rank = LowRank(rows, SlabbedWeight(weight, weight.dtype, weight.dtype))
     narrow = replace(
         call,
         hidden=states,

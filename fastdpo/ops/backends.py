@@ -1,7 +1,8 @@
 """Which row-kernel backend runs here, and why the others do not.
 
-A backend asked for by name runs or raises; only ``auto`` chooses. The choice depends on the device and
-the dtype alone, so that every call of a run, with or without gradients, goes through the same kernel.
+A backend asked for by name runs or raises; only ``auto`` chooses, by ``ROW_KERNELS`` and by what is asked of
+each backend once a device. The choice hangs on the device and the kind of kernel alone, so that every call of
+a run, with or without gradients, goes through the same kernel.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from importlib import import_module
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
@@ -22,8 +23,37 @@ from fastdpo.kernels.sequence import SequenceKernels
 DEVICE_TYPE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # Backends with a kernel for divergences over the vocabulary.
 DIVERGENCE_BACKENDS = ("reference", "cpu", "triton")
-# In order of preference on each kind of device.
-AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# With a forward pass of mode ``lean`` that stores no logits: before all others there.
+LEAN_BACKENDS = ("triton",)
+
+
+class Preference(NamedTuple):
+    """The backends of one kind of device: the first that runs is what ``auto`` takes; and why this order."""
+
+    device_type: str
+    capability: tuple[int, int]  # of a GPU, from this one on
+    backends: tuple[str, ...]
+    why: str
+
+
+# By capability, not by V or dtype: a policy and a reference of other dtypes keep one kernel.
+ROW_KERNELS = (
+    Preference(
+        "cuda",
+        (9, 0),
+        ("cuda", "triton"),
+        "a cluster of thread blocks holds a row on chip and reads each logit once; Triton reads it twice",
+    ),
+    Preference(
+        "cuda",
+        (0, 0),
+        ("triton", "cuda"),
+        "without clusters neither holds a long row on chip, and Triton reads it again from L2 where it fits",
+    ),
+    Preference(
+        "cpu", (0, 0), ("cpu",), "C++ reads each logit from memory once where a row fits in the cache"
+    ),
+)
 
 
 def unavailable_reason(
@@ -42,20 +72,35 @@ def unavailable_reason(
     return cast("str | None", reason)
 
 
-def resolve_backend(name: str, device: torch.device, logits_dtype: torch.dtype = torch.float32) -> str:
+def preference(device: torch.device) -> Preference | None:
+    """The row of ``ROW_KERNELS`` for a device; None where plain torch is all there is."""
+    capability = (0, 0)
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+    rows = (row for row in ROW_KERNELS if row.device_type == device.type and row.capability <= capability)
+    return next(rows, None)
+
+
+def resolve_backend(
+    name: str, device: torch.device, logits_dtype: torch.dtype = torch.float32, mode: str | None = None
+) -> str:
     """The backend that runs for ``name``, which may be ``auto``.
+
+    Args:
+        name: of ``Execution.backend``.
+        device: of the logits.
+        logits_dtype: float64 is plain torch's alone.
+        mode: what runs, where it is settled; ``lean`` has kernels of its own.
 
     Raises:
         TypeError: the backend asked for by name cannot process float64.
         ValueError: the backend asked for by name does not run on this device.
     """
     if name == "auto":
-        for candidate in AUTO_ORDER.get(device.type, ()):
-            if unavailable_reason(candidate, device, logits_dtype) is None:
-                return candidate
-        if logits_dtype != torch.float64 and device.type in AUTO_ORDER:
+        chosen = _first_that_runs(device, logits_dtype, LEAN_BACKENDS if mode == "lean" else ())
+        if chosen is None and logits_dtype != torch.float64 and preference(device) is not None:
             _warn_of_no_kernel(device.type, device.index)
-        return "reference"
+        return chosen or "reference"
     reason = unavailable_reason(name, device, logits_dtype)
     if reason is not None:
         error = TypeError if logits_dtype == torch.float64 else ValueError
@@ -69,17 +114,29 @@ def resolve_divergence_backend(name: str, device: torch.device, logits_dtype: to
     Raises:
         TypeError, ValueError: as there.
     """
-    if name == "auto":
-        chosen = resolve_backend(name, device, logits_dtype)
-        return chosen if chosen in DIVERGENCE_BACKENDS else "reference"
-    return resolve_backend(name, device, logits_dtype)
+    if name != "auto":
+        return resolve_backend(name, device, logits_dtype)
+    chosen = _first_that_runs(device, logits_dtype, DIVERGENCE_BACKENDS)
+    return chosen if chosen in DIVERGENCE_BACKENDS else "reference"
+
+
+def _first_that_runs(
+    device: torch.device, logits_dtype: torch.dtype = torch.float32, before_others: tuple[str, ...] = ()
+) -> str | None:
+    """Of the device's backends, those named ``before_others`` first; None where none of them runs."""
+    found = preference(device)
+    names = () if found is None else sorted(found.backends, key=lambda name: name not in before_others)
+    running = (name for name in names if unavailable_reason(name, device, logits_dtype) is None)
+    return next(running, None)
 
 
 @cache
 def _warn_of_no_kernel(device_type: str, index: int | None) -> None:
     """Once for each device."""
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
-    reasons = "; ".join(f"{name}: {unavailable_reason(name, device)}" for name in AUTO_ORDER[device_type])
+    found = preference(device)
+    names = () if found is None else found.backends
+    reasons = "; ".join(f"{name}: {unavailable_reason(name, device)}" for name in names)
     warnings.warn(
         f"no kernel of fastdpo runs on {device}, so plain torch computes, as exact but slower ({reasons})",
         RuntimeWarning,
@@ -113,12 +170,26 @@ def load_sequence_kernels(name: str) -> SequenceKernels:
     return cast(SequenceKernels, import_module(f"fastdpo.kernels.sequence_{name}"))
 
 
+def explain_auto(device: torch.device) -> str:
+    """Which row kernel ``auto`` takes on a device, and why; what of the preferred ones does not run, too."""
+    found = preference(device)
+    if found is None:
+        return "reference: no kernel is made for such devices"
+    chosen, first = _first_that_runs(device) or "reference", found.backends[0]
+    if chosen == first:
+        return f"{chosen}: {found.why}"
+    return f"{chosen}, since {first} does not run: {unavailable_reason(first, device)}"
+
+
 def backend_report() -> dict[str, str | None]:
-    """For every backend, None if it runs on this machine, else the reason why not."""
+    """For every backend, None if it runs here (of GPUs, on the current one), else the reason why not."""
     report: dict[str, str | None] = {"reference": None}
     for name, device_type in DEVICE_TYPE.items():
         if device_type == "cuda" and not torch.cuda.is_available():
             report[name] = "no CUDA device is available to torch"
         else:
-            report[name] = unavailable_reason(name, torch.device(device_type))
+            try:
+                report[name] = unavailable_reason(name, torch.device(device_type))
+            except torch.OutOfMemoryError as error:
+                report[name] = f"cannot be asked: {error}"
     return report

@@ -71,13 +71,13 @@ def forward_chunks(
 def empty_kept(call: HeadCall, count: int = 1) -> Tensor:
     """Memory for what a forward pass keeps; rows of D are further apart than V where V is odd.
 
-    ``(N, H)`` in mode ``stash``, ``(cached, V)`` in ``cache``, else ``(0,)``; with ``count`` above 1 as many
+    ``(N, H)`` where D W is, ``(cached, V)`` in mode ``cache``, else ``(0,)``; with ``count`` above 1 as many
     of them, one behind the other in one tensor.
     """
     plan, several = call.plan, (count,) if count > 1 else ()
     if plan.mode == "cache":
         return empty_d(call, *several, plan.cached_rows)
-    shape = (plan.num_tokens, plan.hidden_size) if plan.mode == "stash" else (0,)
+    shape = (plan.num_tokens, plan.hidden_size) if plan.keeps_product else (0,)
     return call.hidden.new_empty((*several, *shape), dtype=call.operand_dtype)
 
 
@@ -106,7 +106,7 @@ def backward_chunks(
         weight_out=grad_weight_out,
         adds_label_rows=grads.lse is not None,
     )
-    if call.plan.mode == "stash":
+    if call.plan.keeps_product:
         backward_stash(call, kept, outputs, grads, total)
     else:
         add_groups(total, d_groups(call, weight, kept, grads), outputs, grads)

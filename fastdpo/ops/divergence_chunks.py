@@ -29,7 +29,7 @@ from fastdpo.ops.backends import load_divergence_kernel
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.chunked import add_groups, backward_stash, empty_kept
 from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads, row_coeff
-from fastdpo.ops.head_call import HeadCall, empty_d, front_of_rows
+from fastdpo.ops.head_call import HeadCall, empty_d, front_of_rows, row_buffer
 from fastdpo.plan import Plan
 from fastdpo.schedule import MIB
 
@@ -210,8 +210,7 @@ class _DivergenceChunks:
         self.weight = call.policy.slabbed_weight() if weight is None else weight
         plan = call.policy.plan
         heads = (call.policy, *call.teachers)
-        shape = (plan.chunk_rows, plan.leading_dim)
-        self._logits = [head.hidden.new_empty(shape, dtype=head.logits_dtype) for head in heads]
+        self._logits = [row_buffer(head, plan.chunk_rows, dtype=head.logits_dtype) for head in heads]
         self._teacher_weights = [teacher.slabbed_weight() for teacher in call.teachers]
         self._kernel: DivergenceKernel = load_divergence_kernel(call.backend)
         # Plain torch makes tensors of a tile's size; the other kernels nothing beside the logits.

@@ -26,7 +26,7 @@ from fastdpo.kernels.matmul import (
     sum_dtype,
 )
 from fastdpo.ops.checks import accumulation_dtype
-from fastdpo.ops.head_call import HeadCall
+from fastdpo.ops.head_call import HeadCall, slice_outputs
 from fastdpo.plan import MAX_LOW_PRECISION_GROUPS
 
 
@@ -194,11 +194,18 @@ def label_row_coeff(call: HeadCall, outputs: RowOutputs, grads: TokenGrads, star
     """The factor of the label's one-hot that a gradient of lse brings: (s / tau) g_lse cf_y."""
     assert grads.lse is not None
     coeff = grads.lse[start:stop] * call.transform.grad_scale
+    if call.transform.softcap is None:
+        return coeff
+    return coeff * cap_factor(call, slice_outputs(outputs, start, stop))
+
+
+def cap_factor(call: HeadCall, outputs: RowOutputs) -> Tensor | float:
+    """cf of the label's logit: 1 - (softcap(..) / cap)^2 of the rows of ``outputs``, 1 without a cap."""
     cap = call.transform.softcap
-    if cap is not None:
-        capped = (outputs.logps[start:stop] + outputs.lse[start:stop]) * call.transform.temperature
-        coeff = coeff * (1 - (capped / cap).square())
-    return coeff
+    if cap is None:
+        return 1.0
+    capped = (outputs.logps + outputs.lse) * call.transform.temperature
+    return 1 - (capped / cap).square()
 
 
 def add_rows_in_order(total: Tensor, index: Tensor, rows: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.kernels.contract import LogitTransform, RowKernel, RowOutputs
-from fastdpo.kernels.matmul import SlabbedWeight, add_logits, logits_into
+from fastdpo.kernels.matmul import LOW_PRECISION, SlabbedWeight, add_logits, logits_into
 from fastdpo.kernels.topk import chunk_top_sums, write_top
 from fastdpo.ops.backends import load_row_kernel
 from fastdpo.ops.checks import accumulation_dtype
@@ -20,8 +20,8 @@ from fastdpo.schedule import leading_dim
 class LowRank:
     """A narrow product that is added to the logits: LoRA's, whose states are scale * dropout(h) A^T."""
 
-    states: Tensor  # (M, r) in the logits' dtype
-    weight: SlabbedWeight  # (V, r), likewise
+    states: Tensor  # (M, r) in the logits' dtype; on a GPU that product's operands of 16 bits, (M, K)
+    weight: SlabbedWeight  # (V, r) or (V, K), likewise
 
     def rows(self, index: Tensor | None, start: int, stop: int) -> Tensor:
         """States of labelled rows ``[start, stop)``."""
@@ -76,7 +76,8 @@ class HeadCall:
             rows = hidden[start:stop]
         else:
             rows = hidden.index_select(0, self.index[start:stop])
-        return rows.to(self.compute_dtype).to(self.operand_dtype)
+        rows = rows.to(self.compute_dtype).to(self.operand_dtype)
+        return rows.contiguous() if reads_padding(rows) else rows
 
     def slabbed_weight(self) -> SlabbedWeight:
         return SlabbedWeight(self.weight, self.compute_dtype, self.operand_dtype)
@@ -96,7 +97,7 @@ class LogitChunks:
         plan = call.plan
         self._kernel: RowKernel = load_row_kernel(call.backend)
         num_rows = plan.block_rows if keeps_d else plan.chunk_rows
-        self._logits = call.hidden.new_empty((num_rows, plan.leading_dim), dtype=call.logits_dtype)
+        self._logits = row_buffer(call, num_rows, dtype=call.logits_dtype)
         self._start = 0  # the labelled row that row 0 of the workspace is for
         self._first = 0  # the labelled row that the last product began with
         self._rows: Tensor | None = None  # of hidden, where the label's logit is to be made of them
@@ -216,9 +217,24 @@ def front_of_rows(logits: Tensor, num_rows: int, call: HeadCall) -> Tensor:
 
 def empty_d(call: HeadCall, *num_rows: int) -> Tensor:
     """``(*num_rows, V)`` for a compact D; its rows start where wide accesses can, also if V is odd."""
+    return row_buffer(call, *num_rows, dtype=call.operand_dtype)[..., : call.plan.vocab_size]
+
+
+def row_buffer(call: HeadCall, *num_rows: int, dtype: torch.dtype) -> Tensor:
+    """``(*num_rows, leading_dim)``: rows of V numbers, and of what is behind them."""
     vocab_size = call.plan.vocab_size
-    padded = call.hidden.new_empty((*num_rows, leading_dim(vocab_size)), dtype=call.operand_dtype)
-    return padded[..., :vocab_size]
+    buffer = call.hidden.new_empty((*num_rows, leading_dim(vocab_size)), dtype=dtype)
+    if reads_padding(buffer):
+        buffer[..., vocab_size:] = 0
+    return buffer
+
+
+def reads_padding(operand: Tensor) -> bool:
+    """Whether a product of such operands reads what lies behind their rows too: a NaN there is in its sums.
+
+    Seen with oneDNN's products of bf16 on CPUs with AMX, whose tiles have rows of 64 bytes.
+    """
+    return operand.dtype in LOW_PRECISION and operand.device.type == "cpu"
 
 
 def empty_outputs(call: HeadCall, statistics: tuple[str, ...]) -> RowOutputs:

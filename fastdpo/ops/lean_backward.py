@@ -15,7 +15,7 @@ from fastdpo.ops.head_call import HeadCall
 from fastdpo.ops.lean_slabs import (
     SlabWorkspace,
     check_logits_dtype,
-    is_store_free,
+    lean_kernel,
     slabs,
     weight_slab,
 )
@@ -35,7 +35,7 @@ def backward_lean(
 
     Args:
         call: the call of the forward pass.
-        outputs: its lse; its entropy too where ``grads`` has a gradient of it.
+        outputs: its logps and lse; its entropy too where ``grads`` has a gradient of it.
         grads: gradients of the labelled tokens' logps, lse and entropy, in the accumulation dtype.
         needs_hidden, needs_weight, needs_bias: which gradients to make.
         grad_weight_out: ``(V, H)``; dweight is added to it and not returned.
@@ -77,7 +77,7 @@ class _Backward:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.scale, self.coeffs = _row_scale(call, grads)
         self.gradient = _load_slab_gradient(call)
-        self.workspace = SlabWorkspace(call)
+        self.workspace = SlabWorkspace(call, call.plan.chunk_rows, call.plan.leading_dim)
 
     def run(self) -> None:
         """With a frozen head block by block, so that only a block's dhidden is summed at a time."""
@@ -86,7 +86,7 @@ class _Backward:
         for group in [blocks] if trains_head else [[block] for block in blocks]:
             if self.hidden is not None:
                 self.hidden.begin(group[0][0], group[-1][1])
-            for first, last in slabs(self.call):
+            for first, last in slabs(self.call, self.call.plan.leading_dim):
                 self._add_slab(first, last, group)
             if self.hidden is not None:
                 self.hidden.finish(self.scale)
@@ -115,6 +115,7 @@ class _Backward:
         self.gradient(
             logits,
             self.call.labels[start:stop],
+            self.outputs.logps[start:stop],
             self.outputs.lse[start:stop],
             self.call.transform,
             first,
@@ -215,7 +216,7 @@ class _WeightGrad:
 
 def _load_slab_gradient(call: HeadCall) -> SlabGradient:
     # Always the one that goes with the forward pass: another tanh would cost fp32 its last bits.
-    if is_store_free(call.backend, call.compute_dtype):
+    if lean_kernel(call.backend, call.compute_dtype) == "triton":
         from fastdpo.kernels.slab_triton import slab_gradient
 
         return slab_gradient

@@ -7,24 +7,39 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastdpo import plan_lean
-from fastdpo.kernels.matmul import LOW_PRECISION, add_product
+from fastdpo.kernels.matmul import LOW_PRECISION, add_product, copies_weight, operand_dtype
+from fastdpo.ops.backends import resolve_backend
 from fastdpo.ops.checks import accumulation_dtype, fail
 from fastdpo.ops.head_call import HeadCall
+from fastdpo.plan_lean import is_store_free
 
 
-def logit_bytes(backend: str, compute_dtype: torch.dtype) -> int:
-    """``logit_bytes`` of `fastdpo.plan_lean.lean_blocks` for a resolved backend."""
-    return plan_lean.logit_bytes(is_store_free(backend, compute_dtype), compute_dtype.itemsize)
+def lean_kernel(backend: str, compute_dtype: torch.dtype) -> str:
+    """Which of ``plan_lean.LEAN_KERNELS`` a resolved backend runs for operands of some dtype.
 
-
-def is_store_free(backend: str, compute_dtype: torch.dtype) -> bool:
-    """Whether the passes are those of the Triton kernels.
-
-    fp32 goes through the platform's product, which is faster there than products without tensor cores in
-    Triton; and the backward pass, to be right to the last bits of fp32, needs the very logits that lse is of.
+    fp32 goes through plain torch: its products are slow, and the backward pass, to be right to the last bits
+    of fp32, needs the very logits and the very tanh that lse is of.
     """
-    return backend == "triton" and compute_dtype in LOW_PRECISION
+    is_gpu_kernel = backend in ("triton", "cuda") and compute_dtype in LOW_PRECISION
+    if not is_gpu_kernel:
+        return "torch"
+    return "triton" if backend == "triton" else "rows"
+
+
+def makes_product(
+    hidden: Tensor,
+    weight: Tensor,
+    backend: str,
+    compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    workspace_mib: int,
+) -> bool:
+    """Whether the forward pass stores logits, and so can make D W: known without the number of tokens."""
+    operands = operand_dtype(compute_dtype, logits_dtype, hidden.device)
+    kernel = lean_kernel(resolve_backend(backend, hidden.device, logits_dtype), compute_dtype)
+    has_copy = copies_weight(weight, compute_dtype, operands)
+    sizes = (hidden.shape[1], weight.shape[0], operands.itemsize)
+    return not is_store_free(kernel, *sizes, has_copy, workspace_mib)
 
 
 def check_logits_dtype(call: HeadCall) -> None:
@@ -34,9 +49,9 @@ def check_logits_dtype(call: HeadCall) -> None:
         raise fail("execution.logits_dtype", call.logits_dtype, "None with mode 'lean': it stores no logits")
 
 
-def slabs(call: HeadCall) -> Iterator[tuple[int, int]]:
-    """``(first, last)`` vocabulary entries of every slab."""
-    vocab_size, step = call.plan.vocab_size, call.plan.leading_dim
+def slabs(call: HeadCall, step: int) -> Iterator[tuple[int, int]]:
+    """``(first, last)`` vocabulary entries of every slab of ``step``."""
+    vocab_size = call.plan.vocab_size
     for first in range(0, vocab_size, step):
         yield first, min(first + step, vocab_size)
 
@@ -50,13 +65,11 @@ def weight_slab(call: HeadCall, first: int, last: int) -> Tensor:
 class SlabWorkspace:
     """The one buffer that the logits of every block and slab are made in."""
 
-    def __init__(self, call: HeadCall) -> None:
-        plan = call.plan
+    def __init__(self, call: HeadCall, rows: int, slab: int) -> None:
         self._operand_dtype = call.operand_dtype
-        shape = (plan.chunk_rows, min(plan.leading_dim, plan.vocab_size))
         # Rows of 16-bit D in place lie 4 bytes an element apart: aligned as rows of logits are.
-        self._stride = -(-shape[1] // 16) * 16 if plan.chunk_rows else 0
-        self._logits = call.hidden.new_empty((shape[0], self._stride), dtype=call.logits_dtype)
+        self._stride = -(-min(slab, call.plan.vocab_size) // 16) * 16 if rows else 0
+        self._logits = call.hidden.new_empty((rows, self._stride), dtype=call.logits_dtype)
 
     def logits(self, rows: Tensor, slab_weight: Tensor) -> Tensor:
         out = self._logits[: len(rows), : len(slab_weight)]

@@ -24,8 +24,8 @@ from fastdpo.ops.gradients import TokenGrads
 from fastdpo.ops.head_call import HeadCall, TopkOutputs
 from fastdpo.ops.lean import forward_lean
 from fastdpo.ops.lean_backward import backward_lean
-from fastdpo.ops.lean_slabs import logit_bytes
-from fastdpo.plan import make_plan
+from fastdpo.ops.lean_slabs import lean_kernel, makes_product
+from fastdpo.plan import LEAN_STASH, make_plan
 from fastdpo.schedule import leading_dim
 from fastdpo.types import TOPK_STATISTICS
 
@@ -93,7 +93,7 @@ def forward_op(
         raise_on_bad_labels(call.labels, index, weight.shape[0])
     with torch.amp.autocast(hidden.device.type, enabled=False):
         wanted = tuple(filter(None, statistics.split(",")))
-        if run.run_mode == "lean":
+        if call.plan.mode == "lean":
             compact, top, kept, ref_logps = forward_lean(
                 call,
                 wanted,
@@ -154,7 +154,7 @@ def _(
     if run.run_mode == "cache":
         return (*results, index, fake_cache(hidden, weight.shape[0], dtype))
     shape: tuple[Any, ...] = (0,)
-    if run.run_mode == "stash":
+    if run.run_mode == "stash" or (run.run_mode == LEAN_STASH and makes_product(hidden, weight, *run[4:8])):
         shape = (num_tokens, hidden.shape[1])
     elif run.run_mode == "lean" and entropy_requires_grad:
         shape, dtype = (num_tokens,), accumulation_dtype(run.compute_dtype)
@@ -222,7 +222,7 @@ def backward_op(
     token_grads = TokenGrads(upstream, compact(grad_lse), compact(grad_entropy))
     needs = {"needs_hidden": needs_hidden, "needs_weight": needs_weight, "needs_bias": needs_bias}
     with torch.amp.autocast(hidden.device.type, enabled=False):
-        if run.run_mode == "lean":
+        if call.plan.mode == "lean" and not call.plan.keeps_product:
             if grad_entropy is not None:
                 outputs = outputs._replace(entropy=kept)
             grads = backward_lean(call, outputs, token_grads, **needs, grad_weight_out=grad_weight_out)
@@ -324,7 +324,7 @@ def head_call(
     targets = labels if is_all or index_kind in PER_TOKEN else labels.index_select(0, index)
     operands = operand_dtype(run.compute_dtype, run.logits_dtype, hidden.device)
     acc = accumulation_dtype(run.compute_dtype)
-    backend = resolve_backend(run.backend, hidden.device, run.logits_dtype)
+    backend = resolve_backend(run.backend, hidden.device, run.logits_dtype, run.run_mode)
     plan = make_plan(
         run.run_mode,
         num_tokens,
@@ -339,7 +339,7 @@ def head_call(
         num_multiprocessors=num_multiprocessors(hidden.device),
         pair_rows=pair_rows,
         needs_bias=needs_bias,
-        lean_logit_bytes=logit_bytes(backend, run.compute_dtype),
+        lean_kernel=lean_kernel(backend, run.compute_dtype),
         joins_chunks=True,
         hidden_bytes=hidden.element_size(),
         weight_bytes=weight.element_size(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdpo.ops import checks
 from fastdpo.ops.adapted import adapted_results, settle_adapted_mode
 from fastdpo.ops.library import CallOptions, forward_op
-from fastdpo.plan import resolve_mode
+from fastdpo.plan import resolve_mode, settled_run
 from fastdpo.schedule import holds_a_chunk_row
 from fastdpo.types import (
     TOKEN_STATISTICS,
@@ -150,7 +150,7 @@ def indexed_logprob(
 
     mode = settle_mode(hidden, head, run, entropy_requires_grad=entropy_requires_grad)
     rows = (labels.reshape(-1), token_index, index_kind)
-    options = call_options(hidden, head, run, mode)
+    options = call_options(hidden, head, run, mode, entropy_requires_grad=entropy_requires_grad)
     statistics = ",".join(name for name in wanted if name in TOKEN_STATISTICS)
     scalars = (ignore_index, statistics, k, entropy_requires_grad, check_labels, *options)
     if head.adapter is not None:
@@ -204,14 +204,23 @@ def flat_rows(hidden: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-def call_options(hidden: Tensor, head: LMHead, run: Execution, mode: str) -> CallOptions:
+def call_options(
+    hidden: Tensor, head: LMHead, run: Execution, mode: str, *, entropy_requires_grad: bool = False
+) -> CallOptions:
     """The scalars of the ops, from what the caller said and a settled mode."""
     compute_dtype, logits_dtype = checks.resolve_dtypes(hidden, head.weight, run)
+    trains_head = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    run_mode = settled_run(
+        mode,
+        needs_hidden=torch.is_grad_enabled() and hidden.requires_grad,
+        trains_head=trains_head,
+        entropy_requires_grad=entropy_requires_grad,
+    )
     return CallOptions(
         logit_scale=head.logit_scale,
         softcap=head.softcap,
         temperature=head.temperature,
-        run_mode=mode,
+        run_mode=run_mode,
         backend=run.backend,
         compute_dtype=compute_dtype,
         logits_dtype=logits_dtype,

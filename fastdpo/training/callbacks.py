@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastdpo.training.announce import announce
 from fastdpo.training.collate import LikeLengthSampler
+from fastdpo.training.curves import CURVES_FILE, draw_curves
 from fastdpo.training.largest_batch import try_largest_batch
 from fastdpo.training.token_budget import TokenBudgetSampler
 
@@ -20,24 +21,6 @@ if TYPE_CHECKING:
     from fastdpo.training.trainer import PreferenceTrainer
 
 METRICS_FILE = "metrics.jsonl"
-CURVES_FILE = "curves.png"
-# Panels of curves.png: title, and the metrics drawn in it (with and without the eval_ prefix); then those
-# that are there where a run has something to draw in them.
-PANELS = (
-    ("loss", ("loss",)),
-    ("reward accuracy", ("rewards/accuracies",)),
-    ("rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
-    ("log-probability (nats)", ("logps/chosen", "logps/rejected", "logps")),
-)
-FURTHER_PANELS = tuple(
-    (title, tuple(f"{metric}/{answers}" for answers in ("chosen", "rejected", "answers", "teacher")))
-    for title, metric in (
-        ("mass of the most likely tokens", "topk_mass"),
-        ("entropy of the most likely tokens (nats)", "topk_entropy"),
-        ("divergence of an answer (nats)", "kl"),
-    )
-)
-logger = logging.getLogger(__name__)
 
 
 class MetricsFileCallback(TrainerCallback):
@@ -90,48 +73,27 @@ def _finite(logs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class CurvesCallback(TrainerCallback):
-    """Draw ``curves.png`` from the log at the end of training."""
+    """Draw ``curves.png`` from the log at the end of training, and again with a last evaluation."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.is_over = False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
+        self.is_over = True
+        self.on_evaluate(args, state, control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.is_over and state.is_world_process_zero:
             draw_curves(state.log_history, Path(args.output_dir or ".") / CURVES_FILE)
-
-
-def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Draw the training curves; False, with a line in the log, where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("%s is not drawn: matplotlib is not installed (pip install matplotlib)", path.name)
-        return False
-    panels = [*PANELS, *(panel for panel in FURTHER_PANELS if _is_in(history, panel[1]))]
-    rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(10, 3.5 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = list(figure.subplots(rows, 2).flat)
-    for unused in grid[len(panels) :]:
-        unused.set_axis_off()
-    for axes, (title, names) in zip(grid, panels, strict=False):
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        for name in names:
-            for key, style in ((name, "-"), (f"eval_{name}", "o--")):
-                points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
-                if points:
-                    axes.plot(*zip(*points, strict=True), style, label=key, markersize=4)
-        if axes.lines:
-            axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    return True
-
-
-def _is_in(history: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bool:
-    """Whether any entry has one of the metrics, of training or of an evaluation."""
-    keys = {key for name in names for key in (name, f"eval_{name}")}
-    return any(keys & entry.keys() for entry in history)
 
 
 class TrainerHooks(TrainerCallback):
@@ -144,6 +106,8 @@ class TrainerHooks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.restore_progress()
+        if state.is_world_process_zero:
+            announce(self.trainer, self.trainer.resumed_from)
         if self.trainer.args.longest_batch_first:
             try_largest_batch(self.trainer)
 

@@ -23,7 +23,7 @@ from fastdpo.training.kinds import DataKind, kind_of
 from fastdpo.training.loop_settings import TRAINING_MODES, check_installed, check_loop
 from fastdpo.training.loss_settings import TakesLossOptions
 from fastdpo.training.nll_settings import trains_on_prompt
-from fastdpo.training.setting_values import settle
+from fastdpo.training.setting_values import not_default, plain_values, settle
 from fastdpo.training.step_settings import COLUMN_FIELDS, check_step_settings, stand_ins
 from fastdpo.types import BACKENDS, Execution
 
@@ -231,6 +231,7 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
 
     def __post_init__(self) -> None:
         settle(self)
+        self.given = not_default(self)
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self.report_to = self.report_to or "none"
@@ -243,6 +244,12 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
         super().__post_init__()
         check_loader(self)
         check_installed(self)
+        self._settled = plain_values(self)
+
+    def changed(self) -> dict[str, Any]:
+        """Settings that were given, or changed since, as plain values."""
+        since = {name: value for name, value in plain_values(self).items() if value != self._settled[name]}
+        return {**self.given, **since}
 
     @property
     def losses(self) -> list[LossSpec]:

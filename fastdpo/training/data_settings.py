@@ -46,6 +46,9 @@ class DataSettings:
     soft_label_column: str | None = field(
         default=None, metadata=_help("Column with the probability that chosen is the better answer.")
     )
+    reward_gap_column: str | None = field(
+        default=None, metadata=_help("Column with the chosen answer's reward less the rejected one's.")
+    )
     chosen_win_rate_column: str | None = field(default=None, metadata=_help("Column with SPPO's win rate."))
     rejected_win_rate_column: str | None = field(default=None, metadata=_help("The same of the rejected."))
     assistant_only: bool = field(

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from fastdpo.functional_rows import preference_loss_from_logps
 from fastdpo.losses import build_objective
-from fastdpo.preference_rows import divergence_outputs, teacher_combination
+from fastdpo.preference_rows import (
+    divergence_outputs,
+    divergence_settings,
+    needs_token_logps,
+    teacher_combination,
+)
 from fastdpo.training.batches import Batch, completion_mask, packed_layout
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
 from fastdpo.training.reference import Reference
@@ -70,10 +75,12 @@ def distillation_loss(
     args: PreferenceConfig,
     reference: Reference,
 ) -> PreferenceLossOutput:
-    """The loss of a batch of answers (AlignDistil) as its share of the mean over ``num_rows``."""
+    """The loss of a batch of answers that distils a teacher, as its share of the mean over ``num_rows``."""
     objective = build_objective(args.loss_type, args.loss_weights, beta=args.beta, **args.options)
     names = divergence_outputs(objective)
-    teachers = reference.teachers(policy, batch, teacher_combination(objective))
+    of_tokens = needs_token_logps(objective)
+    settings = {"logps_requires_grad": of_tokens, **divergence_settings(objective)}
+    teachers = reference.teachers(policy, batch, teacher_combination(objective), **settings)
     found = divergence_logps(model, batch, teachers, names)
     assert found.logps is not None
     return preference_loss_from_logps(
@@ -82,6 +89,7 @@ def distillation_loss(
         loss_type=args.loss_type,
         loss_weights=args.loss_weights,
         beta=args.beta,
+        ref_logps=found.ref_logps if of_tokens else None,
         row_weights=batch.get("pair_weights"),
         num_rows=num_rows,
         layout=packed_layout(batch),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import set_seed
 
 from fastdpo.integrations.virtual_tokens import has_prefix
 from fastdpo.training.checkpointing import recomputes_activations
@@ -41,7 +45,8 @@ def load_model(
             raise ImportError(f"{what}: {name} is an adapter, which needs peft: pip install peft") from None
         options["is_trainable"] = True
     try:
-        model: nn.Module = loader.from_pretrained(name, dtype=dtype, **options)
+        with _without_future_warnings():
+            model: nn.Module = loader.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{what}: could not load {name!r}: {first_line(error)}") from error
     return model
@@ -97,6 +102,7 @@ def prepare_policy(model: str | nn.Module, args: PreferenceConfig, peft_config: 
         # Before the adapter is added: a dropout in peft_config is asked for.
         disable_dropout(policy)
     if peft_config is not None:
+        set_seed(args.seed)  # as Trainer does, but for the adapter's first weights too
         policy = _add_adapter(policy, peft_config)
     if is_adapter_model(policy):
         if has_prefix(policy) and recomputes_activations(args):
@@ -151,5 +157,14 @@ def _add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         raise ImportError(
             "training an adapter needs peft, which is not installed: pip install peft"
         ) from None
-    adapted: nn.Module = get_peft_model(model, peft_config)
+    with _without_future_warnings():
+        adapted: nn.Module = get_peft_model(model, peft_config)
     return adapted
+
+
+@contextmanager
+def _without_future_warnings() -> Iterator[None]:
+    """What peft and transformers tell each other about later versions is not the user's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

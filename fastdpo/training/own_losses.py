@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+IMPORTED: list[str] = []
+"""What has been imported in this process."""
+
 
 def import_losses(names: Sequence[str]) -> None:
     """Import modules by name, from the working directory too, or ``.py`` files by path.
@@ -18,6 +21,7 @@ def import_losses(names: Sequence[str]) -> None:
     for name in names:
         try:
             _import(name)
+            IMPORTED.extend([name] if name not in IMPORTED else [])
         except ModuleNotFoundError as error:
             missing = f"no module {error.name!r}" if error.name != name.split(".")[0] else "no such module"
             raise ValueError(

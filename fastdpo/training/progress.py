@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdpo.training.trainer import PreferenceTrainer
+    from fastdpo.training.saving import SavingTrainer
 
 STATE_FILE = "preference_state_{rank}.json"
 logger = logging.getLogger(__name__)
 
 
-def save_progress(trainer: PreferenceTrainer, folder: Path) -> None:
+def save_progress(trainer: SavingTrainer, folder: Path) -> None:
     """Write this rank's part of the progress into a checkpoint."""
     state = {
         "loss": trainer._tr_loss.item(),
@@ -25,7 +25,7 @@ def save_progress(trainer: PreferenceTrainer, folder: Path) -> None:
     (folder / STATE_FILE.format(rank=trainer.accelerator.process_index)).write_text(json.dumps(state))
 
 
-def load_progress(trainer: PreferenceTrainer, folder: Path) -> None:
+def load_progress(trainer: SavingTrainer, folder: Path) -> None:
     """At the start of a resumed run: the sums since the last log before the checkpoint."""
     path = folder / STATE_FILE.format(rank=trainer.accelerator.process_index)
     if not path.exists():

@@ -187,15 +187,16 @@ class Reference:
 
     @torch.no_grad()
     def teachers(
-        self, policy: nn.Module, batch: Batch, combination: TeacherCombination | None = None
+        self, policy: nn.Module, batch: Batch, combination: TeacherCombination | None = None, **settings: Any
     ) -> Teachers:
-        """What the divergences are from: the reference, the teacher, or both, as ``combination`` says."""
+        """What the divergences are from: the reference, the teacher, or both, as ``combination`` says.
+
+        ``settings`` are further ones of ``Teachers``.
+        """
         if self.teacher is None:
             return Teachers(self.states(policy, batch), vocab_size=self.vocab_size)
         second = None if combination is None else self.states(policy, batch)
-        return Teachers(
-            head_states(self.teacher, batch), second, combination, self.vocab_size, logps_requires_grad=False
-        )
+        return Teachers(head_states(self.teacher, batch), second, combination, self.vocab_size, **settings)
 
     def _run(self, score: Callable[[nn.Module, Batch], Result], policy: nn.Module, batch: Batch) -> Result:
         if self.kind == "copy":

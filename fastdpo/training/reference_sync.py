@@ -11,13 +11,13 @@ import torch
 from fastdpo.losses.reference_updates import mix_parameters
 
 if TYPE_CHECKING:
-    from fastdpo.training.trainer import PreferenceTrainer
+    from fastdpo.training.saving import SavingTrainer
 
 REFERENCE_FILE = "reference_model.pt"
 logger = logging.getLogger(__name__)
 
 
-def sync_reference(trainer: PreferenceTrainer) -> None:
+def sync_reference(trainer: SavingTrainer) -> None:
     """After an optimiser step: mix the policy into the reference where it is time to."""
     args = trainer.args
     if not args.sync_ref_model or trainer.state.global_step % args.ref_model_sync_steps != 0:
@@ -27,14 +27,14 @@ def sync_reference(trainer: PreferenceTrainer) -> None:
     mix_parameters(reference.parameters(), policy.parameters(), args.ref_model_mixup_alpha)
 
 
-def save_reference(trainer: PreferenceTrainer, folder: Path) -> None:
+def save_reference(trainer: SavingTrainer, folder: Path) -> None:
     """The moved reference into a checkpoint; it is nowhere else."""
     if trainer.args.sync_ref_model and trainer.accelerator.is_main_process:
         reference = trainer.accelerator.unwrap_model(trainer.reference.model)
         torch.save(reference.state_dict(), folder / REFERENCE_FILE)
 
 
-def load_reference(trainer: PreferenceTrainer, folder: Path) -> None:
+def load_reference(trainer: SavingTrainer, folder: Path) -> None:
     """The reference as it was at a checkpoint.
 
     Raises:

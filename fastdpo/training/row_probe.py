@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.integrations.model import backbone_states
-from fastdpo.integrations.row_masks import RowMasks, backbone_size
+from fastdpo.integrations.row_masks import RowMasks, backbone_size, spans
 from fastdpo.training.batches import Batch, to_device
 from fastdpo.training.row_collate import make_units
 from fastdpo.training.rows import build_rows
 
-# Longer sequences than this only where a sliding window and the data reach further.
+# Longer sequences than this only where a sliding window, a chunk or their like, and the data reach further.
 _SHORT = 24
 
 
@@ -47,21 +47,38 @@ def refusals(
         longest: tokens of the longest sequence of the data.
     """
     masks = RowMasks(model)
-    why_no_branches = masks.why_no_branches()
-    try:
-        windows = [window for window in masks.windows.values() if window is not None]
-    except ValueError as error:
-        return dict.fromkeys(candidates, str(error))
-    hopeless = {case: why_no_branches if case[0] == "shared_prompt" else None for case in candidates}
-    if all(hopeless.values()):
-        return hopeless
+    known = {case: _known_reason(masks, case) for case in candidates}
+    if all(known.values()):
+        return known
+    is_shared = any(reason is None and _has_neighbours(case) for case, reason in known.items())
+    reaches = [size + 8 for size in spans(masks.config) if is_shared and size < longest]
     was_training = model.training
     model.eval()
     try:
-        probe = _Probe(model, masks, max([_SHORT, *(w + 8 for w in windows if w < longest)]))
-        return {case: reason or probe.why_not(*case) for case, reason in hopeless.items()}
+        probe = _Probe(model, masks, max([_SHORT, *reaches]))
+        return {case: reason or probe.why_not(*case) for case, reason in known.items()}
+    except Exception as error:  # whatever a model's own code raises where it has other ideas of its inputs
+        return {case: reason or _failure("on rows of one sequence", error) for case, reason in known.items()}
     finally:
         model.train(was_training)
+
+
+def _known_reason(masks: RowMasks, case: tuple[str, str]) -> str | None:
+    """What speaks against a layout and arrangement before anything is computed."""
+    if case[0] == "shared_prompt":
+        return masks.why_no_branches()
+    return masks.why_no_neighbours() if _has_neighbours(case) else None
+
+
+def _has_neighbours(case: tuple[str, str]) -> bool:
+    """Whether a row has several sequences, for a mask to keep apart."""
+    layout, arrangement = case
+    return layout == "shared_prompt" or arrangement == "one_row"
+
+
+def _failure(where: str, error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"its forward fails {where} ({type(error).__name__}: {lines[0][:160]})"
 
 
 class _Probe:
@@ -90,12 +107,9 @@ class _Probe:
         apart = build_rows(self.units, [range(4)], num_sequences=4, is_one_row=False, pad_token_id=0)
         together = self._plain(apart.calls[0]["input_ids"])
         noise = _largest_change(self._labelled(list(together)), self.truth)
-        merged = self._plain(torch.cat([torch.cat([u.prompt, *u.answers]) for u in self.units])[None])[0]
-        split = list(merged.split([unit.length for unit in self.units]))
-        leak = _largest_change(self._labelled(split), self.truth)
         factor, eps = self._precision()
         self.rounding = factor * eps * math.sqrt(2 * backbone_size(model).layers)
-        self.limit = min(max(self.rounding, 4 * noise), leak / 4)
+        self.limit = min(max(self.rounding, 4 * noise), self._leak() / 4)
 
     def why_not(self, layout: str, arrangement: str) -> str | None:
         changed = [{**self.pairs[0], "chosen_ids": self.other_answer}, self.pairs[1]]
@@ -103,8 +117,7 @@ class _Probe:
             found, sequences = self._in_rows(self.pairs, layout, arrangement)
             again, _ = self._in_rows(changed, layout, arrangement)
         except Exception as error:  # whatever a model's own code raises on inputs it was not made for
-            lines = str(error).splitlines() or [""]
-            return f"its forward fails on such rows ({type(error).__name__}: {lines[0][:160]})"
+            return _failure("on such rows", error)
         change = _largest_change(found, self.truth)
         if change > self.limit:
             return f"its hidden states change by {change:.1e} of their size (rounding: {self.limit:.1e})"
@@ -127,6 +140,15 @@ class _Probe:
         flat = torch.cat([state.flatten(0, -2) for state in states])
         index, sequences = rows.tokens.token_index, rows.tokens.sequence_ids
         return flat[index.to(self.device)].double(), sequences.to(self.device)
+
+    def _leak(self) -> float:
+        """What changes when all sequences see each other; without bound where they are too long together."""
+        together = torch.cat([torch.cat([unit.prompt, *unit.answers]) for unit in self.units])
+        try:
+            merged = self._plain(together[None])[0]
+        except Exception:  # beyond the model's positions
+            return math.inf
+        return _largest_change(self._labelled(list(merged.split([u.length for u in self.units]))), self.truth)
 
     def _plain(self, input_ids: Tensor) -> Tensor:
         return backbone_states(self.model, input_ids=input_ids.to(self.device))

@@ -11,7 +11,8 @@ from typing import Any
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.hub import check_push, check_there, looks_like_path
 from fastdpo.training.models import is_adapter, load_tokenizer
-from fastdpo.training.setting_values import settle
+from fastdpo.training.own_losses import IMPORTED
+from fastdpo.training.setting_values import not_default, settle
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Modules that an implementation of attention needs.
@@ -268,6 +269,12 @@ class RunArguments:
     def is_adapted(self) -> bool:
         """Whether an adapter is trained: a new one, or the one that ``model`` is."""
         return self.adapter.use_peft or is_adapter(self.model.name)
+
+    def told(self) -> dict[str, Any]:
+        """What is not in ``config``, where it is not the default: for ``settings.yaml``."""
+        parts = (self.model, self.data, self.adapter)
+        told = {name: value for part in parts for name, value in not_default(part).items()}
+        return {**({"import": list(IMPORTED)} if IMPORTED else {}), **told}
 
     def check_there(self) -> None:
         """Make sure that what is named is there, and that what is made may be pushed, before any is loaded.

@@ -75,8 +75,40 @@ def settle(settings: Any) -> None:
         ValueError: a value that is none of what the hint allows; names the field, got and wanted.
     """
     kind: Any = type(settings)
+    defaults = _defaults(settings)
     for name, hint in hints_of(kind).items():
-        setattr(settings, name, read_value(name, hint, getattr(settings, name)))
+        value = getattr(settings, name)
+        if value is not defaults[name]:
+            setattr(settings, name, read_value(name, hint, value))
+
+
+def plain_values(settings: Any) -> dict[str, Any]:
+    """A dataclass's settings as YAML has them: enums as their values, objects as dicts."""
+    kind: Any = type(settings)
+    return {name: _plain(getattr(settings, name)) for name in hints_of(kind)}
+
+
+def not_default(settings: Any) -> dict[str, Any]:
+    """Those of ``plain_values`` that are not the fields' defaults."""
+    defaults = _defaults(settings)
+    return {name: value for name, value in plain_values(settings).items() if value != _plain(defaults[name])}
+
+
+def _defaults(settings: Any) -> dict[str, Any]:
+    return {
+        item.name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        for item in dataclasses.fields(settings)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 def read_value(name: str, hint: Hint, value: Any) -> Any:
@@ -149,8 +181,9 @@ def _as_number(hint: Hint, value: Any) -> tuple[Any] | None:
     if int in hint.parts and number.is_integer():
         return (int(value) if isinstance(value, int) else int(number),)
     if float in hint.parts and not math.isnan(number):
-        # What is whole already stays so: fields that take a share take a number of steps too.
-        return (value,) if isinstance(value, (int, float)) else (number,)
+        # What is whole stays so: fields that take a share take a number of steps too.
+        is_whole = isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdigit())
+        return (int(value) if is_whole else number,)
     return None
 
 

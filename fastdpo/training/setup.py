@@ -10,16 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from fastdpo.losses.ranges import FINITE, PROBABILITY, check_range
 from fastdpo.losses.registry import RANGES
 from fastdpo.training.answer_encode import AnswerOptions, encode_answers
 from fastdpo.training.answers import AnswerDataset, Ragged
-from fastdpo.training.callbacks import CURVES_FILE, METRICS_FILE
+from fastdpo.training.callbacks import METRICS_FILE
 from fastdpo.training.checks import CHECKS
 from fastdpo.training.columns import select_columns, survey
 from fastdpo.training.config import COLUMN_FIELDS, PreferenceConfig
+from fastdpo.training.curves import CURVES_FILE
 from fastdpo.training.data import PreferenceDataset, RowSource, read_rows
 from fastdpo.training.dataset import RowDataset
 from fastdpo.training.encode import encode_rows
@@ -30,6 +31,7 @@ from fastdpo.training.report import row_list
 from fastdpo.training.row_references import REFERENCE, reference_columns
 from fastdpo.training.scores import ScoreRules
 
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 logger = logging.getLogger(__name__)
 
 
@@ -188,16 +190,44 @@ def find_checkpoint(args: PreferenceConfig, resume: str | bool | None) -> str | 
     """The checkpoint to resume from: a path, the last one in the output directory for True, or None.
 
     Raises:
-        ValueError: True, and there is none.
+        ValueError: there is none, or none that was written to its end.
     """
     if resume is None or str(resume).lower() == "false":
         return None
     if str(resume).lower() != "true":
-        return str(resume)
-    last = None if is_unused(args.output_dir) else get_last_checkpoint(args.output_dir)
-    if last is None:
+        folder = Path(str(resume)).expanduser()
+        inside = _checkpoints(folder)
+        if inside:
+            raise ValueError(
+                f"resume_from_checkpoint: got {resume}, wanted a checkpoint in it, as {inside[0]}"
+            )
+        if not _is_whole(folder):
+            what = f"which has no {TRAINER_STATE_NAME}" if folder.is_dir() else "and there is no such folder"
+            raise ValueError(f"resume_from_checkpoint: got {resume}, {what}, wanted a checkpoint's folder")
+        return str(folder)
+    found = _checkpoints(Path(args.output_dir or "."))
+    whole = [folder for folder in found if _is_whole(folder)]
+    if not whole:
         raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {args.output_dir}")
-    return str(last)
+    return str(whole[0])
+
+
+def warn_of_unfinished(args: PreferenceConfig, checkpoint: Path) -> None:
+    """Log which checkpoint behind the one that a run goes on from was not written to its end."""
+    later = [folder for folder in _checkpoints(Path(args.output_dir or ".")) if not _is_whole(folder)]
+    if later and checkpoint.parent == later[0].parent:
+        logger.warning("%s was not written to its end", later[0])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in an output directory, the last one first."""
+    entries = [entry for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+    steps = {entry: match for entry in entries if (match := _CHECKPOINT.fullmatch(entry.name)) is not None}
+    return sorted(steps, key=lambda entry: -int(steps[entry][1]))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return (checkpoint / TRAINER_STATE_NAME).is_file()  # what transformers writes at the end
 
 
 def is_unused(output_dir: str | None) -> bool:
@@ -207,11 +237,11 @@ def is_unused(output_dir: str | None) -> bool:
 
 
 def check_output_dir(args: PreferenceConfig) -> None:
-    """Make sure that a fresh run can be written, and mixes with no other. Nothing is made.
+    """Make sure that a run can be written, and mixes with no other, or goes on. Nothing is made.
 
     Raises:
         ValueError: it is no directory, or one that cannot be written; or it has content, and the run neither
-            resumes nor overwrites.
+            resumes nor overwrites; or there is no checkpoint to go on from.
     """
     path = Path(args.output_dir or ".").absolute()
     standing = next(folder for folder in (path, *path.parents) if folder.exists())
@@ -226,13 +256,14 @@ def check_output_dir(args: PreferenceConfig) -> None:
             f"output_dir: {args.output_dir} is in use: choose another, continue that run with "
             "resume_from_checkpoint=True, or replace it with overwrite_output_dir=True"
         )
+    find_checkpoint(args, args.resume_from_checkpoint)
 
 
 def clear_output_dir(args: PreferenceConfig) -> None:
     """Remove the checkpoints and metrics that another run left."""
     path = Path(args.output_dir or ".")
     for entry in path.iterdir() if path.exists() else ():
-        if entry.is_dir() and re.fullmatch(r"checkpoint-\d+", entry.name):
+        if entry.is_dir() and _CHECKPOINT.fullmatch(entry.name):
             shutil.rmtree(entry)
         elif entry.name in (METRICS_FILE, CURVES_FILE):
             entry.unlink()

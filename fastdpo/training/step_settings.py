@@ -19,11 +19,18 @@ COLUMN_FIELDS = {
     "margin": "margin_column",
     "pair_weights": "pair_weight_column",
     "soft_labels": "soft_label_column",
+    "reward_gap": "reward_gap_column",
     "chosen_win_rate": "chosen_win_rate_column",
     "rejected_win_rate": "rejected_win_rate_column",
 }
 # What a loss may refuse, by a number that any loss with a use for it takes.
-_STAND_INS = {"margin": 0.0, "soft_labels": 0.5, "chosen_win_rate": 0.5, "rejected_win_rate": 0.5}
+_STAND_INS = {
+    "margin": 0.0,
+    "soft_labels": 0.5,
+    "reward_gap": 0.0,
+    "chosen_win_rate": 0.5,
+    "rejected_win_rate": 0.5,
+}
 
 
 def check_step_settings(args: PreferenceConfig) -> None:
@@ -53,7 +60,17 @@ def check_step_settings(args: PreferenceConfig) -> None:
 
 
 def stand_ins(args: PreferenceConfig) -> dict[str, float]:
-    """Numbers that say there will be a value per pair; the values are checked with the data."""
+    """Numbers that say there will be a value per pair; the values are checked with the data.
+
+    Raises:
+        ValueError: a loss cannot be computed without a column that is not named.
+    """
+    for spec in args.losses:
+        for name in COLUMN_FIELDS.keys() & set(spec.needs):
+            if getattr(args, COLUMN_FIELDS[name]) is None:
+                raise ValueError(
+                    f"{COLUMN_FIELDS[name]}: got None, wanted the column to read for {spec.name}"
+                )
     return {name: number for name, number in _STAND_INS.items() if getattr(args, COLUMN_FIELDS[name])}
 
 

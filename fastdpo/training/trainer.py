@@ -16,7 +16,6 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ from fastdpo.training.callbacks import CurvesCallback, MetricsFileCallback, Trai
 from fastdpo.training.collate import pad_token_id
 from fastdpo.training.config import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, PreferenceConfig
 from fastdpo.training.dataset import RowDataset
-from fastdpo.training.evaluation import EvaluatingTrainer
 from fastdpo.training.largest_batch import try_before_scoring
 from fastdpo.training.layouts import choose_collator, like_length_sampler, token_budget
 from fastdpo.training.loss_state import LossState
@@ -42,7 +40,6 @@ from fastdpo.training.model_fit import check_fit
 from fastdpo.training.models import check_trained, load_tokenizer, other_model, prepare_policy, tokenizer_of
 from fastdpo.training.offload import offloaded_activations
 from fastdpo.training.precompute import PrecomputedReference
-from fastdpo.training.progress import load_progress, save_progress
 from fastdpo.training.reference import (
     Reference,
     choose_reference,
@@ -50,14 +47,14 @@ from fastdpo.training.reference import (
     is_fresh_adapter,
     reference_model,
 )
-from fastdpo.training.reference_sync import load_reference, save_reference, sync_reference
+from fastdpo.training.reference_sync import sync_reference
 from fastdpo.training.report import row_list
+from fastdpo.training.saving import SavingTrainer
 from fastdpo.training.setup import (
     check_machine,
     check_output_dir,
     check_pairs,
     clear_output_dir,
-    find_checkpoint,
     is_unused,
     prepare_pairs,
 )
@@ -81,7 +78,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the message names the step and the rows."""
 
 
-class PreferenceTrainer(EvaluatingTrainer):
+class PreferenceTrainer(SavingTrainer):
     """Train a causal LM on preference pairs, or on what other losses take (``kinds.py``).
 
     Args:
@@ -145,6 +142,7 @@ class PreferenceTrainer(EvaluatingTrainer):
             check_trained(policy)
         ref_model = other_model("ref_model", ref_model, policy)
         teacher_model = other_model("teacher_model", teacher_model, policy)
+        self.told, self.has_ref_model = {}, ref_model is not None
         if args.learning_rate is None:
             args.learning_rate = ADAPTER_LEARNING_RATE if is_adapter_model(policy) else FULL_LEARNING_RATE
         self._reads_reference = ref_model is None
@@ -183,7 +181,6 @@ class PreferenceTrainer(EvaluatingTrainer):
         self._set_reference(kind, ref_model, teacher_model, data_collator)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._input_tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
-        self._resume_from: str | None = None
         self.loss_state = LossState(args, self.reference, self.accelerator)
         self._eval_counts: BatchCounts | None = None
         self._eval_width: int | None = None
@@ -272,11 +269,8 @@ class PreferenceTrainer(EvaluatingTrainer):
             ValueError: the output directory is in use and this run neither resumes nor overwrites it.
             NonFiniteLossError: under ``on_nonfinite_loss="stop"``.
         """
-        resume = (
-            self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        )
-        self._resume_from = find_checkpoint(self.args, resume)
-        if self._resume_from is None and not self._owns_output_dir and self.is_world_process_zero():
+        self.resumed_from = self._find_checkpoint(resume_from_checkpoint)
+        if self.resumed_from is None and not self._owns_output_dir and self.is_world_process_zero():
             check_output_dir(self.args)
             clear_output_dir(self.args)
         self._owns_output_dir = True
@@ -288,7 +282,7 @@ class PreferenceTrainer(EvaluatingTrainer):
             self.eval_dataset = self._with_reference(self.eval_dataset)
             if self._precomputed is not None:
                 self._precomputed.model_will_change()
-            output: TrainOutput = super().train(self._resume_from, trial, ignore_keys_for_eval)
+            output: TrainOutput = super().train(self.resumed_from, trial, ignore_keys_for_eval)
         return output
 
     def get_batch_samples(
@@ -377,20 +371,6 @@ class PreferenceTrainer(EvaluatingTrainer):
     def _over_ranks(self, value: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(value, reduction="sum")
         return total
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        save_progress(self, folder)
-        self.loss_state.save(folder)
-        save_reference(self, folder)
-
-    def restore_progress(self) -> None:
-        """At the start of a resumed run: the sums since the last log, the losses' state, the reference."""
-        if self._resume_from is not None:
-            load_progress(self, Path(self._resume_from))
-            self.loss_state.load(Path(self._resume_from))
-            load_reference(self, Path(self._resume_from))
 
     def step_ended(self) -> None:
         """After each optimiser step."""

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from fastdpo import HeadStates, LMHead, TeacherCombination, Teachers, TokenLayout, token_divergence
 from fastdpo.integrations.fused_output import require_states
 from fastdpo.integrations.model import patch_model
-from fastdpo.losses.token_level import aligndistil_coefficients
+from fastdpo.losses.distillation import aligndistil_coefficients
 from tests.integrations.test_token_layout import layout_of_labels
 from tests.integrations.tiny import BATCH, VOCAB, fused, make_model
 

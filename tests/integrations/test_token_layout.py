@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.integrations.model import backbone_states, patch_model
-from fastdpo.integrations.row_masks import RowMasks, backbone_size, layer_windows
+from fastdpo.integrations.row_masks import RowMasks, backbone_size, layer_windows, spans
 from fastdpo.types import TokenLayout
 from tests.integrations.tiny import BATCH, HIDDEN, fused, make_config, make_model
 
@@ -113,6 +114,25 @@ def test_windows_of_layers():
         "full_attention": None,
         "sliding_attention": 6,
     }
+    assert layer_windows(make_config("gemma4")) == {"full_attention": None, "sliding_attention": 6}
+
+
+def test_windows_of_single_layers():
+    """transformers does not let a field be read from a config whose layers have it each."""
+
+    def config(types: list[str], windows: list[int]) -> Any:
+        per_layer = {layer: {"sliding_window": window} for layer, window in enumerate(windows)}
+        return make_config("cohere2", layer_types=types, sliding_window=9, per_layer_config=per_layer)
+
+    full, sliding = "full_attention", "sliding_attention"
+    with pytest.raises(RuntimeError, match="per-layer attribute"):
+        assert config([sliding, full], [3, 4]).sliding_window
+    assert layer_windows(config([sliding, full], [3, 4])) == {full: None, sliding: 3}
+    with pytest.raises(ValueError, match="layers of type sliding_attention have windows of 3 and 4"):
+        layer_windows(config([sliding, sliding], [3, 4]))
+    # Without a name of their kind: all layers have it.
+    assert spans(config([sliding, full], [3, 40])) >= {3, 40}
+    assert 30 in spans(make_config("gpt2", attention_types={"local_window": [30, True]}))
 
 
 def test_masks_have_the_form_that_the_attention_takes():
@@ -148,6 +168,13 @@ def test_the_size_of_a_backbone():
     layer = sum(p.numel() for p in model.model.layers[0].parameters() if p.dim() > 1)
     assert backbone_size(model) == (2, 2 * layer, HIDDEN)
     assert backbone_size(make_model("llama-tied")) == (2, 2 * layer, HIDDEN)
+    # Heads of 8 in one layer and of 16 in the other; one layer of two with attention.
+    assert backbone_size(make_model("gemma4"))[2] == 4 * (8 + 16) / 2
+    assert backbone_size(make_model("recurrent-gemma"))[2] == 4 * 8 / 2
+    # A config may say nothing of its layers, under the names that are usual.
+    odd = make_model("llama")
+    odd.config.get_text_config = lambda: SimpleNamespace(layer_types=None)
+    assert backbone_size(odd) == (1, 2 * layer, HIDDEN)
 
 
 def test_flash_attention_gets_the_bounds_of_the_sequences():

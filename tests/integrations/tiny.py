@@ -113,10 +113,11 @@ def expected_step(model: nn.Module, batch: Batch) -> Expected:
     return Expected(truth, run_step(model, batch, plain_logps))
 
 
-# Parameters of fewer entries are held to the rule together: which of two roundings of one number is the luckier
-# says nothing, and with many families and CPUs one of them is always luckier by more than twice.
+# Parameters of fewer entries are held to the rule together: which of two roundings of one number is the
+# luckier says nothing, and with many families and CPUs one of them is always luckier by more than twice.
 FEW_ENTRIES = 64
-# Of which eager gets less right than this has a gradient of rounding alone, and would hide the others' errors.
+# Of which eager gets less right than this has a gradient of rounding alone, and would hide the others'
+# errors.
 ROUNDING_ALONE = 2**-10
 
 

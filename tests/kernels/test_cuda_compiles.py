@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from benchmarks.compiled import CompiledKernel
+from benchmarks.compiled import CompiledKernel, find_cuobjdump, library_architectures
+from fastdpo.kernels import native
 
-CUDA_ARCHITECTURES = ("sm_80", "sm_90a")
+# What this extension was built for; without CUDA one that the fixture skips.
+BUILT_FOR = tuple(native._C.cuda_archs.split()) if native.cuda_problem() is None else ("sm_80",)
+CUDA_ARCHITECTURES = tuple(arch for arch in BUILT_FOR if arch.startswith("sm_"))
 # kThreadBound of csrc/cuda/row_dispatch.cuh: two blocks of the 10 warps that V = 152k takes.
 THREADS = 640
 REGISTERS_PER_MULTIPROCESSOR = 65536
@@ -22,6 +26,19 @@ Kernels = dict[str, CompiledKernel]
 def kernels(request: pytest.FixtureRequest, compiled: Callable[[str, str], Kernels]) -> Kernels:
     found = compiled("library", request.param)
     return {name: kernel for name, kernel in found.items() if kernel.family == "row"}
+
+
+@pytest.mark.skipif(native.cuda_problem() is not None, reason=str(native.cuda_problem()))
+@pytest.mark.skipif(find_cuobjdump() is None, reason="needs the cuobjdump of CUDA or of triton")
+def test_the_extension_has_the_code_that_it_says() -> None:
+    """Machine code for every family that nvcc 13 knows, and PTX for what is between them and to come."""
+    machine, ptx = library_architectures(Path(str(native._C.__file__)))
+    assert set(CUDA_ARCHITECTURES) <= set(machine)
+    assert [f"compute_{name.removeprefix('sm_')}" for name in ptx] == [
+        name for name in BUILT_FOR if name.startswith("compute_")
+    ]
+    if native._C.cuda_runtime_version >= 13000:
+        assert BUILT_FOR == ("sm_80", "sm_90a", "sm_100", "sm_120", "compute_100")
 
 
 def writes_d(name: str) -> bool:

@@ -18,7 +18,16 @@ from torch import Tensor
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
 from fastdpo.types import TOKEN_STATISTICS
 from tests.kernels.emulation import ADA, AMPERE, HOPPER, SMALL_AMPERE, SMALL_HOPPER, TILE, Emulator, Limits
-from tests.kernels.row_cases import RowCase, RowData, RowResults, make_data, pairwise_cases, run
+from tests.kernels.row_cases import (
+    MARGINS,
+    RowCase,
+    RowData,
+    RowResults,
+    make_data,
+    pairwise_cases,
+    run,
+    set_margins,
+)
 from tests.kernels.test_rows import EXTREMES, OPTIONS, assert_meets_contract, assert_same_bits
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -209,3 +218,33 @@ def _at_end_of_page(flat: Tensor) -> tuple[Tensor, mmap.mmap]:
     no_access = 0
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(view.data_ptr() + guard), mmap.PAGESIZE, no_access) == 0
     return copy, memory
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_labels_logit_is_here_before_d_may_lie_over_it(emulator: Emulator, seed: int) -> None:
+    """Another block may write D there as soon as it has the sums of all: they must hang on that load."""
+    case = RowCase(8193, 5, d_dtype=BF16, in_place=True)
+    data = make_data(case)
+    data.labels[:] = torch.arange(5) * 700 + 60  # D of the next blocks comes to lie over these
+    assert emulator.plan(case.vocab, SMALL_HOPPER).cluster > 1
+    results = results_of(emulator, "small-hopper", case, data, clusters=1, seed=seed)
+    assert_meets_contract(results, case, data)
+
+
+@pytest.mark.parametrize(("device", "vocab"), SPREADS)
+def test_the_labels_gradient_where_p_rounds_to_one(emulator: Emulator, device: str, vocab: int) -> None:
+    for logits_dtype, has_coeffs in ((FP32, False), (FP32, True), (BF16, False)):
+        case = RowCase(vocab, len(MARGINS), logits_dtype, has_coeffs=has_coeffs)
+        data = make_data(case)
+        exact = data.logits.float()
+        set_margins(exact, data.labels)
+        data.logits = exact.to(logits_dtype)
+        z = data.logits.double()
+        rest = z.scatter(1, data.labels[:, None], -torch.inf).logsumexp(1)
+        others = (rest - z.logsumexp(1)).exp()
+        if data.coeffs is not None:
+            data.coeffs = torch.tensor([[1.0], [0.0], [0.0]]).expand(3, len(MARGINS)).contiguous()
+        d = results_of(emulator, device, case, data).d
+        assert d is not None
+        got = d.gather(1, data.labels[:, None])[:, 0].double()
+        assert ((got - others).abs() <= 1e-5 * others).all(), (device, got, others)

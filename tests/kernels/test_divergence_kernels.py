@@ -34,6 +34,7 @@ from tests.kernels.divergence_cases import (
     pick,
     run,
 )
+from tests.kernels.row_cases import MARGINS, set_margins
 from tests.kernels.test_rows import _rounded
 from tests.kernels.triton_processes import run_interpreted
 
@@ -282,6 +283,22 @@ def test_extremes(backend: Backend, outputs: tuple[str, ...], name: str, num_tea
     assert torch.equal(ours.d.isfinite().all(1), finite)
     if name != "large":  # D of one-hot distributions hangs on the last bits of logits of 1e4
         assert_close_to_fp64(ours.d[finite], truth.d[finite], eager.d[finite], name="D")
+
+
+@pytest.mark.parametrize("has_coeffs", [False, True], ids=["apart", "combined"])
+def test_the_labels_gradient_where_p_rounds_to_one(backend: Backend, has_coeffs: bool) -> None:
+    """The sum of the other probabilities, right to a relative error: 1 - p has no digits left there."""
+    rows = len(MARGINS)
+    case = DivergenceCase(1001, TDPO, rows, has_logps_d=not has_coeffs, has_coeffs=has_coeffs)
+    data = make_data(case)
+    others = set_margins(data.products[0], data.labels)
+    if has_coeffs:
+        data.grad_coeffs = torch.tensor([[0.0], [0.0], [0.0], [-1.0]]).expand(4, rows).contiguous()
+    results = backend.run(case, data)
+    d = -results.d if has_coeffs else results.logps_d  # type: ignore[operator]
+    assert d is not None
+    got = d.gather(1, data.labels[:, None])[:, 0].double()
+    assert ((got - others).abs() <= 1e-5 * others).all(), (got, others)
 
 
 def test_labels_out_of_range_give_nan_and_touch_nothing(backend: Backend) -> None:

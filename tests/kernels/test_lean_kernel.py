@@ -22,7 +22,7 @@ from fastdpo.reference import token_statistics
 from fastdpo.testing import assert_logps_close
 from fastdpo.types import TOKEN_STATISTICS
 from tests.kernels.lean_cases import DEVICE, HEADS, NAMES, Head, assert_equal_bits
-from tests.kernels.row_cases import RowCase, make_data, pairwise_cases, run
+from tests.kernels.row_cases import MARGINS, RowCase, make_data, pairwise_cases, run, set_margins
 from tests.kernels.test_rows import EXTREMES, OPTIONS, assert_meets_contract, assert_same_bits
 from tests.kernels.triton_processes import run_interpreted
 
@@ -89,6 +89,7 @@ def kernel_in_slabs(implementation: str, width: int | None) -> Callable[..., Non
                 gradient(
                     slab_logits,
                     labels,
+                    outputs.logps,
                     outputs.lse,
                     transform,
                     start,
@@ -166,6 +167,20 @@ def test_labels_out_of_range(implementation: str):
     assert results.statistics["logps"].isnan().tolist() == [False, True, True, True, True, False]
 
 
+@pytest.mark.parametrize("implementation", GRADIENTS)
+def test_slabs_give_the_labels_gradient_where_p_rounds_to_one(implementation: str):
+    """The log-probability is right to a relative error there, and 1 - p is made of it."""
+    case = RowCase(1001, len(MARGINS))
+    data = make_data(case)
+    others = set_margins(data.logits, data.labels)
+    for width in (None, 300):
+        results = run(kernel_in_slabs(implementation, width), case, data)
+        logps = results.statistics["logps"].double()
+        assert ((logps - (-others).log1p()).abs() <= 1e-5 * others).all(), logps
+        got = results.d.gather(1, data.labels[:, None])[:, 0].double()
+        assert ((got - others).abs() <= 1e-5 * others).all(), (got, others)
+
+
 def test_torch_slabs_take_fp64():
     logits = torch.randn(3, 50, dtype=torch.float64)
     labels = torch.tensor([0, 49, 20])
@@ -184,7 +199,8 @@ def test_triton_refuses_rows_that_would_overlap():
     logits = torch.zeros(2, 64, device=DEVICE)
     d = logits.view(-1).view(FP16).as_strided((2, 64), (64, 1))
     with pytest.raises(ValueError, match="d_out"):
-        slab_gradient(logits, torch.zeros_like(logits[:, 0]).long(), logits[:, 0], LogitTransform(), 0, d)
+        per_row = logits[:, 0]
+        slab_gradient(logits, per_row.long(), per_row, per_row, LogitTransform(), 0, d)
 
 
 # Store-free log-probabilities.

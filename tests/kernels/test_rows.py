@@ -22,6 +22,7 @@ from fastdpo.kernels.contract import RowKernel
 from fastdpo.testing import assert_close_to_fp64, assert_logps_close
 from fastdpo.types import TOKEN_STATISTICS
 from tests.kernels.row_cases import (
+    MARGINS,
     RowCase,
     RowData,
     RowResults,
@@ -29,6 +30,7 @@ from tests.kernels.row_cases import (
     make_data,
     pairwise_cases,
     run,
+    set_margins,
 )
 from tests.kernels.triton_processes import run_interpreted
 
@@ -217,6 +219,40 @@ def test_extremes(backend: Backend, vocab: int, name: str, has_coeffs: bool):
     assert_meets_contract(results, case, data)
     assert not (results.statistics["logps"] > 0).any()
     assert results.d.isfinite().all()
+
+
+@pytest.mark.parametrize("has_coeffs", [False, True], ids=["D", "coefficients"])
+@pytest.mark.parametrize("logits_dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("vocab", [70, 1001] if IS_INTERPRETED else [70, 1001, 40000])
+def test_the_labels_gradient_where_p_rounds_to_one(
+    backend: Backend, vocab: int, logits_dtype: torch.dtype, has_coeffs: bool
+):
+    """The sum of the other probabilities, right to a relative error: 1 - p has no digits left there."""
+    case = RowCase(
+        vocab,
+        len(MARGINS),
+        logits_dtype,
+        has_coeffs=has_coeffs,
+        has_target=logits_dtype == BF16,
+        temperature=0.7,
+    )
+    data = make_data(case)
+    exact = data.logits.float()
+    others = set_margins(exact, data.labels, spread=0.7)
+    data.logits = exact.to(logits_dtype)
+    if (
+        data.target is not None
+    ):  # of bf16 logits only the label's is exact, and the others as they are rounded
+        exact = data.logits.float()
+        others = set_margins(exact, data.labels, spread=0.7)
+        data.target = exact.gather(1, data.labels[:, None])[:, 0]
+    a = torch.ones(len(MARGINS))
+    if data.coeffs is not None:
+        data.coeffs = torch.stack((a, 0 * a, 0 * a))
+    results = backend.run(case, data)
+    got = results.d.gather(1, data.labels[:, None])[:, 0].double()
+    # Exponents down to -66 are rounded to 2^-18 of an octave (2.6e-6), sums and exp2 add a few times 2^-24.
+    assert ((got - others).abs() <= 1e-5 * others).all(), (got, others)
 
 
 @pytest.mark.parametrize("logits_dtype", [FP32, BF16], ids=str)

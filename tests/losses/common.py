@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.losses import LOSSES, BatchExample, LossOption, LossSpec, PairLogps, build_objective
+from fastdpo.losses import (
+    LOSSES,
+    BatchExample,
+    LossOption,
+    LossSpec,
+    Objective,
+    PairLogps,
+    build_objective,
+    find_loss,
+)
 
 ALL_LOSSES = sorted(LOSSES)
 PAIRED = sorted(name for name, spec in LOSSES.items() if spec.inputs is PairLogps)
@@ -59,14 +68,26 @@ def example_batch(spec: LossSpec) -> Any:
     )
 
 
-def mean_loss(name: str, pair: PairLogps, **arguments: Any) -> Tensor:
-    return build_objective(name, **arguments).loss(pair)
+def needed(name: str, rows: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Numbers per row without which the loss cannot be computed."""
+    gaps = torch.linspace(-1.5, 2.0, rows, dtype=dtype)
+    return {"reward_gap": gaps} if "reward_gap" in LOSSES[name].needs else {}
+
+
+def made(name: str, rows: int, **arguments: Any) -> Objective:
+    """The objective of one loss, with what it needs."""
+    plain = find_loss(name).name
+    return build_objective(name, **(needed(plain, rows) | arguments))
+
+
+def mean_loss(name: str, pair: Any, **arguments: Any) -> Tensor:
+    return made(name, pair.num_rows, **arguments).loss(pair)
 
 
 def row_losses(name: str, batch: Any, arguments: dict[str, Any]) -> Tensor:
     """What the loss's function returns: a number per row, without the NLL term that it may come with."""
     own = {key: value for key, value in arguments.items() if key != "nll_weight"}
-    return LOSSES[name].function(batch, **own)
+    return LOSSES[name].function(batch, **(needed(name, batch.num_rows, batch.logps_like.dtype) | own))
 
 
 # Options that mean something only beside another.
@@ -81,6 +102,7 @@ def variants(spec: LossSpec, pairs: int = 5) -> list[dict[str, Any]]:
         "beta": torch.linspace(0.05, 0.5, pairs, dtype=torch.float64),
         "margin": torch.linspace(-1.0, 2.0, pairs, dtype=torch.float64),
         "soft_labels": torch.linspace(0.0, 1.0, pairs, dtype=torch.float64),
+        "reward_gap": torch.linspace(2.0, -1.0, pairs, dtype=torch.float64),
         "chosen_win_rate": torch.linspace(0.4, 1.0, pairs, dtype=torch.float64),
     }
     beside = {"chosen_win_rate": {"rejected_win_rate": torch.linspace(0.6, 0.0, pairs, dtype=torch.float64)}}

@@ -67,7 +67,8 @@ def random_batch(spec: LossSpec, *, seed: int = 0, scale: float = 8.0) -> Any:
         point = torch.tensor(0.4, dtype=torch.float64)
         extras = {name: point for name in spec.needs}
         desirable = torch.tensor([True, False, True, False])
-        return UnpairedLogps(logps, desirable, counts(ROWS), ref, **extras)
+        reference = ref if spec.uses_reference else None
+        return UnpairedLogps(logps, desirable, counts(ROWS), reference, **extras)
     if spec.inputs is StepLogps:
         return StepLogps(logps, draw(ROWS, 0.1), counts(ROWS), ref)
     if spec.inputs is DivergencePairLogps:
@@ -81,7 +82,9 @@ def random_batch(spec: LossSpec, *, seed: int = 0, scale: float = 8.0) -> Any:
         win_rates = torch.tensor([0.9, 0.2, 0.5, 0.7], dtype=torch.float64)
         return TokenLogps(tokens, mask, None, tokens + draw(20, 1.0).view(4, 5), win_rates)
     assert spec.inputs is TokenDivergences
-    return TokenDivergences(-tokens, mask, l1_distance=draw(20, 0.5).abs().view(4, 5))
+    distance = draw(20, 0.5).abs().view(4, 5) if spec.uses_reference else None
+    logps = {name: -draw(20, 2.0).abs().view(4, 5) for name in spec.needs}
+    return TokenDivergences(-tokens, mask, l1_distance=distance, **logps)
 
 
 def with_leaf(batch: Any, values: Tensor) -> Any:

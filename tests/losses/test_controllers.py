@@ -180,10 +180,17 @@ def test_parameter_updates() -> None:
     mix_parameters(iter(reference), iter(policy), 1.0)
     assert all(torch.equal(a, b) for a, b in zip(reference, policy, strict=True))
     current = [torch.tensor([2.0]).requires_grad_()]
-    extrapolate_parameters(current, [torch.tensor([1.0])], 0.0)
-    assert current[0].item() == 2.0
-    extrapolate_parameters(current, [torch.tensor([1.0])], 0.5)
-    assert current[0].item() == 2.5
+    last_end = [torch.tensor([1.0])]
+    extrapolate_parameters(current, last_end, 0.0)
+    assert current[0].item() == last_end[0].item() == 2.0
+    # Rounds that move by 1 each: a step is from the last round's end, not from where that was taken on to.
+    current, last_end, starts = [torch.zeros(1)], [torch.zeros(1)], []
+    for _ in range(4):
+        current[0] += 1.0
+        extrapolate_parameters(current, last_end, 0.3)
+        starts.append(current[0].item())
+    assert starts == pytest.approx([1.3, 2.69, 4.107, 5.5321])
+    assert last_end[0].item() == pytest.approx(5.107)
     for call, message in (
         (lambda: mix_parameters(reference, policy, 1.1), "weight: got 1.1"),
         (lambda: mix_parameters(reference, policy[:1]), "parameters: got 2 and 1"),

@@ -20,7 +20,7 @@ from fastdpo.losses.metrics import list_metrics, pair_metrics, unpaired_metrics
 from fastdpo.losses.reference_logps import fused_reference, mrpo_reference
 from fastdpo.losses.terms import trust_region
 from fastdpo.losses.weights import search_soft_labels, semantic_weights, wpo_weights
-from tests.losses.common import ALL_LOSSES, random_pair, variant_id, with_ids
+from tests.losses.common import ALL_LOSSES, needed, random_pair, variant_id, with_ids
 from tests.losses.kinds import random_batch
 
 META = torch.device("meta")
@@ -44,7 +44,7 @@ def test_every_loss(name: str, arguments: dict[str, Any]) -> None:
     # The variants' numbers per row are for five pairs; other kinds have four rows here.
     rows = 5 if isinstance(batch, PairLogps) and LOSSES[name].kind == "paired" else 4
     moved = {key: to_meta(v[:rows]) if isinstance(v, Tensor) else v for key, v in arguments.items()}
-    objective = build_objective(name, **moved)
+    objective = build_objective(name, **({key: to_meta(v) for key, v in needed(name, 5).items()} | moved))
     objective.check(batch)
     loss = objective.loss(batch)
     assert loss.device == META and loss.shape == ()

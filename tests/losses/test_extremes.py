@@ -19,6 +19,7 @@ SMALL, LARGE = 1e-4, 1e4
 PER_PAIR = {
     "margin": (-LARGE, 0.0, LARGE),
     "soft_labels": (0.0, SMALL, 1.0),
+    "reward_gap": (-LARGE, SMALL, LARGE),
 }
 
 

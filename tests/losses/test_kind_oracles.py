@@ -18,6 +18,7 @@ from fastdpo.losses import (
     TokenLogps,
     UnpairedLogps,
 )
+from fastdpo.losses.distillation import aligndistil_teacher
 from fastdpo.losses.terms import (
     anchor,
     exploration_bonus,
@@ -27,7 +28,6 @@ from fastdpo.losses.terms import (
     score_function_kl,
     trust_region,
 )
-from fastdpo.losses.token_level import aligndistil_teacher
 from fastdpo.losses.unpaired import kto_kl
 from tests.losses.common import mean_loss, random_pair
 from tests.losses.kinds import random_batch

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastdpo.losses import LOSSES
-from fastdpo.losses.methods import METHODS, PROVISIONS, anchor_of, main, methods_table, render
+from fastdpo.losses.methods import CHECKED, METHODS, PROVISIONS, anchor_of, main, methods_table, render
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -29,12 +29,12 @@ def test_the_committed_tables_are_the_generators(tmp_path: Path) -> None:
         render("no markers")
 
 
-def test_all_91_methods_once_and_complete() -> None:
-    counts = {"A": 37, "B": 9, "C": 2, "D": 9, "E": 4, "F": 9, "G": 3, "H": 1, "I": 5, "J": 4, "K": 8}
+def test_all_103_methods_once_and_complete() -> None:
+    counts = {"A": 42, "B": 11, "C": 4, "D": 9, "E": 6, "F": 10, "G": 3, "H": 1, "I": 5, "J": 4, "K": 8}
     assert Counter(method.id[0] for method in METHODS) == counts
-    assert len({method.id for method in METHODS}) == len(METHODS) == 91
+    assert len({method.id for method in METHODS}) == len(METHODS) == 103
     for method in METHODS:
-        assert method.provided in PROVISIONS, method
+        assert method.provided in PROVISIONS and method.checked in CHECKED, method
         assert method.use and method.name and method.source, method
         assert method.provided != "recipe" or method.recipe, method
     header, _, *rows = methods_table().splitlines()
@@ -70,9 +70,10 @@ def test_the_recipes_run() -> None:
     trained = [
         "rpo", "iterative_rpo", "mpo", "wpo", "sem", "ld", "loss", "mrpo", "infifpo", "multi", "tpo", "sdpo",
         "mrpo_weighted", "mrpo_by_hand",
-        "brain", "trpa", "irpo", "kto", "bco", "mcts", "dapo", "srft", "opa", "tdpo",
-        "tdpo_from_logps", "tdpo_by_hand", "aligndistil",
-        "online", "online_ipo", "sppo", "hypo", "xpo", "total", "aot", "popri",
+        "brain", "a_star", "trpa", "irpo", "kto", "bco", "npo", "simnpo", "rebel", "rpo_kl",
+        "mcts", "dapo", "oprl", "srft", "opa", "tdpo",
+        "tdpo_from_logps", "tdpo_by_hand", "aligndistil", "gkd", "minillm",
+        "online", "online_ipo", "sppo", "dsppo", "hypo", "xpo", "total", "aot",
     ]  # fmt: skip
     for name in trained:
         value = namespace[name]

@@ -149,7 +149,7 @@ GRADIENTS: dict[str, tuple[str, dict[str, Any], Callable[[PairLogps], tuple[Tens
     "orpo": ("orpo", {}, orpo_slope),
     "cpo": ("cpo", {"label_smoothing": EPS}, contrastive_slope),
     "tpo": ("tpo", {"label_smoothing": EPS}, contrastive_slope),
-    "ref_clip": ("sigmoid", {"ref_clip": True}, clipped_slope),
+    "hypo": ("hypo", {}, clipped_slope),
     "length_penalty": ("sigmoid", {"length_penalty": 0.03}, length_slope),
 }
 
@@ -314,19 +314,6 @@ def test_the_nll_term_is_sft(name: str) -> None:
         build_objective(name, num_pairs=10)
 
 
-def test_slics_regulariser_is_of_whole_answers() -> None:
-    """|y| times what a mean over tokens would be: HALOs' lambda_coef, and the paper's lambda."""
-    pair = random_pair(LOSSES["slic"])
-    bare = losses("slic", pair)
-    want = (bare - 0.1 * pair.chosen).mean()
-    assert_same(mean_loss("slic", pair), want)
-    assert_same(mean_loss("slic", pair, nll_weight=0.0), bare.mean())
-    assert_same(build_objective("slic", num_pairs=10).loss(pair), want / 2)  # divided by pairs alone
-    (got,) = torch.autograd.grad(mean_loss("slic", pair), pair.chosen)
-    assert_same(got, torch.autograd.grad(bare.mean(), pair.chosen)[0] - 0.1 / 5)
-    assert_same(mean_loss("sft_sum", pair), -pair.chosen.mean())
-
-
 def test_orpo_of_equal_means_and_near_certainty() -> None:
     pair = random_pair(LOSSES["orpo"])
     equal = replace(pair, rejected=pair.chosen, rejected_tokens=pair.chosen_tokens)
@@ -352,10 +339,10 @@ def test_slic_is_zero_beyond_its_margin() -> None:
     assert_same(losses("slic_smooth_ref", smooth, regularizer=0.5), bare + 0.5 * floor)
 
 
-def test_options_of_sigmoid_that_are_methods() -> None:
+def test_relatives_of_dpo() -> None:
     pair = random_pair(pairs=50)
     plain = losses("sigmoid", pair, beta=BETA)
-    clipped = losses("sigmoid", pair, beta=BETA, ref_clip=True)
+    clipped = losses("hypo", pair, beta=BETA)
     agrees = pair.reference_gap >= 0
     assert agrees.any() and not agrees.all()
     assert_same(clipped[agrees], plain[agrees])

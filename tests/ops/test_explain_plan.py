@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdpo import Execution, LMHead, TokenLayout, explain_plan, fused_dpo_loss, linear_logprob
 from fastdpo.ops import library
 from fastdpo.plan import Plan
+from fastdpo.types import BACKENDS, MODES
 from tests.ops.meta_gpu import make_call, meta_gpu
 
 __all__ = ["meta_gpu"]
@@ -101,6 +102,14 @@ def test_pairs(plans: list[Plan], cache_mib: int) -> None:
         "auto", torch.float32, weight_requires_grad=True, pair_lengths=lengths, cache_mib=cache_mib
     )
     assert wanted == plans[0]
+
+
+def test_a_mode_or_backend_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, known in (("mode", MODES), ("backend", BACKENDS)):
+        options: dict[str, Any] = {name: "xx"}
+        with pytest.raises(ValueError, match=f"{name}: got 'xx', wanted one of {', '.join(known)}"):
+            explain_plan(TOKENS, HIDDEN, VOCAB, **options)
+    assert capsys.readouterr().out == ""
 
 
 def test_lean_takes_no_bf16_logits() -> None:

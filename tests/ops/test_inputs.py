@@ -181,7 +181,7 @@ def test_positions_outside_token_index_count_as_ignored() -> None:
     labels = torch.tensor([0, 1, 2, 3, 4, 0])
     out = linear_logprob(hidden, weight, labels, token_index=torch.tensor([4, 1]))
     whole = linear_logprob(hidden, weight, labels)
-    assert torch.equal(out.logps[[1, 4]], whole.logps[[1, 4]])
+    torch.testing.assert_close(out.logps[[1, 4]], whole.logps[[1, 4]])  # products of other shapes: other bits
     assert (out.logps[[0, 2, 3, 5]] == 0).all()
 
 

@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.ops import library
+from fastdpo import explain_plan
+from fastdpo.ops import lean_backward, library
 from fastdpo.ops.lean import forward_lean
-from fastdpo.ops.lean_slabs import logit_bytes
-from fastdpo.plan import make_plan
-from fastdpo.plan_lean import lean_blocks, make_lean_plan
+from fastdpo.ops.lean_slabs import lean_kernel
+from fastdpo.plan import LEAN_STASH, make_plan
+from fastdpo.plan_lean import is_store_free, lean_blocks, make_lean_plan
 from fastdpo.schedule import MIB
 from tests.ops.meta_gpu import LiveBytes, make_call, meta_gpu, run_call
 
 __all__ = ["meta_gpu"]
+
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize(
@@ -29,23 +32,57 @@ __all__ = ["meta_gpu"]
         (3, 8, 7, 1),
     ],
 )
-@pytest.mark.parametrize(("logit", "operand"), [(4, 2), (6, 4), (12, 8)])
+@pytest.mark.parametrize(("kernel", "operand"), [("triton", 2), ("rows", 2), ("torch", 4), ("torch", 8)])
 def test_blocks_fill_the_workspace_and_stay_inside(
-    num_tokens: int, hidden_size: int, vocab: int, workspace_mib: int, logit: int, operand: int
+    num_tokens: int, hidden_size: int, vocab: int, workspace_mib: int, kernel: str, operand: int
 ) -> None:
     kwargs: dict[str, Any] = {
-        "logit_bytes": logit,
+        "kernel": kernel,
         "operand_bytes": operand,
         "workspace_mib": workspace_mib,
+        "num_multiprocessors": 132 * (operand == 2),
     }
     plan = make_lean_plan(num_tokens, hidden_size, vocab, **kwargs)
     assert 1 <= plan.row_block <= num_tokens and 1 <= plan.slab <= vocab
+    assert 1 <= plan.score_rows <= num_tokens and 0 <= plan.score_slab <= vocab
     assert plan.workspace_bytes <= workspace_mib * MIB
     is_whole = plan.row_block == num_tokens and plan.slab == vocab
     assert is_whole or plan.workspace_bytes > 0.4 * workspace_mib * MIB
-    frozen = make_lean_plan(num_tokens, hidden_size, vocab, needs_weight=False, needs_hidden=False, **kwargs)
-    assert (frozen.row_block, frozen.slab) == (plan.row_block, plan.slab)
-    assert frozen.sum_bytes == 0
+    # Neither forward nor backward slabs hang on who needs a gradient.
+    for needs in ({"needs_hidden": False}, {"keeps_product": True}, {"needs_weight": True}):
+        other = make_lean_plan(num_tokens, hidden_size, vocab, **needs, **kwargs)
+        assert (other.row_block, other.slab) == (plan.row_block, plan.slab)
+        assert (other.score_rows, other.score_slab) == (plan.score_rows, plan.score_slab)
+        assert needs != {"needs_hidden": False} or other.kept_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("workspace_mib", "rows", "is_stored"),
+    [(512, 1024, True), (64, 768, True), (40, 512, True), (36, 8192, False), (16, 5504, False)],
+)
+def test_logits_are_stored_where_slabs_are_wide(workspace_mib: int, rows: int, is_stored: bool) -> None:
+    """Llama-3-8B on an H200: two products for a frozen head down to 40 MiB; below that Triton stores none."""
+    plan = make_lean_plan(
+        16384, 4096, 128256, workspace_mib=workspace_mib, keeps_product=True, num_multiprocessors=132
+    )
+    assert plan.score_rows == rows and (plan.score_slab >= 8192) == is_stored
+    assert is_stored or plan.score_slab == 0
+    assert plan.gemm_passes_forward + plan.gemm_passes_backward == (2 if is_stored else 3)
+    assert plan.kept_bytes == (16384 * 4096 * 2 if is_stored else plan.row_block * 4096 * 4)
+    assert is_stored != is_store_free("triton", 4096, 128256, 2, False, workspace_mib)
+    for num_tokens in (1, 100, 600, 100_000):  # of no matter how many tokens: an op's fake does not know
+        other = make_lean_plan(num_tokens, 4096, 128256, workspace_mib=workspace_mib, num_multiprocessors=132)
+        assert (other.score_slab > 0) == is_stored
+    # A row kernel without such a companion takes what there is.
+    of_cuda = make_lean_plan(
+        16384, 4096, 128256, kernel="rows", workspace_mib=workspace_mib, num_multiprocessors=132
+    )
+    assert of_cuda.score_slab >= 1024
+    text = str(
+        explain_plan(16384, 4096, 128256, mode="lean", workspace_mib=workspace_mib, num_multiprocessors=132)
+    )
+    assert ("no logits stored" in text) != is_stored and f"forward {rows} rows" in text
+    assert ("D W for the backward pass" in text) == is_stored
 
 
 def test_a_workspace_without_room_for_one_product_is_refused() -> None:
@@ -54,23 +91,27 @@ def test_a_workspace_without_room_for_one_product_is_refused() -> None:
 
 
 def test_both_plans_agree() -> None:
-    plan = make_plan("lean", 4096, 4096, 128256, needs_weight=True, workspace_mib=64)
-    lean_plan = make_lean_plan(4096, 4096, 128256, needs_weight=True, workspace_mib=64)
+    sizes: dict[str, Any] = {"needs_weight": True, "workspace_mib": 64, "num_multiprocessors": 132}
+    plan = make_plan("lean", 4096, 4096, 128256, lean_kernel="triton", **sizes)
+    lean_plan = make_lean_plan(4096, 4096, 128256, **sizes)
     assert (plan.chunk_rows, plan.leading_dim) == (lean_plan.row_block, lean_plan.slab)
     assert plan.gemm_passes == 4 and plan.workspace_bytes <= 64 * MIB
-    assert logit_bytes("triton", torch.bfloat16) == 4 and logit_bytes("reference", torch.float64) == 12
+    assert (plan.score_rows, plan.score_slab) == (lean_plan.score_rows, lean_plan.score_slab)
+    kernels = {"triton": "triton", "cuda": "rows", "cpu": "torch", "reference": "torch"}
+    assert {backend: lean_kernel(backend, BF16) for backend in kernels} == kernels
+    assert lean_kernel("triton", FP32) == "torch"
 
 
 @pytest.mark.parametrize(("num_tokens", "vocab"), [(16384, 128256), (65536, 262144), (5, 1 << 24)])
-@pytest.mark.parametrize("workspace_mib", [1, 16, 512])
+@pytest.mark.parametrize("workspace_mib", [1, 2])
 def test_partial_sums_fit_the_workspace(num_tokens: int, vocab: int, workspace_mib: int) -> None:
     """Of a forward pass that stores no logits, up to 6 fp32 sums for each row and 2048 entries of V."""
     plan = make_lean_plan(num_tokens, 64, vocab, workspace_mib=workspace_mib)
-    assert 1 <= plan.score_rows <= num_tokens
+    assert 1 <= plan.score_rows <= num_tokens and plan.score_slab == 0
     sums = plan.score_rows * -(-vocab // 2048) * 6 * 4
     assert sums < plan.workspace_bytes <= workspace_mib * MIB
-    in_torch = make_lean_plan(num_tokens, 64, vocab, logit_bytes=6, workspace_mib=workspace_mib)
-    assert in_torch.score_rows == 0
+    in_torch = make_lean_plan(num_tokens, 64, vocab, kernel="torch", workspace_mib=workspace_mib)
+    assert (in_torch.score_rows, in_torch.score_slab) == (in_torch.row_block, in_torch.slab)
 
 
 def test_partial_sums_of_one_row_that_do_not_fit_are_refused() -> None:
@@ -99,14 +140,12 @@ def test_memory_of_the_pass_that_stores_no_logits(
 ) -> None:
     """Counted on meta tensors: the workspace, what is summed beside it, and vectors of N."""
     pytest.importorskip("triton")
-    from fastdpo.kernels import lean_triton, slab_triton
+    from fastdpo.kernels import lean_triton
 
     kernel = FakeKernel()
-    monkeypatch.setattr(library, "resolve_backend", lambda *args: "triton")
     monkeypatch.setattr(lean_triton, "unavailable_reason", lambda device: None)
     monkeypatch.setattr(lean_triton, "_lean_kernel", kernel)
-    monkeypatch.setattr(slab_triton, "slab_gradient", lambda *args, **kwargs: None)
-    num_tokens, hidden_size, vocab = 65536, 64, 262144
+    num_tokens, hidden_size, vocab = 16384, 64, 131072
     call = make_call(
         "lean", num_tokens, hidden_size, vocab, workspace_mib=16, needs_weight=True, index_kind=index_kind
     )
@@ -117,4 +156,41 @@ def test_memory_of_the_pass_that_stores_no_logits(
     assert live.peak <= call.plan.workspace_bytes + vectors <= 16 * MIB + vectors
     with LiveBytes() as live:
         run_call(call)
+    assert live.peak <= call.plan.peak_bytes + vectors
+
+
+@pytest.mark.usefixtures("meta_gpu")
+@pytest.mark.parametrize(
+    ("backend", "num_tokens", "hidden_size", "vocab", "workspace_mib"),
+    [
+        ("triton", 4096, 512, 65536, 48),
+        ("cuda", 4096, 512, 65536, 48),
+        ("cuda", 4096, 512, 65536, 12),
+        ("reference", 600, 64, 4096, 2),  # many small operations: a small one
+    ],
+)
+@pytest.mark.parametrize("needs", ["hidden", "weight"])
+def test_memory_of_slabs(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    num_tokens: int,
+    hidden_size: int,
+    vocab: int,
+    workspace_mib: int,
+    needs: str,
+) -> None:
+    """Of stored logits, with D W made from them and without: workspace, gradients, and vectors of N."""
+    monkeypatch.setattr(library, "resolve_backend", lambda *args: backend)
+    if backend == "cuda":  # whose backward pass is plain torch's
+        monkeypatch.setattr(lean_backward, "_load_slab_gradient", lambda call: lambda *args, **kwargs: None)
+    mode = LEAN_STASH if needs == "hidden" else "lean"
+    call = make_call(
+        mode, num_tokens, hidden_size, vocab, workspace_mib=workspace_mib, needs_weight=needs == "weight"
+    )
+    assert 0 < call.plan.score_slab < vocab and call.plan.workspace_bytes <= workspace_mib * MIB
+    assert call.plan.keeps_product == (needs == "hidden")
+    vectors = 32 * num_tokens * 4
+    with LiveBytes() as live:
+        result = run_call(call)
+    del result
     assert live.peak <= call.plan.peak_bytes + vectors

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from fastdpo import Execution
+from fastdpo import Execution, linear_logprob
 from fastdpo.testing import (
     Case,
     assert_close_to_fp64,
@@ -171,6 +173,30 @@ def test_what_is_not_asked_for_is_none() -> None:
     case = make_case(dtype=torch.float32)
     out = run_op(case, *leaves(case))
     assert all(value is None for value in out[1:])
+
+
+@pytest.mark.parametrize(
+    "execution", [Execution(mode="stash"), Execution(), Execution(workspace_mib=1)], ids=str
+)
+def test_what_lies_behind_rows_of_16_bits_is_in_no_sum(execution: Execution) -> None:
+    """Memory that nobody wrote is NaN here, and so is what lies behind the rows of hidden."""
+    case = make_case(dtype=torch.bfloat16, vocab=1003, hidden_size=40)
+    wide = torch.full((*case.hidden.shape[:-1], 64), torch.nan, dtype=torch.bfloat16)
+    wide[..., :40] = case.hidden
+    weight = case.weight.detach().requires_grad_(execution.mode == "auto")
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for hidden in (case.hidden, wide[..., :40]):
+            hidden = hidden.detach().requires_grad_()
+            run = replace(execution, logits_dtype="bf16")
+            logps = linear_logprob(hidden, weight, case.labels, execution=run).logps
+            wanted = (hidden, weight) if weight.requires_grad else (hidden,)
+            results.append((logps.detach(), *torch.autograd.grad(logps.sum(), wanted)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for plain, strided in zip(*results, strict=True):
+        assert plain.isfinite().all() and torch.equal(plain, strided)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

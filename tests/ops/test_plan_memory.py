@@ -61,7 +61,7 @@ def test_a_bf16_copy_of_an_fp32_weight(mode: str) -> None:
     assert mode == "lean" or live.peak >= 0.97 * call.plan.peak_bytes
     explained = explain_plan(
         *LLAMA, mode=mode, weight_bytes=4, hidden_requires_grad=mode != "score", num_multiprocessors=132,
-        weight_requires_grad=needs["needs_weight"], backend="reference",
+        weight_requires_grad=needs["needs_weight"],
         pair_lengths=[512] * 32 if mode == "pairs" else None,
     )  # fmt: skip
     assert explained == call.plan

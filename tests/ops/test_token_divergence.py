@@ -13,7 +13,7 @@ from torch import Tensor
 import fastdpo.kernels.divergence as kernel
 from fastdpo import LMHead, TeacherCombination, TokenLayout, token_divergence
 from fastdpo.kernels.divergence import divergence_rows, l1_distance
-from fastdpo.losses.token_level import aligndistil_coefficients, aligndistil_teacher
+from fastdpo.losses.distillation import aligndistil_coefficients, aligndistil_teacher
 from fastdpo.testing import make_case
 from tests.ops.divergence_cases import (
     DIFFERENTIABLE,

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdpo import Execution, TokenLayout, linear_logprob
 from fastdpo.kernels.contract import LogitTransform
 from fastdpo.kernels.topk import chunk_top_sums, merge_top, no_top, top_sums
+from fastdpo.plan import make_plan
 from fastdpo.reference import linear_logprob_reference
 from fastdpo.testing import Case, assert_logps_close, make_case
 from fastdpo.types import TOPK_STATISTICS, LinearLogprobOutput
@@ -224,9 +225,12 @@ def test_memory_is_a_share_of_the_workspace(k: int, has_bias: bool) -> None:
 
 
 def test_lean_refuses_what_does_not_fit() -> None:
+    """The k values of a block of rows at a time, in no more memory than the workspace."""
+    case = make_case(dtype=FP32, batch=6, length=64, vocab=5001)
+    with pytest.raises(ValueError, match=r"topk: got 5000.*for \d+ tokens.*lean.*workspace_mib holds, 1 MiB"):
+        run(case, "lean", 5000)
     case = make_case(dtype=FP32, batch=6, length=64)
-    with pytest.raises(ValueError, match=r"topk: got 1003.*lean.*workspace_mib holds, 1 MiB"):
-        run(case, "lean", 1003)
+    run(case, "lean", 1003)
     run(case, "score", 1003)
 
 
@@ -235,11 +239,12 @@ def test_a_store_free_kernel_has_no_logits_to_look_at() -> None:
     from fastdpo.ops.lean import forward_lean
 
     case = make_case(dtype=FP16, has_bias=False)
-    call = HeadCall(
-        case.hidden.flatten(0, 1), case.weight, None, None, False, case.labels.flatten(), None,
-        LogitTransform(), None, "triton", FP16, FP32, FP16,
-    )  # fmt: skip  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"top-k.*another mode.*stores no logits"):
+    hidden, labels = case.hidden.flatten(0, 1), case.labels.flatten()
+    plan = make_plan("lean", len(labels), 64, 1003, lean_kernel="triton", workspace_mib=1)
+    assert plan.score_slab == 0
+    how = (LogitTransform(), plan, "triton", FP16, FP32, FP16)
+    call = HeadCall(hidden, case.weight, None, None, False, labels, None, *how)
+    with pytest.raises(ValueError, match=r"top-k.*another mode.*larger workspace_mib.*stores no logits"):
         forward_lean(call, (), 10)
 
 

@@ -124,9 +124,25 @@ def test_an_unknown_setting_is_refused(make_args: MakeArgs):
 @pytest.mark.parametrize("name", sorted(name for name, spec in LOSSES.items() if spec.inputs is PairLogps))
 def test_every_loss_of_pairs_is_a_setting(make_args: MakeArgs, name: str):
     spec = LOSSES[name]
-    args = make_args(loss_type=name, loss_options={option.name: option.default for option in spec.options})
+    column = {"reward_gap_column": "gap"} if "reward_gap" in spec.needs else {}
+    options = {option.name: option.default for option in spec.options}
+    args = make_args(loss_type=name, loss_options=options, **column)
     assert args.losses == [spec]
     assert args.needs_reference == spec.uses_reference
+
+
+def test_a_column_that_a_loss_needs_is_asked_for(make_args: MakeArgs):
+    with pytest.raises(ValueError, match="reward_gap_column: got None, wanted the column to read for rebel"):
+        make_args(loss_type="rebel")
+    with pytest.raises(ValueError, match="reward_gap: got a value, wanted None: sigmoid takes none"):
+        make_args(reward_gap_column="gap")
+
+
+def test_presets_are_settings(make_args: MakeArgs):
+    args = make_args(loss_type="exo_pair@authors")
+    assert args.losses[0].default_beta == 0.5 and args.options == {}
+    with pytest.raises(ValueError, match="loss_type: got exo_pair@mine, wanted exo_pair@authors"):
+        make_args(loss_type="exo_pair@mine")
 
 
 def test_loss_options_may_be_json(make_args: MakeArgs):

@@ -118,6 +118,38 @@ def test_every_layout_is_the_function_on_the_padded_batch(
             assert_close_to_fp64(gradient, truth[name], eager[name], name=f"{name} {layout}")
 
 
+@pytest.mark.parametrize(
+    "said", [{"loss_type": "gkd", "loss_options": {"jsd_beta": 0.3}}, {"loss_type": "minillm"}], ids=str
+)
+def test_one_teacher_in_every_layout(make_args: MakeArgs, tokenizer: Any, said: dict[str, Any]) -> None:
+    """GKD and MiniLLM: the function on a padded batch, and no reference anywhere."""
+    losses, metrics = [], []
+    for layout in LAYOUTS:
+        trainer = made_trainer(
+            make_args(batch_layout=layout, **said), make_rows(4), tokenizer, ref_model=None
+        )
+        batch, policy = whole_batch(trainer), trainer.model
+        result = batch_loss(policy, policy, batch, BatchCounts(4, 1), trainer.args, trainer.reference)
+        losses.append((result.loss.detach(), gradients(policy, result.loss)))
+        metrics.append(result.metrics["kl/teacher"].item())
+        if layout == "padded":
+            plain = [unpatch_model(copy.deepcopy(model)) for model in (policy, trainer.reference.teacher)]
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            student, teacher = (model.model(**inputs).last_hidden_state for model in plain)
+            heads = [LMHead.from_model(model) for model in plain]
+            out = fused_preference_loss(
+                student, heads[0], batch["labels"], loss_type=said["loss_type"], teacher_hidden=teacher,
+                teacher_lm_head=heads[1], **said.get("loss_options", {}),
+            )  # fmt: skip
+            want, want_grads = out.loss.detach(), gradients(plain[0], out.loss)
+    assert metrics == pytest.approx([metrics[0]] * 3, rel=1e-5) and metrics[0] > 0
+    for loss, grads in losses:
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+        for name, gradient in want_grads.items():
+            size = max(gradient.abs().max().item(), 1.0)
+            torch.testing.assert_close(grads[name], gradient, rtol=0, atol=2e-6 * size)
+
+
 def test_the_other_way_round_would_show(make_args: MakeArgs, tokenizer: Any) -> None:
     """The teacher that the loss distils is ``teacher_model``, and the one it leaves is the reference."""
     trainer = made_trainer(make_args(**DISTIL), make_rows(4), tokenizer)

@@ -73,6 +73,7 @@ def assert_steps_close(ours: Step, truth: Step, eager: Step) -> None:
         ("mistral", {"sliding_window": 6}),
         ("gemma2", {"sliding_window": 6}),
         ("gemma3", {"sliding_window": 6}),
+        ("gemma4", {}),
         ("llama", {"attn_implementation": "eager"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "default",
@@ -84,6 +85,16 @@ def test_every_layout_is_the_padded_step(family: str, options: dict[str, Any]):
     eager = eager_step(model, truth)
     for case in ROW_CASES:
         assert_steps_close(run_step(model, make_batch(*case)), truth, eager)
+
+
+@pytest.mark.parametrize("family", ["falcon-h1", "mamba2"])
+def test_recurrent_models_in_rows_of_one_sequence(family: str):
+    """Without padding, or with some on the right, which no token before it sees."""
+    model = make_model(family)
+    truth = true_step(model)
+    eager = eager_step(patch_model(model), truth)
+    for arrangement in ("separate", "bucketed"):
+        assert_steps_close(run_step(model, make_batch("packed", arrangement)), truth, eager)
 
 
 def test_a_wrong_mask_would_show():

@@ -117,6 +117,29 @@ def test_modules_that_are_adapted(words: list[str], wanted: str | set[str]):
     assert names >= {"q_proj"} and ("o_proj" in names) == (wanted == "all-linear") and "lm_head" not in names
 
 
+def test_warnings_of_other_libraries_about_later_versions_are_not_shown(
+    make_args: MakeArgs, adapter_dir: str, tokenizer: Any, recwarn: pytest.WarningsRecorder
+):
+    recwarn.clear()
+    load_model(adapter_dir)
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows = {"train_dataset": make_rows(4), "processing_class": tokenizer}
+    PreferenceTrainer(tiny_llama(), make_args(), peft_config=config, **rows)
+    assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+
+
+def test_a_new_adapter_begins_as_the_seed_says(make_args: MakeArgs, tokenizer: Any):
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    first = []
+    for seed in (1, 1, 2):
+        trainer = PreferenceTrainer(
+            tiny_llama(), make_args(seed=seed), train_dataset=make_rows(4), processing_class=tokenizer,
+            peft_config=config,
+        )  # fmt: skip
+        first.append(next(p for n, p in trainer.model.named_parameters() if "lora_A" in n).detach().clone())
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+
+
 def test_rank_stabilised_and_directional_adapters(make_args: MakeArgs):
     words = ["--model", "m", "--dataset", "d", "--use_cpu", "--use_peft", "--use_rslora", "--use_dora"]
     found = parse_train(words).adapter.peft_config()

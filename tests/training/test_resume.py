@@ -134,3 +134,84 @@ def test_resuming_by_path_and_by_setting(make_args: MakeArgs, tokenizer: Any, tm
 def test_there_is_nothing_to_resume_from(make_args: MakeArgs, tokenizer: Any):
     with pytest.raises(ValueError, match="there is no checkpoint in"):
         make_trainer(make_args(**SETTINGS), tokenizer, False).train(resume_from_checkpoint=True)
+
+
+@pytest.fixture
+def interrupted(make_args: MakeArgs, tokenizer: Any) -> Path:
+    """A run of 4 steps with a checkpoint at step 2."""
+    args = make_args(max_steps=4, save_strategy="steps", save_steps=2, loss_type="ipo")
+    make_trainer(args, tokenizer, True).train()
+    return Path(args.output_dir or "")
+
+
+def resume(
+    make_args: MakeArgs, tokenizer: Any, rows: int = 20, r: int = 4, checkpoint: Any = True, **changes: Any
+) -> Any:
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "loss_type": "ipo", **changes}
+    trainer = PreferenceTrainer(
+        tiny_llama(attention_dropout=0.2), make_args(**settings), train_dataset=make_rows(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=r, target_modules="all-linear", lora_dropout=0.1),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"loss_type": "sigmoid"}, r"another loss: loss_type \['ipo'\] -> \['sigmoid'\]"),
+        ({"beta": 0.2}, "another loss: beta None -> 0.2"),
+        ({"label_smoothing": 0.1, "loss_type": "sigmoid"}, "another loss: .*loss_options None -> "),
+        ({"rows": 19}, "other data: 20 rows -> 19, or other tokens"),
+        ({"max_length": 16}, "other data: 20 rows -> 20, or other tokens"),
+        ({"r": 2}, "another adapter: default.r 4 -> 2"),
+        ({"max_steps": 4}, "at step 4, epoch .*, and max_steps is 4: nothing is left to train"),
+        ({"max_steps": -1, "num_train_epochs": 0.5}, "and num_train_epochs is 0.5: nothing is left to train"),
+    ],
+)
+def test_another_run_does_not_go_on(
+    make_args: MakeArgs, tokenizer: Any, interrupted: Path, changes: dict[str, Any], text: str
+):
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint: .*checkpoint-4 is .*{text}"):
+        resume(make_args, tokenizer, **changes)
+
+
+def test_what_else_differs_is_said_and_from_where_it_goes_on(
+    make_args: MakeArgs, tokenizer: Any, interrupted: Path, caplog: pytest.LogCaptureFixture
+):
+    (interrupted / "checkpoint-4" / "trainer_state.json").unlink()
+    (interrupted / "checkpoint-2" / "optimizer.pt").unlink()
+    with caplog.at_level("INFO", "fastdpo"):
+        resume(make_args, tokenizer, learning_rate=2e-3, reference="precomputed")
+    for text in (
+        "checkpoint-4 was not written to its end",
+        "checkpoint-2 has no optimizer.pt: the optimiser and its schedule start anew",
+        "with other settings than the checkpoint's: ",
+        "learning_rate 0.001 -> 0.002",
+        "reference 'adapter' -> 'precomputed'",
+        f"resuming from {interrupted / 'checkpoint-2'}, at step 2 of 6",
+        "training on 20 pairs of dataset, ",
+        "6 steps of 4 pairs; ipo, beta 0.1, reference precomputed",
+        f"backend cpu, layout padded, 4,096 of 45,728 parameters trained; into {interrupted}",
+    ):
+        assert text in caplog.text
+    assert caplog.text.count("resuming from") == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("nowhere", "got nowhere, and there is no such folder"),
+        (".", "wanted a checkpoint in it, as .*checkpoint-4"),
+        ("checkpoint-2/..", "wanted a checkpoint in it, as .*checkpoint-4"),
+        ("empty", "which has no trainer_state.json, wanted a checkpoint's folder"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said(
+    make_args: MakeArgs, tokenizer: Any, interrupted: Path, place: str, text: str
+):
+    (interrupted / "empty").mkdir()
+    given = place if place == "nowhere" else str(interrupted / place)
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint: .*{text}"):
+        resume(make_args, tokenizer, checkpoint=given)

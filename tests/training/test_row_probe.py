@@ -37,6 +37,7 @@ RECURRENT = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": 2}
 FALCON = {
     **RECURRENT, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
     "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
 }  # fmt: skip
 
 
@@ -55,6 +56,7 @@ def probed(model: nn.Module, *, longest: int = 64) -> dict[tuple[str, str], str 
         ("mistral", {"sliding_window": 6}),
         ("gemma2", {"sliding_window": 6}),
         ("gemma3", {"sliding_window": 6}),
+        ("gemma4", {}),
         ("cohere2", {"sliding_window": 6}),
         ("gpt2", {}),
         ("mixtral", {}),
@@ -73,17 +75,23 @@ def recurrent(name: str, **options: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("Mamba", {**RECURRENT, "state_size": 4}), ("FalconH1", FALCON)]
+    ("name", "options", "reason"),
+    [
+        ("Mamba", {**RECURRENT, "state_size": 4}, "takes no position_ids"),
+        ("FalconH1", FALCON, "layers of type hybrid are none that a mask is known for"),
+    ],
 )
-def test_recurrent_models_may_not(name: str, options: dict[str, Any]):
-    assert all(
-        "none that a mask is known for" in str(reason)
-        for reason in probed(recurrent(name, **options)).values()
-    )
+def test_recurrent_models_have_a_row_for_each_sequence(name: str, options: dict[str, Any], reason: str):
+    found = probed(recurrent(name, **options))
+    assert {case for case, why in found.items() if why is None} == {
+        ("packed", "separate"),
+        ("packed", "bucketed"),
+    }
+    assert all(reason in why for why in found.values() if why is not None)
 
 
 @pytest.mark.parametrize("name", ["Mamba", "FalconH1"])
-def test_the_numbers_alone_would_refuse_them(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_numbers_alone_would_refuse_neighbours(name: str, monkeypatch: pytest.MonkeyPatch):
     """Without the list of layer types, which another recurrent model may not have."""
     monkeypatch.setattr(
         "fastdpo.integrations.row_masks.layer_windows", lambda config: {"full_attention": None}
@@ -138,6 +146,24 @@ def test_a_window_that_the_mask_forgets_shows_where_the_data_reach_it(monkeypatc
     assert all(found["shared_prompt", name] for name in ("separate", "bucketed", "one_row"))
 
 
+def test_a_window_by_another_name_is_looked_for():
+    """GPT-Neo's local layers count rows of the mask, and 30 tokens is more than the probe's usual length."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_layers=2, num_heads=4, max_position_embeddings=128,
+        attention_types=[[["global", "local"], 1]], window_size=30,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GPTNeoForCausalLM(config).eval()
+    found = probed(model, longest=64)
+    assert all(found["shared_prompt", name] for name in ("separate", "bucketed", "one_row"))
+    assert not any(refusals(model, ROW_CASES, longest=30).values())
+
+
+def test_positions_that_do_not_reach_over_all_sequences():
+    """The probe's four have 62 tokens, which this model could not take as one sequence."""
+    assert not any(probed(make_model("gpt2", n_positions=32)).values())
+
+
 def test_the_probe_leaves_the_model_as_it_was():
     model = patch_model(make_model("llama")).train()
     state = torch.get_rng_state()
@@ -170,16 +196,27 @@ def test_the_reference_is_probed_too(make_args: MakeArgs, tokenizer: Any):
         )
 
 
+def _wants_several_rows(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    if len(args[0]) == 1:
+        raise KeyError("a batch of one")
+
+
 def test_auto_falls_back_to_padded_and_says_why(
     make_args: MakeArgs, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ):
+    """Whatever a model makes of rows that it was not made for, a run is set up."""
     caplog.set_level(logging.INFO, logger="fastdpo")
-    model = recurrent("FalconH1", **{**FALCON, "vocab_size": 360})
+    model = tiny_llama()
+    model.model.layers[0].register_forward_pre_hook(_wants_several_rows)
     args = make_args(batch_layout="auto", max_steps=1)
     trainer = PreferenceTrainer(model, args, train_dataset=make_rows(4), processing_class=tokenizer)
     assert layout_of(trainer.data_collator) == "padded"
-    assert "shared_prompt, row_arrangement one_row: refused: its layers of type hybrid" in caplog.text
+    assert "one_row: refused: its forward fails on rows of one sequence (KeyError: 'a batch" in caplog.text
     trainer.train()
+    with pytest.raises(ValueError, match="batch_layout: got 'packed', .* fails on rows of one sequence"):
+        PreferenceTrainer(
+            model, make_args(batch_layout="packed"), train_dataset=make_rows(4), processing_class=tokenizer
+        )
 
 
 def test_auto_takes_the_cheapest(make_args: MakeArgs, tokenizer: Any, caplog: pytest.LogCaptureFixture):

@@ -105,6 +105,21 @@ inline void wait_copies_but(int pending) {
   }
 }
 
+// Whether the load is done at once or when its value is used, the dice decide.
+template <class T>
+class Early {
+ public:
+  explicit Early(const T* from) : from_(from), value_(from ? *from : T{}) {
+    is_late_ = from && emulation::current->dice() % 2;
+  }
+  T value() const { return is_late_ ? *from_ : value_; }
+
+ private:
+  const T* from_;
+  T value_;
+  bool is_late_;
+};
+
 inline uint4 load16_shared(const char* address) {
   emulation::require(is_aligned(address, 16), "a misaligned load");
   uint4 value;
