@@ -113,11 +113,12 @@ def test_accumulation_changes_nothing(
     (whole, whole_log), *others = results
     for gradients, log in others:
         for name, gradient in whole.items():
-            # ipo's gradients here are of size 30: 1e-6 of the largest entry where that is above 1.
+            # ipo's gradients here are of size 30: of the largest entry where that is above 1. Products of
+            # other sizes add up in another order: 1.6e-6 of it on a CPU with AVX-512, below 1e-6 on others.
             size = max(gradient.abs().max().item(), 1.0)
-            torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-6 * size)
+            torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=4e-6 * size)
         for name in TRL_METRICS | {"loss"}:
-            assert log[name] == pytest.approx(whole_log[name], abs=2e-6), name
+            assert log[name] == pytest.approx(whole_log[name], rel=1e-6, abs=2e-6), name
 
 
 def test_metrics_mean_what_trl_means_by_them(make_args: MakeArgs, tokenizer: Any):
