@@ -151,7 +151,7 @@ def logsumexp(sums: SlabSums, slope: float) -> Tensor:
 
 
 def with_labels(sums: SlabSums, has_label: Tensor, slope: float) -> tuple[SlabSums, Tensor, Tensor]:
-    """The sums of a range with its labels in them; their log-probabilities ``(C,)`` there, and log of the sum.
+    """The sums of a range with its labels in them; their log-probabilities ``(C,)`` there; log of the sum.
 
     Args:
         has_label: ``(C,)`` bool, whether the range has the row's label.

@@ -32,8 +32,8 @@ def assert_close_to_fp64(
       finds what is scaled, masked or wrong in one place; the floor is 2^-9 for 16-bit results and
       2^-13 for fp32. A block whose truth is all zero, and zero in eager too, must be exactly zero.
     * ``max |e(ours)| <= 2 (max |e(eager)| + r eps max |ref64|)``, eps of the dtype of ``ours``, which
-      finds single wrong entries. r is 1, and 4 for fp32: a 16-bit result is a sum in fp32 rounded once, one of
-      fp32 has the roundings of the sum itself, a few eps, and of few entries eager's may all be lucky.
+      finds single wrong entries. r is 1, and 4 for fp32: a 16-bit result is a sum in fp32 rounded once, one
+      of fp32 has the roundings of the sum itself, a few eps, and of few entries eager's may all be lucky.
 
     NaN and infinities must stand where ``ref64`` has them and nowhere else. A row is the last
     dimension; a 1-D tensor (a bias gradient ``(V,)``) is a column of one-entry rows, of which a last
