@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.dry.claims import Claims
 from benchmarks.dry.device import CARDS, Card, Pretence
-from benchmarks.dry.ours import prepare
 from benchmarks.dry.launches import Launches
+from benchmarks.dry.ours import prepare
 
 SUITES = ("op", "row", "step", "memory", "accuracy")
 

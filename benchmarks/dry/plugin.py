@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.dry.claims import Claims
 from benchmarks.dry.device import CARDS, Card, Pretence
-from benchmarks.dry.ours import prepare
 from benchmarks.dry.launches import Launches
+from benchmarks.dry.ours import prepare
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
