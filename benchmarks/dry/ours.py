@@ -19,10 +19,9 @@ def prepare(pretence: Pretence) -> None:
     answers = {"cuda_probe": (0, "", 10 * major + minor), "cuda_driver_version": 13000}
 
     def stand_in(name: str) -> Any:
-        if name in answers:
-            return lambda *args: answers[name]
-        return lambda *args: pretence.mode.launch(name)
+        return lambda *args: answers[name] if name in answers else pretence.mode.launch(name)
 
-    for name in () if native._C is None else dir(native._C):
-        if name.startswith("cuda_") and callable(getattr(native._C, name)):
+    if native._C is not None and native._C.built_with_cuda:
+        kernels = [n for n in dir(native._C) if n.startswith("cuda_") and callable(getattr(native._C, n))]
+        for name in {*kernels, *answers}:
             pretence.replace(native._C, name, stand_in(name))
