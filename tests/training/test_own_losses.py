@@ -13,7 +13,7 @@ import pytest
 from fastdpo.cli import main
 from fastdpo.losses import LOSSES
 from fastdpo.training.arguments import parse_train
-from fastdpo.training.own_losses import import_losses
+from fastdpo.training.own_losses import IMPORTED, import_losses
 from tests.cli_cases import (  # noqa: F401  (fixtures)
     make_tokenizer,
     model_dir,
@@ -44,6 +44,7 @@ def own_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     yield tmp_path
     LOSSES.clear()
     LOSSES.update(before)
+    IMPORTED.clear()
     for name in ("my_losses", "broken_losses"):
         sys.modules.pop(name, None)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fastdpo.losses import LOSSES
 from fastdpo.training.arguments import given_settings
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.loss_settings import all_loss_options
@@ -21,6 +22,7 @@ from fastdpo.training.run_arguments import (
 )
 from fastdpo.training.setting_values import Hint, hints_of, read_value
 from fastdpo.training.settings_file import read_settings
+from fastdpo.training.step_settings import COLUMN_FIELDS
 
 KINDS = (ModelArguments, DataArguments, AdapterArguments, ScoreArguments, PreferenceConfig)
 # Of every field of every dataclass of settings: which, its name, what its type hint says.
@@ -164,7 +166,8 @@ def test_options_of_the_losses_are_keywords_flags_and_names_in_yaml(name: str, t
     wanted = {"loss_options": {name: option.default}}
     assert given_settings([PreferenceConfig], [str(path)]) == wanted
     assert given_settings([PreferenceConfig], [f"--{name}", word]) == wanted
-    made = PreferenceConfig(use_cpu=True, loss_type=taker, **{name: option.default})
+    columns = {COLUMN_FIELDS[number]: number for number in COLUMN_FIELDS.keys() & set(LOSSES[taker].needs)}
+    made = PreferenceConfig(use_cpu=True, loss_type=taker, **columns, **{name: option.default})
     assert made.loss_options == {name: option.default}
 
 
