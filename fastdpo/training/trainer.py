@@ -145,7 +145,6 @@ class PreferenceTrainer(SavingTrainer):
         self.told, self.has_ref_model = {}, ref_model is not None
         if args.learning_rate is None:
             args.learning_rate = ADAPTER_LEARNING_RATE if is_adapter_model(policy) else FULL_LEARNING_RATE
-        self._reads_reference = ref_model is None
         train_dataset = self._prepare_data(train_dataset)
         check_own_masks(data_collator, train_dataset)
         eval_dataset = self._prepare_data(eval_dataset, may_be_many=True)
@@ -216,7 +215,7 @@ class PreferenceTrainer(SavingTrainer):
     def _prepare_data(self, data: Any, *, may_be_many: bool = False) -> Any:
         if may_be_many and isinstance(data, Mapping):
             return {name: self._prepare_data(item) for name, item in data.items()}
-        dataset = prepare_pairs(data, self._tokenizer, self.args, reads_reference=self._reads_reference)
+        dataset = prepare_pairs(data, self._tokenizer, self.args, reads_reference=not self.has_ref_model)
         if dataset is not None:
             check_pairs(dataset, self.args)
         if hasattr(self, "_models"):  # data that come after them
