@@ -91,6 +91,8 @@ class Plan:
 
     def hidden_parts(self, num_rows: int) -> int:
         """Parts of the vocabulary over which D W of some rows is summed, so that they fill a GPU."""
+        if self.operand_bytes != 2:
+            return 1  # a sum of wider operands is safe in the library's hands
         return hidden_grad_parts(num_rows, *self._device)
 
     def slab_parts(self, num_rows: int, slab: int) -> int:
@@ -105,8 +107,9 @@ class Plan:
 
     @property
     def waves(self) -> tuple[Waves, ...]:
-        """Of a GPU: how logits and D W go over its multiprocessors, as predicted; else empty."""
-        if self.num_multiprocessors == 0 or self.num_tokens == 0 or self.mode == "lean":
+        """Of 16-bit operands on a GPU: how logits and D W go over its multiprocessors, as predicted."""
+        is_modelled = self.num_multiprocessors > 0 and self.operand_bytes == 2 and self.mode != "lean"
+        if not is_modelled or self.num_tokens == 0:
             return ()
         rows = [stop - start for start, stop in self.chunks()]
         logits = logits_waves(rows, *self._device[:3])
