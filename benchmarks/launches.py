@@ -18,7 +18,7 @@ from fastdpo.ops.paired_chunks import GroupLoss, PairedResults
 from fastdpo.ops.paired_loss import GROUP_LOSSES
 from fastdpo.ops.scaling import scaled
 from fastdpo.pair_loss import LOSS_KEY
-from fastdpo.plan import LEAN_STASH
+from fastdpo.plan_modes import LEAN_STASH
 
 LLAMA_3_8B = (4096, 128256)
 NUM_TOKENS = 4096

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from fastdpo.plan_lean import LeanPlan, make_lean_plan
 from fastdpo.plan_memory import hidden_scratch_rows, peak_bytes, product_bytes
+from fastdpo.plan_modes import LEAN_STASH
 from fastdpo.plan_text import plan_text
 from fastdpo.schedule import (
     GROUP_ROWS,
@@ -28,9 +29,6 @@ from fastdpo.waves import Waves, hidden_grad_parts, hidden_grad_waves, logits_wa
 # Up to this many products may be summed in a 16-bit gradient: measured error 2.4 to 2.9e-3, against
 # 1.7e-3 for a single rounding; more than that and the sum is fp32 (DESIGN section 3).
 MAX_LOW_PRECISION_GROUPS = 5
-
-# Mode `lean` where hidden alone needs a gradient: its forward pass makes D W wherever it has logits.
-LEAN_STASH = "lean_stash"
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,8 @@ class Plan:
 
     def hidden_parts(self, num_rows: int) -> int:
         """Parts of the vocabulary over which D W of some rows is summed, so that they fill a GPU."""
+        if self.operand_bytes != 2:
+            return 1  # a sum of wider operands is safe in the library's hands
         return hidden_grad_parts(num_rows, *self._device)
 
     def slab_parts(self, num_rows: int, slab: int) -> int:
@@ -107,8 +107,9 @@ class Plan:
 
     @property
     def waves(self) -> tuple[Waves, ...]:
-        """Of a GPU: how logits and D W go over its multiprocessors, as predicted; else empty."""
-        if self.num_multiprocessors == 0 or self.num_tokens == 0 or self.mode == "lean":
+        """Of 16-bit operands on a GPU: how logits and D W go over its multiprocessors, as predicted."""
+        is_modelled = self.num_multiprocessors > 0 and self.operand_bytes == 2 and self.mode != "lean"
+        if not is_modelled or self.num_tokens == 0:
             return ()
         rows = [stop - start for start, stop in self.chunks()]
         logits = logits_waves(rows, *self._device[:3])
@@ -118,59 +119,6 @@ class Plan:
 
     def __str__(self) -> str:
         return plan_text(self)
-
-
-def resolve_mode(
-    mode: str,
-    *,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool = False,
-    entropy_requires_grad: bool = False,
-    cache_mib: int = 1024,
-    has_pair_loss: bool = False,
-    holds_a_row: bool = True,
-) -> str:
-    """The mode that runs, from the one asked for and what needs a gradient.
-
-    Without any gradient to compute every mode is ``score``: the modes differ in the backward pass only.
-    ``has_pair_loss``: the loss is known to the call and each pair's share of it depends on that pair alone.
-
-    Raises:
-        ValueError: the mode asked for cannot give the gradients needed, or is not supported.
-    """
-    if mode == "pairs" and not has_pair_loss:
-        raise ValueError(
-            "mode: 'pairs' needs fused_dpo_loss, losses of scope 'pair' or 'token' that pass no gradient to "
-            "their own arguments, and operands other than float16; use 'auto' or 'cache'"
-        )
-    # Not `score` without gradients: a reference must get the bits of its policy, and as little memory.
-    if mode == "lean" or (mode == "auto" and not holds_a_row):
-        return "lean"
-    trains_head = needs_weight or needs_bias
-    if not (needs_hidden or trains_head):
-        return "score"
-    if mode == "auto":
-        if entropy_requires_grad or (trains_head and cache_mib == 0):
-            return "recompute"
-        if trains_head:
-            return "pairs" if has_pair_loss else "cache"
-        return "stash"
-    if mode == "score":
-        raise ValueError("mode: got 'score', which has no backward pass, but an input requires a gradient")
-    if mode == "stash" and trains_head:
-        raise ValueError(
-            "mode: got 'stash', which has no gradient for the head, but its weight or bias requires one"
-        )
-    if entropy_requires_grad and mode != "recompute":
-        raise ValueError(f"mode: a differentiable entropy needs 'recompute' (or 'auto'), got {mode!r}")
-    return mode
-
-
-def settled_run(mode: str, *, needs_hidden: bool, trains_head: bool, entropy_requires_grad: bool) -> str:
-    """What runs as a mode that ``resolve_mode`` has settled: ``lean`` is two, by what needs a gradient."""
-    is_stash = needs_hidden and not trains_head and not entropy_requires_grad
-    return LEAN_STASH if mode == "lean" and is_stash else mode
 
 
 def make_plan(
@@ -245,13 +193,7 @@ def make_plan(
         again = [num_tokens - cached]
     share = sum(again) / num_tokens if num_tokens else 0.0
 
-    forward, backward = 1.0, 0.0
-    if mode == "stash":
-        forward = 2.0
-    elif mode == "pairs" and num_tokens:
-        forward += needs_hidden + needs_weight + share
-    elif mode in ("cache", "recompute") and num_tokens:
-        backward = needs_hidden + needs_weight + share
+    forward, backward = _passes(mode, (num_tokens > 0) * (needs_hidden + needs_weight), share)
     num_groups = (
         (cached > 0)
         + sum(not group.is_recomputed and group.stop > group.start for group in groups)
@@ -296,27 +238,48 @@ def make_plan(
         joins_chunks=joins_chunks,
         keeps_product=mode == "stash",
     )
+    return _with_products(plan, again, needs_hidden, needs_weight, hidden_grad_bytes, weight_grad_bytes)
+
+
+def _passes(mode: str, num_gradients: int, recomputed: float) -> tuple[float, float]:
+    """Products forward and backward, with a share of the rows recomputed."""
+    if mode == "stash":
+        return 2.0, 0.0
+    if mode == "pairs":
+        return 1.0 + num_gradients + recomputed, 0.0
+    return 1.0, num_gradients + recomputed if mode in ("cache", "recompute") else 0.0
+
+
+def _with_products(
+    plan: Plan,
+    again: Sequence[int],
+    needs_hidden: bool,
+    needs_weight: bool,
+    hidden_grad_bytes: int,
+    weight_grad_bytes: int,
+) -> Plan:
+    """The plan with its products of D W, and what it takes at once. ``again``: rows that are recomputed."""
     # Groups of D, or of recomputed rows, as there are.
-    group_sizes = [cached] if cached else []
-    group_sizes += [group.stop - group.start for group in groups if not group.is_recomputed]
-    group_sizes += [stop - start for piece in again for start, stop in _ranges(piece, block_rows)]
+    group_sizes = [plan.cached_rows] if plan.cached_rows else []
+    group_sizes += [group.stop - group.start for group in plan.groups if not group.is_recomputed]
+    group_sizes += [stop - start for piece in again for start, stop in _ranges(piece, plan.block_rows)]
     products = _hidden_products(plan, group_sizes if needs_hidden else [])
     peak = peak_bytes(
-        mode,
-        workspace_bytes=workspace_bytes,
-        kept_bytes=kept_bytes,
-        row_bytes=hidden_size * operand_bytes,
-        chunk_rows=rows,
+        plan.mode,
+        workspace_bytes=plan.workspace_bytes,
+        kept_bytes=plan.kept_bytes,
+        row_bytes=plan.hidden_size * plan.operand_bytes,
+        chunk_rows=plan.chunk_rows,
         # Of dW's products, the rows that are scaled.
         group_rows=max(group_sizes, default=0) if needs_weight else 0,
         product_bytes=max(
-            (product_bytes(plan, *product, is_kept=mode == "stash") for product in products), default=0
+            (product_bytes(plan, *product, is_kept=plan.keeps_product) for product in products), default=0
         ),
         hidden_grad_bytes=hidden_grad_bytes,
         weight_grad_bytes=weight_grad_bytes,
-        weight_sum_bytes=weight_sum_bytes,
+        weight_sum_bytes=plan.weight_sum_bytes,
         recomputes=bool(again),
-        weight_copy_bytes=weight_copy_bytes,
+        weight_copy_bytes=plan.weight_copy_bytes,
     )
     return replace(plan, peak_bytes=peak, hidden_products=products)
 

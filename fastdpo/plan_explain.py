@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from fastdpo.plan import Plan, make_plan, resolve_mode, settled_run
+from fastdpo.plan import Plan, make_plan
+from fastdpo.plan_modes import resolve_mode, settled_run
 from fastdpo.schedule import holds_a_chunk_row
 
 # Those of `fastdpo.types`, which a plan does not import.

@@ -69,7 +69,7 @@ def chunk_lines(plan: Plan) -> list[str]:
     """The chunks, and of a GPU what the best of the smaller and of the larger ones would cost or gain."""
     rows = plan.chunk_rows
     lines = [f"chunks        {len(plan.chunks())} of up to {rows} rows"]
-    if plan.num_multiprocessors == 0 or not CHUNK_ROWS_MULTIPLE <= rows < plan.num_tokens:
+    if not plan.waves or not CHUNK_ROWS_MULTIPLE <= rows < plan.num_tokens:
         return lines
     sizes = (plan.num_tokens, plan.vocab_size, plan.logits_bytes, plan.workspace_mib)
     device = (plan.hidden_size, plan.num_multiprocessors)

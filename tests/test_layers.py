@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fastdpo"
 # Bottom first. A module imports from its own layer and from those below it; modules named together
 # stand side by side and do not know each other.
 LAYERS = (
-    {"types", "_C", "waves"},
+    {"types", "_C", "waves", "plan_modes"},
     {"schedule"},
     {"plan_lean", "plan_memory", "plan_text"},
     {"reference", "reference_sequence", "plan"},
@@ -38,10 +38,11 @@ ONLY = {
     "losses": set(),
     "waves": set(),
     "schedule": {"waves"},
-    "plan": {"plan_lean", "plan_memory", "plan_text", "schedule", "waves"},
-    "plan_explain": {"plan", "plan_lean", "schedule"},
+    "plan": {"plan_lean", "plan_memory", "plan_modes", "plan_text", "schedule", "waves"},
+    "plan_explain": {"plan", "plan_modes", "schedule"},
     "plan_lean": {"schedule", "waves"},
     "plan_memory": {"schedule", "waves"},
+    "plan_modes": set(),
     "plan_text": {"schedule"},
     "testing": {"types", "reference", "kernels"},
 }
@@ -57,6 +58,7 @@ LIBRARIES = {
     "waves": set(),
     "plan_lean": set(),
     "plan_memory": set(),
+    "plan_modes": set(),
     "plan_text": set(),
     "kernels": {"triton"},
     "ops": set(),

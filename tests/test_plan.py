@@ -12,7 +12,8 @@ import pytest
 
 import fastdpo.plan
 from fastdpo import explain_plan
-from fastdpo.plan import MAX_LOW_PRECISION_GROUPS, make_plan, resolve_mode
+from fastdpo.plan import MAX_LOW_PRECISION_GROUPS, make_plan
+from fastdpo.plan_modes import resolve_mode
 from fastdpo.schedule import MIB, chunk_and_block_rows, group_pairs, leading_dim
 
 
@@ -238,5 +239,8 @@ def test_the_plan_imports_no_torch() -> None:
     tree = ast.parse(Path(fastdpo.plan.__file__).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    ours = {f"fastdpo.{name}" for name in ("plan_lean", "plan_memory", "plan_text", "schedule", "waves")}
+    ours = {
+        f"fastdpo.{name}"
+        for name in ("plan_lean", "plan_memory", "plan_modes", "plan_text", "schedule", "waves")
+    }
     assert modules <= {"__future__", "collections.abc", "dataclasses", "itertools"} | ours

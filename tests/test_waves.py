@@ -98,6 +98,13 @@ def test_partial_sums_stay_in_a_quarter_of_the_workspace() -> None:
         )
 
 
+def test_wider_operands_are_left_to_the_library() -> None:
+    """The model is of tensor cores, and an fp32 sum that a library splits stays one of fp32."""
+    plan = explain_plan(16384, 3584, 256000, operand_bytes=4, num_multiprocessors=132)
+    assert plan.waves == () and "predicted" not in str(plan)
+    assert {parts for _, parts in plan.hidden_products} == {1}
+
+
 def test_a_cpu_has_no_waves() -> None:
     plan = explain_plan(16384, 4096, 128256)
     assert plan.waves == () and "waves" not in str(plan) and "predicted" not in str(plan)

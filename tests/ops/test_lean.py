@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo import Execution, linear_logprob
 from fastdpo.ops import library
-from fastdpo.plan import resolve_mode
 from fastdpo.plan_lean import (
     TORCH_LOGIT_BYTES,
     lean_blocks,
     make_lean_plan,
 )
+from fastdpo.plan_modes import resolve_mode
 from fastdpo.schedule import MIB, holds_a_chunk_row
 from fastdpo.testing import (
     Case,
