@@ -210,6 +210,10 @@ BASE = ("--model", "m", "--dataset", "d", "--use_cpu")
         (["--dataset", "d"], "--model is required"),
         ([*BASE, "--betta", "0.1"], "unknown argument --betta; did you mean --beta?"),
         (["stray", *BASE], "unknown argument stray"),
+        (
+            [*BASE, "--epochs", "3", "--bs=2"],
+            "--epochs; use --num_train_epochs\n  unknown argument --bs=2; use --per_device_train_batch_size",
+        ),
         ([*BASE, "--beta", "much"], "beta: got 'much', wanted a number or none"),
         ([*BASE, "--loss_type", "sigmod"], "did you mean 'sigmoid'"),
         ([*BASE, "--gamma", "0.5"], "gamma"),
@@ -298,6 +302,7 @@ def test_bench_runs_a_suite_of_the_checkout(
     options = ["--device", "cpu", "--preset", "tiny", "--repeats", "1", "--results", str(tmp_path)]
     assert main(["bench", "row", *options]) == 0
     assert len(list(tmp_path.glob("*.json"))) == 1
+    assert "tiny sizes" in (out := capsys.readouterr().out) and "say nothing about speed" in out
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "row"]) == 2
     assert "wanted the root of a checkout" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from fastdpo.training.batch_settings import check_batches, check_loader
 from fastdpo.training.data_settings import DataSettings, check_data_settings
 from fastdpo.training.encode import EncodingOptions
 from fastdpo.training.kinds import DataKind, kind_of
-from fastdpo.training.loop_settings import TRAINING_MODES, check_installed, check_loop
+from fastdpo.training.loop_settings import TRAINING_MODES, check_installed, check_loop, check_sharding
 from fastdpo.training.loss_settings import TakesLossOptions
 from fastdpo.training.nll_settings import trains_on_prompt
 from fastdpo.training.setting_values import not_default, plain_values, settle
@@ -230,6 +230,7 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
     )
 
     def __post_init__(self) -> None:
+        check_sharding(self)
         settle(self)
         self.given = not_default(self)
         if isinstance(self.loss_type, str):
@@ -310,6 +311,8 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
             assistant_only=self.assistant_only,
             allow_bad_rows=self.allow_bad_rows or (),
             max_bad_rows=self.max_bad_rows,
+            processes=self.dataset_num_proc,
+            show_progress=not self.disable_tqdm and self.process_index == 0,
         )
 
     def _choose_defaults(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from fastdpo.training.arguments import given_settings
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.loss_settings import all_loss_options
+from fastdpo.training.loss_settings import all_loss_options, with_loss_options
 from fastdpo.training.run_arguments import (
     AdapterArguments,
     ArgumentError,
@@ -157,15 +157,14 @@ def test_a_copy_of_settings_is_the_same():
 
 @pytest.mark.parametrize("name", sorted(all_loss_options()))
 def test_options_of_the_losses_are_keywords_flags_and_names_in_yaml(name: str, tmp_path: Path):
-    taker, option = next(iter(all_loss_options()[name].items()))
+    option = next(iter(all_loss_options()[name].values()))
     path = tmp_path / "run.yaml"
     path.write_text(f"{name}: {json.dumps(option.default)}\n")
     word = json.dumps(option.default) if option.type is not str else option.default
     wanted = {"loss_options": {name: option.default}}
     assert given_settings([PreferenceConfig], [str(path)]) == wanted
     assert given_settings([PreferenceConfig], [f"--{name}", word]) == wanted
-    made = PreferenceConfig(use_cpu=True, loss_type=taker, **{name: option.default})
-    assert made.loss_options == {name: option.default}
+    assert with_loss_options({name: option.default}) == wanted
 
 
 def test_flags_win_over_the_file_option_by_option(tmp_path: Path):
