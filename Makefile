@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-gpu test-llama-factory gpu demo bench bench-repeat tables clean
+.PHONY: help setup check test test-gpu test-llama-factory gpu demo bench bench-repeat tables evidence clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -87,6 +87,9 @@ bench-repeat: setup  ## whether two runs of one version agree within the stated 
 tables: setup  ## write the tables and plots of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m fastdpo.training.checks_page docs/data.md
+
+evidence: setup  ## write docs/evidence.md: what is compiled, counted and simulated without a GPU; minutes
+	$(BIN)/python -m benchmarks.evidence
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info fastdpo/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(BIN)/.built

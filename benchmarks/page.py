@@ -37,6 +37,8 @@ def document(results: Sequence[Result]) -> str:
         if not devices:
             makes = "`make gpu`" if of_gpu else "`fastdpo bench op memory accuracy --device cpu`"
             parts.append(f"{NOT_RUN}: {makes} makes these tables.")
+            if of_gpu:
+                parts.append("[evidence.md](evidence.md) has what is known without one, none of it measured.")
         elif not of_gpu:
             parts.append("These are numbers of a CPU. They say nothing about a GPU.")
         for device, cases in devices.items():

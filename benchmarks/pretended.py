@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from fastdpo.kernels import matmul, scale_triton
+from fastdpo.kernels import lean_triton, matmul, scale_triton
 from fastdpo.ops import backends, divergence_plan, head_call, lean_backward, lean_merge, library, sequence
 from fastdpo.ops.chunked import backward_chunks, forward_chunks
 from fastdpo.ops.gradients import TokenGrads
@@ -50,6 +50,7 @@ def pretended_gpu(
         (head_call, "load_row_kernel", lambda name: kernel("row")),
         (lean_merge, "load_row_kernel", lambda name: kernel("row")),
         (lean_backward, "_load_slab_gradient", lambda call: kernel("slab")),
+        (lean_triton, "lean_logprobs", kernel("store-free")),
         (sequence, "load_sequence_kernels", lambda name: of_sequences),
         (scale_triton, "unavailable_reason", lambda device: None),
         (scale_triton, "scale_", kernel("scale")),

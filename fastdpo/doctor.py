@@ -159,14 +159,13 @@ def _llama_factory() -> list[tuple[str, str]]:
 
 
 def _model(name: str) -> list[tuple[str, str]]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    from fastdpo.integrations.auto_class import auto_class, read_config
     from fastdpo.integrations.lm_head import read_head
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = read_config(name)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(config).from_config(config)
     except (OSError, ValueError, KeyError) as error:
         return [("model", f"cannot be read: {_one_line(error)}")]
     lines = [("class", type(model).__name__)]

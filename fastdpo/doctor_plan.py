@@ -67,7 +67,7 @@ def plan_of(
         return plan, resolve_divergence_backend(execution.backend, weight.device, sums)
     with torch.enable_grad():
         mode = settle_mode(hidden, head, execution, has_pair_loss=has_pair_loss)
-    options = call_options(hidden, head, execution, mode)
+        options = call_options(hidden, head, execution, mode)
     index = torch.zeros(num_tokens, dtype=torch.int64, device=weight.device)
     call = head_call(
         hidden.detach(),

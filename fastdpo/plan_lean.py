@@ -3,9 +3,9 @@
 Pure arithmetic, as in `fastdpo.plan`. A slab is a range of the vocabulary; its logits ``(R, S)`` are made
 for R rows at a time.
 
-**Forward**, the kernels of 16-bit operands want few rows and wide slabs: D W is summed over the slabs, and
-each further one reads and writes that sum once more. Where the workspace is too small for that, Triton has a
-kernel that stores no logits. Plain torch takes the blocks of the backward pass: its logits are the same bits.
+**Forward**, 16-bit operands want few rows and wide slabs: D W is summed over the slabs, and each further one
+reads and writes that sum once more. Where the workspace is too small for that, Triton has a kernel that
+stores no logits. Wider operands take the blocks of the backward pass: its logits are then the same bits.
 
 **Backward**, where logits are made again, all rows at once is best: dW of a slab is then one product, written
 once with the full sum over tokens behind it. Rows are cut into blocks only where even a narrow slab of all
@@ -28,8 +28,8 @@ from fastdpo.schedule import (
     hidden_scratch_bytes,
 )
 
-# What makes a slab's sums and its D: plain torch; a row kernel, for which a slab is a vocabulary; or that,
-# with a kernel that stores no logits beside it.
+# What makes a slab's sums and its D: plain torch; of 16-bit operands a row kernel, for which a slab is a
+# vocabulary; or that, with a kernel that stores no logits beside it.
 LEAN_KERNELS = ("torch", "rows", "triton")
 # What makes it worth while to store logits: the sum of D W is then read and written in a seventh of the time
 # of a slab's product at most (H200: 12 bytes for 16384 FLOP).
@@ -179,15 +179,15 @@ def make_lean_plan(
     )
     workspace_bytes = _block_bytes(rows, slab, hidden_size, logit, operand_bytes)
     score_rows, score_slab = rows, slab
-    room = _Room(hidden_size, operand_bytes, copies_weight * operand_bytes, workspace_mib)
-    is_store_free = kernel == "triton" and not room.is_wide(vocab_size)
-    if is_store_free:
+    room = _Room(hidden_size, logit, operand_bytes, copies_weight * operand_bytes, workspace_mib)
+    stores_none = kernel == "triton" and not room.is_wide(vocab_size)
+    if stores_none:
         score_rows, score_slab = store_free_rows(num_tokens, vocab_size, workspace_mib), 0
         workspace_bytes = max(workspace_bytes, sums_bytes(score_rows, vocab_size))
-    elif kernel != "torch" and num_tokens:
+    elif operand_bytes == 2 and num_tokens:
         score_rows, score_slab = room.best_slabs(num_tokens, vocab_size, num_multiprocessors)
         workspace_bytes = max(workspace_bytes, room.used_bytes(score_rows, score_slab))
-    has_product = keeps_product and not is_store_free
+    has_product = keeps_product and not stores_none
     needs_any = needs_hidden or needs_weight or needs_bias
     kept_bytes = num_tokens * hidden_size * operand_bytes
     if not has_product:
@@ -219,15 +219,16 @@ def is_store_free(
     workspace_mib: int,
 ) -> bool:
     """Whether the forward pass stores no logits, and so makes no D W: a matter of sizes, not of tokens."""
-    room = _Room(hidden_size, operand_bytes, copies_weight * operand_bytes, workspace_mib)
+    room = _Room(hidden_size, KERNEL_LOGIT_BYTES, operand_bytes, copies_weight * operand_bytes, workspace_mib)
     return kernel == "triton" and not room.is_wide(vocab_size)
 
 
 @dataclass(frozen=True)
 class _Room:
-    """What a workspace holds in a forward pass by a row kernel; a quarter of it is for sums of D W."""
+    """What a workspace holds in a forward pass of 16-bit operands; a quarter of it is for sums of D W."""
 
     hidden_size: int
+    logit_bytes: int  # as in `lean_blocks`
     operand_bytes: int
     weight_bytes: int  # of an entry of the weight's slab where that is converted, else 0
     workspace_mib: int
@@ -243,7 +244,8 @@ class _Room:
 
     def _block_bytes(self, rows: int, slab: int) -> int:
         per_row = self.hidden_size * (self.operand_bytes + 4)
-        return rows * slab * 4 + rows * per_row + slab * self.hidden_size * self.weight_bytes
+        logits = rows * slab * self.logit_bytes
+        return logits + rows * per_row + slab * self.hidden_size * self.weight_bytes
 
     def widest(self, rows: int) -> int:
         """Vocabulary entries of the widest slab beside so many rows."""

@@ -90,7 +90,8 @@ class Execution:
             traffic (the label's logit and its share of the logsumexp stay exact).
         compute_dtype: dtype of the matrix products' operands; ``None`` is the inputs' dtype, or
             autocast's where autocast is on.
-        workspace_mib: bound on the logits scratch, in MiB.
+        workspace_mib: bound on the logits scratch, in MiB; on a GPU fp32 sums of D W may take a quarter of it
+            beside. Chunks of logits take as much as makes them faster, or as ``lean`` finds use for.
         cache_mib: bound on the logit gradients kept for the backward pass of one call, in MiB.
     """
 

@@ -98,7 +98,7 @@ def test_contenders_are_timed_alike_and_their_host_is_in_the_results(device: Dev
     samples = time_interleaved(contenders, CUDA, repeats=4, warmup=1)
     for taken in samples.values():
         assert [sample.ms for sample in taken] == pytest.approx([2.0] * 4)
-    assert of_host(samples["slow"], CUDA) == {"host_ms": pytest.approx(0.6), "device_waited": 0}
+    assert of_host(samples["slow to launch"], CUDA) == {"host_ms": pytest.approx(0.6), "device_waited": 0}
     assert of_host(samples["quick"], CPU) == {}
 
 

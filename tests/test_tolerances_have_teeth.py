@@ -86,6 +86,20 @@ def test_one_wrong_entry_is_caught_by_the_largest_error():
         assert_close_to_fp64(ours, truth, eager)
 
 
+def test_one_entry_of_fp32_off_by_sixteen_roundings_is_caught():
+    """Where eager is a single rounding, the least that it can be; a quarter of that passes."""
+    truth, _ = _noisy()
+    eager = truth.float()
+    for roundings, is_wrong in ((16, True), (4, False)):
+        ours = eager.clone()
+        ours[5, 7] += roundings * torch.finfo(torch.float32).eps * truth.abs().max().float()
+        if is_wrong:
+            with pytest.raises(AssertionError, match=r"largest error .* at \(5, 7\)"):
+                assert_close_to_fp64(ours, truth, eager)
+        else:
+            assert_close_to_fp64(ours, truth, eager)
+
+
 def test_one_wrong_block_is_caught_by_its_norm():
     """Too small for the largest error, which the first block dominates."""
     truth, _ = _noisy()

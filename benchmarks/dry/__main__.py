@@ -23,8 +23,8 @@ import torch
 
 from benchmarks.dry.claims import Claims
 from benchmarks.dry.device import CARDS, Card, Pretence
-from benchmarks.dry.extension import stand_in_for_extension
 from benchmarks.dry.launches import Launches
+from benchmarks.dry.ours import prepare
 
 SUITES = ("op", "row", "step", "memory", "accuracy")
 
@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
     claims.install()
     with pretence:
         launches.install(pretence)
-        stand_in_for_extension(pretence)
+        prepare(pretence)
         _take_for_granted(pretence)
         from benchmarks.suites import Options, check_options, make_cases
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.dry import tensor as hollow
+from benchmarks.dry.moves import to
 from benchmarks.dry.tensor import CUDA, HollowMode
 
 
@@ -69,9 +69,9 @@ class Pretence:
     def __enter__(self) -> Pretence:
         for name, answer in _answers(self.card, self.mode).items():
             self.replace(torch.cuda, name, answer)
-        self.replace(torch.Tensor, "to", hollow.to)
-        self.replace(torch.Tensor, "cuda", lambda t, *args, **options: hollow.to(t, CUDA, **options))
-        self.replace(torch.Tensor, "cpu", lambda t, **options: hollow.to(t, "cpu"))
+        self.replace(torch.Tensor, "to", to)
+        self.replace(torch.Tensor, "cuda", lambda t, *args, **options: to(t, CUDA, **options))
+        self.replace(torch.Tensor, "cpu", lambda t, **options: to(t, "cpu"))
         self.replace(torch.Tensor, "pin_memory", lambda t, *args: t)
         self.replace(torch, "Generator", _Generator)
         self.replace(torch, "compile", _not_compiled)

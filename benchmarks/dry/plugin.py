@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.dry.claims import Claims
 from benchmarks.dry.device import CARDS, Card, Pretence
-from benchmarks.dry.extension import stand_in_for_extension
 from benchmarks.dry.launches import Launches
+from benchmarks.dry.ours import prepare
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,7 +36,7 @@ class _DryRun:
         self._claims.install()
         self._pretence.__enter__()
         self._launches.install(self._pretence)
-        stand_in_for_extension(self._pretence)
+        prepare(self._pretence)
         self._skip_walks()
 
     def _skip_walks(self) -> None:

@@ -29,6 +29,8 @@ ROUNDING = 512  # bytes, to which torch's allocator rounds
 # What may take a CPU's tensor beside a GPU's; numbers, of no dimension, all may.
 MIXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "copy_")
 BY_INDEX = MIXING[:-1]
+# Of what is no view, what runs nothing on a GPU.
+NO_LAUNCH = ("empty", "new_empty", "_unsafe_view", "lift", "resize_")
 # Made-up booleans are True, but for these and for what differs from itself.
 MADE_UP_FALSE = ("any", "isnan", "isinf")
 
@@ -100,7 +102,7 @@ class Hollow(Tensor):
     def set_(self, storage: Any, *shape: Any) -> Tensor:
         """A tensor over a storage: another one, because a wrapper's shape stands."""
         made = torch.empty(0, dtype=self.dtype, device=storage.device).set_(storage, *shape)
-        return _mode().wrap(made, is_known=not made.is_meta)
+        return current().wrap(made, is_known=not made.is_meta)
 
     def new_tensor(self, data: Any, **options: Any) -> Tensor:
         return torch.tensor(data, **{"dtype": self.dtype, "device": CUDA, **options})
@@ -208,7 +210,7 @@ class HollowMode(TorchDispatchMode):
                 return torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
         if (special := SPECIAL.get(name)) is not None:
             return special(self, *args, **kwargs)
-        if not func.is_view:
+        if not (func.is_view or name.startswith(NO_LAUNCH)):
             self.launch(name)
         if name in BY_INDEX:
             leaves, spec = tree_flatten((self._without_masks(args), kwargs))
@@ -219,10 +221,14 @@ class HollowMode(TorchDispatchMode):
 
     def _run(self, func: Any, name: str, leaves: list[Any], spec: Any, given: list[Hollow]) -> Any:
         is_valued = not any(leaf.inner.is_meta for leaf in given)
-        hangs_on_values = torch.Tag.dynamic_output_shape in func.tags
+        hangs_on_values = torch.Tag.dynamic_output_shape in func.tags and name not in BY_INDEX
         if is_valued and not (func._schema.is_mutable or func.is_view or hangs_on_values):
             # A comparison of all labels with all of a vocabulary would have values by the billion.
             is_valued = all(has_values(result) for result in _tensors(_call(func, leaves, spec, "meta")))
+        if hangs_on_values and not is_valued:
+            self.made_up += 1
+            one = [self._one_element(leaf) for leaf in leaves]
+            return tree_map(lambda leaf: self.wrap(leaf, is_known=False), _call(func, one, spec, "cpu"))
         result = _call(func, leaves, spec, "cpu" if is_valued else "meta")
         if func._schema.is_mutable:
             written = _written(func, leaves, spec)
@@ -243,6 +249,12 @@ class HollowMode(TorchDispatchMode):
             return self.wrap(leaf, is_known)
 
         return tree_map(wrapped, result)
+
+    def _one_element(self, leaf: Any) -> Any:
+        """In the place of a tensor without values, for an operator whose result's shape hangs on them."""
+        if not isinstance(leaf, Hollow) or not leaf.inner.is_meta:
+            return leaf
+        return self.wrap(torch.ones((1,) * leaf.dim(), dtype=leaf.dtype), is_known=False)
 
     def _without_masks(self, args: Any) -> Any:
         """Positions in the place of masks, whose number hangs on values."""
@@ -301,7 +313,8 @@ SPECIAL = {
 }
 
 
-def _mode() -> HollowMode:
+def current() -> HollowMode:
+    """The mode that is on."""
     return _modes[-1]
 
 
@@ -355,40 +368,3 @@ def _check_devices(func: Any, leaves: list[Any]) -> None:
                 f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
                 f"{leaf.device}! ({func})"
             )
-
-
-class _ToHost(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Hollow) -> Tensor:
-        return _mode().to_host(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _mode().to_gpu(grad, non_blocking=True)
-
-
-class _ToGpu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, non_blocking: bool) -> Tensor:
-        return _mode().to_gpu(tensor, non_blocking)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        return _mode().to_host(grad), None
-
-
-def to(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
-    """``Tensor.to``, also to and from a GPU of which C++ knows nothing."""
-    copy = bool(options.pop("copy", False))
-    if args and isinstance(args[0], Tensor):
-        args = (args[0].device, args[0].dtype, *args[1:])
-    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **options)
-    if device is not None and (device.type == "cuda") != isinstance(tensor, Hollow):
-        if device.type == "cuda":
-            tensor = _ToGpu.apply(tensor, non_blocking)
-        elif isinstance(tensor, Hollow) and device.type == "cpu":
-            tensor = _ToHost.apply(tensor)
-        else:
-            tensor = to_any(tensor, device)
-    more = {} if memory_format is None else {"memory_format": memory_format}
-    return to_any(tensor, dtype or tensor.dtype, copy=copy, **more)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdpo.integrations.lm_head import ModelTail, logit_transform
-from fastdpo.integrations.probe import HEAD_ARGUMENTS, load_balancing_loss
+from fastdpo.integrations.probe import HEAD_ARGUMENTS, NotSupportedArgument, load_balancing_loss
 from fastdpo.ops.checks import fail
 
 # One thing, by the names that releases of transformers and families have for it.
@@ -55,7 +55,7 @@ def _backbone_inputs(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> 
         own = [other for other in _CACHES if other in tail.arguments and other not in inputs]
         inputs.update({other: inputs.pop(name) for other in own[:1]})
     if unknown := inputs.keys() - tail.arguments:
-        raise TypeError(
+        raise NotSupportedArgument(
             f"{sorted(unknown)}: not supported with return_logps=True, wanted {sorted(tail.arguments)}"
         )
     for name in tail.from_config - inputs.keys():

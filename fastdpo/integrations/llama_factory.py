@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.integrations.model import require_fused_output
-from fastdpo.integrations.patched_call import without_logits
+from fastdpo.integrations.patched_call import or_own, without_logits
 from fastdpo.integrations.source_patch import (
     AppliedPatch,
     Replaced,
@@ -68,7 +68,7 @@ def patch_llama_factory(*, execution: Execution | None = None) -> AppliedPatch:
         RuntimeError: this LLaMA-Factory is not one whose sources are known; says what was found.
         ValueError: it is patched with another execution.
 
-    A head that `patch_model` refuses raises in the first step.
+    A model that `patch_model` refuses goes on in LLaMA-Factory's own method; one line says so.
 
     Example:
         >>> fastdpo.patch_llama_factory()
@@ -85,7 +85,7 @@ def patch_llama_factory(*, execution: Execution | None = None) -> AppliedPatch:
         return _describe(_active, is_new=False)
     if reason := llama_factory_refusal():
         raise RuntimeError(f"patch_llama_factory: {reason}")
-    _active = _Active(run, replace({FORWARD: _make_forward(run)}))
+    _active = _Active(run, replace({FORWARD: or_own(_make_forward(run))}))
     return _describe(_active, is_new=True)
 
 

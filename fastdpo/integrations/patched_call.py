@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 from fastdpo.integrations.lm_head import wrappers_and_model
 from fastdpo.integrations.model import is_patched, patch_model, unpatch_model
+from fastdpo.integrations.probe import NotSupported
+from fastdpo.integrations.source_patch import Around
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens, is_switched_off
 from fastdpo.types import Execution
+
+logger = logging.getLogger(__name__)
+
+
+def or_own(ours: Callable[..., Any]) -> Around:
+    """``ours`` in the place of a trainer's method, which goes on with what ours does not serve.
+
+    ``ours`` finds that out before the model runs, and raises `NotSupported`. One line says so, once a reason.
+    """
+
+    def around(own: Callable[..., Any]) -> Callable[..., Any]:
+        said: set[str] = set()
+
+        @functools.wraps(ours)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return ours(self, *args, **kwargs)
+            except NotSupported as error:
+                say_own(f"{type(self).__name__}.{own.__name__}", error, said)
+            return own(self, *args, **kwargs)
+
+        return method
+
+    return Around(around)
+
+
+def say_own(what: str, error: Exception, said: set[str]) -> None:
+    """One line for each of the reasons why the code of another package runs in its own way."""
+    reason = " ".join(str(error).split())
+    if reason not in said:
+        said.add(reason)
+        logger.warning("%s runs its own code, with the logits: %s", what, reason)
 
 
 @contextmanager

@@ -27,8 +27,16 @@ _NUM_POSITIONS = 4
 _ROW_SCALES = (0.1, 1.0, 30.0, 300.0)  # from where a cap of 15 to 50 changes nothing to where it is all
 
 
+class NotSupported(ValueError):
+    """Of a model, or of what is asked of it: the hook cannot do it, though the model itself may."""
+
+
+class NotSupportedArgument(NotSupported, TypeError):
+    """The same of an argument's name."""
+
+
 def refuse(model: nn.Module, reason: str) -> NoReturn:
-    raise ValueError(f"{type(model).__name__} is not supported: {reason}.")
+    raise NotSupported(f"{type(model).__name__} is not supported: {reason}.")
 
 
 def load_balancing_loss(model: nn.Module) -> Callable[..., Tensor] | None:

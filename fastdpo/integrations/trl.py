@@ -86,8 +86,9 @@ def patch_trl(*, execution: Execution | None = None, experimental: bool = True) 
     rest (SFT, GRPO, RLOO, BCO ...) is left as it is, as ``use_liger_loss`` is, and KTO's ``logits/chosen``
     and ``logits/rejected`` are sums over the answers' tokens. `doctor` lists what is replaced and what not.
 
-    A head that TRL's trainers refuse (LoRA on ``lm_head``) they still refuse; one that fastdpo cannot run
-    (ZeRO-3, quantised; for the experimental trainers what `patch_model` refuses) raises at the first step.
+    A head that TRL's trainers refuse (LoRA on ``lm_head``) they still refuse. What fastdpo cannot run (a head
+    under ZeRO-3 or quantised; for the experimental trainers and TRL 0.24 encoder-decoders and what
+    `patch_model` refuses) goes on in TRL's own code, and one line says so and why.
 
     Args:
         execution: how to run the head; see `Execution`.
@@ -241,7 +242,7 @@ def _installed_version() -> str | None:
 def _replacements(options: _Options) -> dict[str, Any]:
     if _installed_version() == trl_0_24.VERSION:
         return trl_0_24.replacements(options.execution, experimental=options.experimental)
-    made: dict[str, Any] = {SEAM: FusedLogProb(options.execution)}
+    made: dict[str, Any] = {SEAM: Around(lambda own: FusedLogProb(options.execution, own))}
     if hasattr(find(SEAM)[0], "_use_triton"):
         made[COMPACTION] = Around(drop_unlabelled)
     if options.experimental:

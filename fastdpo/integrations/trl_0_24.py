@@ -5,7 +5,8 @@ TRL 0.24, the last that LLaMA-Factory 0.9.5 takes, has no log-prob function that
 methods that call the model; CPO and ORPO are those of `trl_trainers`. Truncation, losses and metrics stay
 TRL's, and so does what TRL 0.24 does with options that it lets come together: RPO's and SFT's likelihood
 leaves token 0 out, LD-DPO counts positions from the row's first logit, ``padding_free`` divides IPO by the
-tokens of the whole batch. What makes TRL itself fail in the forward pass is refused by name.
+tokens of the whole batch. What makes TRL itself fail in the forward pass is refused by name; what is not
+served (encoder-decoders, other ignored labels, what `patch_model` refuses) goes on in TRL's own method.
 
 One metric differs: KTO's ``logits/chosen`` and ``logits/rejected`` are sums over the vocabulary at the
 answers' tokens. Theirs are over prompts and padding as well, whose logits are what is not computed here.
@@ -14,7 +15,6 @@ answers' tokens. Theirs are over prompts and padding as well, whose logits are w
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -25,7 +25,8 @@ from torch import Tensor
 from fastdpo.integrations import trl_trainers
 from fastdpo.integrations.lm_head import find_linear, unwrap
 from fastdpo.integrations.model import FusedLMOutput, require_fused_output
-from fastdpo.integrations.patched_call import without_logits
+from fastdpo.integrations.patched_call import or_own, without_logits
+from fastdpo.integrations.source_patch import Around
 from fastdpo.integrations.trl_trainers import check_causal, check_ignored
 from fastdpo.types import Execution, TokenLayout
 
@@ -78,7 +79,7 @@ class _Rows(NamedTuple):
     token_type_ids: Tensor | None
 
 
-def replacements(execution: Execution | None, *, experimental: bool) -> dict[str, Callable[..., Any]]:
+def replacements(execution: Execution | None, *, experimental: bool) -> dict[str, Around]:
     """What `patch_trl` puts where, by path."""
     methods = {DPO: make_dpo(execution), **make_kto(execution)}
     if experimental:
@@ -104,7 +105,7 @@ def why_not_importable() -> str | None:
     )
 
 
-def make_dpo(execution: Execution | None) -> Callable[..., Any]:
+def make_dpo(execution: Execution | None) -> Around:
     """``DPOTrainer.concatenated_forward``."""
 
     def dpo_concatenated_forward(
@@ -145,7 +146,7 @@ def make_dpo(execution: Execution | None) -> Callable[..., Any]:
             output["aux_loss"] = out.aux_loss
         return output
 
-    return dpo_concatenated_forward
+    return or_own(dpo_concatenated_forward)
 
 
 def _model_inputs(trainer: Any, made: dict[str, Tensor], rows: _Rows) -> tuple[dict[str, Any], Tensor]:
@@ -191,7 +192,7 @@ def _answer_logps(
     return output | {"chosen_logps": logps[:num_pairs], "rejected_logps": logps[num_pairs:]}
 
 
-def make_kto(execution: Execution | None) -> dict[str, Callable[..., Any]]:
+def make_kto(execution: Execution | None) -> dict[str, Around]:
     """The three methods of ``KTOTrainer`` that call the model, by path."""
 
     def kto_score(self: Any, model: Any, batch: dict[str, Any], part: str, **options: Any) -> FusedLMOutput:
@@ -240,7 +241,11 @@ def make_kto(execution: Execution | None) -> dict[str, Callable[..., Any]]:
         with torch.no_grad():
             return _sums(kto_score(self, model, batch, "KL_completion"))
 
-    return {KTO: kto_forward, KTO_REFERENCE: kto_reference_log_probs, KTO_KL: kto_kl_logps}
+    return {
+        KTO: or_own(kto_forward),
+        KTO_REFERENCE: or_own(kto_reference_log_probs),
+        KTO_KL: or_own(kto_kl_logps),
+    }
 
 
 def _check_padding_free(trainer: Any) -> None:

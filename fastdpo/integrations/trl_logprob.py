@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastdpo.integrations.patched_call import say_own
+from fastdpo.integrations.probe import NotSupported
 from fastdpo.ops.checks import check_execution, fail
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.types import Execution, LinearLogprobOutput, LMHead
@@ -50,8 +52,10 @@ class FusedLogProb:
     and from then on calls that want the same outputs compute both gradients together.
     """
 
-    def __init__(self, execution: Execution | None = None) -> None:
+    def __init__(self, execution: Execution | None = None, own: Any = None) -> None:
         self.execution = check_execution(execution)
+        self._own = own  # the function that this one stands for, which goes on with what it does not serve
+        self._said: set[str] = set()
         self._differentiated: set[tuple[str, ...]] = set()
 
     def apply(
@@ -77,13 +81,23 @@ class FusedLogProb:
             for. As TRL's but for what rounding does: logits are not rounded to 16 bits on the way, and a
             label that ties for the largest logit is top-1 even if it is not the first.
 
+        A head that is sharded or quantised is left to TRL's function, and one line says so.
+
         Raises:
-            ValueError: unknown outputs, a head that is sharded or quantised, or a value out of range.
+            ValueError: unknown outputs, or a value out of range; without TRL's function, such a head.
         """
         outputs = tuple(outputs)
         if unknown := set(outputs) - STATISTICS.keys() - {"log_probs"}:
             raise fail("outputs", sorted(unknown), f"names from {('log_probs', *STATISTICS)}")
-        _check_weight(weight)
+        try:
+            _check_weight(weight)
+        except NotSupported as error:
+            if self._own is None:
+                raise
+            say_own("ChunkedLogProbFunction", error, self._said)
+            scaled = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
+            own: Results = self._own.apply(hidden, weight, bias, targets, *scaled)
+            return own
         head = LMHead(
             weight,
             bias=bias,
@@ -185,12 +199,12 @@ def _as_trl(scored: LinearLogprobOutput) -> Results:
 def _check_weight(weight: Any) -> None:
     """What TRL hands over and `linear_logprob` cannot see is not a whole matrix of numbers."""
     if hasattr(weight, "ds_id"):
-        raise ValueError(
+        raise NotSupported(
             "lm_head.weight: got a parameter partitioned by DeepSpeed ZeRO-3, which is gone before the "
-            "backward pass, wanted a whole one; use ZeRO-2, or fastdpo.unpatch_trl()"
+            "backward pass, wanted a whole one (ZeRO-2)"
         )
     if is_traceable_wrapper_subclass(weight) or not weight.dtype.is_floating_point:
-        raise ValueError(
+        raise NotSupported(
             f"lm_head.weight: got a {type(weight).__name__} of {weight.dtype}, quantised or sharded; wanted "
             "a plain floating-point tensor; leave lm_head out of the quantisation"
         )

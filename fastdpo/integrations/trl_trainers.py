@@ -2,7 +2,8 @@
 
 These trainers build the logits of the batch. Here their forward pass goes through `patch_model`, whose probe
 has the model's own forward confirm what is done to the logits, and which is undone when the pass is over.
-Everything else of the trainers stays TRL's.
+Everything else of the trainers stays TRL's, and so do the methods themselves for models that are not served:
+encoder-decoders, and what `patch_model` refuses.
 
 One metric differs: ``logits/chosen`` and ``logits/rejected`` of CPO and ORPO are the mean over the vocabulary
 at the answers' tokens, as in TRL's DPO trainer. Theirs is over prompts and padding as well, and the logits of
@@ -11,7 +12,6 @@ those positions are what is not computed here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.integrations.model import FusedLMOutput, require_fused_output
-from fastdpo.integrations.patched_call import without_logits
+from fastdpo.integrations.patched_call import or_own, without_logits
+from fastdpo.integrations.probe import NotSupported
+from fastdpo.integrations.source_patch import Around
 from fastdpo.types import Execution
 
 IGNORED = -100
 
 
-def make_methods(execution: Execution | None, *, is_0_24: bool = False) -> dict[str, Callable[..., Any]]:
+def make_methods(execution: Execution | None, *, is_0_24: bool = False) -> dict[str, Around]:
     """The replacements by trainer: ``concatenated_forward`` for cpo and orpo, ``_compute_loss`` for tpo.
 
     ``is_0_24``: for TRL 0.24, which has no tpo, and has the label of what is not scored as a setting.
@@ -56,10 +58,7 @@ def make_methods(execution: Execution | None, *, is_0_24: bool = False) -> dict[
         scored = labels.clone()
         scored[chosen] = text[chosen]
         if bool(((labels[:, 1:] != IGNORED) & (labels[:, 1:] != scored[:, 1:])).any()):
-            raise ValueError(
-                "chosen_labels: got labels that are not the tokens of chosen_input_ids, wanted the answer's "
-                "own tokens; fastdpo.unpatch_trl() trains on others"
-            )
+            raise NotSupported("chosen_labels: got labels that are not the tokens of chosen_input_ids")
         out = _score(self, model, inputs, scored, execution)
         nll = _mean_nll(_logps(out)[chosen], text[chosen])
         return _forward_output(self, out, labels, chosen.stop, True, nll)
@@ -96,9 +95,9 @@ def make_methods(execution: Execution | None, *, is_0_24: bool = False) -> dict[
             return loss, model(**arguments)
 
     return {
-        "cpo": cpo_concatenated_forward,
-        "orpo": orpo_concatenated_forward,
-        "tpo": tpo_compute_loss,
+        "cpo": or_own(cpo_concatenated_forward),
+        "orpo": or_own(orpo_concatenated_forward),
+        "tpo": or_own(tpo_compute_loss),
     }
 
 
@@ -121,18 +120,12 @@ def _concatenated_inputs(
 
 def check_causal(trainer: Any) -> None:
     if trainer.is_encoder_decoder:
-        raise ValueError(
-            "model: got an encoder-decoder, wanted a causal language model; fastdpo.unpatch_trl() trains it "
-            "with TRL's own code"
-        )
+        raise NotSupported("model: got an encoder-decoder, wanted a causal language model")
 
 
 def check_ignored(trainer: Any) -> None:
     if trainer.label_pad_token_id != IGNORED:
-        raise ValueError(
-            f"label_pad_token_id: got {trainer.label_pad_token_id}, wanted {IGNORED}; fastdpo.unpatch_trl() "
-            "trains with others"
-        )
+        raise NotSupported(f"label_pad_token_id: got {trainer.label_pad_token_id}, wanted {IGNORED}")
 
 
 def _score(

@@ -150,9 +150,12 @@ def logsumexp(sums: SlabSums, slope: float) -> Tensor:
     return base * slope + sums.exp.log()
 
 
-def write_outputs(sums: SlabSums, labels: Tensor, vocab_size: int, slope: float, outputs: RowOutputs) -> None:
-    """The log-probabilities and statistics of C tokens from their sums over the whole vocabulary."""
-    has_label = (labels >= 0) & (labels < vocab_size)
+def with_labels(sums: SlabSums, has_label: Tensor, slope: float) -> tuple[SlabSums, Tensor, Tensor]:
+    """The sums of a range with its labels in them; their log-probabilities ``(C,)`` there; log of the sum.
+
+    Args:
+        has_label: ``(C,)`` bool, whether the range has the row's label.
+    """
     label = sums.label_value.where(has_label, -torch.inf)
     # The label as a range of its own: one e of 1, none where it is masked.
     e, zeros = (label != -torch.inf).to(label.dtype), torch.zeros_like(label)
@@ -162,7 +165,14 @@ def write_outputs(sums: SlabSums, labels: Tensor, vocab_size: int, slope: float,
     rest = others.exp * ((others.maximum - base) * slope).exp()
     is_top = (label == sums.maximum) & (e == 1)
     log_sum = rest.log1p().where(is_top, sums.exp.log())
-    logp = (label - base) * slope - log_sum
+    return sums, (label - base) * slope - log_sum, log_sum
+
+
+def write_outputs(sums: SlabSums, labels: Tensor, vocab_size: int, slope: float, outputs: RowOutputs) -> None:
+    """The log-probabilities and statistics of C tokens from their sums over the whole vocabulary."""
+    has_label = (labels >= 0) & (labels < vocab_size)
+    label = sums.label_value
+    sums, logp, log_sum = with_labels(sums, has_label, slope)
     outputs.logps.copy_(logp.where(has_label, torch.nan))
     outputs.lse.copy_(logsumexp(sums, slope))
     if outputs.entropy is not None and sums.exp_log is not None:

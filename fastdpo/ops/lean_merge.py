@@ -75,10 +75,12 @@ class TorchBlock:
         transform = self.call.transform
         part = torch_slab.slab_sums(logits, self.labels, transform, first, self.statistics)
         self.sums = torch_slab.merged(self.sums, part, self.slope)
+        is_here = (self.labels >= first) & (self.labels < first + logits.shape[1])
+        part, logps, _ = torch_slab.with_labels(part, is_here, self.slope)
         lse = torch_slab.logsumexp(part, self.slope)
         if d is not None:
             base = lse.masked_fill(lse == -torch.inf, 0.0)  # p of nothing but masked logits is 0
-            torch_slab.slab_gradient(logits, self.labels, base, transform, first, d)
+            torch_slab.slab_gradient(logits, self.labels, logps, base, transform, first, d)
         return lse
 
     def write(self, outputs: RowOutputs) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+from fastdpo.integrations.auto_class import auto_class, read_config
 from fastdpo.integrations.virtual_tokens import has_prefix
 from fastdpo.training.checkpointing import recomputes_activations
 from fastdpo.training.config import PreferenceConfig
@@ -33,11 +34,9 @@ def load_model(
     Raises:
         ValueError: there is no such model, or it cannot be loaded; names it.
     """
-    from transformers import AutoModelForCausalLM
-
     check_there(what, name)
     name = str(Path(name).expanduser()) if name.startswith("~") else name
-    loader: Any = AutoModelForCausalLM
+    loader: Any = None
     if is_adapter(name):
         try:
             from peft import AutoPeftModelForCausalLM as loader
@@ -45,6 +44,7 @@ def load_model(
             raise ImportError(f"{what}: {name} is an adapter, which needs peft: pip install peft") from None
         options["is_trainable"] = True
     try:
+        loader = loader or auto_class(read_config(name, **options))
         with _without_future_warnings():
             model: nn.Module = loader.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:

@@ -61,15 +61,16 @@ def test_vocabularies(backend: str, vocab: int, mode: str) -> None:
     assert_results_close(op_results(case, Execution(backend=backend, mode=mode)), case)
 
 
-def test_lean_stores_no_logits() -> None:
-    """Scoring in 16 bits takes a few MiB whatever N x V is, and a backward pass its workspace."""
+@pytest.mark.parametrize("workspace_mib", [8, 64])
+def test_lean_takes_what_its_workspace_holds(workspace_mib: int) -> None:
+    """In 16 bits: partial sums of 2048 entries and no logits in 8 MiB; in 64 slabs of them, and D W."""
     if (reason := unavailable_reason("triton", CUDA)) is not None:
         pytest.skip(reason)
     num_tokens, vocab, hidden_size = 8192, 128256, 512
     hidden = torch.randn(num_tokens, hidden_size, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocab, hidden_size, device=CUDA, dtype=torch.bfloat16)
     labels = torch.randint(vocab, (num_tokens,), device=CUDA)
-    execution = Execution(backend="triton", mode="lean", workspace_mib=64)
+    execution = Execution(backend="triton", mode="lean", workspace_mib=workspace_mib)
 
     def peak(requires_grad: bool) -> float:
         h = hidden.detach().requires_grad_(requires_grad)
@@ -82,10 +83,28 @@ def test_lean_stores_no_logits() -> None:
 
     for requires_grad in (False, True):
         peak(requires_grad)
-    # Partial maxima and sums of every 2048 entries are N x 63 x 12 bytes.
-    assert peak(False) <= 16
-    dhidden = 6 * num_tokens * hidden_size / 2**20  # bf16, and its fp32 sum
-    assert peak(True) <= 64 + dhidden + 32
+    assert peak(False) <= workspace_mib + 8
+    dhidden = 6 * num_tokens * hidden_size / 2**20  # bf16, and its fp32 sum or the kept D W
+    assert peak(True) <= workspace_mib + dhidden + 32
+
+
+@pytest.mark.parametrize("workspace_mib", [8, 64])
+def test_lean_policy_is_its_reference(workspace_mib: int, backend: str) -> None:
+    """Scored, frozen and trained: one schedule, so the same bits; and D W by slabs meets the rule."""
+    case = make_case(dtype=torch.bfloat16, vocab=40001, hidden_size=256, device=CUDA, has_bias=False)
+    execution = Execution(backend=backend, mode="lean", workspace_mib=workspace_mib)
+    with torch.no_grad():
+        scored = run_op(case, case.hidden, case.weight, None, execution).logps
+    h, w, _ = leaves(case, weight=False)
+    frozen = run_op(case, h, w, None, execution).logps
+    (dhidden,) = torch.autograd.grad(frozen, h, case.upstream)
+    trained = op_results(case, execution)
+    assert torch.equal(frozen, scored) and torch.equal(trained.logps, scored)
+    truth, eager = fp64_results(case), emulated_results(case)
+    rows = (-1, dhidden.shape[-1])
+    assert_close_to_fp64(
+        dhidden.reshape(rows), truth.dhidden.reshape(rows), eager.dhidden.reshape(rows), name="dhidden"
+    )
 
 
 def test_bf16_logits(backend: str) -> None:

@@ -299,6 +299,19 @@ def test_heads_that_are_not_whole_matrices_are_refused() -> None:
         apply(inputs.weight.new_empty(0))
 
 
+def test_in_trl_they_are_left_to_its_own_function(caplog: pytest.LogCaptureFixture) -> None:
+    inputs, own = Inputs(has_bias=False), trl_function()
+    partitioned = inputs.weight.clone()
+    partitioned.ds_id = 3  # type: ignore[attr-defined]
+    arguments = (inputs.hidden, partitioned, None, inputs.targets, 0.9, 64, 5.0, 0.5, ("entropy",))
+    ours = FusedLogProb(own=own)
+    for _ in range(2):
+        found, wanted = ours.apply(*arguments), own.apply(*arguments)
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert mine is theirs or torch.equal(mine, theirs)
+    assert caplog.text.count("runs its own code") == 1 and "ZeRO-3" in caplog.text
+
+
 def test_the_signature_is_that_of_the_installed_function() -> None:
     import inspect
 

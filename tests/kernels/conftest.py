@@ -31,21 +31,22 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], d
         folder = folder.parent  # that of all workers
 
     def kernels_of(family: str, architecture: str) -> dict[str, CompiledKernel]:
-        with (folder / f"compiled-{family}.lock").open("w") as lock:
+        name = family if family == "library" else f"{family}-{architecture}"
+        with (folder / f"compiled-{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            made = folder / f"compiled-{family}.json"
+            made = folder / f"compiled-{name}.json"
             if not made.exists():
-                made.write_text(to_json(_compile(family, folder / "triton")))
+                made.write_text(to_json(_compile(family, architecture, folder / "triton")))
             kernels = from_json(made.read_text())
         return {kernel.case: kernel for kernel in kernels if kernel.architecture == architecture}
 
     return kernels_of
 
 
-def _compile(family: str, cache: Path) -> list[CompiledKernel]:
+def _compile(family: str, architecture: str, cache: Path) -> list[CompiledKernel]:
     if family != "library":
         pytest.importorskip("triton")
-        return triton_kernels(family, cache=cache)
+        return triton_kernels(family, [int(architecture.removeprefix("sm_"))], cache)
     if (problem := native.cuda_problem()) is not None:
         pytest.skip(problem)
     if find_cuobjdump() is None:

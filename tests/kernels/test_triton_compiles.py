@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compile_row import CASES, CompileCase
+from benchmarks.compile_row import CASES, FP32, CompileCase
 from benchmarks.compiled import ARCHITECTURES, CompiledKernel
 
 REGISTERS_PER_SM = 65536
@@ -84,4 +84,8 @@ def test_in_place_every_store_of_d_waits_for_all_loads(kernels: Kernels) -> None
     for name, case in CASES.items():
         kernel = kernels[name]
         assert (kernel.facts["tile_stores"] > 0) == (case.d_dtype is not None), (name, kernel)
-        assert kernel.facts["barriers"] == case.in_place * kernel.facts["tile_stores"], (name, kernel)
+        halves = 2 if case.d_dtype == FP32 else 1  # of a tile, stored one after the other
+        assert halves * kernel.facts["barriers"] == case.in_place * kernel.facts["tile_stores"], (
+            name,
+            kernel,
+        )

@@ -22,6 +22,7 @@ def meta_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.undo()  # the poison of uninitialised memory is an operation of its own
     with pretended_gpu(backend="triton"):
         yield
+        monkeypatch.undo()  # what a test patched over it goes first, or it would be put back after it
 
 
 class LiveBytes(TorchDispatchMode):

@@ -15,7 +15,7 @@ from fastdpo import Execution, TokenLayout, fused_dpo_loss, linear_logprob, plan
 from fastdpo.ops import gradients, library
 from fastdpo.ops.head_call import LogitChunks
 from fastdpo.ops.lean_slabs import SlabWorkspace
-from fastdpo.plan import Plan
+from fastdpo.plan import LEAN_STASH, Plan
 from fastdpo.testing import assert_close_to_fp64, emulated_results, fp64_results, same_sign_case
 from tests.ops.meta_gpu import MODES as ALL_MODES
 from tests.ops.meta_gpu import make_call, meta_gpu, run_call
@@ -39,12 +39,13 @@ def make_step(
     sequence = index // 4 % 2 * (TOKENS // 8) + index // 8
     labels = torch.randint(vocab, (TOKENS,), generator=generator)
     layout = TokenLayout(index, labels, sequence, (4,) * (TOKENS // 4))
-    execution = Execution(mode=mode, **SMALL)  # type: ignore[arg-type]
+    public = "lean" if mode == LEAN_STASH else mode
+    execution = Execution(mode=public, **SMALL)  # type: ignore[arg-type]
     ref_logps = torch.full((TOKENS // 4,), -30.0)
 
     def step() -> tuple[Tensor, ...]:
         h = hidden.detach().requires_grad_(mode != "score")
-        w = weight.detach().requires_grad_(mode not in ("score", "stash"))
+        w = weight.detach().requires_grad_(mode not in ("score", "stash", LEAN_STASH))
         out = fused_dpo_loss(h, w, None, layout=layout, ref_logps=ref_logps, execution=execution)
         leaves = [leaf for leaf in (h, w) if leaf.requires_grad]
         return (out.loss.detach(), *(torch.autograd.grad(out.loss, leaves) if leaves else ()))
@@ -84,11 +85,15 @@ def test_no_hidden_copy_or_zero_fill_of_a_large_matrix(
 @pytest.mark.usefixtures("meta_gpu")
 def test_nothing_asks_for_a_value_of_the_device(mode: str, index_kind: str, has_lse: bool) -> None:
     """On meta tensors, which have none: ``.item()``, ``bool()``, ``.tolist()`` or a size by data raises."""
-    needs = {"needs_weight": mode not in ("score", "stash"), "needs_hidden": mode != "score"}
+    is_frozen = mode in ("score", "stash", LEAN_STASH)
+    needs = {"needs_weight": not is_frozen, "needs_hidden": mode != "score"}
+    # Of lean three slabs of the vocabulary, whose logits are stored.
+    vocab, workspace_mib = (20000, 24) if mode in ("lean", LEAN_STASH) else (5000, 8)
     call = make_call(
-        mode, 3000, 64, 5000, index_kind=index_kind, workspace_mib=8, cache_mib=8, pair_length=300,
-        has_reference=True, **needs,
+        mode, 3000, 64, vocab, index_kind=index_kind, workspace_mib=workspace_mib, cache_mib=8,
+        pair_length=300, has_reference=True, **needs,
     )  # fmt: skip
+    assert vocab == 5000 or vocab / 3 <= call.plan.score_slab < vocab
     run_call(call, has_lse=has_lse and mode != "pairs", statistics=("entropy",))
 
 
@@ -113,8 +118,9 @@ def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch, mode: str,
     step = make_step(mode)
     expected = step()
     # What makes logits in a workspace: of chunks, or of slabs of the vocabulary.
-    owner: Any = SlabWorkspace if mode == "lean" else LogitChunks
-    name = "logits" if mode == "lean" else "fill"
+    is_lean = mode in ("lean", LEAN_STASH)
+    owner: Any = SlabWorkspace if is_lean else LogitChunks
+    name = "logits" if is_lean else "fill"
     right = getattr(owner, name)
     seen: list[Any] = []
 

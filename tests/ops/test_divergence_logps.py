@@ -173,7 +173,8 @@ def test_no_tokens() -> None:
         assert grad.count_nonzero() == 0
 
 
-def _no_one_hot(d: Tensor, labels: Tensor, values: Tensor) -> None: ...
+def _no_one_hot(p: Tensor, labels: Tensor) -> Tensor:
+    return p
 
 
 def _next_label(values: Tensor, labels: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def _next_label(values: Tensor, labels: Tensor) -> Tensor:
 
 
 BUGS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "no one-hot in D": ("_add_at_labels", _no_one_hot),
+    "no one-hot in D": ("_minus_d_of_logps_", _no_one_hot),
     "the next token's log-probability": ("_at_labels", _next_label),
     "no slope of the cap": ("_write_d", lambda d, cap_slope, d_out: d_out.copy_(d)),
 }

@@ -95,12 +95,12 @@ def test_two_ranks_carry_the_same_from_step_to_step(two_ranks: Path, tmp_path: P
     """Other data than pairs, and losses that look at a whole step: against the step in one micro-batch."""
     run_state(tmp_path, name)
     wanted = torch.load(tmp_path / f"{name}0.pt")
-    # S-DPO's gradients here are of size 30.
+    # S-DPO's gradients here are of size 30. On a CPU with AVX-512 they are off by 1.6e-6 of the largest.
     size = max(1.0, *(float(gradient.abs().max()) for gradient in wanted.values()))
     for rank in range(2):
         gradients = torch.load(two_ranks / f"{name}{rank}.pt")
         for parameter, gradient in wanted.items():
-            torch.testing.assert_close(gradients[parameter], gradient, rtol=0, atol=1e-6 * size)
+            torch.testing.assert_close(gradients[parameter], gradient, rtol=0, atol=4e-6 * size)
     logs, wanted_logs = read_metrics(two_ranks / name), read_metrics(tmp_path / name)
     assert [entry["step"] for entry in logs] == [1, 2, 2]
     for entry, wanted_entry in zip(logs, wanted_logs, strict=True):

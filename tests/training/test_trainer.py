@@ -113,11 +113,12 @@ def test_accumulation_changes_nothing(
     (whole, whole_log), *others = results
     for gradients, log in others:
         for name, gradient in whole.items():
-            # ipo's gradients here are of size 30: 1e-6 of the largest entry where that is above 1.
+            # ipo's gradients here are of size 30: of the largest entry where that is above 1. Products of
+            # other sizes add up in another order: 1.6e-6 of it on a CPU with AVX-512, below 1e-6 on others.
             size = max(gradient.abs().max().item(), 1.0)
-            torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-6 * size)
+            torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=4e-6 * size)
         for name in TRL_METRICS | {"loss"}:
-            assert log[name] == pytest.approx(whole_log[name], abs=2e-6), name
+            assert log[name] == pytest.approx(whole_log[name], rel=1e-6, abs=2e-6), name
 
 
 def test_metrics_mean_what_trl_means_by_them(make_args: MakeArgs, tokenizer: Any):
@@ -291,7 +292,7 @@ def test_a_beta_per_pair(make_args: MakeArgs, tokenizer: Any, loss_type: str, la
         assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert logged["rewards/chosen"] == pytest.approx(rewards["column"][:, 0].mean().item(), rel=1e-4)
     bad = [{**rows[0], "b": 0.0}]
-    with pytest.raises(ValueError, match="row 1: column 'b': got 0.0, wanted a number above 0"):
+    with pytest.raises(ValueError, match="row 1: column 'b': got 0.0, wanted a number in .0, inf."):
         PreferenceTrainer(
             tiny_llama(1), make_args(beta_column="b"), train_dataset=bad, processing_class=tokenizer
         )
