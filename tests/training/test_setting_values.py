@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import HfArgumentParser
 
-from fastdpo.training.arguments import given_settings
+from fastdpo.training.arguments import given_settings, parse_train
 from fastdpo.training.config import PreferenceConfig
 from fastdpo.training.loss_settings import all_loss_options, with_loss_options
 from fastdpo.training.run_arguments import (
@@ -92,6 +93,27 @@ def test_every_dataclass_reads_its_values():
     assert DataArguments(held_out="1e-1").held_out == 0.1
     assert AdapterArguments(use_peft="yes", lora_r="4").lora_r == 4
     assert PreferenceConfig(use_cpu="on", max_length="none").max_length is None
+
+
+def test_transformers_own_parser_of_arguments_takes_them_too():
+    parser = HfArgumentParser(PreferenceConfig)
+    words = (
+        "--use_cpu --loss_type simpo ipo --bf16 --dynamic_beta null --resume_from_checkpoint out/last"
+    )
+    (args,) = parser.parse_args_into_dataclasses(words.split(), look_for_args_file=False)
+    assert args.loss_type == ["simpo", "ipo"] and args.bf16 is True and args.dynamic_beta is None
+    assert args.resume_from_checkpoint == "out/last" and args.debug == []
+
+
+@pytest.mark.parametrize(("given", "meant"), [(True, "true"), (False, None), ("true", "true"), (None, None)])
+def test_going_on(given: Any, meant: str | None, tmp_path: Path):
+    assert PreferenceConfig(use_cpu=True, resume_from_checkpoint=given).resume_from_checkpoint == meant
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: m\ndataset: d\nuse_cpu: true\nresume_from_checkpoint: {json.dumps(given)}")
+    assert parse_train([str(path)]).config.resume_from_checkpoint == meant
+    words = [] if given is None or given is False else ["--resume_from_checkpoint"]
+    found = parse_train(["--model", "m", "--dataset", "d", "--use_cpu", *words])
+    assert found.config.resume_from_checkpoint == meant
 
 
 def test_fields_that_only_python_can_give_are_few():
