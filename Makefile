@@ -74,7 +74,7 @@ gpu:  ## on a machine with a GPU: compile the kernels, run the tests and the ben
 demo: setup  ## train a small model with DPO on the spot
 	$(BIN)/python examples/demo.py
 
-bench: setup  ## what `make gpu` times, on the CPU at tiny sizes: JSON, tables and plots in .benchmarks
+bench: setup  ## that what `make gpu` times runs, on the CPU at tiny sizes, which say nothing about speed: into .benchmarks
 	$(BIN)/python -m benchmarks.run op row step accuracy memory --device cpu --preset tiny --results .benchmarks --page .benchmarks
 
 # On a quiet machine: two runs of this version have to agree within the noise that they state, or it exits with 1.

@@ -245,6 +245,8 @@ def _main(args: argparse.Namespace, argv: Sequence[str]) -> int:
     elif len(plans) > 1:
         file.payload["runs"] = plans
     print(f"{info['device']}, torch {info['packages']['torch']}; {len(cases)} cases")
+    if any(plan["preset"] == "tiny" for plan in plans):
+        print("  tiny sizes show that everything runs and agrees; they say nothing about speed")
     for name, reason in backend_report().items():
         if reason:
             print(f"  backend {name} does not run here: {reason}")

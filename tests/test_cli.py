@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastdpo
+from fastdpo import cli
 from fastdpo.cli import main
 from fastdpo.losses import LOSSES, TokenDivergences
 from fastdpo.training.arguments import ArgumentError, parse_score, parse_train
@@ -210,11 +212,22 @@ BASE = ("--model", "m", "--dataset", "d", "--use_cpu")
         (["--dataset", "d"], "--model is required"),
         ([*BASE, "--betta", "0.1"], "unknown argument --betta; did you mean --beta?"),
         (["stray", *BASE], "unknown argument stray"),
+        (
+            [*BASE, "--epochs", "3", "--bs=2"],
+            "--epochs; use --num_train_epochs\n  unknown argument --bs=2; use --per_device_train_batch_size",
+        ),
         ([*BASE, "--beta", "much"], "beta: got 'much', wanted a number or none"),
         ([*BASE, "--loss_type", "sigmod"], "did you mean 'sigmoid'"),
         ([*BASE, "--gamma", "0.5"], "gamma"),
         ([*BASE, "--lora_r", "8"], "--lora_r: has no effect without --use_peft"),
         ([*BASE, "--held_out", "0.1", "--eval_dataset", "e"], "give one of the two"),
+        ([*BASE, "--held_out", "0.1", "--eval_dataset_split", "test"], "give one of the two"),
+        ([*BASE, "--eval_strategy", "steps"], "eval_strategy: got 'steps' without rows to evaluate on"),
+        ([*BASE, "--do_eval"], "do_eval without rows to evaluate on"),
+        (
+            [*BASE, "--attn_implementation", "flash_attention_3"],
+            "which needs flash_attn_interface",
+        ),
         ([*BASE, "--config", "missing.yaml"], "--config: cannot read missing.yaml"),
     ],
 )
@@ -277,6 +290,64 @@ def test_debug_shows_the_traceback(train: Callable[..., int]):
         train("--debug", "--dataset", "./missing.jsonl")
 
 
+def test_debug_is_the_program_s_alone_and_a_setting_with_a_word(
+    train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+):
+    assert cli._without_debug(["train", "--debug", "--seed", "1"]) == (["train", "--seed", "1"], True)
+    assert cli._without_debug(["bench", "op", "--debug"]) == (["bench", "op"], True)
+    words = ["train", "--debug", "underflow_overflow"]
+    assert cli._without_debug(words) == (words, False)
+    debug = parse_train([*BASE, "--debug", "underflow_overflow"]).config.debug
+    assert [option.value for option in debug] == ["underflow_overflow"]
+    for words in (["--loss_type", "sdpo"], ["--model", "./missing"]):
+        with pytest.raises(ValueError):
+            train("--debug", *words)
+
+
+def test_doctor_with_debug_shows_what_refuses(model_dir: Path, pairs: Path, tmp_path: Path):
+    words = [
+        "doctor",
+        "--model",
+        str(model_dir),
+        "--dataset",
+        str(pairs),
+        "--use_cpu",
+        "--reference",
+        "adapter",
+    ]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 2
+    with pytest.raises(ValueError, match="has no adapter"):
+        main([*words, "--output_dir", str(tmp_path / "out"), "--debug"])
+
+
+def test_no_line_is_doubled_and_no_warning_of_a_library_s_future_shown(
+    train: Callable[..., int], capsys: pytest.CaptureFixture[str]
+):
+    for place in ("one", "two"):  # a second run in one process has no second handler
+        assert train("--use_peft", output=place) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if "fastdpo" in line]
+        assert len(lines) == len(set(lines)) >= 3
+        assert not any("FutureWarning" in line for line in lines)
+    log = logging.getLogger("fastdpo")
+    assert [handler.name for handler in log.handlers].count("fastdpo") == 1
+
+
+def test_a_revision_is_of_the_model_alone(
+    train: Callable[..., int], model_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = {}
+
+    def load(name: str, *, what: str = "model", **options: Any) -> Any:
+        asked[what] = options.get("revision")
+        if what != "model":
+            raise ValueError("enough")
+        return None
+
+    monkeypatch.setattr("fastdpo.training.models.load_model", load)
+    assert train("--revision", "v2", "--ref_model", str(model_dir), "--tokenizer", str(model_dir)) == 2
+    assert asked == {"model": "v2", "ref_model": None}
+
+
 def test_a_chat_template_from_a_file(model_dir: Path, tmp_path: Path):
     template = tmp_path / "chat.jinja"
     template.write_text("{{ messages }}")
@@ -286,9 +357,20 @@ def test_a_chat_template_from_a_file(model_dir: Path, tmp_path: Path):
     assert run.model.load_tokenizer().chat_template == "{{ messages }}"
 
 
-def test_score_says_where_to_write():
+def test_score_says_where_to_write(tmp_path: Path):
     run, output = parse_score([*BASE, "--output", "x.jsonl"])
     assert (run.model.model, output) == ("m", Path("x.jsonl"))
+    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "folder.jsonl").mkdir()
+    for name, text in (
+        ("s.csv", "s.csv, wanted a file ending in .jsonl, which is what is written"),
+        ("scores", "wanted a file ending in .jsonl"),
+        ("folder.jsonl", "wanted a file in a folder"),
+        ("rows.jsonl/s.jsonl", "wanted a file in a folder"),
+        ("rows.jsonl", "which is the data that is read, wanted another file"),
+    ):
+        with pytest.raises(ArgumentError, match=f"--output: got .*{text}"):
+            parse_score([*BASE, "--dataset", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / name)])
 
 
 def test_bench_runs_a_suite_of_the_checkout(
@@ -298,6 +380,7 @@ def test_bench_runs_a_suite_of_the_checkout(
     options = ["--device", "cpu", "--preset", "tiny", "--repeats", "1", "--results", str(tmp_path)]
     assert main(["bench", "row", *options]) == 0
     assert len(list(tmp_path.glob("*.json"))) == 1
+    assert "tiny sizes" in (out := capsys.readouterr().out) and "say nothing about speed" in out
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "row"]) == 2
     assert "wanted the root of a checkout" in capsys.readouterr().err

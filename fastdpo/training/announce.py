@@ -19,6 +19,8 @@ def announce(trainer: Any, resumed_from: str | None) -> None:
     args, state, dataset = trainer.args, trainer.state, trainer.train_dataset
     if resumed_from is not None:
         logger.info("resuming from %s, at step %d of %d", resumed_from, state.global_step, state.max_steps)
+    if "output_dir" not in args.given:
+        logger.warning("no output_dir is given: what this run writes goes into %s", args.output_dir)
     unit = dataset.report.unit
     logger.info(
         "training on %d %s of %s, %s tokens: %d steps of %s; %s, reference %s",

@@ -73,7 +73,8 @@ def given_settings(kinds: Sequence[type], argv: Sequence[str], *, prog: str = "f
     given, unknown = _Parser(kinds, prog=prog).parse_known_args(argv)
     known = [*(name for kind in kinds for name in hints_of(kind)), *all_loss_options()]
     if unknown:
-        raise ArgumentError(_unknown(unknown[0], known))
+        words = [word for word in unknown if word.startswith("-")] or unknown[:1]
+        raise ArgumentError("\n  ".join(_unknown(word, known) for word in words))
     flags = {name: _word(value) for name, value in vars(given).items() if name not in ("config", "import")}
     from_file = _ours(in_file, known, f"{first.config}: " if in_file else "")
     return _both(from_file, _ours(flags, known, ""))

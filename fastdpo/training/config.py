@@ -20,7 +20,7 @@ from fastdpo.training.batch_settings import check_batches, check_loader
 from fastdpo.training.data_settings import DataSettings, check_data_settings
 from fastdpo.training.encode import EncodingOptions
 from fastdpo.training.kinds import DataKind, kind_of
-from fastdpo.training.loop_settings import TRAINING_MODES, check_installed, check_loop
+from fastdpo.training.loop_settings import TRAINING_MODES, check_installed, check_loop, check_sharding
 from fastdpo.training.loss_settings import TakesLossOptions
 from fastdpo.training.nll_settings import trains_on_prompt
 from fastdpo.training.setting_values import not_default, plain_values, settle
@@ -33,6 +33,11 @@ ADAPTER_LEARNING_RATE = 1e-5
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
+
+
+def _choice(text: str) -> dict[str, Any]:
+    """Of yes, no or the default: transformers' parser of arguments wants to be told of it."""
+    return {"help": text, "nargs": "?", "const": True}
 
 
 @dataclass
@@ -58,11 +63,11 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
     )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
-        metadata=_help("bfloat16 autocast. Default: on a GPU that has bfloat16, unless fp16 is set."),
+        metadata=_choice("bfloat16 autocast. Default: on a GPU that has bfloat16, unless fp16 is set."),
     )
     gradient_checkpointing: bool | None = field(
         default=None,
-        metadata=_help("Recompute activations in the backward pass. Default: on a GPU yes, on a CPU no."),
+        metadata=_choice("Recompute activations in the backward pass. Default: on a GPU yes, on a CPU no."),
     )
     logging_steps: float = field(
         default=10, metadata=_help("Log every so many steps (a share of all if below 1).")
@@ -71,7 +76,7 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
         default=False, metadata=_help("Hide non-finite losses in the log; on_nonfinite_loss deals with them.")
     )
     remove_unused_columns: bool = field(default=False, metadata=_help("Must stay False."))
-    resume_from_checkpoint: str | bool | None = field(  # type: ignore[assignment]
+    resume_from_checkpoint: str | None = field(
         default=None,
         metadata=_help("Checkpoint to go on from; without a value, or true, the last one in output_dir."),
     )
@@ -85,7 +90,7 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
     beta: float | None = field(
         default=None, metadata=_help("Strength of the tie to the reference. Default: each loss's own.")
     )
-    loss_options: dict[str, Any] | None = field(
+    loss_options: dict[str, Any] | str | None = field(
         default=None,
         metadata=_help("Further options of the losses, as a dict or JSON; each is a flag of its own too."),
     )
@@ -106,7 +111,7 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
     )
     nll_on_prompt: bool | None = field(
         default=None,
-        metadata=_help(
+        metadata=_choice(
             "NLL terms train on the chosen answers' prompts too. Default: where only orpo has one, as in its "
             "paper's code and TRL."
         ),
@@ -115,14 +120,14 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
         default=None,
         metadata=_help("Column with the gold answer of tpo's NLL. Default: reference, where rows have it."),
     )
-    dynamic_beta: dict[str, Any] | None = field(
+    dynamic_beta: dict[str, Any] | str | None = field(
         default=None,
         metadata=_help(
             "beta-DPO: a beta per step from how far apart its pairs are, and pairs far off left out. A dict "
             "or JSON of alpha, rho, momentum, min_beta, warm_start; {} for their defaults."
         ),
     )
-    over_optimisation_monitor: dict[str, Any] | None = field(
+    over_optimisation_monitor: dict[str, Any] | str | None = field(
         default=None,
         metadata=_help("Settings of OverOptimisationMonitor, a dict or JSON; {} adds it with its defaults."),
     )
@@ -171,7 +176,7 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
     )
     longest_batch_first: bool | None = field(
         default=None,
-        metadata=_help(
+        metadata=_choice(
             "Try the largest batch before the first step, so that a run that does not fit fails at once. "
             "Default: on a GPU yes, on a CPU no."
         ),
@@ -230,6 +235,11 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
     )
 
     def __post_init__(self) -> None:
+        check_sharding(self)
+        # Values that transformers takes beside those that its hints name.
+        resume: Any = self.resume_from_checkpoint
+        self.resume_from_checkpoint = {True: "true", False: None}.get(resume, resume)
+        self.debug = "" if self.debug is None else self.debug
         settle(self)
         self.given = not_default(self)
         if isinstance(self.loss_type, str):
@@ -259,7 +269,8 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
     @property
     def options(self) -> dict[str, Any]:
         """``loss_options``, if any."""
-        return self.loss_options or {}
+        options: Any = self.loss_options
+        return options or {}
 
     @property
     def data_kind(self) -> DataKind | None:
@@ -310,6 +321,8 @@ class PreferenceConfig(DataSettings, TrainingArguments, metaclass=TakesLossOptio
             assistant_only=self.assistant_only,
             allow_bad_rows=self.allow_bad_rows or (),
             max_bad_rows=self.max_bad_rows,
+            processes=self.dataset_num_proc,
+            show_progress=not self.disable_tqdm and self.process_index == 0,
         )
 
     def _choose_defaults(self) -> None:

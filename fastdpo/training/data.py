@@ -45,8 +45,8 @@ def read_rows(source: Any, *, split: str = "train") -> RowSource:
 
     Args:
         source: path of a ``.jsonl``, ``.json`` or ``.parquet`` file, a ``datasets`` directory, a hub
-            id, or rows already in memory: a sequence of mappings, a ``datasets.Dataset`` or a
-            mapping of splits.
+            id, or rows already in memory: a sequence of mappings, a ``datasets.Dataset``, a
+            data frame of pandas, or a mapping of splits.
         split: which split, where the source has several.
 
     Raises:
@@ -142,6 +142,9 @@ def _rows_in_memory(source: Any, split: str) -> RowSource:
         if split not in source:
             raise ValueError(f"dataset: got splits {sorted(source)}, wanted {split!r}")
         source = source[split]
+    if hasattr(source, "iloc") and hasattr(source, "to_dict"):
+        # A data frame of pandas: its columns' numbers as Python's, its missing values as nothing.
+        source = source.astype(object).where(source.notna(), None).to_dict("records")
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise ValueError(
             f"dataset: got {type(source).__name__}, wanted a path, an id or a sequence of rows; "

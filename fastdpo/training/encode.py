@@ -15,25 +15,24 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdpo.training.checks import CHECKS, BadRow, Finding
+from fastdpo.training.checks import BadRow, Finding
 from fastdpo.training.columns import Survey, check_prompt_column, survey
 from fastdpo.training.data import PreferenceDataset, RowSource
 from fastdpo.training.formats import render_pair
 from fastdpo.training.kinds import DataKind
 from fastdpo.training.report import DataReport
+from fastdpo.training.row_maker import LeftOut, MadeRow, RowMaker
+from fastdpo.training.row_processes import made_in_order
 from fastdpo.training.row_references import RowReferences
 from fastdpo.training.row_texts import RowTexts, TextReader
-from fastdpo.training.row_tokens import RowTokenizer, RowTokens, common_prefix, scored_between, short_hash
+from fastdpo.training.row_tokens import RowTokenizer, short_hash
 
 BAD_ROW_POLICIES = ("skip", "error")
-# Rows are tokenised in batches, which fast tokenizers spread over the cores.
-BATCH_ROWS = 256
 # Numbers of which a row has one for each answer or piece.
 PER_ANSWER = ("scores", "advantages")
 
@@ -55,6 +54,8 @@ class EncodingOptions:
         allow_bad_rows: names of checks that rows may fail and still be used.
         max_bad_rows: the largest share of rows left out; None for any.
         references: the columns of the reference's log-probabilities to read with each row, if any.
+        processes: how many tokenise; None for as many as pay.
+        show_progress: whether a bar shows how far they are.
     """
 
     max_length: int | None = 1024
@@ -66,6 +67,8 @@ class EncodingOptions:
     allow_bad_rows: Sequence[str] = ()
     max_bad_rows: float | None = None
     references: Sequence[str] = ()
+    processes: int | None = 1
+    show_progress: bool = False
 
     def made_with(self, tokenizer: Any) -> str:
         """What beside a row's text decides on its tokens, in words: tokenizer, template, length rule."""
@@ -169,112 +172,49 @@ class RowEncoder:
         Raises:
             ValueError: as ``encode_rows``.
         """
-        rows = iter(self.source)
-        while batch := list(islice(rows, BATCH_ROWS)):
-            texts = []
-            for number, row in batch:
-                if self.references is not None:
-                    self.references.expect(number, row)
-                for rendered in _attempts(render, row, number):
-                    if isinstance(rendered, BadRow):
-                        self._leave_out(number, rendered.finding)
-                    else:
-                        texts.append(rendered)
-            self._add(texts)
+        maker = RowMaker(render, self.tokenizer, self.options, self.kind)
+        made = made_in_order(maker, self.source, self.options.processes, show=self.options.show_progress)
+        for (number, row), parts in zip(self.source, made, strict=True):
+            if self.references is not None:
+                self.references.expect(number, row)
+            for part in parts:
+                self._take(part)
         common = ("prompt", "tools", "chat_template_kwargs")
         used = (*common, *used, *self.options.columns.values(), *self.options.references)
         self.report = self._finished(self.found.unused(used))
 
-    def _add(self, batch: Sequence[RowTexts]) -> None:
-        flat = [text for texts in batch for text in texts.texts]
-        is_chat = [texts.is_chat for texts in batch for _ in texts.texts]
-        ids = iter(self.tokenizer.tokenize(flat, is_chat))
-        for texts in batch:
-            prompt, *others = islice(ids, len(texts.texts))
-            answers = others[: len(texts.answers)]
-            rest = iter(others[len(answers) :])
-            cuts = [list(islice(rest, len(part))) for part in texts.cuts]
-            try:
-                self._add_row(texts, prompt, answers, cuts)
-            except BadRow as bad:
-                self._leave_out(texts.row, bad.finding)
-
-    def _add_row(
-        self, texts: RowTexts, prompt: list[int], whole: list[list[int]], cuts: list[list[list[int]]]
-    ) -> None:
-        """Keep a row. Raises BadRow for one that nothing can be learnt from."""
-        for finding in texts.findings:
-            if CHECKS[finding.check].may_stay and finding.check not in self.options.allow_bad_rows:
-                raise BadRow(*finding)
-        prompt, answers, is_merged = self.tokenizer.split(texts.prompt, prompt, whole, is_chat=texts.is_chat)
-        if not prompt:
-            # Its first answer token would have nothing to be predicted from.
-            raise BadRow("empty_prompt")
-        if not all(answers):
-            raise BadRow("empty_completion")
-        ends = [
-            [common_prefix(full, cut) - len(prompt) for cut in part]
-            for full, part in zip(whole, cuts, strict=False)
-        ]
-        row = self._cut_into(RowTokens(prompt, answers), ends)
-        kept = self._within_max_length(row)
+    def _take(self, made: MadeRow | LeftOut) -> None:
+        """Keep a row, or count it as left out."""
+        if isinstance(made, LeftOut):
+            self._leave_out(*made)
+            return
         if self.references is not None:
-            self.references.check(texts.row, sum(kept.num_scored))
+            tokens = made.tokens
             per = "answer" if self.kind is None else self.kind.reference_per
-            counts = {"answer": len(answers), "piece": len(kept.pieces), "token": kept.num_scored[0]}
-            self.references.take(texts.row, counts[per])
-        self._note(texts.row, [*texts.findings, *self._named(kept, is_merged)])
-        self._keep(texts, kept, is_cut=kept.size < row.size)
+            counts = {
+                "answer": len(tokens.answers),
+                "piece": len(tokens.pieces),
+                "token": tokens.num_scored[0],
+            }
+            try:
+                self.references.check(made.number, sum(tokens.num_scored))
+            except BadRow as bad:
+                self._leave_out(made.number, bad.finding)
+                return
+            self.references.take(made.number, counts[per])
+        self._note(made.number, made.findings)
+        self._keep(made)
 
-    def _cut_into(self, row: RowTokens, ends: list[list[int]]) -> RowTokens:
-        """The row with its pieces, or with what is scored of its answers."""
-        if self.kind is not None and self.kind.has_pieces:
-            bounds = [0, *ends[0], len(row.answers[0])]
-            sizes = tuple(after - before for before, after in zip(bounds, bounds[1:], strict=False))
-            if min(sizes) <= 0:
-                raise BadRow("piece_tokens")
-            return replace(row, pieces=sizes)
-        if not any(ends):
-            return row
-        scored = [
-            scored_between(part, len(answer)) if part else [True] * len(answer)
-            for answer, part in zip(row.answers, ends, strict=True)
-        ]
-        return replace(row, scored=scored)
-
-    def _within_max_length(self, row: RowTokens) -> RowTokens:
-        if self._are_equal(row.answers):
-            raise BadRow("identical")
-        kept, fault = row.truncated(self.options.max_length, self.options.truncation_mode)
-        if fault is not None:
-            raise BadRow(fault)
-        if self._are_equal(kept.answers):
-            raise BadRow("identical_cut")
-        if self.kind is not None and self.kind.name == "ranking" and len(kept.pieces) < 2:
-            raise BadRow("one_candidate_cut")
-        if not all(kept.num_scored):
-            raise BadRow("nothing_scored")
-        return kept
-
-    def _are_equal(self, answers: Sequence[list[int]]) -> bool:
-        if self.kind is None:
-            return answers[0] == answers[1]
-        return self.kind.name == "listwise" and all(answer == answers[0] for answer in answers)
-
-    def _named(self, row: RowTokens, is_merged: bool) -> list[Finding]:
-        unknown = self.tokenizer.unknown
-        has_unknown = unknown is not None and any(unknown in part for part in (row.prompt, *row.answers))
-        return [Finding("merged")] * is_merged + [Finding("unknown_tokens")] * has_unknown
-
-    def _keep(self, texts: RowTexts, row: RowTokens, *, is_cut: bool) -> None:
+    def _keep(self, made: MadeRow) -> None:
+        row = made.tokens
         if row.scored is not None:
             self._masks[len(self.rows)] = row.flat_scored()
             self._unscored += sum(map(len, row.answers)) - sum(row.num_scored)
-        self._truncated += is_cut
+        self._truncated += made.is_cut
         self.tokens.append(row.flat())
-        self.rows.append(texts.row)
+        self.rows.append(made.number)
         self.sizes.append((len(row.prompt), list(map(len, row.answers)), row.pieces))
-        for name, value in texts.numbers.items():
+        for name, value in made.numbers.items():
             if row.pieces and name in PER_ANSWER:
                 value = value[: len(row.pieces)]  # type: ignore[index]
             self.numbers[name].append(value)
@@ -332,14 +272,3 @@ class RowEncoder:
     def with_references(self, dataset: Any) -> Any:
         """The rows kept with the reference's log-probabilities that came with them."""
         return dataset if self.references is None else self.references.added_to(dataset)
-
-
-def _attempts(
-    render: Callable[[Mapping[str, Any], int], Iterable[RowTexts | BadRow]],
-    row: Mapping[str, Any],
-    number: int,
-) -> Iterable[RowTexts | BadRow]:
-    try:
-        yield from render(row, number)
-    except BadRow as bad:
-        yield bad

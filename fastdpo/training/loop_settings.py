@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastdpo.training.encode import BAD_ROW_POLICIES
 from fastdpo.training.row_plan import ARRANGEMENTS
 from fastdpo.training.row_tokens import TRUNCATION_MODES
+from fastdpo.training.setting_values import NOTHING
 from fastdpo.types import BACKENDS, MODES
 
 if TYPE_CHECKING:
@@ -56,9 +57,17 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (False, "not supported by this version"),
     "length_column_name": ("length", "lengths are counted in the tokenised rows, not read from a column"),
     "do_predict": (False, "there is nothing to predict; evaluations have the rewards"),
-    "deepspeed": (None, _SHARDED),
-    "parallelism_config": (None, _SHARDED),
 }
+
+
+def check_sharding(args: PreferenceConfig) -> None:
+    """Raise ValueError for a way to share a model among GPUs, before its files are looked at."""
+    for name in ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"):
+        value: Any = getattr(args, name, None)
+        is_nothing = not value or (isinstance(value, str) and value.lower() in NOTHING)
+        # Of no FSDP at all transformers < 5.23 leaves a dict of zeros.
+        if not is_nothing and not (isinstance(value, dict) and not any(value.values())):
+            raise ValueError(f"{name}: got {value!r}, wanted none: {_SHARDED}")
 
 
 def check_loop(args: PreferenceConfig) -> None:
@@ -76,10 +85,6 @@ def check_loop(args: PreferenceConfig) -> None:
     for name, (needed, reason) in _FIXED.items():
         if getattr(args, name, needed) != needed:
             raise ValueError(f"{name}: got {getattr(args, name)!r}, wanted {needed}: {reason}")
-    options: Any = args.fsdp_config or {}
-    if args.fsdp or any(options.values()):
-        got = f"fsdp: got {args.fsdp!r}" if args.fsdp else f"fsdp_config: got {args.fsdp_config!r}"
-        raise ValueError(f"{got}, wanted nothing: {_SHARDED}")
     if args.push_to_hub and _is_offline():
         raise ValueError(
             "push_to_hub: got True with HF_HUB_OFFLINE=1 in the environment, wanted one of the two"

@@ -70,7 +70,8 @@ class LossState:
         self.betas: BetaController | None = None
         if args.dynamic_beta is not None:
             assert self.base_beta is not None  # the settings have been checked
-            self.betas = BetaController(self.base_beta, seed=args.seed, **args.dynamic_beta)
+            options: Any = args.dynamic_beta
+            self.betas = BetaController(self.base_beta, seed=args.seed, **options)
         self._training_kl: KLEstimate | None = None
         self._is_waiting = False
         self._queue: deque[StepValues] = deque()

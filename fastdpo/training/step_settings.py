@@ -134,7 +134,7 @@ def _check_divergences(args: PreferenceConfig) -> None:
             )
 
 
-def _check_dynamic_beta(options: dict[str, Any], losses: list[LossSpec], beta: float | None) -> None:
+def _check_dynamic_beta(options: Any, losses: list[LossSpec], beta: float | None) -> None:
     """Raise ValueError unless the losses have a beta and no mean of their own, and the options are known."""
     for spec in losses:
         if (
@@ -153,7 +153,7 @@ def _check_dynamic_beta(options: dict[str, Any], losses: list[LossSpec], beta: f
     BetaController(0.1 if beta is None else beta, **options)
 
 
-def monitor_of(options: dict[str, Any] | None) -> list[OverOptimisationMonitor]:
+def monitor_of(options: Any) -> list[OverOptimisationMonitor]:
     """The monitor that the settings ask for, or none. Raises ValueError for a setting it does not have."""
     if options is None:
         return []

@@ -175,3 +175,12 @@ def test_a_split_is_a_partition_and_repeats(held_out: float, count: int):
 def test_a_split_without_pairs_on_both_sides_is_refused(held_out: float):
     with pytest.raises(ValueError, match="held_out"):
         split_pairs(_pairs(20), held_out, seed=0)
+
+
+def test_a_data_frame_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    rows = [*make_rows(3), {**make_rows(1)[0], "prompt": None}]
+    rows = [{**row, "margin": place, "tools": [{"name": "t"}]} for place, row in enumerate(rows)]
+    frame = pandas.DataFrame(rows, index=[3, 5, 7, 9])
+    assert list(read_rows(frame)) == list(enumerate(rows, 1))
+    assert [row["margin"] for _, row in read_rows(frame[frame.margin > 1])] == [2, 3]

@@ -81,7 +81,7 @@ def test_template_arguments_of_a_row(make_tokenizer: Callable[..., Any]):
 def test_batches_do_not_change_the_tokens(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     rows = make_rows(7)
     whole = encode(rows, tokenizer)
-    monkeypatch.setattr("fastdpo.training.encode.BATCH_ROWS", 2)
+    monkeypatch.setattr("fastdpo.training.row_processes.BATCH_ROWS", 2)
     assert encode(rows, tokenizer).fingerprint() == whole.fingerprint()
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,15 +24,9 @@ from tests.cli_cases import (  # noqa: F401  (fixtures)
 )
 from tests.training.conftest import no_curves, read_metrics  # noqa: F401  (fixtures)
 
-# Half the margin's square, around a target: at the start, where the margin is 0, half the target's square.
-SOURCE = '''
-from fastdpo.losses import Example, PairLogps, preference_loss
-
-@preference_loss("my_square", paper="none", example=Example(loss=0.0, chosen=1.0, rejected=0.0))
-def my_square(logps: PairLogps, *, beta=1.0, target: float = 1.0):
-    """A square around a target."""
-    return 0.5 * (beta * logps.delta - target) ** 2
-'''
+# The example of the documentation: half the square of the margin's distance from a target.
+_PAGE = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+SOURCE = next(code for code in re.findall(r"```python\n(.*?)```", _PAGE, re.DOTALL) if "my_square" in code)
 
 
 @pytest.fixture(autouse=True)

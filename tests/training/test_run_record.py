@@ -89,3 +89,19 @@ def test_a_card_of_ones_own_stays(make_args: MakeArgs, tokenizer: Any, tmp_path:
     assert "fastdpo" in (tmp_path / "new" / "README.md").read_text()
     trainer.create_model_card()
     assert "fastdpo" in (Path(trainer.args.output_dir or "") / "README.md").read_text()
+
+
+def test_where_nobody_said_is_said(
+    make_args: MakeArgs,
+    tokenizer: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    monkeypatch.chdir(tmp_path)
+    for given in (None, str(tmp_path / "out")):
+        caplog.clear()
+        args = make_args(max_steps=1, output_dir=given)
+        PreferenceTrainer(tiny_llama(), args, train_dataset=make_rows(4), processing_class=tokenizer).train()
+        text = "no output_dir is given: what this run writes goes into trainer_output"
+        assert (text in caplog.text) == (given is None)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import HfArgumentParser
 
-from fastdpo.losses import LOSSES
-from fastdpo.training.arguments import given_settings
+from fastdpo.training.arguments import given_settings, parse_train
 from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.loss_settings import all_loss_options
+from fastdpo.training.loss_settings import all_loss_options, with_loss_options
 from fastdpo.training.run_arguments import (
     AdapterArguments,
     ArgumentError,
@@ -22,7 +22,6 @@ from fastdpo.training.run_arguments import (
 )
 from fastdpo.training.setting_values import Hint, hints_of, read_value
 from fastdpo.training.settings_file import read_settings
-from fastdpo.training.step_settings import COLUMN_FIELDS
 
 KINDS = (ModelArguments, DataArguments, AdapterArguments, ScoreArguments, PreferenceConfig)
 # Of every field of every dataclass of settings: which, its name, what its type hint says.
@@ -96,6 +95,27 @@ def test_every_dataclass_reads_its_values():
     assert PreferenceConfig(use_cpu="on", max_length="none").max_length is None
 
 
+def test_transformers_own_parser_of_arguments_takes_them_too():
+    parser = HfArgumentParser(PreferenceConfig)
+    words = (
+        "--use_cpu --loss_type simpo ipo --bf16 --dynamic_beta null --resume_from_checkpoint out/last"
+    )
+    (args,) = parser.parse_args_into_dataclasses(words.split(), look_for_args_file=False)
+    assert args.loss_type == ["simpo", "ipo"] and args.bf16 is True and args.dynamic_beta is None
+    assert args.resume_from_checkpoint == "out/last" and args.debug == []
+
+
+@pytest.mark.parametrize(("given", "meant"), [(True, "true"), (False, None), ("true", "true"), (None, None)])
+def test_going_on(given: Any, meant: str | None, tmp_path: Path):
+    assert PreferenceConfig(use_cpu=True, resume_from_checkpoint=given).resume_from_checkpoint == meant
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: m\ndataset: d\nuse_cpu: true\nresume_from_checkpoint: {json.dumps(given)}")
+    assert parse_train([str(path)]).config.resume_from_checkpoint == meant
+    words = [] if given is None or given is False else ["--resume_from_checkpoint"]
+    found = parse_train(["--model", "m", "--dataset", "d", "--use_cpu", *words])
+    assert found.config.resume_from_checkpoint == meant
+
+
 def test_fields_that_only_python_can_give_are_few():
     unknown = [name for kind in KINDS for name, hint in hints_of(kind).items() if not hint.is_known]
     assert set(unknown) <= {"parallelism_config"}
@@ -159,16 +179,14 @@ def test_a_copy_of_settings_is_the_same():
 
 @pytest.mark.parametrize("name", sorted(all_loss_options()))
 def test_options_of_the_losses_are_keywords_flags_and_names_in_yaml(name: str, tmp_path: Path):
-    taker, option = next(iter(all_loss_options()[name].items()))
+    option = next(iter(all_loss_options()[name].values()))
     path = tmp_path / "run.yaml"
     path.write_text(f"{name}: {json.dumps(option.default)}\n")
     word = json.dumps(option.default) if option.type is not str else option.default
     wanted = {"loss_options": {name: option.default}}
     assert given_settings([PreferenceConfig], [str(path)]) == wanted
     assert given_settings([PreferenceConfig], [f"--{name}", word]) == wanted
-    columns = {COLUMN_FIELDS[number]: number for number in COLUMN_FIELDS.keys() & set(LOSSES[taker].needs)}
-    made = PreferenceConfig(use_cpu=True, loss_type=taker, **columns, **{name: option.default})
-    assert made.loss_options == {name: option.default}
+    assert with_loss_options({name: option.default}) == wanted
 
 
 def test_flags_win_over_the_file_option_by_option(tmp_path: Path):
