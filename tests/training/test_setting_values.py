@@ -97,9 +97,7 @@ def test_every_dataclass_reads_its_values():
 
 def test_transformers_own_parser_of_arguments_takes_them_too():
     parser = HfArgumentParser(PreferenceConfig)
-    words = (
-        "--use_cpu --loss_type simpo ipo --bf16 --dynamic_beta null --resume_from_checkpoint out/last"
-    )
+    words = "--use_cpu --loss_type simpo ipo --bf16 --dynamic_beta null --resume_from_checkpoint out/last"
     (args,) = parser.parse_args_into_dataclasses(words.split(), look_for_args_file=False)
     assert args.loss_type == ["simpo", "ipo"] and args.bf16 is True and args.dynamic_beta is None
     assert args.resume_from_checkpoint == "out/last" and args.debug == []
