@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.problem import MODELS
 from benchmarks.results import ROOT
-from fastdpo.plan import make_plan
+from fastdpo.plan.call import make_plan
 
 PAGE = ROOT / "docs" / "evidence.md"
 CARDS = {"A100": 108, "H100, H200": 132, "B200": 148, "RTX 5090": 170}  # multiprocessors

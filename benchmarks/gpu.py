@@ -73,7 +73,7 @@ PARTS = {
         "tests of divergences, sequences, adapters and the loop: pytest, up to 22 GiB of GPU memory",
         (
             "tests/gpu/test_adapted_on_gpu.py", "tests/gpu/test_divergence_on_gpu.py",
-            "tests/gpu/test_sequence_on_gpu.py", "tests/training/test_offload.py",
+            "tests/gpu/test_sequence_on_gpu.py", "tests/training/loop/test_offload.py",
         ),
     ),
     "1": _suites("Llama-3-8B's head, every task", *OP, "llama-3-8b", "--tokens", "16384"),

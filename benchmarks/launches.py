@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.pretended import make_call, pretended_gpu, run_backward, run_forward
+from fastdpo.functional.pair_loss import LOSS_KEY
 from fastdpo.ops.paired_chunks import GroupLoss, PairedResults
 from fastdpo.ops.paired_loss import GROUP_LOSSES
 from fastdpo.ops.scaling import scaled
-from fastdpo.pair_loss import LOSS_KEY
-from fastdpo.plan_modes import LEAN_STASH
+from fastdpo.plan.modes import LEAN_STASH
 
 LLAMA_3_8B = (4096, 128256)
 NUM_TOKENS = 4096

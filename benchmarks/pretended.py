@@ -24,8 +24,8 @@ from fastdpo.ops.lean import forward_lean
 from fastdpo.ops.lean_backward import backward_lean
 from fastdpo.ops.library import CallOptions
 from fastdpo.ops.paired_chunks import GroupLoss, PairedResults, paired_chunks
-from fastdpo.plan_modes import LEAN_STASH
-from fastdpo.schedule import PairGroup
+from fastdpo.plan.modes import LEAN_STASH
+from fastdpo.plan.schedule import PairGroup
 
 Seen = Callable[[str], None]
 

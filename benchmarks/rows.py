@@ -16,7 +16,7 @@ from benchmarks.problem import Wrong
 from benchmarks.timing import of_host, time_interleaved
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
 from fastdpo.ops.backends import load_row_kernel
-from fastdpo.plan import leading_dim
+from fastdpo.plan.call import leading_dim
 from fastdpo.testing.accuracy import logps_bound
 
 VOCABULARIES = (32000, 128256, 152064, 262208)

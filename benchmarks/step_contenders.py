@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.training.batches import to_device
-from fastdpo.training.collate import IGNORE_INDEX, PreferenceCollator
-from fastdpo.training.config import PreferenceConfig
-from fastdpo.training.data import PreferenceDataset
-from fastdpo.training.trainer import PreferenceTrainer
+from fastdpo.training.batches.collate import IGNORE_INDEX, PreferenceCollator
+from fastdpo.training.batches.contents import to_device
+from fastdpo.training.data.source import PreferenceDataset
+from fastdpo.training.loop.trainer import PreferenceTrainer
+from fastdpo.training.settings.config import PreferenceConfig
 
 BETA, LEARNING_RATE, CLIP = 0.1, 1e-4, 1.0
 # In the order of the positions that the backbone computes, which `auto` has of one of the others.

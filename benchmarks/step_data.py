@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy
 
-from fastdpo.training.data import PreferenceDataset, read_rows
-from fastdpo.training.encode import EncodingOptions, encode_rows
+from fastdpo.training.data.encode import encode_rows
+from fastdpo.training.data.source import PreferenceDataset, read_rows
+from fastdpo.training.settings.encoding import EncodingOptions
 
 # Words of prompts and answers, medians and spread of log-normal lengths: prompts as long as answers, answers
 # of a pair unlike each other, a long tail. Of the order of what chat preference sets have.

@@ -264,7 +264,7 @@ def step_cases(options: Options) -> list[Case]:
     cases = []
     data = None if options.data is None else Path(options.data)
     if data is not None:
-        from fastdpo.training.data import read_rows
+        from fastdpo.training.data.source import read_rows
 
         read_rows(data)  # better before the first measurement than in the place of it
     for model, precision in step_sizes(options.preset):

@@ -7,15 +7,15 @@ loaded when its name is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.doctor import doctor
-from fastdpo.functional import dpo_loss_from_logps, fused_dpo_loss, shift_labels
-from fastdpo.functional_rows import fused_preference_loss, preference_loss_from_logps
+from fastdpo.doctor.diagnosis import doctor
+from fastdpo.functional.pairs import dpo_loss_from_logps, fused_dpo_loss, shift_labels
+from fastdpo.functional.rows import fused_preference_loss, preference_loss_from_logps
 from fastdpo.integrations import lm_head as _lm_head  # noqa: F401  teaches LMHead.from_model its trade
 from fastdpo.losses import LOSSES, ReferenceCombination, preference_loss
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.ops.token_divergence import token_divergence
-from fastdpo.plan import Plan
-from fastdpo.plan_explain import explain_plan
+from fastdpo.plan.explain import explain_plan
+from fastdpo.plan.plan import Plan
 from fastdpo.types import (
     DPOLossOutput,
     Execution,
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from fastdpo.integrations.llama_factory import patch_llama_factory, unpatch_llama_factory
     from fastdpo.integrations.model import FusedLMOutput, patch_model, unpatch_model
     from fastdpo.integrations.trl import patch_trl, unpatch_trl
-    from fastdpo.training.config import PreferenceConfig
-    from fastdpo.training.trainer import PreferenceTrainer
+    from fastdpo.training.loop.trainer import PreferenceTrainer
+    from fastdpo.training.settings.config import PreferenceConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -83,8 +83,8 @@ _LOADED_ON_USE = {
     "unpatch_model": "fastdpo.integrations.model",
     "patch_trl": "fastdpo.integrations.trl",
     "unpatch_trl": "fastdpo.integrations.trl",
-    "PreferenceConfig": "fastdpo.training.config",
-    "PreferenceTrainer": "fastdpo.training.trainer",
+    "PreferenceConfig": "fastdpo.training.settings.config",
+    "PreferenceTrainer": "fastdpo.training.loop.trainer",
 }
 
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import fastdpo
 
 if TYPE_CHECKING:
-    from fastdpo.training.arguments import DataArguments, RunArguments
-    from fastdpo.training.config import PreferenceConfig
-    from fastdpo.training.data import RowSource
-    from fastdpo.training.dataset import RowDataset
+    from fastdpo.training.data.dataset import RowDataset
+    from fastdpo.training.data.source import RowSource
+    from fastdpo.training.settings.command_line import DataArguments, RunArguments
+    from fastdpo.training.settings.config import PreferenceConfig
 
 COMMANDS = {
     "train": "train a model on preference pairs",
@@ -100,9 +100,9 @@ def _command(argv: list[str]) -> tuple[str, list[str]]:
 
 def train(argv: Sequence[str]) -> None:
     """``fastdpo train``."""
-    from fastdpo.training.arguments import parse_train
-    from fastdpo.training.setup import check_output_dir
-    from fastdpo.training.trainer import PreferenceTrainer
+    from fastdpo.training.loop.setup import check_output_dir
+    from fastdpo.training.loop.trainer import PreferenceTrainer
+    from fastdpo.training.settings.command_line import parse_train
 
     arguments = parse_train(argv)
     _set_up_logging(arguments.config.process_index)
@@ -124,12 +124,12 @@ def train(argv: Sequence[str]) -> None:
 
 def _load_run(arguments: RunArguments) -> dict[str, Any]:
     """What `PreferenceTrainer` takes."""
-    from fastdpo.training.models import load_model
+    from fastdpo.training.loop.models import load_model, told_tokenizer
 
     # What is cheap comes first: a wrong name or a broken row shows before gigabytes of weights are read.
     arguments.check_there()
     adapter = arguments.adapter.peft_config()
-    tokenizer = arguments.model.load_tokenizer()
+    tokenizer = told_tokenizer(arguments.model)
     _, train_pairs, eval_pairs = _load_pairs(
         arguments.data, tokenizer, arguments.config, reads_reference=arguments.model.ref_model is None
     )
@@ -154,17 +154,17 @@ def score(argv: Sequence[str]) -> None:
     from accelerate import Accelerator  # type: ignore[import-untyped]
 
     from fastdpo.integrations.model import patch_model
-    from fastdpo.training.arguments import parse_score
-    from fastdpo.training.collate import pad_token_id
-    from fastdpo.training.layouts import choose_collator
-    from fastdpo.training.models import load_model
-    from fastdpo.training.precompute import PrecomputedReference
+    from fastdpo.training.batches.collate import pad_token_id
+    from fastdpo.training.batches.layouts import choose_collator
+    from fastdpo.training.loop.models import load_model, told_tokenizer
+    from fastdpo.training.reference.precompute import PrecomputedReference
+    from fastdpo.training.settings.command_line import parse_score
 
     arguments, output = parse_score(argv)
     config = arguments.config
     _set_up_logging(config.process_index)
     arguments.check_there()
-    tokenizer = arguments.model.load_tokenizer()
+    tokenizer = told_tokenizer(arguments.model)
     source, *data_sets = _load_pairs(arguments.data, tokenizer, config, reads_reference=False)
     loading = arguments.model.loading_options(adapted=arguments.is_adapted)
     if arguments.model.ref_model is not None:
@@ -198,7 +198,7 @@ def bench(argv: Sequence[str]) -> int:
 
 def diagnose(argv: Sequence[str], *, debug: bool = False) -> int:
     """``fastdpo doctor``; 2 where ``fastdpo train`` with the same words would refuse to start."""
-    from fastdpo.doctor import doctor
+    from fastdpo.doctor.diagnosis import doctor
 
     parser = argparse.ArgumentParser(
         prog="fastdpo doctor",
@@ -214,7 +214,7 @@ def diagnose(argv: Sequence[str], *, debug: bool = False) -> int:
     if options.dataset is not None or others:
         return _diagnose_run(argv, debug=debug)
     if options.model is not None:
-        from fastdpo.training.hub import check_there
+        from fastdpo.training.settings.hub import check_there
 
         check_there("model", options.model)
     found = doctor(options.model)
@@ -225,10 +225,10 @@ def diagnose(argv: Sequence[str], *, debug: bool = False) -> int:
 
 def _diagnose_run(argv: Sequence[str], *, debug: bool) -> int:
     """What ``fastdpo train`` would run, from the trainer that it would train."""
-    from fastdpo.doctor import Diagnosis, doctor
-    from fastdpo.training.arguments import parse_train
-    from fastdpo.training.setup import check_output_dir
-    from fastdpo.training.trainer import PreferenceTrainer
+    from fastdpo.doctor.diagnosis import Diagnosis, doctor
+    from fastdpo.training.loop.setup import check_output_dir
+    from fastdpo.training.loop.trainer import PreferenceTrainer
+    from fastdpo.training.settings.command_line import parse_train
 
     arguments = parse_train(argv)
     _set_up_logging(arguments.config.process_index, level=logging.WARNING)
@@ -267,8 +267,8 @@ def _load_pairs(
     data: DataArguments, tokenizer: Any, config: PreferenceConfig, *, reads_reference: bool
 ) -> tuple[RowSource, RowDataset, RowDataset | None]:
     """The rows of ``--dataset``, and the pairs to train and to evaluate on."""
-    from fastdpo.training.data import read_rows, split_pairs
-    from fastdpo.training.setup import tokenized_pairs
+    from fastdpo.training.data.source import read_rows, split_pairs
+    from fastdpo.training.loop.setup import tokenized_pairs
 
     source = read_rows(data.dataset, split=data.dataset_split)
     pairs = tokenized_pairs(source, tokenizer, config, reads_reference=reads_reference)
@@ -283,7 +283,7 @@ def _load_pairs(
 
 def _write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) -> int:
     """Write the rows that were scored, in their order, each with its log-probabilities and no others."""
-    from fastdpo.training.row_references import WRITTEN_COLUMNS
+    from fastdpo.training.data.references import WRITTEN_COLUMNS
 
     scores: dict[int, dict[str, Any]] = {}
     for dataset in scored:

@@ -19,8 +19,9 @@ import fastdpo
 from fastdpo import cli
 from fastdpo.cli import main
 from fastdpo.losses import LOSSES, TokenDivergences
-from fastdpo.training.arguments import ArgumentError, parse_score, parse_train
-from fastdpo.training.kinds import KINDS, PAIRED
+from fastdpo.training.settings.command_line import ArgumentError, parse_score, parse_train
+from fastdpo.training.settings.kinds import KINDS, PAIRED
+from tests import ROOT
 from tests.cli_cases import (  # noqa: F401  (fixtures)
     REAL_PAIRS,
     make_tokenizer,
@@ -36,7 +37,7 @@ from tests.training.conftest import (  # noqa: F401  (fixtures)
     read_metrics,
     write_jsonl,
 )
-from tests.training.kinds_data import rows_of
+from tests.training.loop.kinds_data import rows_of
 
 
 def test_train(train: Callable[..., int], tmp_path: Path, curves: None):
@@ -95,7 +96,7 @@ def test_score_fills_the_cache_that_train_reads(
     def unexpected(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("scored again")
 
-    monkeypatch.setattr("fastdpo.training.precompute.score_dataset", unexpected)
+    monkeypatch.setattr("fastdpo.training.reference.precompute.score_dataset", unexpected)
     assert train("--reference", "precomputed") == 0
     assert train("--reference", "precomputed", "--use_peft", output="adapter") == 0
     assert train(dataset=scored, output="columns") == 0
@@ -120,7 +121,7 @@ def test_single_answers_are_scored_and_trained_on(
     def unexpected(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("scored again")
 
-    monkeypatch.setattr("fastdpo.training.precompute.score_dataset", unexpected)
+    monkeypatch.setattr("fastdpo.training.reference.precompute.score_dataset", unexpected)
     kto = ("--loss_type", "kto", "--desirable_weight", "1.5", "--reference", "precomputed")
     assert train(*kto, dataset=dataset) == 0
     # From the columns: numbers are written to the last bit, so it is the same run.
@@ -278,7 +279,9 @@ def test_a_broken_row_is_found_before_the_model_is_read(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("fastdpo.training.models.load_model", lambda *_, **__: pytest.fail("model was read"))
+    monkeypatch.setattr(
+        "fastdpo.training.loop.models.load_model", lambda *_, **__: pytest.fail("model was read")
+    )
     path = tmp_path / "broken.jsonl"
     path.write_text(json.dumps(make_rows(1)[0]) + '\n{"prompt": \n')
     assert train(dataset=path) == 2
@@ -343,7 +346,7 @@ def test_a_revision_is_of_the_model_alone(
             raise ValueError("enough")
         return None
 
-    monkeypatch.setattr("fastdpo.training.models.load_model", load)
+    monkeypatch.setattr("fastdpo.training.loop.models.load_model", load)
     assert train("--revision", "v2", "--ref_model", str(model_dir), "--tokenizer", str(model_dir)) == 2
     assert asked == {"model": "v2", "ref_model": None}
 
@@ -354,7 +357,9 @@ def test_a_chat_template_from_a_file(model_dir: Path, tmp_path: Path):
     run = parse_train(
         ["--model", str(model_dir), "--dataset", "d", "--use_cpu", "--chat_template", str(template)]
     )
-    assert run.model.load_tokenizer().chat_template == "{{ messages }}"
+    from fastdpo.training.loop.models import told_tokenizer
+
+    assert told_tokenizer(run.model).chat_template == "{{ messages }}"
 
 
 def test_score_says_where_to_write(tmp_path: Path):
@@ -376,7 +381,7 @@ def test_score_says_where_to_write(tmp_path: Path):
 def test_bench_runs_a_suite_of_the_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    monkeypatch.chdir(ROOT)
     options = ["--device", "cpu", "--preset", "tiny", "--repeats", "1", "--results", str(tmp_path)]
     assert main(["bench", "row", *options]) == 0
     assert len(list(tmp_path.glob("*.json"))) == 1

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests import ROOT
+
 sys.path.insert(0, str(ROOT / "examples"))
 
 from stdlib_pairs import Function, documented_functions, make_pairs, split_by_module  # noqa: E402

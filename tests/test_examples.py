@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests import ROOT
 from tests.training.conftest import (  # noqa: F401  (fixtures)
     make_rows,
     make_tokenizer,
@@ -22,7 +23,7 @@ from tests.training.conftest import (  # noqa: F401  (fixtures)
     write_jsonl,
 )
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import accelerate_loop  # noqa: E402

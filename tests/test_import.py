@@ -7,13 +7,12 @@ import os
 import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import fastdpo
 from fastdpo.losses.registry import preference_loss
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = ("triton", "peft", "datasets", "matplotlib", "trl", "deepspeed", "accelerate", "transformers")
 
 OBSERVE = """

@@ -5,99 +5,84 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fastdpo"
 
-# Bottom first. A module imports from its own layer and from those below it; modules named together
-# stand side by side and do not know each other.
+# Bottom first. A module imports from its own layer and from those below it, also for annotations.
 LAYERS = (
-    {"types", "_C", "waves", "plan_modes"},
-    {"schedule"},
-    {"plan_lean", "plan_memory", "plan_text"},
-    {"reference", "reference_sequence", "plan"},
-    {"plan_explain"},
-    {"kernels"},
-    {"ops"},
-    {"losses"},
-    {"batch"},
-    {"pair_loss", "preference_rows", "functional_checks"},
-    {"functional", "functional_rows"},
-    {"integrations"},
-    {"doctor_plan"},
-    {"doctor_model"},
-    {"doctor"},
-    {"fastdpo"},  # the public names and the version
-    {"training"},
-    {"cli"},
+    "types",
+    "_C",
+    "plan",
+    "definitions",
+    "kernels",
+    "ops",
+    "losses",
+    "functional",
+    "integrations",
+    "doctor",
+    "fastdpo",  # the public names and the version
+    "training",
+    "training.settings",
+    "training.data",
+    "training.batches",
+    "training.reference",
+    "training.loop",
+    "cli",
 )
 # What does not follow from the order: pure maths stays pure, and the checker must not rest on what it checks.
 ONLY = {
     "losses": set(),
-    "waves": set(),
-    "schedule": {"waves"},
-    "plan": {"plan_lean", "plan_memory", "plan_modes", "plan_text", "schedule", "waves"},
-    "plan_explain": {"plan", "plan_modes", "schedule"},
-    "plan_lean": {"schedule", "waves"},
-    "plan_memory": {"schedule", "waves"},
-    "plan_modes": set(),
-    "plan_text": {"schedule"},
-    "testing": {"types", "reference", "kernels"},
+    "plan": set(),
+    "definitions": {"types"},
+    "kernels": {"types", "_C", "plan", "definitions"},
+    "testing": {"types", "definitions", "kernels"},
 }
 
-# Libraries beside the standard one. Every layer may import torch; those missing here may import anything.
+# Libraries beside the standard one. Every layer may import torch, and names of types for annotations; those
+# missing here may import anything.
 LIBRARIES = {
     "types": set(),
-    "reference": set(),
-    "reference_sequence": set(),
     "plan": set(),
-    "plan_explain": set(),
-    "schedule": set(),
-    "waves": set(),
-    "plan_lean": set(),
-    "plan_memory": set(),
-    "plan_modes": set(),
-    "plan_text": set(),
+    "definitions": set(),
     "kernels": {"triton"},
     "ops": set(),
     "losses": set(),
-    "batch": set(),
-    "pair_loss": set(),
-    "preference_rows": set(),
-    "functional_checks": set(),
     "functional": set(),
-    "functional_rows": set(),
     "testing": set(),
 }
+
+_EVERYWHERE = {*sys.stdlib_module_names, "torch", "typing_extensions"}
 
 
 def layer_of(name: str) -> str:
     """``fastdpo.kernels.cpu`` is of the layer ``kernels``; the package's own names are of ``fastdpo``."""
-    parts = name.split(".")
-    is_module = len(parts) > 1 and parts[1] in _names_of_modules()
-    return parts[1] if is_module or len(parts) > 2 else "fastdpo"
+    _, *rooms = name.split(".")
+    for layer in (".".join(rooms[:2]), *rooms[:1]):
+        if layer in LAYERS or layer in ONLY:
+            return layer
+    return ".".join(rooms) if len(rooms) > 1 or rooms and is_module(name) else "fastdpo"
 
 
-def _names_of_modules() -> set[str]:
-    return {path.stem for path in PACKAGE.iterdir()}.union(*LAYERS)
+def is_module(name: str) -> bool:
+    """Whether a dotted name is that of a module or a package here."""
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 def allowed_layers(layer: str) -> set[str]:
     if layer in ONLY:
         return ONLY[layer] | {layer}
-    for height, names in enumerate(LAYERS):
-        if layer in names:
-            return set().union({layer}, *LAYERS[:height])
-    raise AssertionError(f"fastdpo.{layer} has no place in LAYERS: give it one")
+    assert layer in LAYERS, f"fastdpo.{layer} has no place in LAYERS: give it one"
+    return {*LAYERS[: LAYERS.index(layer) + 1]}
 
 
 def imported_modules(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
-    """(line, absolute name) of every import, lazy and dynamic ones included, annotations' excepted."""
+    """(line, absolute name) of every import: lazy and dynamic ones, and those for annotations, included."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -127,7 +112,10 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         if root == "fastdpo":
             if layer_of(name) not in allowed:
                 found.append(f"{module}:{line} imports {name}; {layer} may import {sorted(allowed)}")
-        elif libraries is not None and root not in sys.stdlib_module_names | libraries | {"torch"}:
+        elif libraries is not None and root not in sys.stdlib_module_names | libraries | {
+            "torch",
+            "typing_extensions",
+        }:
             found.append(f"{module}:{line} imports {name}; {layer} may import torch and {sorted(libraries)}")
     return found
 
@@ -136,12 +124,14 @@ def _modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+def _name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
 @pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_downwards(path: Path):
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    is_package = parts[-1] == "__init__"
-    module = ".".join(parts[:-1] if is_package else parts)
-    assert violations(path.read_text(encoding="utf-8"), module, is_package) == []
+    is_package = path.stem == "__init__"
+    assert violations(path.read_text(encoding="utf-8"), _name_of(path), is_package) == []
 
 
 @pytest.mark.parametrize(
@@ -151,18 +141,24 @@ def test_imports_go_downwards(path: Path):
         ("fastdpo.kernels.cpu", "from fastdpo import ops"),
         ("fastdpo.kernels.cpu", "from ..ops.linear_logprob import linear_logprob"),
         ("fastdpo.kernels.cpu", "from .. import losses"),
-        ("fastdpo.kernels.cpu", "import fastdpo.functional"),
+        ("fastdpo.kernels.cpu", "import fastdpo.functional.pairs"),
         ("fastdpo.kernels.cpu", "def f():\n    from fastdpo.ops import checks"),
         ("fastdpo.kernels.cpu", "import importlib\nimportlib.import_module('fastdpo.ops')"),
         ("fastdpo.kernels.cpu", "import fastdpo"),
         ("fastdpo.kernels.cpu", "from fastdpo import LMHead"),
         ("fastdpo.kernels.cpu", "import numpy"),
-        ("fastdpo.reference", "from fastdpo.plan import Plan"),
-        ("fastdpo.reference", "from fastdpo.kernels.contract import LogitTransform"),
+        ("fastdpo.definitions.logprob", "from fastdpo.plan.call import Plan"),
+        ("fastdpo.definitions.logprob", "from fastdpo.kernels.contract import LogitTransform"),
+        (
+            "fastdpo.definitions.logprob",
+            "if TYPE_CHECKING:\n    from fastdpo.kernels.contract import RowOutputs",
+        ),
         ("fastdpo.losses.pairwise", "from fastdpo.types import LMHead"),
+        ("fastdpo.training.data.encode", "from fastdpo.training.batches import collate"),
+        ("fastdpo.training.settings.config", "def f():\n    from fastdpo.training.loop import models"),
         ("fastdpo.ops.linear_logprob", "from fastdpo.losses import registry"),
         ("fastdpo.ops.linear_logprob", "def f():\n    import transformers"),
-        ("fastdpo.functional", "from fastdpo.integrations import lm_head"),
+        ("fastdpo.functional.pairs", "from fastdpo.integrations import lm_head"),
         ("fastdpo.testing.cases", "from fastdpo.ops import linear_logprob"),
     ],
 )
@@ -178,10 +174,12 @@ def test_upward_imports_are_found(module: str, source: str):
             "fastdpo.kernels.cpu",
             "from .contract import RowOutputs\nfrom .. import _C\nimport triton.language as tl",
         ),
-        ("fastdpo.reference", "if TYPE_CHECKING:\n    from fastdpo.kernels.contract import RowOutputs"),
         ("fastdpo.losses.pairwise", "import math\nimport torch\nfrom fastdpo.losses.registry import LOSSES"),
-        ("fastdpo.training.trainer", "import fastdpo\nfrom fastdpo import __version__, functional"),
-        ("fastdpo.integrations.model", "import transformers\nfrom fastdpo.functional import fused_dpo_loss"),
+        ("fastdpo.training.loop.trainer", "import fastdpo\nfrom fastdpo import __version__, functional"),
+        (
+            "fastdpo.integrations.model",
+            "import transformers\nfrom fastdpo.functional.pairs import fused_dpo_loss",
+        ),
     ],
 )
 def test_downward_imports_are_not(module: str, source: str):
@@ -191,3 +189,26 @@ def test_downward_imports_are_not(module: str, source: str):
 def test_a_module_without_a_layer_is_refused():
     with pytest.raises(AssertionError, match=r"fastdpo\.misc"):
         violations("import torch", "fastdpo.misc.module")
+
+
+def _imports() -> dict[str, set[str]]:
+    """Of each module those of the package that it imports, for annotations too; the public names aside."""
+    found = {}
+    for path in _modules():
+        module = _name_of(path)
+        package = module if path.stem == "__init__" else module.rpartition(".")[0]
+        names = {name for _, name in imported_modules(ast.parse(path.read_text("utf-8")), package)}
+        # Of `from fastdpo.plan.call import make_plan` the module is what is imported.
+        names |= {name.rpartition(".")[0] for name in names}
+        found[module] = {name for name in names if name.startswith("fastdpo.") and is_module(name)}
+    found.pop("fastdpo")
+    return found
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    imports = _imports()
+    try:
+        tuple(TopologicalSorter({name: of - {name} for name, of in imports.items()}).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+    assert imports["fastdpo.training.loop.trainer"] > {"fastdpo.training.loop.saving"}

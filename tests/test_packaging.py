@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from fastdpo.kernels import native
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (
     "pyproject.toml",
     "setup.py",

@@ -106,7 +106,7 @@ def _few_layers() -> None:
 def _take_for_granted(pretence: Pretence) -> None:
     """What the hook and the loop decide by values, of a model that a CPU's tests show to be right."""
     from fastdpo.integrations.probe import Probe
-    from fastdpo.training.row_probe import _Probe as RowProbe
+    from fastdpo.training.batches.probe import _Probe as RowProbe
 
     why_not = RowProbe.why_not
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from fastdpo.batch import next_token
-from fastdpo.functional import fused_dpo_loss
+from fastdpo.functional.pairs import fused_dpo_loss
+from fastdpo.functional.tokens import next_token
 from fastdpo.ops.checks import check_outputs, fail
 from fastdpo.ops.linear_logprob import flat_rows, linear_logprob
 from fastdpo.ops.token_divergence import token_divergence

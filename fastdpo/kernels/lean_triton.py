@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.plan_lean import SPLIT
+from fastdpo.plan.lean import SPLIT
 
 from .contract import LogitTransform, RowOutputs
 from .slab import SlabSums, combined, value_and_slope, write_outputs

@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastdpo.waves import part_size
+from fastdpo.plan.waves import part_size
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 # Bounds the upcast copy of a piece of the weight; large enough that each slab is a full-sized GEMM.
@@ -121,7 +121,7 @@ def hidden_grad_into(out: Tensor, d: Tensor, weight: SlabbedWeight, parts: int =
 
     Where the device sums 16-bit operands in fp32, the sum is fp32 whatever ``out`` is: a GEMM library that
     splits a long sum into a 16-bit result may add up rounded pieces of it. ``parts``: of the vocabulary,
-    whose sums are made side by side, for as many times the tiles; see `fastdpo.waves`.
+    whose sums are made side by side, for as many times the tiles; see `fastdpo.plan.waves`.
     """
     wide = sum_dtype(d)
     if wide == d.dtype:

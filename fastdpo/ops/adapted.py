@@ -44,8 +44,8 @@ from fastdpo.ops.library import (
     raise_on_bad_labels,
     topk_results,
 )
-from fastdpo.plan_modes import resolve_mode
-from fastdpo.schedule import holds_a_chunk_row
+from fastdpo.plan.modes import resolve_mode
+from fastdpo.plan.schedule import holds_a_chunk_row
 from fastdpo.types import TOPK_STATISTICS, Execution, HeadAdapter, LMHead
 
 ADAPTED_MODES = ("auto", "score", "cache", "recompute")

@@ -14,7 +14,6 @@ from typing import NamedTuple, cast
 
 import torch
 
-from fastdpo import reference, reference_sequence
 from fastdpo.kernels import divergence
 from fastdpo.kernels.contract import RowKernel
 from fastdpo.kernels.divergence import DivergenceKernel
@@ -146,8 +145,7 @@ def _warn_of_no_kernel(device_type: str, index: int | None) -> None:
 
 def load_row_kernel(name: str) -> RowKernel:
     """The row kernel of a resolved backend."""
-    module = reference if name == "reference" else import_module(f"fastdpo.kernels.{name}")
-    return cast(RowKernel, module.row_kernel)
+    return cast(RowKernel, import_module(f"fastdpo.kernels.{name}").row_kernel)
 
 
 def load_divergence_kernel(name: str) -> DivergenceKernel:
@@ -165,8 +163,6 @@ def num_multiprocessors(device: torch.device) -> int:
 
 def load_sequence_kernels(name: str) -> SequenceKernels:
     """The sequence kernels of a resolved backend: they run where its row kernel does."""
-    if name == "reference":
-        return cast(SequenceKernels, reference_sequence)
     return cast(SequenceKernels, import_module(f"fastdpo.kernels.sequence_{name}"))
 
 

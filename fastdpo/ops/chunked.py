@@ -24,7 +24,7 @@ from fastdpo.ops.head_call import (
     empty_topk,
     slice_outputs,
 )
-from fastdpo.plan_memory import hidden_scratch_rows
+from fastdpo.plan.memory import hidden_scratch_rows
 
 
 def forward_chunks(

@@ -30,8 +30,8 @@ from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.chunked import add_groups, backward_stash, empty_kept
 from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads, row_coeff
 from fastdpo.ops.head_call import HeadCall, empty_d, front_of_rows, row_buffer
-from fastdpo.plan import Plan
-from fastdpo.schedule import MIB
+from fastdpo.plan.plan import Plan
+from fastdpo.plan.schedule import MIB
 
 # A tile's tensor is no larger than this: on a CPU what caches and the allocator take well, on a GPU what
 # fills it.

@@ -25,7 +25,7 @@ from fastdpo.ops.divergence_chunks import (
 from fastdpo.ops.divergence_plan import divergence_plan
 from fastdpo.ops.head_call import HeadCall
 from fastdpo.ops.library import PER_TOKEN, empty_output, fake_cache
-from fastdpo.plan import Plan
+from fastdpo.plan.plan import Plan
 
 
 class DivergenceOptions(NamedTuple):

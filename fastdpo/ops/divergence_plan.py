@@ -12,8 +12,9 @@ from fastdpo.kernels.matmul import copies_weight, operand_dtype
 from fastdpo.ops.backends import num_multiprocessors
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.divergence_chunks import combined_rows, tile_rows, workspace_units
-from fastdpo.plan import Plan, make_plan, sums_in_fp32
-from fastdpo.plan_memory import peak_bytes, product_bytes
+from fastdpo.plan.call import make_plan, sums_in_fp32
+from fastdpo.plan.memory import peak_bytes, product_bytes
+from fastdpo.plan.plan import Plan
 
 
 def divergence_plan(

@@ -27,7 +27,7 @@ from fastdpo.kernels.matmul import (
 )
 from fastdpo.ops.checks import accumulation_dtype
 from fastdpo.ops.head_call import HeadCall, slice_outputs
-from fastdpo.plan import MAX_LOW_PRECISION_GROUPS
+from fastdpo.plan.call import MAX_LOW_PRECISION_GROUPS
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from fastdpo.kernels.matmul import LOW_PRECISION, SlabbedWeight, add_logits, log
 from fastdpo.kernels.topk import chunk_top_sums, write_top
 from fastdpo.ops.backends import load_row_kernel
 from fastdpo.ops.checks import accumulation_dtype
-from fastdpo.plan import Plan
-from fastdpo.schedule import leading_dim
+from fastdpo.plan.plan import Plan
+from fastdpo.plan.schedule import leading_dim
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from fastdpo.ops.chunked import empty_kept
 from fastdpo.ops.head_call import HeadCall, TopkOutputs, empty_outputs, empty_topk, slice_outputs
 from fastdpo.ops.lean_merge import ProductSum, SlabLabels, load_block, slab_starts
 from fastdpo.ops.lean_slabs import SlabWorkspace, check_logits_dtype, slabs, weight_slab
-from fastdpo.schedule import MIB
+from fastdpo.plan.schedule import MIB
 
 
 def forward_lean(

@@ -11,7 +11,7 @@ from fastdpo.kernels.matmul import LOW_PRECISION, add_product, copies_weight, op
 from fastdpo.ops.backends import resolve_backend
 from fastdpo.ops.checks import accumulation_dtype, fail
 from fastdpo.ops.head_call import HeadCall
-from fastdpo.plan_lean import is_store_free
+from fastdpo.plan.lean import is_store_free
 
 
 def lean_kernel(backend: str, compute_dtype: torch.dtype) -> str:

@@ -25,9 +25,9 @@ from fastdpo.ops.head_call import HeadCall, TopkOutputs
 from fastdpo.ops.lean import forward_lean
 from fastdpo.ops.lean_backward import backward_lean
 from fastdpo.ops.lean_slabs import lean_kernel, makes_product
-from fastdpo.plan import make_plan
-from fastdpo.plan_modes import LEAN_STASH
-from fastdpo.schedule import leading_dim
+from fastdpo.plan.call import make_plan
+from fastdpo.plan.modes import LEAN_STASH
+from fastdpo.plan.schedule import leading_dim
 from fastdpo.types import TOPK_STATISTICS
 
 # What the index of labelled rows is, and so which shape labels and outputs have:

@@ -11,8 +11,8 @@ from torch import Tensor
 from fastdpo.ops import checks
 from fastdpo.ops.adapted import adapted_results, settle_adapted_mode
 from fastdpo.ops.library import CallOptions, forward_op
-from fastdpo.plan_modes import resolve_mode, settled_run
-from fastdpo.schedule import holds_a_chunk_row
+from fastdpo.plan.modes import resolve_mode, settled_run
+from fastdpo.plan.schedule import holds_a_chunk_row
 from fastdpo.types import (
     TOKEN_STATISTICS,
     TOPK_STATISTICS,

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastdpo.kernels.contract import RowOutputs
 from fastdpo.ops.gradients import DGroup, Gradients, TokenGrads
 from fastdpo.ops.head_call import HeadCall, LogitChunks, empty_d, empty_outputs, slice_outputs
-from fastdpo.schedule import PairGroup
+from fastdpo.plan.schedule import PairGroup
 
 # The loss of some pairs, given (logps (n,), reference's logps (n,) or None, their group):
 # its share of the batch's loss (), and dL/dlogp of every token (n,).

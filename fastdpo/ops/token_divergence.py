@@ -20,8 +20,8 @@ from fastdpo.ops.divergence_chunks import differentiable, num_kept
 from fastdpo.ops.divergence_library import DivergenceOptions, divergence_op
 from fastdpo.ops.divergence_plan import divergence_plan
 from fastdpo.ops.linear_logprob import flat_rows, labelled_rows
-from fastdpo.plan import Plan
-from fastdpo.plan_modes import resolve_mode
+from fastdpo.plan.modes import resolve_mode
+from fastdpo.plan.plan import Plan
 from fastdpo.types import Execution, LMHead, TeacherCombination, TokenDivergenceOutput, TokenLayout
 
 OUTPUTS = DivergenceOutputs._fields

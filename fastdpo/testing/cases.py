@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.reference import linear_logprob_reference
+from fastdpo.definitions.logprob import linear_logprob_reference
 from fastdpo.testing.checker import assert_close_to_fp64, assert_logps_close
 from fastdpo.types import LMHead
 

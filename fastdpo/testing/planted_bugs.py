@@ -1,6 +1,6 @@
 """Mistakes that libraries have shipped, each planted in an otherwise correct fused head.
 
-``tests/test_tolerances_have_teeth.py`` demands that the rule finds every one of them and raises no
+``tests/testing/test_tolerances_have_teeth.py`` demands that the rule finds every one of them and raises no
 alarm on the correct head: a tolerance is worth what it catches.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
-from fastdpo.reference import row_kernel
+from fastdpo.kernels.reference import row_kernel
 from fastdpo.testing.cases import Case, HeadResults, make_case, same_sign_case
 
 _TILE = 64  # columns per tile and rows per chunk of the bugs that have tiles or chunks

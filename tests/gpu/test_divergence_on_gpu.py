@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastdpo import Execution, linear_logprob, token_divergence
+from fastdpo.definitions.logprob import linear_logprob_reference
 from fastdpo.ops.backends import unavailable_reason
-from fastdpo.reference import linear_logprob_reference
 from fastdpo.testing import assert_logps_close, make_case
 from fastdpo.types import TOPK_STATISTICS
 from tests.ops.divergence_cases import (

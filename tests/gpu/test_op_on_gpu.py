@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fastdpo import Execution, TokenLayout, fused_dpo_loss, linear_logprob
+from fastdpo.definitions.logprob import linear_logprob_reference
 from fastdpo.ops.backends import unavailable_reason
 from fastdpo.ops.scaling import scaled
-from fastdpo.reference import linear_logprob_reference
 from fastdpo.testing import (
     assert_close_to_fp64,
     assert_logps_close,

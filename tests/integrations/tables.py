@@ -5,17 +5,16 @@ python -m tests.integrations.tables          # rewrites docs/models.md between i
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import transformers
 
 from fastdpo import LMHead
+from tests import ROOT
 from tests.integrations.peft_cases import CASES
 from tests.integrations.test_lm_head import REFUSED
 from tests.integrations.tiny import FAMILIES, make_config
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+PAGE = ROOT / "docs" / "models.md"
 
 
 def families_table() -> str:

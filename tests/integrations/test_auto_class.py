@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdpo.doctor import doctor
+from fastdpo.doctor.diagnosis import doctor
 from fastdpo.integrations.auto_class import auto_class
-from fastdpo.training.models import load_model
+from fastdpo.training.loop.models import load_model
 from tests.integrations.tiny import FAMILIES, make_config, make_model
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.definitions.logprob import token_statistics
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
-from fastdpo.reference import token_statistics
 from fastdpo.testing import assert_logps_close
 from tests.kernels.row_cases import CANARY, GUARD
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdpo.definitions.logprob import combined_logits, divergences_reference
 from fastdpo.kernels.divergence import DivergenceKernel
-from fastdpo.reference import combined_logits, divergences_reference
 from fastdpo.testing import assert_close_to_fp64, assert_logps_close
 from fastdpo.types import TeacherCombination
 from tests.kernels.divergence_cases import (

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdpo.definitions.logprob import token_statistics
 from fastdpo.kernels import slab
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
-from fastdpo.reference import token_statistics
 from fastdpo.testing import assert_logps_close
 from fastdpo.types import TOKEN_STATISTICS
 from tests.kernels.lean_cases import DEVICE, HEADS, NAMES, Head, assert_equal_bits

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests import ROOT
+
 pytest.importorskip("triton")
 
 from fastdpo.kernels import triton_device
@@ -94,7 +96,7 @@ def test_a_cache_that_cannot_be_written_is_what_triton_really_stumbles_over(tmp_
     (tmp_path / "file").touch()  # no folder can be made in it, not even by root
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "file" / "cache")
-    root = Path(__file__).parents[2]
+    root = ROOT
     done = subprocess.run(
         [sys.executable, "-c", COMPILED],
         cwd=root,

@@ -12,8 +12,9 @@ import torch
 
 from fastdpo.losses import LOSSES
 from fastdpo.losses.methods import CHECKED, METHODS, PROVISIONS, anchor_of, main, methods_table, render
+from tests import ROOT
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+PAGE = ROOT / "docs" / "methods.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
 

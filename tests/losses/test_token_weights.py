@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo.functional import dpo_loss_from_logps
+from fastdpo.functional.pairs import dpo_loss_from_logps
 from fastdpo.losses.aggregate import (
     ld_weights,
     segment_sums,

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo.functional import dpo_loss_from_logps
+from fastdpo.functional.pairs import dpo_loss_from_logps
 from fastdpo.losses import LOSSES, build_objective
 from fastdpo.types import LinearLogprobOutput
 from tests.losses.common import random_pair

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdpo import LMHead
-from fastdpo.reference import linear_logprob_reference
+from fastdpo.definitions.logprob import linear_logprob_reference
 from fastdpo.testing import Case
 from fastdpo.types import HeadAdapter
 

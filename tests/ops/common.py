@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdpo import Execution, linear_logprob
+from fastdpo.definitions.logprob import linear_logprob_reference
 from fastdpo.ops.backends import resolve_backend
-from fastdpo.reference import linear_logprob_reference
 from fastdpo.testing import Case, HeadResults
 from fastdpo.types import LinearLogprobOutput
 

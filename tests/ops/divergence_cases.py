@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo import Execution, LMHead, TeacherCombination, TokenDivergenceOutput, token_divergence
-from fastdpo.reference import combined_logits, divergences_reference, head_logits
+from fastdpo.definitions.logprob import combined_logits, divergences_reference, head_logits
 from fastdpo.testing import Case, assert_close_to_fp64, assert_logps_close, make_case
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")

@@ -15,8 +15,9 @@ from torch import Tensor
 from fastdpo import Execution, TokenLayout, fused_dpo_loss, linear_logprob, token_divergence
 from fastdpo.ops import divergence_chunks, divergence_library, head_call
 from fastdpo.ops.gradients import DGroup
-from fastdpo.plan import Plan, make_plan
-from fastdpo.schedule import MIB, leading_dim
+from fastdpo.plan.call import make_plan
+from fastdpo.plan.plan import Plan
+from fastdpo.plan.schedule import MIB, leading_dim
 from tests.ops.meta_gpu import make_call, meta_gpu, run_call
 
 __all__ = ["meta_gpu"]

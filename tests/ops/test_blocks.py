@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo import Execution, LMHead, TokenLayout, fused_dpo_loss, linear_logprob, plan
+from fastdpo import Execution, LMHead, TokenLayout, fused_dpo_loss, linear_logprob
 from fastdpo.ops import library
-from fastdpo.plan import Plan
+from fastdpo.plan import call as plan
+from fastdpo.plan.plan import Plan
 from fastdpo.testing import assert_close_to_fp64
 
 TOKENS, HIDDEN, VOCAB = 3000, 16, 250

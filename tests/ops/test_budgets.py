@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdpo import Execution, TokenLayout, fused_dpo_loss, linear_logprob, plan
+from fastdpo import Execution, TokenLayout, fused_dpo_loss, linear_logprob
 from fastdpo.ops import gradients, library
 from fastdpo.ops.head_call import LogitChunks
 from fastdpo.ops.lean_slabs import SlabWorkspace
-from fastdpo.plan import Plan
-from fastdpo.plan_modes import LEAN_STASH
+from fastdpo.plan import call as plan
+from fastdpo.plan.modes import LEAN_STASH
+from fastdpo.plan.plan import Plan
 from fastdpo.testing import assert_close_to_fp64, emulated_results, fp64_results, same_sign_case
 from tests.ops.meta_gpu import MODES as ALL_MODES
 from tests.ops.meta_gpu import make_call, meta_gpu, run_call

@@ -13,7 +13,7 @@ from fastdpo import Execution
 from fastdpo.kernels import matmul
 from fastdpo.ops import divergence_chunks, divergence_library, divergence_plan
 from fastdpo.ops.token_divergence import plan_divergences
-from fastdpo.schedule import MIB
+from fastdpo.plan.schedule import MIB
 from tests.ops.divergence_cases import make_divergence_case, run_divergence, weighted
 from tests.ops.meta_gpu import LiveBytes
 from tests.ops.test_gemm_passes import count_passes

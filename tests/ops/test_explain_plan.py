@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdpo import Execution, LMHead, TokenLayout, explain_plan, fused_dpo_loss, linear_logprob
 from fastdpo.ops import library
-from fastdpo.plan import Plan
+from fastdpo.plan.plan import Plan
 from fastdpo.types import BACKENDS, MODES
 from tests.ops.meta_gpu import make_call, meta_gpu
 

@@ -10,7 +10,7 @@ import torch
 from fastdpo import Execution, TokenLayout, fused_dpo_loss
 from fastdpo.kernels.matmul import SlabbedWeight, hidden_grad_into
 from fastdpo.ops import library
-from fastdpo.plan import Plan
+from fastdpo.plan.plan import Plan
 from fastdpo.testing import assert_close_to_fp64, emulated_results, fp64_results, make_case
 from tests.ops.common import backend_or_skip, leaves, run_op
 from tests.ops.gpu_products import Seen, gpu_products

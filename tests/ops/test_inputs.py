@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdpo import Execution, LMHead, linear_logprob
-from fastdpo.reference import linear_logprob_reference
+from fastdpo.definitions.logprob import linear_logprob_reference
 from fastdpo.testing import assert_close_to_fp64, assert_logps_close, eager_results, fp64_results, make_case
 from tests.ops.common import backend_or_skip, leaves, op_results, run_op
 

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo import Execution, linear_logprob
 from fastdpo.ops import library
-from fastdpo.plan_lean import (
+from fastdpo.plan.lean import (
     TORCH_LOGIT_BYTES,
     lean_blocks,
     make_lean_plan,
 )
-from fastdpo.plan_modes import resolve_mode
-from fastdpo.schedule import MIB, holds_a_chunk_row
+from fastdpo.plan.modes import resolve_mode
+from fastdpo.plan.schedule import MIB, holds_a_chunk_row
 from fastdpo.testing import (
     Case,
     assert_close_to_fp64,

@@ -13,10 +13,10 @@ from fastdpo.kernels.lean_triton import lean_logprobs
 from fastdpo.ops import lean_backward, library
 from fastdpo.ops.lean import forward_lean
 from fastdpo.ops.lean_slabs import lean_kernel
-from fastdpo.plan import make_plan
-from fastdpo.plan_lean import is_store_free, lean_blocks, make_lean_plan
-from fastdpo.plan_modes import LEAN_STASH
-from fastdpo.schedule import MIB
+from fastdpo.plan.call import make_plan
+from fastdpo.plan.lean import is_store_free, lean_blocks, make_lean_plan
+from fastdpo.plan.modes import LEAN_STASH
+from fastdpo.plan.schedule import MIB
 from tests.ops.meta_gpu import LiveBytes, make_call, meta_gpu, run_call
 
 __all__ = ["meta_gpu"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdpo import Execution, LMHead, TokenLayout, fused_dpo_loss, linear_logprob
 from fastdpo.ops import lean_backward, lean_merge, lean_slabs, library
-from fastdpo.plan import Plan
+from fastdpo.plan.plan import Plan
 from fastdpo.testing import (
     Case,
     assert_close_to_fp64,

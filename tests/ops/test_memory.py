@@ -17,7 +17,7 @@ from tests.ops.common import leaves, run_op
 MEASURE = r"""
 import json, re, sys, torch
 from fastdpo import Execution, linear_logprob
-from fastdpo.reference import linear_logprob_reference
+from fastdpo.definitions.logprob import linear_logprob_reference
 torch.set_num_threads(2)
 path, num_tokens, vocab = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 hidden = torch.randn(num_tokens, 16, requires_grad=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdpo import explain_plan
-from fastdpo.schedule import MIB
+from fastdpo.plan.schedule import MIB
 from tests.ops.meta_gpu import LiveBytes, make_call, meta_gpu, run_call
 
 __all__ = ["meta_gpu"]
@@ -23,7 +23,7 @@ SMALL_BYTES = 4 * MIB
         ("score", 1024, 512, 0.5),
         ("stash", 1024, 512, 0.65),
         # 4 groups, summed in bf16; no more with pairs of any other length. Chunks of 1024 rows: 0.24 GiB
-        # above those of 512, which `workspace_mib=256` gives back (tests/test_plan.py).
+        # above those of 512, which `workspace_mib=256` gives back (tests/plan/test_plan.py).
         ("pairs", 1024, 512, 2.65),
         ("pairs", 1024, 700, 2.65),
         # 6 groups: the sum is fp32, and D and logits are gone before it is cast.

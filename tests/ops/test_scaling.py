@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastdpo.ops.scaling import scaled
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 2047, 2048, 2049, 10001)  # about the kernel's block
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastdpo import Execution, TokenLayout, linear_logprob
+from fastdpo.definitions.logprob import linear_logprob_reference
 from fastdpo.kernels.contract import LogitTransform
 from fastdpo.kernels.topk import chunk_top_sums, merge_top, no_top, top_sums
-from fastdpo.plan import make_plan
-from fastdpo.reference import linear_logprob_reference
+from fastdpo.plan.call import make_plan
 from fastdpo.testing import Case, assert_logps_close, make_case
 from fastdpo.types import TOPK_STATISTICS, LinearLogprobOutput
 from tests.ops.common import backend_or_skip, leaves, run_op

@@ -8,7 +8,6 @@ log-probability."""
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from fastdpo.testing.accuracy import (
 )
 from fastdpo.testing.hardware_sums import multiply_add_chain, tensor_core, tensor_core_sums
 from fastdpo.testing.simulated_logps import LogpErrors, simulated_errors, simulated_rows, sums_of
+from tests import ROOT
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SIZES = (64, 256, 1024, 4096, 16384)
@@ -140,7 +140,7 @@ def test_the_table_of_the_simulation() -> None:
 
 def test_readme_states_the_bounds() -> None:
     """Its table is the function's, to the digits it shows."""
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| (\S+e-\d) \| (\S+e-\d) \| (\S+e-\d) \|$", readme, re.MULTILINE)
     assert [int(row[0]) for row in rows] == [1024, 2048, 4096, 8192]
     for size, *stated in rows:

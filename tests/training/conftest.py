@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastdpo.training.callbacks import METRICS_FILE
-from fastdpo.training.config import PreferenceConfig
+from fastdpo.training.loop.callbacks import METRICS_FILE
+from fastdpo.training.settings.config import PreferenceConfig
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<eos>\n{% endfor %}"
@@ -137,4 +137,4 @@ def curves() -> None:
 def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than training does here."""
     if "curves" not in request.fixturenames:
-        monkeypatch.setattr("fastdpo.training.callbacks.draw_curves", lambda *_: True)
+        monkeypatch.setattr("fastdpo.training.loop.callbacks.draw_curves", lambda *_: True)

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 import fastdpo
 from fastdpo import cli, unpatch_trl
+from tests import ROOT
 from tests.training.conftest import make_rows, tiny_llama, write_jsonl
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:

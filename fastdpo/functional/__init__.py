@@ -1,0 +1,1 @@
+"""From hidden states to a loss: labelled tokens, sums, objective, for every kind of row."""

@@ -1,0 +1,183 @@
+"""Prove on the actual model that rows of several sequences give what rows of one give.
+
+Two short pairs of random tokens go through the backbone: every sequence alone, in a plain call without
+mask and positions, which is the truth; then as each layout would have them. Models that look at more than
+the mask says (recurrent ones, positions counted by the row, a mask that an attention kernel ignores) show.
+
+What is compared is the hidden states that predict labels, by ``|a - b| / |b|`` of each row. Two exact ways
+to compute them differ by rounding: each of the ``2 L`` residual branches of L layers adds an error of a few
+``eps``, independent of the others, so the relative error grows with ``sqrt(2 L)``. A sum of K products in
+fp32 is off by about ``sqrt(K) eps``, 32 eps for K = 1024; in 16 bits the sums are kept in fp32 and what
+counts is the rounding of each stored activation, eps / 2, some four times a branch. So the limit is
+``32 eps sqrt(2 L)`` in fp32 (8e-6 for two layers, 3e-5 for 32) and ``2 eps sqrt(2 L)`` in 16 bits, or four
+times what padding the same sequences together changes, whichever is more; never more than a quarter of
+what changes when all sequences see each other, which is what must not be.
+
+A small leak hides below such a limit in 16 bits, so there is a second test: other tokens in one answer must
+leave all other sequences as they were. In the same shapes the same sums are made of the same numbers, so
+nothing but the grouping of a mixture of experts may change: a tenth of the rounding is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.integrations.model import backbone_states
+from fastdpo.integrations.row_masks import RowMasks, backbone_size, spans
+from fastdpo.training.batches.contents import Batch, to_device
+from fastdpo.training.batches.row_collate import make_units
+from fastdpo.training.batches.rows import build_rows
+
+# Longer sequences than this only where a sliding window, a chunk or their like, and the data reach further.
+_SHORT = 24
+
+
+@torch.no_grad()
+def refusals(
+    model: nn.Module, candidates: Sequence[tuple[str, str]], *, longest: int
+) -> dict[tuple[str, str], str | None]:
+    """Why each ``(layout, arrangement)`` would change the model's results; None where it does not.
+
+    Args:
+        model: a patched causal LM on its device; left as it was.
+        longest: tokens of the longest sequence of the data.
+    """
+    masks = RowMasks(model)
+    known = {case: _known_reason(masks, case) for case in candidates}
+    if all(known.values()):
+        return known
+    is_shared = any(reason is None and _has_neighbours(case) for case, reason in known.items())
+    reaches = [size + 8 for size in spans(masks.config) if is_shared and size < longest]
+    was_training = model.training
+    model.eval()
+    try:
+        probe = _Probe(model, masks, max([_SHORT, *reaches]))
+        return {case: reason or probe.why_not(*case) for case, reason in known.items()}
+    except Exception as error:  # whatever a model's own code raises where it has other ideas of its inputs
+        return {case: reason or _failure("on rows of one sequence", error) for case, reason in known.items()}
+    finally:
+        model.train(was_training)
+
+
+def _known_reason(masks: RowMasks, case: tuple[str, str]) -> str | None:
+    """What speaks against a layout and arrangement before anything is computed."""
+    if case[0] == "shared_prompt":
+        return masks.why_no_branches()
+    return masks.why_no_neighbours() if _has_neighbours(case) else None
+
+
+def _has_neighbours(case: tuple[str, str]) -> bool:
+    """Whether a row has several sequences, for a mask to keep apart."""
+    layout, arrangement = case
+    return layout == "shared_prompt" or arrangement == "one_row"
+
+
+def _failure(where: str, error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"its forward fails {where} ({type(error).__name__}: {lines[0][:160]})"
+
+
+class _Probe:
+    """Two pairs, the truth about them, and what other forms may differ by."""
+
+    def __init__(self, model: nn.Module, masks: RowMasks, length: int) -> None:
+        self.model, self.masks = model, masks
+        self.device = next(model.parameters()).device
+        sizes = _pair_sizes(length)
+        vocab = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(0)
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        self.pairs = [
+            {
+                name: torch.randint(vocab // 8, vocab, (count,), generator=generator)
+                for name, count in zip(names, pair, strict=True)
+            }
+            for pair in sizes
+        ]
+        size = len(self.pairs[0]["chosen_ids"])
+        self.other_answer = torch.randint(vocab // 8, vocab, (size,), generator=generator)
+        self.units = make_units(self.pairs, "packed")
+        alone = [self._plain(torch.cat([unit.prompt, *unit.answers])[None])[0] for unit in self.units]
+        self.truth = self._labelled(alone)
+
+        apart = build_rows(self.units, [range(4)], num_sequences=4, is_one_row=False, pad_token_id=0)
+        together = self._plain(apart.calls[0]["input_ids"])
+        noise = _largest_change(self._labelled(list(together)), self.truth)
+        factor, eps = self._precision()
+        self.rounding = factor * eps * math.sqrt(2 * backbone_size(model).layers)
+        self.limit = min(max(self.rounding, 4 * noise), self._leak() / 4)
+
+    def why_not(self, layout: str, arrangement: str) -> str | None:
+        changed = [{**self.pairs[0], "chosen_ids": self.other_answer}, self.pairs[1]]
+        try:
+            found, sequences = self._in_rows(self.pairs, layout, arrangement)
+            again, _ = self._in_rows(changed, layout, arrangement)
+        except Exception as error:  # whatever a model's own code raises on inputs it was not made for
+            return _failure("on such rows", error)
+        change = _largest_change(found, self.truth)
+        if change > self.limit:
+            return f"its hidden states change by {change:.1e} of their size (rounding: {self.limit:.1e})"
+        leak = _largest_change(again[sequences > 0], found[sequences > 0])
+        if leak > self.rounding / 10:
+            return (
+                f"its sequences see each other (a change in one changes others by {leak:.1e} of their size)"
+            )
+        return None
+
+    def _in_rows(
+        self, pairs: list[dict[str, Tensor]], layout: str, arrangement: str
+    ) -> tuple[Tensor, Tensor]:
+        """States that predict labels ``(N, H)``, and the sequence of each ``(N,)``."""
+        units = make_units(pairs, layout)
+        calls = [[i] for i in range(len(units))] if arrangement == "separate" else [[*range(len(units))]]
+        rows = build_rows(units, calls, num_sequences=4, is_one_row=arrangement == "one_row", pad_token_id=0)
+        on_device: list[Batch] = to_device(list(rows.calls), self.device)
+        states = [backbone_states(self.model, **self.masks.inputs(call)) for call in on_device]
+        flat = torch.cat([state.flatten(0, -2) for state in states])
+        index, sequences = rows.tokens.token_index, rows.tokens.sequence_ids
+        return flat[index.to(self.device)].double(), sequences.to(self.device)
+
+    def _leak(self) -> float:
+        """What changes when all sequences see each other; without bound where they are too long together."""
+        together = torch.cat([torch.cat([unit.prompt, *unit.answers]) for unit in self.units])
+        try:
+            merged = self._plain(together[None])[0]
+        except Exception:  # beyond the model's positions
+            return math.inf
+        return _largest_change(self._labelled(list(merged.split([u.length for u in self.units]))), self.truth)
+
+    def _plain(self, input_ids: Tensor) -> Tensor:
+        return backbone_states(self.model, input_ids=input_ids.to(self.device))
+
+    def _labelled(self, states: list[Tensor]) -> Tensor:
+        """Of each sequence's states ``(T, H)``, those that predict its answer."""
+        kept = [
+            state[len(unit.prompt) - 1 : unit.length - 1]
+            for state, unit in zip(states, self.units, strict=True)
+        ]
+        return torch.cat(kept).double()
+
+    def _precision(self) -> tuple[float, float]:
+        """Factor and eps of the limit: of the dtype that products are computed in."""
+        dtype = self.masks.dtype
+        if torch.is_autocast_enabled(self.device.type):
+            dtype = torch.get_autocast_dtype(self.device.type)
+        if dtype.itemsize < 4:
+            return 2.0, torch.finfo(dtype).eps
+        if self.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+            return 2.0, 2.0**-10
+        return 32.0, torch.finfo(torch.float32).eps
+
+
+def _largest_change(states: Tensor, truth: Tensor) -> float:
+    change = (states - truth).norm(dim=-1) / truth.norm(dim=-1)
+    return math.inf if change.isnan().any() else float(change.max())
+
+
+def _pair_sizes(length: int) -> list[tuple[int, int, int]]:
+    """Prompt, chosen and rejected of two pairs; the longest sequence has about ``length`` tokens."""
+    return [(length // 3, length // 4, length - length // 3), (length // 4, length // 3, length // 5)]

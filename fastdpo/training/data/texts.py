@@ -1,0 +1,224 @@
+"""A row's prompt and answers as texts, whatever kind of data it is of.
+
+Texts are strings throughout, or lists of messages throughout. Messages go through the tokenizer's chat
+template, with ``tools`` and ``chat_template_kwargs`` of the row where it has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fastdpo.training.data.chat import Conversation, wants_parts
+from fastdpo.training.data.messages import (
+    ASSISTANT,
+    Messages,
+    check_unicode,
+    is_list,
+    read_messages,
+    read_template_arguments,
+    read_tools,
+    says_something,
+)
+from fastdpo.training.data.prompts import echoes, shared_start, without_repeated_prompt
+from fastdpo.training.data.template_checks import lost_in_the_answer, lost_in_the_prompt, lost_tools
+from fastdpo.training.settings.row_checks import BadRow, Finding
+
+
+@dataclass(frozen=True)
+class RowTexts:
+    """One row as text; chat texts already hold every special token, plain ones do not.
+
+    Args:
+        answers: prompt included.
+        cuts: of each answer, texts that it begins with, prompt included: where the assistant's turns begin
+            and end by turns, or where its pieces end; none where all of it is scored, in one piece.
+        numbers: what the losses use: a number, or one for each answer or piece.
+        findings: of checks that the row may stay in spite of, or that mended it.
+    """
+
+    row: int
+    prompt: str
+    answers: tuple[str, ...]
+    is_chat: bool
+    cuts: tuple[tuple[str, ...], ...]
+    numbers: Mapping[str, float | tuple[float, ...]]
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def texts(self) -> list[str]:
+        """All that has to be tokenised: the prompt, the answers, and the cuts."""
+        return [self.prompt, *self.answers, *(text for texts in self.cuts for text in texts)]
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Reads the texts of rows.
+
+    Args:
+        source: the data's name, for messages.
+        tokenizer: with the chat template.
+        assistant_only: of answers of several turns only the assistant's are scored.
+        has_prompts: rows have a prompt of their own; else it is what chosen and rejected share.
+        cuts_echoes: answers that begin with the prompt's text are meant so.
+    """
+
+    source: str
+    tokenizer: Any
+    assistant_only: bool = True
+    has_prompts: bool = True
+    cuts_echoes: bool = False
+
+    @cached_property
+    def _as_parts(self) -> bool:
+        return wants_parts(self.tokenizer)
+
+    def where(self, number: int) -> str:
+        """How messages name a row."""
+        return f"{self.source}, row {number}"
+
+    def read(
+        self,
+        row: Mapping[str, Any],
+        number: int,
+        answers: Mapping[str, Any],
+        numbers: Mapping[str, float | tuple[float, ...]],
+    ) -> RowTexts:
+        """The texts of a row.
+
+        Args:
+            answers: by their names, for messages. Without prompts the first two tell where theirs ends.
+
+        Raises:
+            ValueError: texts of unlike kinds, a list that holds no messages, or a tokenizer without a
+                template.
+            BadRow: nothing can be learnt from the row, or not what it says.
+        """
+        where, names = self.where(number), list(answers)
+        texts = {"prompt": row.get("prompt"), **answers}
+        # Messages tell by themselves where their common start ends; of texts it may be a chance.
+        is_pair = "chosen" in answers and all(map(is_list, answers.values()))
+        if texts["prompt"] is None and (is_pair or not self.has_prompts):
+            del texts["prompt"]
+        for name, value in texts.items():
+            if value is None:
+                raise BadRow("no_text", f"column {name!r} is null or not there")
+        notes: list[Finding] = []
+        if all(isinstance(value, str) for value in texts.values()):
+            prompt, values = self._plain(texts, names, where, notes)
+            found = RowTexts(number, prompt, tuple(prompt + text for text in values), False, (), numbers)
+            notes += lost_tools(read_tools(row), "\n".join(found.answers))
+        else:
+            found = self._chat(row, number, texts, names, numbers, notes)
+        check_unicode(found.texts)
+        return RowTexts(**{**vars(found), "findings": tuple(dict.fromkeys(notes))})
+
+    def without_echo(self, prompt: str, answers: Sequence[str], notes: list[Finding]) -> tuple[str, ...]:
+        """Answers that begin with the prompt's text without it, where the file means it so; notes it."""
+        if not echoes(prompt, answers):
+            return tuple(answers)
+        notes.append(Finding("prompt_repeated" if self.cuts_echoes else "prompt_echoed"))
+        return tuple(answer[len(prompt) :] if self.cuts_echoes else answer for answer in answers)
+
+    def _plain(
+        self, texts: Mapping[str, str], names: Sequence[str], where: str, notes: list[Finding]
+    ) -> tuple[str, tuple[str, ...]]:
+        values = [texts[name] for name in names]
+        if "prompt" in texts:
+            prompt = texts["prompt"]
+            answers = self.without_echo(prompt, values, notes)
+        else:
+            prompt, answers = _without_shared_start(dict(zip(names, values, strict=True)), where)
+            notes.append(Finding("prompt_shared"))
+        if not answers or not all(answers):
+            raise BadRow("empty_completion")
+        return prompt, answers
+
+    def _chat(
+        self,
+        row: Mapping[str, Any],
+        number: int,
+        texts: Mapping[str, Any],
+        names: Sequence[str],
+        numbers: Mapping[str, float | tuple[float, ...]],
+        notes: list[Finding],
+    ) -> RowTexts:
+        where = self.where(number)
+        prompt, answers = self._messages(texts, names, where, notes)
+        if not answers or not all(map(bool, answers)):
+            raise BadRow("empty_completion")
+        for name, answer in zip(names, answers, strict=True):
+            roles = list(dict.fromkeys(message["role"] for message in answer))
+            if ASSISTANT not in roles:
+                notes.append(Finding("no_assistant", f"{name} has {', '.join(roles)}"))
+            elif not says_something(answer):
+                raise BadRow("empty_completion")
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(
+                f"{where}: the row holds messages, but the tokenizer has no chat template: set "
+                "tokenizer.chat_template (--chat_template FILE), use an instruction-tuned model's "
+                "tokenizer, or give strings"
+            )
+        tools = read_tools(row)
+        arguments = read_template_arguments(row)
+        talk = Conversation(self.tokenizer, prompt, answers, tools, arguments, self._as_parts)
+        opened = talk.opened
+        notes += self._lost(talk)
+        cuts: list[tuple[str, ...]] = []
+        for place, text in enumerate(talk.texts if self.assistant_only else ()):
+            has_spoken = any(message["role"] == ASSISTANT for message in answers[place])
+            spans = talk.spans(place) if has_spoken else None
+            cuts.append(tuple(text[:end] for span in spans or () for end in span))
+        if any(cuts):
+            notes.append(Finding("others_turns"))
+        return RowTexts(number, opened, tuple(talk.texts), True, tuple(cuts), numbers)
+
+    def _lost(self, talk: Conversation) -> Iterator[Finding]:
+        eos = getattr(self.tokenizer, "eos_token", None)
+        for place, (answer, text) in enumerate(zip(talk.answers, talk.texts, strict=True)):
+            yield from lost_in_the_answer(answer, text[talk.start(place) :], eos)
+        yield from lost_in_the_prompt(talk.prompt, talk.opened)
+        yield from lost_tools(talk.tools, talk.texts[0])
+
+    def _messages(
+        self, texts: Mapping[str, Any], names: Sequence[str], where: str, notes: list[Finding]
+    ) -> tuple[Messages, list[Messages]]:
+        """Prompt and answers as messages, the prompt once."""
+        kinds = {name: type(value).__name__ for name, value in texts.items()}
+        wrong = ValueError(
+            f"{where}: got {kinds}, wanted strings throughout or lists of messages throughout; where the "
+            "answers hold the whole conversation, leave the prompt column out (--ignore_columns prompt)"
+        )
+        if not all(is_list(texts[name]) for name in names):
+            raise wrong
+        answers = {name: read_messages(texts[name], name, where, notes) for name in names}
+        if "prompt" not in texts:
+            start, cut = _without_shared_start(answers, where)
+            return start, list(cut)
+        prompt = texts["prompt"]
+        if is_list(prompt):
+            prompt = read_messages(prompt, "prompt", where, notes)
+        elif not isinstance(prompt, str):
+            raise wrong
+        whole, rest = without_repeated_prompt(prompt, list(answers.values()))
+        if whole is None:
+            raise wrong
+        if any(len(after) < len(before) for after, before in zip(rest, answers.values(), strict=True)):
+            notes.append(Finding("prompt_repeated"))
+        return whole, rest
+
+
+def _without_shared_start(answers: Mapping[str, Any], where: str) -> tuple[Any, tuple[Any, ...]]:
+    """What the first two answers share at their start, and all answers without it."""
+    first, second, *others = answers.values()
+    size = shared_start(first, second)
+    prompt = first[:size]
+    for name, other in list(answers.items())[2:]:
+        if other[:size] != prompt:
+            raise ValueError(
+                f"{where}: {name!r} does not begin with what chosen and rejected have in common, wanted that "
+                "or a column 'prompt'"
+            )
+    return prompt, tuple(answer[size:] for answer in (first, second, *others))

@@ -1,0 +1,172 @@
+"""Models and their tokenizer: found, loaded, and made ready to be trained or to be looked at."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from fastdpo.integrations.auto_class import auto_class, read_config
+from fastdpo.integrations.virtual_tokens import has_prefix
+from fastdpo.training.reference.sources import disable_dropout, is_adapter_model
+from fastdpo.training.settings.checkpointing import recomputes_activations
+from fastdpo.training.settings.config import PreferenceConfig
+from fastdpo.training.settings.hub import check_there, is_adapter
+from fastdpo.training.settings.run import ModelArguments, template_text
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    name: str, *, what: str = "model", dtype: str | torch.dtype = "auto", **options: Any
+) -> nn.Module:
+    """A causal LM, or an adapter on one, to train, by path or hub id; ``dtype`` "auto" is the checkpoint's.
+
+    Args:
+        what: the setting, for messages.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be loaded; names it.
+    """
+    check_there(what, name)
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    loader: Any = None
+    if is_adapter(name):
+        try:
+            from peft import AutoPeftModelForCausalLM as loader
+        except ImportError:
+            raise ImportError(f"{what}: {name} is an adapter, which needs peft: pip install peft") from None
+        options["is_trainable"] = True
+    try:
+        loader = loader or auto_class(read_config(name, **options))
+        with _without_future_warnings():
+            model: nn.Module = loader.from_pretrained(name, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{what}: could not load {name!r}: {first_line(error)}") from error
+    return model
+
+
+def load_tokenizer(name: str, *, what: str = "tokenizer", **options: Any) -> Any:
+    """A tokenizer by path or hub id. Raises ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    check_there(what, name)
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{what}: could not load {name!r}: {first_line(error)}") from error
+
+
+def told_tokenizer(told: ModelArguments) -> Any:
+    """The tokenizer that the command line names, with the chat template given."""
+    options = {"revision": told.revision} if told.revision and told.tokenizer is None else {}
+    tokenizer = load_tokenizer(
+        told.tokenizer or told.name, trust_remote_code=told.trust_remote_code, **options
+    )
+    if told.chat_template is not None:
+        tokenizer.chat_template = template_text(told.chat_template)
+    return tokenizer
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer, which a processor has inside, with the processor's chat template where it has none."""
+    tokenizer = getattr(processing_class, "tokenizer", None)
+    if tokenizer is None or not hasattr(tokenizer, "eos_token_id"):
+        return processing_class
+    if getattr(tokenizer, "chat_template", None) is None:
+        tokenizer.chat_template = getattr(processing_class, "chat_template", None)
+    return tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for messages that have to fit on one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def prepare_policy(model: str | nn.Module, args: PreferenceConfig, peft_config: Any | None) -> nn.Module:
+    """The model to train: loaded, with its adapter and without dropout.
+
+    Raises:
+        ValueError: a model this version cannot train; says which and why.
+        ImportError: ``peft_config`` without peft.
+    """
+    policy = load_model(model, dtype=weights_dtype(model, peft_config)) if isinstance(model, str) else model
+    if args.disable_dropout:
+        # Before the adapter is added: a dropout in peft_config is asked for.
+        disable_dropout(policy)
+    if peft_config is not None:
+        set_seed(args.seed)  # as Trainer does, but for the adapter's first weights too
+        policy = _add_adapter(policy, peft_config)
+    if is_adapter_model(policy):
+        if has_prefix(policy) and recomputes_activations(args):
+            raise ValueError(
+                "gradient_checkpointing: got True with prefix tuning, whose prefix is in a cache that layers "
+                "have to do without where they run again; wanted False, or prompt tuning or P-tuning"
+            )
+    elif next(policy.parameters()).dtype in (torch.float16, torch.bfloat16):
+        logger.warning(
+            "the model's weights are %s: at the learning rates of preference training most updates are lost "
+            "in rounding; load them as float32 (bf16=True still computes in bfloat16) or train an adapter",
+            next(policy.parameters()).dtype,
+        )
+    if getattr(getattr(policy, "config", None), "output_router_logits", False):
+        raise ValueError("model: a router loss (output_router_logits=True) is not supported by this version")
+    return policy
+
+
+def other_model(what: str, model: str | nn.Module | None, policy: nn.Module) -> nn.Module | None:
+    """A reference or a teacher: as it is given, or loaded in the dtype of the policy's weights."""
+    return (
+        load_model(model, what=what, dtype=next(policy.parameters()).dtype)
+        if isinstance(model, str)
+        else model
+    )
+
+
+def weights_dtype(model: str, peft_config: Any | None) -> str:
+    """What weights are loaded as: float32 where they are trained, as 16 bits lose small updates."""
+    return "float32" if peft_config is None and not is_adapter(model) else "auto"
+
+
+def check_trained(model: Any) -> None:
+    """Raise ValueError for a model of which nothing is trained."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "model: got an adapter that is frozen, as peft loads it by default; wanted it loaded with "
+            "is_trainable=True: AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True), or "
+            "PeftModel.from_pretrained(model, ..., is_trainable=True)"
+        )
+    raise ValueError("model: got one whose parameters are all frozen, wanted some that require a gradient")
+
+
+def _add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    if is_adapter_model(model):
+        raise ValueError("peft_config: the model has an adapter already; give one or the other")
+    try:
+        from peft import get_peft_model
+    except ImportError:
+        raise ImportError(
+            "training an adapter needs peft, which is not installed: pip install peft"
+        ) from None
+    with _without_future_warnings():
+        adapted: nn.Module = get_peft_model(model, peft_config)
+    return adapted
+
+
+@contextmanager
+def _without_future_warnings() -> Iterator[None]:
+    """What peft and transformers tell each other about later versions is not the user's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

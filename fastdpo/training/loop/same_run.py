@@ -1,0 +1,133 @@
+"""Whether a run that is resumed is the one that its checkpoint is of: the same losses, data and adapter.
+
+With others, what a checkpoint has (the place in the data, running means, the optimiser) is another run's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+
+from fastdpo.training.loop.run_record import settings_of
+from fastdpo.training.settings.config import PreferenceConfig
+from fastdpo.training.settings.steps import COLUMN_FIELDS
+
+RUN_FILE = "preference_run.json"
+# What is minimised. Everything else may change between two parts of a run, and is said.
+_LOSS = (
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "loss_options",
+    "ld_alpha",
+    "use_weighting",
+    "wpo_max_weight",
+    "nll_on_prompt",
+    "gold_column",
+    "dynamic_beta",
+    "gather_batch_losses",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+    *COLUMN_FIELDS.values(),
+)
+_ADAPTER = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora")
+# Of the machine, or of how long the run is: the steps that are done stay what they were.
+_FREE = ("max_steps", "num_train_epochs", "use_cpu", "disable_tqdm", "report_to", "run_name", "data_seed")
+logger = logging.getLogger(__name__)
+
+
+def write_run(trainer: Any, folder: Path) -> None:
+    """Write into a checkpoint what it is of."""
+    (folder / RUN_FILE).write_text(json.dumps(_description(trainer), default=str))
+
+
+def check_same_run(trainer: Any, folder: Path) -> None:
+    """Hold a checkpoint to the run that goes on from it; say which other settings differ.
+
+    Raises:
+        ValueError: it is of other losses, data or adapters, says which, then and now; or it is at the end.
+    """
+    _check_unfinished(trainer.args, folder)
+    if not (folder / OPTIMIZER_NAME).is_file():
+        logger.warning("%s has no %s: the optimiser and its schedule start anew", folder, OPTIMIZER_NAME)
+    path = folder / RUN_FILE
+    if not path.is_file():
+        logger.warning(
+            "%s is missing: whether losses and data are those of the checkpoint is not known", path
+        )
+        return
+    then, now = json.loads(path.read_text()), json.loads(json.dumps(_description(trainer), default=str))
+    for part, what in (("loss", "another loss"), ("adapter", "another adapter"), ("data", "other data")):
+        if then.get(part) != now[part]:
+            differences = _differences(then.get(part), now[part])
+            if part == "data":
+                differences = f"{then['data'].get('rows')} rows -> {now['data'].get('rows')}, or other tokens"
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} is of {what}: {differences}; wanted the same, or a new "
+                "run from its weights, with the checkpoint's folder as the model"
+            )
+    changed = _differences(then.get("settings"), now["settings"])
+    if changed:
+        logger.warning("resuming with other settings than the checkpoint's: %s", changed)
+
+
+def _check_unfinished(args: PreferenceConfig, folder: Path) -> None:
+    """Raise ValueError where there is nothing left to train: transformers would make one more step."""
+    state = json.loads((folder / TRAINER_STATE_NAME).read_text())
+    step, epoch = state.get("global_step", 0), state.get("epoch") or 0.0
+    is_over, limit = epoch >= args.num_train_epochs, f"num_train_epochs is {args.num_train_epochs:g}"
+    if args.max_steps > 0:
+        is_over, limit = step >= args.max_steps, f"max_steps is {args.max_steps}"
+    if is_over:
+        where = f"{folder} is at step {step}, epoch {epoch:.2f}"
+        raise ValueError(f"resume_from_checkpoint: {where}, and {limit}: nothing is left to train")
+
+
+def _description(trainer: Any) -> dict[str, Any]:
+    args = trainer.args
+    settings = {name: value for name, value in settings_of(args).items() if name not in (*_LOSS, *_FREE)}
+    return {
+        "loss": {name: getattr(args, name) for name in _LOSS},
+        "data": _data(trainer),
+        "adapter": _adapters(getattr(trainer.model, "peft_config", {})),
+        "settings": {**settings, "reference": _reference(trainer)},
+    }
+
+
+def _data(trainer: Any) -> dict[str, Any]:
+    """How many rows, and a hash of their tokens: of texts, template, tokenizer and ``max_length``."""
+    dataset = trainer.train_dataset
+    if dataset is None:
+        return {}
+    # Once a run: of many rows it takes a while.
+    if trainer.data_hash is None:
+        trainer.data_hash = dataset.fingerprint()
+    return {"rows": len(dataset), "hash": trainer.data_hash}
+
+
+def _reference(trainer: Any) -> str:
+    model = trainer.reference.model if trainer.has_ref_model else None
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return f"{trainer.reference.kind} of {name}" if name else str(trainer.reference.kind)
+
+
+def _adapters(configs: Any) -> dict[str, Any]:
+    """Of each adapter what decides on what its weights mean."""
+    found = {}
+    for adapter, config in configs.items():
+        for name in _ADAPTER:
+            value = getattr(config, name, None)
+            found[f"{adapter}.{name}"] = sorted(value) if isinstance(value, (set, list)) else value
+    return found
+
+
+def _differences(then: Any, now: Any) -> str:
+    """``name: then -> now`` of each that differs."""
+    then, now = then or {}, now or {}
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return ", ".join(f"{name} {then.get(name)!r} -> {now.get(name)!r}" for name in names)

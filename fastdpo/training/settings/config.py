@@ -1,0 +1,109 @@
+"""``PreferenceConfig``: transformers' ``TrainingArguments`` plus what preference training needs.
+
+Every value is checked here, before a model is loaded: the checks are beside this file, a file a subject.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from fastdpo.losses import build_objective
+from fastdpo.training.settings.batches import check_batches, check_loader
+from fastdpo.training.settings.data import check_data_settings
+from fastdpo.training.settings.encoding import EncodingOptions
+from fastdpo.training.settings.fields import SettingFields
+from fastdpo.training.settings.kinds import kind_of
+from fastdpo.training.settings.loop import check_installed, check_loop, check_sharding
+from fastdpo.training.settings.losses import TakesLossOptions
+from fastdpo.training.settings.nll import trains_on_prompt
+from fastdpo.training.settings.steps import COLUMN_FIELDS, check_step_settings, stand_ins
+from fastdpo.training.settings.values import not_default, plain_values, settle
+
+
+@dataclass
+class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
+    """All settings of ``PreferenceTrainer``; the losses' options, and TRL's names, are keywords too.
+
+    Values are read as on the command line and in YAML: ``None``, ``none`` and ``null`` are one.
+
+    Raises:
+        TypeError: an unknown setting; says what it is called here.
+        ValueError: a value out of range, an unknown loss, option, mode or policy, or a setting of
+            ``TrainingArguments`` that this trainer cannot honour; names the field, got, wanted.
+    """
+
+    def __post_init__(self) -> None:
+        check_sharding(self)
+        # Values that transformers takes beside those that its hints name.
+        resume: Any = self.resume_from_checkpoint
+        self.resume_from_checkpoint = {True: "true", False: None}.get(resume, resume)
+        self.debug = "" if self.debug is None else self.debug
+        settle(self)
+        self.given = not_default(self)
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self.report_to = self.report_to or "none"
+        self.max_length = self.max_length or None
+        self._choose_defaults()
+        self._check_losses()
+        check_loop(self)
+        check_data_settings(self)
+        check_batches(self)
+        super().__post_init__()
+        check_loader(self)
+        check_installed(self)
+        self._settled = plain_values(self)
+
+    def changed(self) -> dict[str, Any]:
+        """Settings that were given, or changed since, as plain values."""
+        since = {name: value for name, value in plain_values(self).items() if value != self._settled[name]}
+        return {**self.given, **since}
+
+    def encoding_options(self) -> EncodingOptions:
+        """How rows become tokens."""
+        return EncodingOptions(
+            self.max_length,
+            self.truncation_mode,
+            self.on_bad_row,
+            {name: getattr(self, column) for name, column in COLUMN_FIELDS.items() if getattr(self, column)},
+            assistant_only=self.assistant_only,
+            allow_bad_rows=self.allow_bad_rows or (),
+            max_bad_rows=self.max_bad_rows,
+            processes=self.dataset_num_proc,
+            show_progress=not self.disable_tqdm and self.process_index == 0,
+        )
+
+    def _choose_defaults(self) -> None:
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.longest_batch_first is None:
+            self.longest_batch_first = on_gpu
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
+        # transformers 5.23 calls it activation_checkpointing and warns about the older name.
+        names = {item.name for item in dataclasses.fields(TrainingArguments)}
+        wanted = on_gpu if self.gradient_checkpointing is None else self.gradient_checkpointing
+        if "activation_checkpointing" not in names:
+            self.gradient_checkpointing = wanted
+            return
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = wanted
+        self.gradient_checkpointing = None
+
+    def _check_losses(self) -> None:
+        kind_of(self.losses)  # raises for losses that want unlike data
+        check_step_settings(self)
+        objective = build_objective(
+            self.loss_type,
+            self.loss_weights,
+            beta=self.beta,
+            **stand_ins(self),
+            **self.options,
+        )
+        self.nll_on_prompt = trains_on_prompt(self, has_nll=objective.uses_nll)

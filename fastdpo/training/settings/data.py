@@ -1,0 +1,25 @@
+"""Settings of the data, held to each other and to the losses."""
+
+from __future__ import annotations
+
+from fastdpo.training.settings.fields import SettingFields
+from fastdpo.training.settings.row_checks import may_stay
+
+
+def check_data_settings(args: SettingFields) -> None:
+    """Raise ValueError for a setting of the data out of range, or of columns that the losses do not read."""
+    if not 0 <= args.max_bad_rows <= 1:
+        raise ValueError(f"max_bad_rows: got {args.max_bad_rows!r}, wanted a number from 0 to 1")
+    for name in args.allow_bad_rows or ():
+        if name not in may_stay():
+            raise ValueError(f"allow_bad_rows: got {name!r}, wanted some of {', '.join(may_stay())}")
+    kind = args.data_kind
+    read = ("prompt", "chosen", "rejected") if kind is None else kind.columns
+    if kind is not None and kind.name in ("unpaired", "prompt-completion"):
+        read = (*read, "chosen", "rejected")
+    if "scores" in read:
+        read = (*read, "ranks")
+    for name in args.column_names:
+        if name not in read:
+            losses = ", ".join(args.loss_type)
+            raise ValueError(f"{name}_column: got a value with {losses}, which reads {', '.join(read)}")

@@ -1,0 +1,116 @@
+"""Settings of the run as a whole: choices, ranges, packages, what transformers has and we have not."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from fastdpo.training.settings.choices import ARRANGEMENTS, BAD_ROW_POLICIES, TRAINING_MODES, TRUNCATION_MODES
+from fastdpo.training.settings.fields import SettingFields
+from fastdpo.training.settings.values import NOTHING
+from fastdpo.types import BACKENDS
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "truncation_mode": TRUNCATION_MODES,
+    "on_bad_row": BAD_ROW_POLICIES,
+    "batch_layout": ("padded", "packed", "shared_prompt", "auto"),
+    "row_arrangement": ("auto", *ARRANGEMENTS),
+    "reference": ("auto", "copy", "adapter", "precomputed", "none"),
+    "mode": TRAINING_MODES,
+    "backend": BACKENDS,
+    "logits_dtype": (None, "fp32", "bf16"),
+    "on_nonfinite_loss": ("stop", "skip"),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length"),
+}
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_length": 2,
+    "pad_to_multiple_of": 1,
+    "max_tokens_per_batch": 1,
+    "reference_batch_size": 1,
+    "ref_model_sync_steps": 1,
+    "save_total_limit": 1,
+    "dataset_num_proc": 1,
+    "workspace_mib": 1,
+    "cache_mib": 0,
+    "dataloader_num_workers": 0,
+}
+_SHARDED = "not supported by this version: use one process a GPU (DDP)"
+# Settings of TrainingArguments that this trainer cannot honour: the value each needs, and why.
+_FIXED: dict[str, tuple[Any, str]] = {
+    "remove_unused_columns": (False, "the collator decides what reaches the model"),
+    "label_smoothing_factor": (0, "use the loss option label_smoothing"),
+    "label_names": (None, "the collator makes the labels"),
+    "average_tokens_across_devices": (True, "the loss is the mean over all ranks' rows"),
+    "use_liger_kernel": (False, "it replaces the forward pass that the fused head lives in"),
+    "liger_kernel_config": (None, "it replaces the forward pass that the fused head lives in"),
+    "auto_find_batch_size": (False, "not supported by this version"),
+    "length_column_name": ("length", "lengths are counted in the tokenised rows, not read from a column"),
+    "do_predict": (False, "there is nothing to predict; evaluations have the rewards"),
+}
+
+
+def check_sharding(args: SettingFields) -> None:
+    """Raise ValueError for a way to share a model among GPUs, before its files are looked at."""
+    for name in ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"):
+        value: Any = getattr(args, name, None)
+        is_nothing = not value or (isinstance(value, str) and value.lower() in NOTHING)
+        # Of no FSDP at all transformers < 5.23 leaves a dict of zeros.
+        if not is_nothing and not (isinstance(value, dict) and not any(value.values())):
+            raise ValueError(f"{name}: got {value!r}, wanted none: {_SHARDED}")
+
+
+def check_loop(args: SettingFields) -> None:
+    """Raise ValueError for a value out of range, or that this trainer cannot honour."""
+    for name, choices in _CHOICES.items():
+        if getattr(args, name) not in choices:
+            raise ValueError(f"{name}: got {getattr(args, name)!r}, wanted one of {choices}")
+    for name, least in _LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name}: got {value!r}, wanted a whole number from {least}")
+    rate = args.learning_rate
+    if rate is not None and not 0 <= rate < math.inf:
+        raise ValueError(f"learning_rate: got {rate!r}, wanted a number from 0")
+    for name, (needed, reason) in _FIXED.items():
+        if getattr(args, name, needed) != needed:
+            raise ValueError(f"{name}: got {getattr(args, name)!r}, wanted {needed}: {reason}")
+    if args.push_to_hub and _is_offline():
+        raise ValueError(
+            "push_to_hub: got True with HF_HUB_OFFLINE=1 in the environment, wanted one of the two"
+        )
+
+
+def check_installed(args: SettingFields) -> None:
+    """Raise ValueError for a tracker or an optimiser that is not known or not installed.
+
+    Called when ``TrainingArguments`` have settled what ``report_to`` and ``optim`` mean.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in args.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to: got {name!r}, wanted none, all, or some of {known}")
+        if name != "flyte" and name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to: got {name!r}, which is not installed: pip install {name}, or none")
+    if args.optim not in ("adamw_torch", "adamw_torch_fused"):
+        from transformers import Trainer
+
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        except ImportError as error:
+            name = getattr(args.optim, "value", args.optim)
+            raise ValueError(f"optim: got {name!r}, which is not installed: {error}") from None
+        except ValueError:
+            pass  # some want the model too, which is not there yet
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")

@@ -1,0 +1,74 @@
+"""One row in the format of every kind of data, and its encoding: what holds of one holds of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastdpo.training.data.answer_encode import AnswerOptions, encode_answers
+from fastdpo.training.data.answers import AnswerDataset
+from fastdpo.training.data.encode import encode_rows
+from fastdpo.training.data.source import PreferenceDataset, read_rows
+from fastdpo.training.settings.encoding import EncodingOptions
+from fastdpo.training.settings.kinds import KINDS
+
+Dataset = PreferenceDataset | AnswerDataset
+# Of pieces the answer is text in any case.
+KINDS_OF_MESSAGES = ("pairs", "unpaired", "pair taken apart", "listwise", "samples", "prompt-completion")
+ALL_KINDS = (*KINDS_OF_MESSAGES, "ranking", "steps")
+
+
+def user(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **more}
+
+
+def assistant(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def row_of(kind: str, prompt: Any, answer: Any, other: Any, **more: Any) -> dict[str, Any]:
+    """A row whose (first) answer is ``answer``; ``other`` is one beside it, where the kind has several."""
+    columns: dict[str, dict[str, Any]] = {
+        "pairs": {"chosen": answer, "rejected": other},
+        "pair taken apart": {"chosen": answer, "rejected": other},
+        "unpaired": {"completion": answer, "label": True},
+        "listwise": {"completions": [answer, other], "scores": [1, 0]},
+        "samples": {"completion": answer, "win_rate": 0.5},
+        "prompt-completion": {"completion": answer},
+        "ranking": {"completion": [answer, other], "scores": [1, 0]},
+        "steps": {"completion": [answer, other], "advantages": [1, 0]},
+    }
+    return {"prompt": prompt, **columns[kind], **more}
+
+
+def encode(
+    kind: str, rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, mismatched: bool = False, **options: Any
+) -> Dataset:
+    """The rows as the losses of a kind have them."""
+    source, how = read_rows(list(rows)), EncodingOptions(**options)
+    if kind == "pairs":
+        return encode_rows(source, tokenizer, how)
+    name = "unpaired" if kind == "pair taken apart" else kind
+    return encode_answers(source, tokenizer, how, AnswerOptions(KINDS[name], has_mismatched=mismatched))
+
+
+def ids_of(dataset: Dataset, place: int = 0) -> tuple[list[int], list[list[int]]]:
+    """Prompt and answers of a row."""
+    item = dataset[place]
+    answers = item.get("answer_ids") or [item["chosen_ids"], item["rejected_ids"]]
+    return item["prompt_ids"].tolist(), [answer.tolist() for answer in answers]
+
+
+def texts_of(dataset: Dataset, tokenizer: Any, place: int = 0) -> tuple[str, list[str]]:
+    """The same as text."""
+    prompt, answers = ids_of(dataset, place)
+    return tokenizer.decode(prompt), [tokenizer.decode(answer) for answer in answers]
+
+
+def scored_text(dataset: Dataset, tokenizer: Any, answer: int = 0, place: int = 0) -> str:
+    """What is scored of an answer."""
+    item = dataset[place]
+    ids = ids_of(dataset, place)[1][answer]
+    mask = item["scored"][answer].tolist() if "scored" in item else [True] * len(ids)
+    text: str = tokenizer.decode([token for token, is_scored in zip(ids, mask, strict=True) if is_scored])
+    return text

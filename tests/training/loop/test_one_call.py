@@ -1,0 +1,132 @@
+"""The loop's loss is made inside the model's forward: the head's mode ``pairs``, and the same numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastdpo import Execution
+from fastdpo.functional.pairs import METRIC_STATISTICS, dpo_loss_from_logps
+from fastdpo.integrations.model import patch_model
+from fastdpo.training.batches.contents import completion_mask, packed_layout
+from fastdpo.training.batches.forward import token_logps
+from fastdpo.training.loop.step import BatchCounts, batch_loss
+from fastdpo.training.reference.sources import Reference
+from fastdpo.training.settings.config import PreferenceConfig
+from fastdpo.types import DPOLossOutput
+from tests.integrations.tiny import HIDDEN, make_model
+from tests.ops.test_gemm_passes import count_passes
+from tests.training.batches.layout_cases import PAIRS, make_batch
+
+# One MiB holds D of 31 of the 43 labelled tokens in fp32; the longest pair has 19.
+VOCAB, TOKENS = 8209, 43
+SMALL = Execution(workspace_mib=1, cache_mib=1)
+COUNTS = BatchCounts(len(PAIRS), 40)
+
+
+def settings(**options: Any) -> PreferenceConfig:
+    return PreferenceConfig(output_dir="unused", use_cpu=True, **options)
+
+
+def in_one_call(model: Any, batch: Any, args: PreferenceConfig) -> DPOLossOutput:
+    reference = Reference("precomputed" if args.needs_reference else "none")
+    result = batch_loss(model, model, batch, COUNTS, args, reference)
+    assert isinstance(result, DPOLossOutput)
+    return result
+
+
+def in_two(model: Any, batch: Any, args: PreferenceConfig) -> DPOLossOutput:
+    """Log-probabilities from the model, and a loss made of them."""
+    token = token_logps(model, batch, statistics=METRIC_STATISTICS)
+    return dpo_loss_from_logps(
+        token,
+        completion_mask(batch),
+        ref_logps=batch["ref_logps"] if args.needs_reference else None,
+        layout=packed_layout(batch),
+        loss_type=args.loss_type,
+        num_pairs=COUNTS.pairs,
+        num_tokens=COUNTS.nll_tokens,
+    )
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prompt"])
+@pytest.mark.parametrize(("trained", "passes"), [(True, 3), (False, 2)])
+def test_passes(layout: str, trained: bool, passes: int) -> None:
+    """A trained head takes three products, though D does not fit into the cache: two calls take more."""
+    model = make_model("llama", vocab_size=VOCAB)
+    model.lm_head.weight.requires_grad_(trained)
+    patch_model(model, execution=SMALL)
+    batch = make_batch(layout)
+    assert sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in PAIRS) == TOKENS
+
+    def count(way: Any) -> float:
+        return count_passes(
+            lambda: way(model, batch, settings()).loss.backward(), TOKENS, HIDDEN, VOCAB, of_size=VOCAB
+        )
+
+    assert count(in_one_call) == passes
+    assert (count(in_two) > 3.2) if trained else (count(in_two) == 2)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prompt"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "simpo", ["sigmoid", "sft"], "sppo_hard"], ids=str)
+def test_both_ways_give_the_same(loss_type: Any, layout: str) -> None:
+    model = make_model("llama", vocab_size=VOCAB)
+    patch_model(model, execution=SMALL)
+    batch, args = make_batch(layout), settings(loss_type=loss_type)
+    found = {}
+    for way in (in_one_call, in_two):
+        result = way(model, batch, args)
+        found[way] = (result, torch.autograd.grad(result.loss, list(model.parameters())))
+    (one, grads), (two, wanted) = found[in_one_call], found[in_two]
+    for name in ("chosen_logps", "rejected_logps", "chosen_rewards", "rejected_rewards"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+    assert one.metrics.keys() == two.metrics.keys()
+    for name, value in one.metrics.items():
+        assert value.item() == pytest.approx(two.metrics[name].item(), rel=1e-6), name
+    # Pairs are summed group by group, tokens by products of other widths: the last bits of fp32 differ.
+    assert one.loss.item() == pytest.approx(two.loss.item(), rel=1e-6)
+    for ours, theirs in zip(grads, wanted, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_without_gradients_it_only_scores() -> None:
+    model = make_model("llama", vocab_size=VOCAB)
+    patch_model(model, execution=SMALL)
+
+    def run() -> None:
+        with torch.no_grad():
+            in_one_call(model, make_batch("padded"), settings())
+
+    assert count_passes(run, TOKENS, HIDDEN, VOCAB, of_size=VOCAB) == 1
+
+
+def test_the_hook_honours_what_it_is_given_or_refuses_it() -> None:
+    model = make_model("llama")
+    patch_model(model)
+    batch = make_batch("padded")
+    inputs = {name: batch[name] for name in ("input_ids", "labels")}
+    loss = {"loss_type": "sigmoid", "ref_logps": batch["ref_logps"]}
+    with pytest.raises(ValueError, match="pair_loss: got a value, wanted return_logps=True"):
+        model(**inputs, pair_loss=loss)
+    with pytest.raises(ValueError, match="logps_outputs.*pair_loss"):
+        model(**inputs, return_logps=True, pair_loss=loss, logps_outputs=("entropy",))
+    with pytest.raises(ValueError, match=r"pair_loss: got \['execution'\]"):
+        model(**inputs, return_logps=True, pair_loss={**loss, "execution": SMALL})
+    with pytest.raises(ValueError, match="no_such_option"):
+        model(**inputs, return_logps=True, pair_loss={**loss, "no_such_option": 1})
+    out = model(**inputs, return_logps=True, pair_loss=loss)
+    assert out.logps is None and out.loss is out.pair_loss.loss
+    # Several references, and win rates, are arguments like any other.
+    several = torch.stack([batch["ref_logps"], batch["ref_logps"] - 3])
+    mixed = model(
+        **inputs, return_logps=True, pair_loss={"ref_logps": several, "ref_combination": "geometric"}
+    )
+    chosen = mixed.pair_loss.ref_chosen_logps
+    torch.testing.assert_close(chosen, several.mean(0)[: len(chosen)])
+    rates = {"chosen_win_rate": 1.0, "rejected_win_rate": 0.0}
+    sppo = model(**inputs, return_logps=True, pair_loss={**loss, "loss_type": "sppo", **rates}).loss
+    hard = model(**inputs, return_logps=True, pair_loss={**loss, "loss_type": "sppo_hard"}).loss
+    torch.testing.assert_close(2 * sppo, hard)
