@@ -183,6 +183,9 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
         num_virtual_tokens: int | None = None,
         **kwargs: Any,
     ) -> Any:
+        if "cache" in names and "cache" not in kwargs and "past_key_values" in kwargs:
+            # PEFT's prefix tuning has the name of transformers before 5.24, which warns of it.
+            kwargs["cache"] = kwargs.pop("past_key_values")
         if not return_logps:
             given: dict[str, Any] = {"logps_outputs": logps_outputs or None, "logps_topk": logps_topk}
             given |= {"reference": reference, "pair_loss": pair_loss, "token_layout": token_layout}
