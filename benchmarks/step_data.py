@@ -8,7 +8,8 @@ from typing import Any
 import numpy
 
 from fastdpo.training.data.encode import encode_rows
-from fastdpo.training.data.source import PreferenceDataset, read_rows
+from fastdpo.training.data.pairs import PreferenceDataset
+from fastdpo.training.data.source import read_rows
 from fastdpo.training.settings.encoding import EncodingOptions
 
 # Words of prompts and answers, medians and spread of log-normal lengths: prompts as long as answers, answers

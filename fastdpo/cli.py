@@ -267,7 +267,8 @@ def _load_pairs(
     data: DataArguments, tokenizer: Any, config: PreferenceConfig, *, reads_reference: bool
 ) -> tuple[RowSource, RowDataset, RowDataset | None]:
     """The rows of ``--dataset``, and the pairs to train and to evaluate on."""
-    from fastdpo.training.data.source import read_rows, split_pairs
+    from fastdpo.training.data.pairs import split_pairs
+    from fastdpo.training.data.source import read_rows
     from fastdpo.training.loop.setup import tokenized_pairs
 
     source = read_rows(data.dataset, split=data.dataset_split)

@@ -5,6 +5,6 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from fastdpo.training.data.answers import AnswerDataset
-from fastdpo.training.data.source import PreferenceDataset
+from fastdpo.training.data.pairs import PreferenceDataset
 
 RowDataset: TypeAlias = PreferenceDataset | AnswerDataset

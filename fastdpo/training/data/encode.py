@@ -23,10 +23,11 @@ from torch import Tensor
 from fastdpo.training.data.columns import Survey, check_prompt_column, survey
 from fastdpo.training.data.formats import render_pair
 from fastdpo.training.data.maker import LeftOut, MadeRow, RowMaker
+from fastdpo.training.data.pairs import PreferenceDataset
 from fastdpo.training.data.processes import made_in_order
 from fastdpo.training.data.references import RowReferences
 from fastdpo.training.data.report import DataReport
-from fastdpo.training.data.source import PreferenceDataset, RowSource
+from fastdpo.training.data.source import RowSource
 from fastdpo.training.data.texts import RowTexts, TextReader
 from fastdpo.training.data.tokens import RowTokenizer, short_hash
 from fastdpo.training.settings.encoding import EncodingOptions

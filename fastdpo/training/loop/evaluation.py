@@ -11,7 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastdpo.training.batches.contents import first_rows, num_rows
 from fastdpo.training.batches.layouts import padded_collator
 from fastdpo.training.data.dataset import RowDataset
-from fastdpo.training.data.source import PreferenceDataset
+from fastdpo.training.data.pairs import PreferenceDataset
 from fastdpo.training.loop.answer_step import with_margins
 from fastdpo.training.loop.base import BaseTrainer
 from fastdpo.training.loop.over_optimisation import OverOptimisationMonitor

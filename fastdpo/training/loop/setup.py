@@ -19,10 +19,11 @@ from fastdpo.training.data.answers import AnswerDataset, Ragged
 from fastdpo.training.data.columns import select_columns, survey
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.encode import encode_rows
+from fastdpo.training.data.pairs import PreferenceDataset
 from fastdpo.training.data.references import REFERENCE, reference_columns
 from fastdpo.training.data.report import row_list
 from fastdpo.training.data.scores import ScoreRules
-from fastdpo.training.data.source import PreferenceDataset, RowSource, read_rows
+from fastdpo.training.data.source import RowSource, read_rows
 from fastdpo.training.loop.callbacks import METRICS_FILE
 from fastdpo.training.loop.curves import CURVES_FILE
 from fastdpo.training.reference.sources import check_weighted_reference

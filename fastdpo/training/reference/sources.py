@@ -19,8 +19,8 @@ from fastdpo.integrations.head_adapter import has_adapter
 from fastdpo.integrations.lm_head import head_module, unwrap
 from fastdpo.training.batches.contents import Batch, completion_mask
 from fastdpo.training.batches.forward import head_states, sequence_logps
+from fastdpo.training.data.pairs import PreferenceDataset
 from fastdpo.training.data.references import LD_COLUMN, REF_MISMATCHED
-from fastdpo.training.data.source import PreferenceDataset
 from fastdpo.training.reference.scoring import reference_values
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.types import TeacherCombination

@@ -21,7 +21,8 @@ from fastdpo.training.batches.plan import (
     unit_lengths,
 )
 from fastdpo.training.batches.rows import PADDING, Unit, build_rows
-from fastdpo.training.data.source import PreferenceDataset, read_rows
+from fastdpo.training.data.pairs import PreferenceDataset
+from fastdpo.training.data.source import read_rows
 from fastdpo.training.loop.setup import tokenized_pairs
 from tests import ROOT
 from tests.training.batches.layout_cases import COSTS, PAIRS, make_batch, row_collator

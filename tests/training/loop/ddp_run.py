@@ -13,7 +13,8 @@ from packaging.version import Version
 from transformers import TrainerCallback
 
 from fastdpo.training.data.answers import AnswerDataset, Ragged
-from fastdpo.training.data.source import DataReport, PreferenceDataset
+from fastdpo.training.data.pairs import PreferenceDataset
+from fastdpo.training.data.report import DataReport
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.reference import scoring
 from fastdpo.training.settings.config import PreferenceConfig
