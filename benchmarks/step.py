@@ -35,7 +35,7 @@ from benchmarks.step_data import MADE_UP, made_up_rows, make_data
 from benchmarks.step_truth import LOSS_BOUND, Truth, true_steps, wrong
 from benchmarks.timing import Timer, of_host
 from fastdpo.training.batches.contents import sequence_tokens
-from fastdpo.training.data.pairs import PreferenceDataset
+from fastdpo.training.data.dataset import (PreferenceDataset)
 
 
 class Run:

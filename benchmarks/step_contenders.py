@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdpo.training.batches.collate import IGNORE_INDEX, PreferenceCollator
 from fastdpo.training.batches.contents import to_device
-from fastdpo.training.data.pairs import PreferenceDataset
+from fastdpo.training.data.dataset import (PreferenceDataset)
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 

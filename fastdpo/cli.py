@@ -267,7 +267,7 @@ def _load_pairs(
     data: DataArguments, tokenizer: Any, config: PreferenceConfig, *, reads_reference: bool
 ) -> tuple[RowSource, RowDataset, RowDataset | None]:
     """The rows of ``--dataset``, and the pairs to train and to evaluate on."""
-    from fastdpo.training.data.pairs import split_pairs
+    from fastdpo.training.data.dataset import split_rows
     from fastdpo.training.data.source import read_rows
     from fastdpo.training.loop.setup import tokenized_pairs
 
@@ -278,17 +278,18 @@ def _load_pairs(
         held_out = tokenized_pairs(eval_rows, tokenizer, config, reads_reference=reads_reference)
         return source, pairs, held_out
     if data.held_out:
-        return source, *split_pairs(pairs, data.held_out, seed=config.data_seed or config.seed)
+        return source, *split_rows(pairs, data.held_out, seed=config.data_seed or config.seed)
     return source, pairs, None
 
 
 def _write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) -> int:
     """Write the rows that were scored, in their order, each with its log-probabilities and no others."""
-    from fastdpo.training.data.references import WRITTEN_COLUMNS
+    from fastdpo.training.data.references import scores_by_row
+    from fastdpo.training.data.row import WRITTEN_COLUMNS
 
     scores: dict[int, dict[str, Any]] = {}
     for dataset in scored:
-        for place, values in dataset.scores_by_row():
+        for place, values in scores_by_row(dataset):
             # Of a pair taken apart: one after the other.
             known = scores.get(place, {})
             scores[place] = {

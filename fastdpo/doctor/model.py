@@ -218,11 +218,11 @@ def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, list[int], in
         labelled = scored
     lengths = torch.tensor([min(prompt + max(answers), limit) for prompt, *answers in sizes])
     counts = torch.tensor([len(answers) for _, *answers in sizes])
-    kind = getattr(getattr(dataset, "kind", None), "name", None)  # None for pairs
-    unit = "pairs" if kind is None else "rows"
+    kind = getattr(getattr(dataset, "kind", None), "name", "paired")  # other trainers' data are pairs
+    unit = "pairs" if kind == "paired" else "rows"
     longest = int(lengths.argmax())
     lines = [
-        (unit, str(len(sizes)) if kind is None else f"{len(sizes)}, {kind}"),
+        (unit, str(len(sizes)) if kind == "paired" else f"{len(sizes)}, {kind}"),
         (
             f"longest {unit.removesuffix('s')}",
             f"{_row_name(dataset, longest)}: {_parts(sizes[longest], kind)} tokens",
@@ -271,9 +271,9 @@ def _memory_for(
     return [("head for it alone", f"{_mib(plan.peak_bytes)} at once, gradients included")]
 
 
-def _parts(sizes: list[int], kind: str | None) -> str:
+def _parts(sizes: list[int], kind: str) -> str:
     prompt, *answers = sizes
-    if kind is None:
+    if kind == "paired":
         gold = "".join(f", gold {n}" for n in answers[2:])
         return f"prompt {prompt}, chosen {answers[0]}, rejected {answers[1]}{gold}"
     shown = ", ".join(str(n) for n in answers[:5]) + " ..." * (len(answers) > 5)

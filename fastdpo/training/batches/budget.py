@@ -14,9 +14,9 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,7 @@ from transformers.trainer_utils import seed_worker
 
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.report import row_list
-
-if TYPE_CHECKING:
-    from fastdpo.training.settings.config import PreferenceConfig
+from fastdpo.training.settings.config import PreferenceConfig
 
 STRATEGIES = ("random", "sequential", "group_by_length")
 # Draws of a random packing before the tight one, which always fits, is taken.
@@ -240,8 +238,8 @@ class _Collate:
     collator: Any
     filler: Any
 
-    def __call__(self, pairs: Sequence[Any]) -> dict[str, Any]:
-        return self.collator(pairs) if pairs else {**self.collator([self.filler]), "is_filler": True}
+    def __call__(self, pairs: Sequence[Any]) -> Any:
+        return self.collator(pairs) if pairs else replace(self.collator([self.filler]), is_filler=True)
 
 
 def training_sampler(dataset: RowDataset, budget: TokenBudget, args: PreferenceConfig) -> TokenBudgetSampler:
@@ -256,7 +254,7 @@ def training_sampler(dataset: RowDataset, budget: TokenBudget, args: PreferenceC
 
 def budget_dataloader(
     dataset: RowDataset, budget: TokenBudget, collator: Any, args: PreferenceConfig
-) -> DataLoader[dict[str, Any]]:
+) -> DataLoader[Any]:
     """The training batches of a budget, for accelerate to hand out to the ranks."""
     return DataLoader(
         dataset,

@@ -1,139 +1,245 @@
-"""Which pairs make a batch, and the batch: chosen rows first, then rejected, in the order TRL has them."""
+"""Rows of a data set to a batch: padded, or in rows without padding."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch import Tensor
 
 from fastdpo.losses.aggregate import ld_weights
-from fastdpo.training.data.references import REF_COLUMNS
+from fastdpo.training.batches.batch import IGNORE_INDEX, Batch, Padded, PaddedBatch, RowBatch, bounds_of
+from fastdpo.training.batches.plan import RowCosts, RowPlan, plan_rows
+from fastdpo.training.batches.rows import Unit, build_rows
+from fastdpo.training.data.row import LD_COLUMN, REF_MISMATCHED, REFERENCE, Answer, Row
+from fastdpo.training.settings.choices import ARRANGEMENTS
+from fastdpo.training.settings.kinds import PAIRS, DataKind
+from fastdpo.types import TokenLayout
 
-Batch = dict[str, Any]
-IGNORE_INDEX = -100
-TOKEN_WEIGHTS = "token_weights"
-# What an item of a PreferenceDataset holds beside its per-pair numbers.
-TOKEN_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "gold_ids", "scored", "row")
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 @dataclass(frozen=True)
-class PreferenceCollator:
-    """Collate P pairs into a batch of 2P right-padded sequences.
-
-    Returns a dict with ``input_ids``, ``attention_mask`` and ``labels`` ``(2P, T)`` (labels -100 on
-    prompt and padding), ``rows`` ``(P,)``, every per-pair number ``(P,)`` fp32 under its name, and
-    ``ref_logps`` ``(2P,)`` fp32 where the pairs carry both reference columns. ``gold`` is a dict of the first
-    three, ``(P, T')``, where the pairs carry gold answers.
+class PaddedCollator:
+    """Collate R rows into right-padded sequences.
 
     Args:
         pad_token_id: fills ``input_ids``; any id will do, as padding is masked and never a label.
         pad_to_multiple_of: rounds T up.
         ld_alpha: of LD-DPO, whose ``token_weights`` ``(2P, T)`` the batch then has.
+        kind: of the data.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     ld_alpha: float | None = None
+    kind: DataKind = PAIRS
 
-    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> Batch:
-        prompts = [pair["prompt_ids"] for pair in pairs] * 2
-        answers = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
-        scored = [scored_tokens(pair)[side] for side in (0, 1) for pair in pairs]
-        padding = (self.pad_token_id, self.pad_to_multiple_of)
-        batch = padded_batch(prompts, answers, *padding, scored)
-        if len(answer_names(pairs)) > 2:
-            gold = [pair["gold_ids"] for pair in pairs]
-            scored = [scored_tokens(pair)[2] for pair in pairs]
-            batch["gold"] = padded_batch(prompts[: len(gold)], gold, *padding, scored)
-        return with_ld_weights({**batch, **pair_numbers(pairs)}, self.ld_alpha)
+    def __call__(self, rows: Sequence[Row]) -> PaddedBatch:
+        def padded(places: Sequence[tuple[int, int]]) -> Padded:
+            texts = [(rows[i].prompt, rows[i].answers[k]) for i, k in places]
+            return pad_sequences(texts, self.pad_token_id, self.pad_to_multiple_of)
 
-
-def answer_names(pairs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Under which names pairs carry their answers."""
-    gold = ("gold_ids",) if pairs and "gold_ids" in pairs[0] else ()
-    return ("chosen_ids", "rejected_ids", *gold)
-
-
-def scored_tokens(item: Mapping[str, Any]) -> Sequence[Any]:
-    """Of each answer of an item which tokens are scored, a bool tensor; None for an answer that is as a
-    whole."""
-    scored: Sequence[Any] = item.get("scored") or (None,) * max(3, len(item.get("answer_ids", ())))
-    return scored
+        judged, gold = answer_places(rows, self.kind)
+        sequences = padded(judged)
+        batch = PaddedBatch(
+            sequences=sequences,
+            gold=padded(gold) if gold else None,
+            **numbers_of(rows, self.kind, self.pad_token_id),
+        )
+        if self.kind.has_pieces:
+            # Every labelled token belongs to a piece, in the order of both.
+            ids = torch.full(sequences.labels.shape, -1)
+            is_labelled = sequences.labels != IGNORE_INDEX
+            batch = replace(batch, segment_ids=ids.masked_scatter(is_labelled, segments(rows)))
+        return with_ld_weights(batch, self.ld_alpha)
 
 
-def padded_batch(
-    prompts: Sequence[Any],
-    answers: Sequence[Any],
-    pad_token_id: int,
-    multiple_of: int | None,
-    scored: Sequence[Any] | None = None,
-) -> Batch:
-    """``input_ids``, ``attention_mask`` and ``labels`` ``(S, T)`` of S prompts, each with an answer.
+@dataclass(frozen=True)
+class RowCollator:
+    """Collate R rows without padding: ``packed`` sequences, or prompts shared by their answers.
 
     Args:
-        scored: of each answer what ``scored_tokens`` has of it: the others have no label.
+        pad_token_id: fills up what is left; any id will do.
+        layout: ``packed`` or ``shared_prompt``.
+        costs: what the planner goes by.
+        arrangements: what it may choose from.
+        single_call: the backbone may run only once a step.
+        pad_to_multiple_of: rounds rows up.
+        ld_alpha: of LD-DPO, whose ``token_weights`` ``(N,)`` the batch then has.
+        nll_on_prompt: the NLL term is of the prompts too.
+        kind: of the data.
     """
-    ends = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    pad_token_id: int
+    layout: str
+    costs: RowCosts
+    arrangements: tuple[str, ...] = ARRANGEMENTS
+    single_call: bool = False
+    pad_to_multiple_of: int | None = None
+    ld_alpha: float | None = None
+    nll_on_prompt: bool = False
+    kind: DataKind = PAIRS
+
+    def __call__(self, rows: Sequence[Row]) -> RowBatch:
+        judged, gold = answer_places(rows, self.kind)
+        has_more = bool(gold) or self.nll_on_prompt
+        units = make_units(rows, self.layout, self.kind, labels_prompt=self.nll_on_prompt)
+        plan = self.plan([unit.length for unit in units])
+        made = build_rows(
+            units,
+            plan.calls,
+            num_sequences=len(judged) + (len(rows) if has_more else 0),
+            is_one_row=plan.arrangement == "one_row",
+            pad_token_id=self.pad_token_id,
+            multiple_of=self.pad_to_multiple_of or 1,
+        )
+        tokens, more = split_tokens(made.tokens, len(judged)) if has_more else (made.tokens, None)
+        count = sum(len(rows[i].prompt) + len(rows[i].answers[k].ids) for i, k in (*judged, *gold))
+        batch = RowBatch(
+            rows_of_calls=made.calls,
+            tokens=tokens,
+            cu_seqlens=bounds_of(tokens.lengths or ()),
+            num_tokens=torch.tensor(count),
+            more=more,
+            segment_ids=segments(rows) if self.kind.has_pieces else None,
+            **numbers_of(rows, self.kind, self.pad_token_id),
+        )
+        return with_ld_weights(batch, self.ld_alpha)
+
+    def plan(self, lengths: Sequence[int]) -> RowPlan:
+        """How units of these lengths are arranged."""
+        return plan_rows(
+            lengths,
+            self.costs,
+            layout=self.layout,
+            arrangements=self.arrangements,
+            single_call=self.single_call,
+            multiple_of=self.pad_to_multiple_of or 1,
+        )
+
+
+def answer_places(rows: Sequence[Row], kind: DataKind) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(row, answer) of each sequence that is judged, in the batch's order, and of gold answers."""
+    if not kind.is_paired:
+        return [(i, k) for i, row in enumerate(rows) for k in range(len(row.answers))], []
+    judged = [(i, k) for k in (0, 1) for i in range(len(rows))]
+    return judged, [(i, 2) for i, row in enumerate(rows) if len(row.answers) > 2]
+
+
+def make_units(
+    rows: Sequence[Row], layout: str, kind: DataKind = PAIRS, *, labels_prompt: bool = False
+) -> list[Unit]:
+    """The units of R rows, whose sequences are numbered as in the batch.
+
+    Of pairs the third P are gold answers where there are some, or the prompts', which ``labels_prompt`` asks
+    for.
+    """
+    places = [place for part in answer_places(rows, kind) for place in part]
+    number = {place: sequence for sequence, place in enumerate(places)}
+    of_prompt = [len(places) + i if labels_prompt else None for i in range(len(rows))]
+    if layout == "shared_prompt":
+        units = [[(i, k) for k in range(len(row.answers))] for i, row in enumerate(rows)]
+    else:
+        units = [[place] for place in places]
+    return [
+        Unit(
+            rows[unit[0][0]].prompt,
+            tuple(rows[i].answers[k].ids for i, k in unit),
+            tuple(number[place] for place in unit),
+            of_prompt[unit[0][0]] if unit[0][1] == 0 else None,
+            tuple(rows[i].answers[k].scored for i, k in unit),
+        )
+        for unit in units
+    ]
+
+
+def split_tokens(tokens: TokenLayout, num_sequences: int) -> tuple[TokenLayout, TokenLayout]:
+    """The labelled tokens of the first sequences, and those of the others."""
+    lengths = tokens.lengths or ()
+    count = sum(lengths[:num_sequences])
+
+    def part(place: slice, of: slice) -> TokenLayout:
+        names = (tokens.token_index[place], tokens.target_ids[place], tokens.sequence_ids[place])
+        return TokenLayout(*names, lengths[of])
+
+    return part(slice(count), slice(num_sequences)), part(slice(count, None), slice(num_sequences, None))
+
+
+def segments(rows: Sequence[Row]) -> Tensor:
+    """The piece that each answer token belongs to, counted through the batch."""
+    lengths = torch.tensor([length for row in rows for length in row.pieces])
+    return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+
+def pad_sequences(
+    texts: Sequence[tuple[Tensor, Answer]], pad_token_id: int, multiple_of: int | None = None
+) -> Padded:
+    """Prompts, each with an answer, whose tokens are labels where they are scored."""
+    ends = [len(prompt) + len(answer.ids) for prompt, answer in texts]
     step = multiple_of or 1
-    shape = (len(answers), -(-max(ends) // step) * step)
+    shape = (len(texts), -(-max(ends) // step) * step)
     input_ids = torch.full(shape, pad_token_id)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX)
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        answer = torch.as_tensor(answer)
-        input_ids[i, : ends[i]] = torch.cat([torch.as_tensor(prompt), answer])
+    for i, (prompt, (ids, scored)) in enumerate(texts):
+        ids = torch.as_tensor(ids)
+        input_ids[i, : ends[i]] = torch.cat([torch.as_tensor(prompt), ids])
         attention_mask[i, : ends[i]] = 1
-        mask = None if scored is None else scored[i]
-        labels[i, len(prompt) : ends[i]] = answer if mask is None else answer.where(mask, IGNORE_INDEX)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        labels[i, len(prompt) : ends[i]] = ids if scored is None else ids.where(scored, IGNORE_INDEX)
+    return Padded(input_ids, attention_mask, labels)
 
 
-def with_ld_weights(batch: Mapping[str, Any], alpha: float | None) -> Batch:
-    """A batch of pairs, padded or in rows, with LD-DPO's weight of each of its scored tokens.
+def numbers_of(rows: Sequence[Row], kind: DataKind, pad_token_id: int) -> dict[str, Any]:
+    """What a batch holds beside its tokens: fields of ``Batch``."""
+    named = {name: [row.numbers[name] for row in rows] for name in rows[0].numbers}
+    given: dict[str, Any] = {
+        "kind": kind,
+        "rows": torch.tensor([row.number for row in rows], dtype=torch.int64),
+        "num_answers": tuple(2 if kind.is_paired else len(row.answers) for row in rows),
+        "num_pieces": tuple(len(row.pieces) for row in rows) if kind.has_pieces else (),
+    }
+    if REFERENCE in named:
+        per_row: list[Any] = named.pop(REFERENCE)
+        given["ref_logps"] = torch.stack(per_row, 1).flatten() if kind.is_paired else torch.cat(per_row)
+    if REF_MISMATCHED in named:
+        given["ref_mismatched_logps"] = torch.tensor(named.pop(REF_MISMATCHED), dtype=torch.float32)
+    named.pop(LD_COLUMN, None)
+    given["numbers"] = {name: _joined(name, values) for name, values in named.items()}
+    given["numbers"] |= _groups(rows, kind, given["num_pieces"] or given["num_answers"])
+    if rows[0].mismatched is not None:
+        others = [(row.prompt, row.mismatched) for row in rows if row.mismatched is not None]
+        given["mismatched"] = pad_sequences(others, pad_token_id)
+    return given
+
+
+def _joined(name: str, values: list[Any]) -> Tensor:
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    if name == "is_desirable":
+        return torch.tensor([value > 0 for value in values])
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _groups(rows: Sequence[Row], kind: DataKind, counts: tuple[int, ...]) -> dict[str, Any]:
+    """Which list each candidate is of, and how many pieces there are."""
+    found: dict[str, Any] = {"num_segments": sum(counts)} if kind.has_pieces else {}
+    if kind.name in ("listwise", "ranking"):
+        ids = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
+        found |= {"group_ids": ids, "num_groups": len(rows), "max_candidates": max(counts)}
+    return found
+
+
+def with_ld_weights(batch: AnyBatch, alpha: float | None) -> AnyBatch:
+    """A batch of pairs with LD-DPO's weight of each of its scored tokens.
 
     They depend on lengths alone, so they are made where the batch is.
     """
-    if alpha is None:
-        return dict(batch)
-    if "labels" in batch:
-        mask, bounds = batch["labels"] != IGNORE_INDEX, None
-        mask[:, 0] = False  # nothing predicts the first token of a row
-    else:
-        mask, bounds = torch.ones_like(batch["target_ids"], dtype=torch.bool), batch["cu_seqlens"]
-    weights = ld_weights(mask, alpha, bounds) if len(batch["rows"]) else mask.float()
-    return {**batch, TOKEN_WEIGHTS: weights}
-
-
-def pair_numbers(pairs: Sequence[Mapping[str, Any]]) -> Batch:
-    """What a batch holds beside its tokens: ``rows``, per-pair numbers, ``ref_logps``."""
-    batch: Batch = {"rows": torch.tensor([pair["row"] for pair in pairs], dtype=torch.int64)}
-    for name in pairs[0] if pairs else ():
-        if name not in TOKEN_FIELDS:
-            batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
-    if all(name in batch for name in REF_COLUMNS):
-        batch["ref_logps"] = torch.cat([batch.pop(name) for name in REF_COLUMNS])
-    return batch
-
-
-class LikeLengthSampler(LengthGroupedSampler):
-    """Random groups of pairs of like length; the order of an epoch depends on seed and epoch alone.
-
-    Args:
-        group_size: pairs of one group, sorted by length within a larger random draw.
-        lengths: of every pair.
-    """
-
-    def __init__(self, group_size: int, lengths: list[int], *, seed: int) -> None:
-        super().__init__(group_size, lengths=lengths)
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Before each epoch, of a resumed run too."""
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+    return (
+        batch if alpha is None else replace(batch, token_weights=ld_weights(batch.mask, alpha, batch.bounds))
+    )
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastdpo.integrations.fused_output import FusedLMOutput, HeadStates, Teachers, require_states
 from fastdpo.integrations.model import require_fused_output
-from fastdpo.integrations.row_masks import RowMasks
-from fastdpo.training.batches.contents import Batch, answer_logps, is_in_rows, token_layout
+from fastdpo.training.batches.batch import Batch, Padded
 from fastdpo.types import DPOLossOutput, LinearLogprobOutput
 
 
-def token_logps(model: nn.Module, batch: Batch, *, statistics: tuple[str, ...] = ()) -> LinearLogprobOutput:
-    """Per-token log-probabilities of a collated batch, ``(2P, T)`` aligned with its labels, or ``(N,)``.
+class Scorable(Protocol):
+    """What a patched model can score: a batch, or a part of one."""
+
+    def model_inputs(self, model: nn.Module) -> dict[str, Any]:
+        """Arguments for its states."""
+
+    def label_inputs(self) -> dict[str, Any]:
+        """Which tokens to score."""
+
+
+def token_logps(
+    model: nn.Module, batch: Scorable, *, statistics: tuple[str, ...] = ()
+) -> LinearLogprobOutput:
+    """Per-token log-probabilities, ``(S, T)`` aligned with the labels, or ``(N,)``.
 
     Raises:
         TypeError: the model is not patched, so it answered with logits.
@@ -24,8 +35,8 @@ def token_logps(model: nn.Module, batch: Batch, *, statistics: tuple[str, ...] =
     return LinearLogprobOutput(fused.logps, **{name: getattr(fused, name) for name in statistics})
 
 
-def fused_pair_loss(model: nn.Module, batch: Batch, **arguments: Any) -> DPOLossOutput:
-    """The loss of a collated batch of pairs, made inside the model's forward so that the head is used once.
+def fused_pair_loss(model: nn.Module, batch: Scorable, **arguments: Any) -> DPOLossOutput:
+    """The loss of pairs, made inside the model's forward so that the head is used once.
 
     Args:
         arguments: of ``fused_dpo_loss``.
@@ -38,7 +49,7 @@ def fused_pair_loss(model: nn.Module, batch: Batch, **arguments: Any) -> DPOLoss
 
 
 def divergence_logps(
-    model: nn.Module, batch: Batch, teachers: Teachers, names: tuple[str, ...]
+    model: nn.Module, batch: Scorable, teachers: Teachers, names: tuple[str, ...]
 ) -> FusedLMOutput:
     """``logps``, ``ref_logps`` and the divergences named per token, in the shape that ``token_logps`` has.
 
@@ -48,26 +59,18 @@ def divergence_logps(
     return _scored(model, batch, logps_outputs=names, reference=teachers)
 
 
-def head_states(model: nn.Module, batch: Batch) -> HeadStates:
-    """What the model's head sees of a collated batch, and the head."""
-    return require_states(model(**_backbone_inputs(model, batch), return_states=True))
+def head_states(model: nn.Module, batch: Scorable) -> HeadStates:
+    """What the model's head sees of a batch, and the head."""
+    return require_states(model(**batch.model_inputs(model), return_states=True))
 
 
-def _scored(model: nn.Module, batch: Batch, **asked: Any) -> FusedLMOutput:
-    labels = {"token_layout": token_layout(batch)} if is_in_rows(batch) else {"labels": batch["labels"]}
-    inputs = _backbone_inputs(model, batch)
-    return require_fused_output(model(**inputs, **labels, return_logps=True, **asked))
-
-
-def _backbone_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    if is_in_rows(batch):
-        masks = RowMasks(model)
-        return {"row_batches": [masks.inputs(call) for call in batch["calls"]]}
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+def _scored(model: nn.Module, batch: Scorable, **asked: Any) -> FusedLMOutput:
+    given = {**batch.model_inputs(model), **batch.label_inputs()}
+    return require_fused_output(model(**given, return_logps=True, **asked))
 
 
 @torch.no_grad()
-def sequence_logps(model: nn.Module, batch: Batch) -> Tensor:
-    """``(2P,)`` fp32 log-probabilities of the answers, in nats, without a graph; with weights of tokens
+def sequence_logps(model: nn.Module, batch: Batch | Padded) -> Tensor:
+    """``(S,)`` fp32 log-probabilities of the answers, in nats, without a graph; with weights of tokens
     in the batch, their weighted sums."""
-    return answer_logps(batch, token_logps(model, batch).logps)
+    return batch.answer_logps(token_logps(model, batch).logps)

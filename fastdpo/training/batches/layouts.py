@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from fastdpo.integrations.lm_head import wrappers_and_model
 from fastdpo.integrations.row_masks import BLOCK_MASKS, RowMasks, backbone_size
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens
-from fastdpo.training.batches.answer_collate import AnswerCollator, AnswerRowCollator
 from fastdpo.training.batches.budget import TokenBudget, training_sampler
-from fastdpo.training.batches.collate import LikeLengthSampler, PreferenceCollator
+from fastdpo.training.batches.collate import PaddedCollator, RowCollator
 from fastdpo.training.batches.plan import RowCosts, padded_cost, unit_lengths
 from fastdpo.training.batches.probe import refusals
-from fastdpo.training.batches.row_collate import RowCollator
+from fastdpo.training.batches.samplers import LikeLengthSampler
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import fitting_pad_id
 from fastdpo.training.settings.checkpointing import recomputes_activations
@@ -27,7 +26,7 @@ from fastdpo.training.settings.config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
 
-Collator: TypeAlias = PreferenceCollator | AnswerCollator | RowCollator
+Collator: TypeAlias = PaddedCollator | RowCollator
 # What the planner assumes of a machine: seconds that a call spends in each layer whatever its size, and
 # products a second in fp32 or 16 bits. Only their ratio to a token's time matters, and only roughly.
 _LAYER_SECONDS = {"cpu": 3e-4, "cuda": 3e-4}
@@ -58,7 +57,6 @@ def choose_collator(
     Raises:
         ValueError: the layout asked for changes a model's results, or cannot be arranged; says why.
     """
-    kind = args.data_kind
     pad_token_id = fitting_pad_id(pad_token_id, models)
     padded = padded_collator(args, pad_token_id)
     if args.batch_layout == "padded":
@@ -80,15 +78,12 @@ def choose_collator(
             # Flex attention is compiled for each length it meets, and works in blocks of 128.
             is_flex = any(RowMasks(model).attention in BLOCK_MASKS for model in models)
             multiple = args.pad_to_multiple_of or (128 if is_flex else None)
-            settings = (pad_token_id, layout, costs, allowed, single_call, multiple)
-            if kind is None:
-                options: dict[str, Any] = {
-                    "ld_alpha": args.ld_alpha,
-                    "nll_on_prompt": bool(args.nll_on_prompt),
-                }
-                collators.append(RowCollator(*settings, **options))
-            else:
-                collators.append(AnswerRowCollator(*settings, kind=kind))
+            collators.append(
+                RowCollator(
+                    pad_token_id, layout, costs, allowed, single_call, multiple,
+                    ld_alpha=args.ld_alpha, nll_on_prompt=bool(args.nll_on_prompt), kind=args.data_kind,
+                )
+            )  # fmt: skip
     for (layout, name), reason in refused.items():
         if reason is not None and accelerator.is_main_process:
             logger.warning("batch_layout %s, row_arrangement %s: refused: %s", layout, name, reason)
@@ -107,11 +102,9 @@ def choose_collator(
     return chosen
 
 
-def padded_collator(args: PreferenceConfig, pad_token_id: int) -> PreferenceCollator | AnswerCollator:
+def padded_collator(args: PreferenceConfig, pad_token_id: int) -> PaddedCollator:
     """The collator of padded batches for the losses' data."""
-    if args.data_kind is None:
-        return PreferenceCollator(pad_token_id, args.pad_to_multiple_of, args.ld_alpha)
-    return AnswerCollator(args.data_kind, pad_token_id, args.pad_to_multiple_of)
+    return PaddedCollator(pad_token_id, args.pad_to_multiple_of, args.ld_alpha, args.data_kind)
 
 
 def layout_of(collator: Any) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdpo.training.batches.collate import IGNORE_INDEX, TOKEN_WEIGHTS
-from fastdpo.training.batches.contents import Batch, completion_mask, is_in_rows, num_pairs, packed_layout
-from fastdpo.training.batches.forward import token_logps
-from fastdpo.types import LinearLogprobOutput, PackedLayout
+from fastdpo.training.batches.batch import IGNORE_INDEX, Batch, Padded, PaddedBatch, RowBatch, bounds_of
+from fastdpo.training.batches.forward import Scorable, token_logps
+from fastdpo.types import LinearLogprobOutput, PackedLayout, TokenLayout
 
 
 def spread_sums(sums: Tensor, weights: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -45,7 +43,7 @@ class LossTokens:
     """The tokens that a loss of pairs looks at, in the order of the log-probabilities it is made of.
 
     Args:
-        scored: the batch whose labelled tokens the model is to score.
+        scored: what the model is to score: the batch, or it with more tokens.
         mask: bool, ``(2P, T)`` padded, or with a ``layout`` ``(N,)``: the answers' tokens.
         layout: the bounds of the answers in ``(N,)``; None for padded batches.
         weights: fp32, the shape of ``mask``: of LD-DPO.
@@ -53,7 +51,7 @@ class LossTokens:
         nll_labels: what ``fused_dpo_loss`` wants to know of these; None where it cannot be told.
     """
 
-    scored: Batch
+    scored: Scorable
     mask: Tensor
     layout: PackedLayout | None
     weights: Tensor | None = None
@@ -103,63 +101,64 @@ class LossTokens:
 
 
 def loss_tokens(batch: Batch, *, nll_on_prompt: bool = False) -> LossTokens:
-    """What the loss of a collated batch of pairs looks at."""
-    mask, weights = completion_mask(batch), batch.get(TOKEN_WEIGHTS)
-    if is_in_rows(batch) and "nll_tokens" in batch:
-        return _with_more_in_rows(batch, weights, nll_on_prompt=nll_on_prompt)
-    if "gold" in batch:
-        return _with_gold(batch, mask, weights)
-    if nll_on_prompt:
-        is_chosen = torch.arange(len(mask), device=mask.device)[:, None] < len(mask) // 2
-        whole = is_chosen & (batch["attention_mask"] != 0)
-        labels = batch["labels"].where(~whole, batch["input_ids"])
+    """What the loss of a batch of pairs looks at."""
+    if isinstance(batch, RowBatch) and batch.more is not None:
+        return _with_more_in_rows(batch, batch.more, nll_on_prompt=nll_on_prompt)
+    if isinstance(batch, PaddedBatch) and batch.gold is not None:
+        return _with_gold(batch, batch.gold)
+    if isinstance(batch, PaddedBatch) and nll_on_prompt:
+        sequences, mask = batch.sequences, batch.mask
+        is_chosen = torch.arange(len(mask), device=mask.device)[:, None] < batch.num_rows
+        whole = is_chosen & (sequences.attention_mask != 0)
+        labels = sequences.labels.where(~whole, sequences.input_ids)
         nll_mask = whole.index_fill(1, torch.zeros(1, dtype=torch.int64, device=mask.device), False)
-        return LossTokens({**batch, "labels": labels}, mask, None, weights, nll_mask, labels)
-    return LossTokens(batch, mask, packed_layout(batch), weights)
+        scored = replace(sequences, labels=labels)
+        return LossTokens(scored, mask, None, batch.token_weights, nll_mask, labels)
+    return LossTokens(batch, batch.mask, batch.layout, batch.token_weights)
 
 
-def _with_more_in_rows(batch: Batch, weights: Tensor | None, *, nll_on_prompt: bool) -> LossTokens:
+def _with_more_in_rows(batch: RowBatch, more: TokenLayout, *, nll_on_prompt: bool) -> LossTokens:
     """Each chosen answer's tokens, then those that the NLL term has beside or in place of them."""
-    more, device = batch["nll_tokens"], batch["target_ids"].device
-    size, count = num_pairs(batch), len(batch["target_ids"])
-    sizes = torch.tensor(more["lengths"], dtype=torch.int64, device=device)
-    pair = torch.arange(size, device=device)
-    owner = torch.repeat_interleave(pair, sizes, output_size=sum(more["lengths"]))
-    sequence_ids = torch.cat([batch["sequence_ids"], owner])
+    tokens, weights, added = batch.tokens, batch.token_weights, more.lengths or ()
+    device, size, count = tokens.target_ids.device, batch.num_rows, len(tokens.target_ids)
+    sizes = torch.tensor(added, dtype=torch.int64, device=device)
+    owner = torch.repeat_interleave(torch.arange(size, device=device), sizes, output_size=sum(added))
+    sequence_ids = torch.cat([tokens.sequence_ids, owner])
     order = sequence_ids.argsort(stable=True)
-    lengths = (
-        *(a + b for a, b in zip(batch["lengths"], more["lengths"], strict=False)),
-        *batch["lengths"][size:],
+    lengths = (*(a + b for a, b in zip(batch.lengths, added, strict=False)), *batch.lengths[size:])
+    joined = TokenLayout(
+        torch.cat([tokens.token_index, more.token_index])[order],
+        torch.cat([tokens.target_ids, more.target_ids])[order],
+        sequence_ids[order],
+        lengths,
     )
-    scored = {
-        **batch,
-        **{name: torch.cat([batch[name], more[name]])[order] for name in ("token_index", "target_ids")},
-        "sequence_ids": sequence_ids[order],
-        "lengths": lengths,
-    }
     mask = order < count
     if weights is not None:
         weights = torch.cat([weights, weights.new_zeros(len(owner))])[order]
-    layout = PackedLayout(torch.tensor([0, *accumulate(lengths)], device=device), lengths)
-    return LossTokens(scored, mask, layout, weights, torch.ones_like(mask) if nll_on_prompt else ~mask)
+    layout = PackedLayout(bounds_of(lengths).to(device), lengths)
+    nll_mask = torch.ones_like(mask) if nll_on_prompt else ~mask
+    return LossTokens(replace(batch, tokens=joined), mask, layout, weights, nll_mask)
 
 
-def _with_gold(batch: Batch, mask: Tensor, weights: Tensor | None) -> LossTokens:
+def _with_gold(batch: PaddedBatch, gold: Padded) -> LossTokens:
     """Gold answers in P more padded rows of one call; each then counts as a part of its chosen sequence."""
-    gold = batch["gold"]
-    width = max(mask.shape[1], gold["labels"].shape[1])
+    judged, mask, weights = batch.sequences, batch.mask, batch.token_weights
+    width = max(mask.shape[1], gold.labels.shape[1])
 
     def together(first: Tensor, second: Tensor, fill: int) -> Tensor:
         rows = (F.pad(rows, (0, width - rows.shape[1]), value=fill) for rows in (first, second))
         return torch.cat(list(rows))
 
-    fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
-    scored = {name: together(batch[name], gold[name], fill) for name, fill in fills.items()}
-    nothing = torch.zeros_like(gold["labels"], dtype=torch.bool)
-    order = _gold_behind_chosen(scored["labels"])
+    scored = Padded(
+        together(judged.input_ids, gold.input_ids, 0),
+        together(judged.attention_mask, gold.attention_mask, 0),
+        together(judged.labels, gold.labels, IGNORE_INDEX),
+    )
+    nothing = torch.zeros_like(gold.labels, dtype=torch.bool)
+    order = _gold_behind_chosen(scored.labels)
     size = len(nothing)
     lengths = (*[2 * width] * size, *[width] * size)
-    layout = PackedLayout(torch.tensor([0, *accumulate(lengths)], device=mask.device), lengths)
+    layout = PackedLayout(bounds_of(lengths).to(mask.device), lengths)
     if weights is not None:
         weights = together(weights, nothing.to(weights.dtype), 0).reshape(-1)[order]
     return LossTokens(
@@ -167,7 +166,7 @@ def _with_gold(batch: Batch, mask: Tensor, weights: Tensor | None) -> LossTokens
         together(mask, nothing, False).reshape(-1)[order],
         layout,
         weights,
-        together(torch.zeros_like(mask), completion_mask(gold), False).reshape(-1)[order],
+        together(torch.zeros_like(mask), gold.mask, False).reshape(-1)[order],
     )
 
 

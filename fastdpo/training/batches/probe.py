@@ -22,15 +22,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fastdpo.integrations.model import backbone_states
 from fastdpo.integrations.row_masks import RowMasks, backbone_size, spans
-from fastdpo.training.batches.contents import Batch, to_device
-from fastdpo.training.batches.row_collate import make_units
+from fastdpo.training.batches.batch import mapped
+from fastdpo.training.batches.collate import make_units
 from fastdpo.training.batches.rows import build_rows
+from fastdpo.training.data.row import Answer, Row
 
 # Longer sequences than this only where a sliding window, a chunk or their like, and the data reach further.
 _SHORT = 24
@@ -90,15 +92,11 @@ class _Probe:
         sizes = _pair_sizes(length)
         vocab = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         generator = torch.Generator().manual_seed(0)
-        names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        self.pairs = [
-            {
-                name: torch.randint(vocab // 8, vocab, (count,), generator=generator)
-                for name, count in zip(names, pair, strict=True)
-            }
-            for pair in sizes
-        ]
-        size = len(self.pairs[0]["chosen_ids"])
+        self.pairs = []
+        for number, pair in enumerate(sizes):
+            prompt, *answers = (torch.randint(vocab // 8, vocab, (n,), generator=generator) for n in pair)
+            self.pairs.append(Row(number, prompt, tuple(map(Answer, answers))))
+        size = sizes[0][1]
         self.other_answer = torch.randint(vocab // 8, vocab, (size,), generator=generator)
         self.units = make_units(self.pairs, "packed")
         alone = [self._plain(torch.cat([unit.prompt, *unit.answers])[None])[0] for unit in self.units]
@@ -112,7 +110,8 @@ class _Probe:
         self.limit = min(max(self.rounding, 4 * noise), self._leak() / 4)
 
     def why_not(self, layout: str, arrangement: str) -> str | None:
-        changed = [{**self.pairs[0], "chosen_ids": self.other_answer}, self.pairs[1]]
+        first = self.pairs[0]
+        changed = [replace(first, answers=(Answer(self.other_answer), first.answers[1])), self.pairs[1]]
         try:
             found, sequences = self._in_rows(self.pairs, layout, arrangement)
             again, _ = self._in_rows(changed, layout, arrangement)
@@ -128,14 +127,12 @@ class _Probe:
             )
         return None
 
-    def _in_rows(
-        self, pairs: list[dict[str, Tensor]], layout: str, arrangement: str
-    ) -> tuple[Tensor, Tensor]:
+    def _in_rows(self, pairs: list[Row], layout: str, arrangement: str) -> tuple[Tensor, Tensor]:
         """States that predict labels ``(N, H)``, and the sequence of each ``(N,)``."""
         units = make_units(pairs, layout)
         calls = [[i] for i in range(len(units))] if arrangement == "separate" else [[*range(len(units))]]
         rows = build_rows(units, calls, num_sequences=4, is_one_row=arrangement == "one_row", pad_token_id=0)
-        on_device: list[Batch] = to_device(list(rows.calls), self.device)
+        on_device = mapped(list(rows.calls), lambda tensor: tensor.to(self.device))
         states = [backbone_states(self.model, **self.masks.inputs(call)) for call in on_device]
         flat = torch.cat([state.flatten(0, -2) for state in states])
         index, sequences = rows.tokens.token_index, rows.tokens.sequence_ids

@@ -13,7 +13,7 @@ the cut go with their numbers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 from fastdpo.training.data.columns import Survey, check_prompt_column, survey
-from fastdpo.training.data.formats import render_pair
+from fastdpo.training.data.dataset import RowDataset
+from fastdpo.training.data.formats import RowReader, Wanted
 from fastdpo.training.data.maker import LeftOut, MadeRow, RowMaker
-from fastdpo.training.data.pairs import PreferenceDataset
 from fastdpo.training.data.processes import made_in_order
+from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.references import RowReferences
 from fastdpo.training.data.report import DataReport
 from fastdpo.training.data.source import RowSource
-from fastdpo.training.data.texts import RowTexts, TextReader
+from fastdpo.training.data.texts import TextReader
 from fastdpo.training.data.tokens import RowTokenizer, short_hash
 from fastdpo.training.settings.encoding import EncodingOptions
-from fastdpo.training.settings.kinds import DataKind
 from fastdpo.training.settings.row_checks import BadRow, Finding
 
 # Numbers of which a row has one for each answer or piece.
@@ -39,62 +39,41 @@ PER_ANSWER = ("scores", "advantages")
 
 
 def encode_rows(
-    source: RowSource, tokenizer: Any, options: EncodingOptions, found: Survey | None = None
-) -> PreferenceDataset:
-    """Tokenise pairs into a ``PreferenceDataset`` whose ``report`` says what became of each row.
+    source: RowSource,
+    tokenizer: Any,
+    options: EncodingOptions,
+    wanted: Wanted | None = None,
+    found: Survey | None = None,
+) -> RowDataset:
+    """Tokenise rows into a data set whose ``report`` says what became of each.
 
     Args:
+        wanted: what the losses ask of the data; by default pairs.
         found: ``survey(source)``, where it is known.
 
     Raises:
         ValueError: a row of the wrong shape, a tokenizer that lacks what the rows need, a bad row
             under ``on_bad_row="error"``, more of them than ``max_bad_rows``, or no row left.
     """
-    encoder = RowEncoder(source, tokenizer, options, found=found)
-    gold = [] if options.gold_column is None else [options.gold_column]
-    encoder.run(
-        lambda row, number: render_pair(row, number, encoder.reader, options.columns, options.gold_column),
-        used=("chosen", "rejected", *gold),
-    )
-    sizes = torch.tensor([(prompt, *answers) for prompt, answers, _ in encoder.sizes])
-    ends = sizes.flatten().cumsum(0).view(sizes.shape)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, -1]])
-    dataset = PreferenceDataset(
-        torch.cat(encoder.tokens),
-        torch.column_stack([starts, ends]),
-        torch.tensor(encoder.rows),
-        {name: torch.tensor(encoder.numbers[name]) for name in options.columns},
-        encoder.report,
-        scored=encoder.scored(),
-        made_with=encoder.made_with,
-    )
-    return encoder.with_references(dataset)
+    return _RowEncoder(source, tokenizer, options, wanted or Wanted(), found).run()
 
 
-class RowEncoder:
-    """Collects the rows of one data set, batch by batch.
-
-    Args:
-        source, tokenizer, options: what is encoded, and how.
-        kind: of the data; None for pairs.
-        has_mismatched: whether the reference's numbers are of mismatched answers, too.
-        found: ``survey(source)``.
-    """
+class _RowEncoder:
+    """Collects the rows of one data set, batch by batch. Arguments as of ``encode_rows``."""
 
     def __init__(
         self,
         source: RowSource,
         tokenizer: Any,
         options: EncodingOptions,
-        *,
-        kind: DataKind | None = None,
-        found: Survey | None = None,
+        wanted: Wanted,
+        found: Survey | None,
     ) -> None:
-        self.source, self.options, self.kind = source, options, kind
+        self.source, self.options, self.wanted, self.kind = source, options, wanted, wanted.kind
         self.found = survey(source) if found is None else found
         may_be_shared = {"chosen", "rejected"} <= set(self.found.names)
         check_prompt_column(self.found, source.name, may_be_shared=may_be_shared)
-        self.reader = TextReader(
+        texts = TextReader(
             source.name,
             tokenizer,
             options.assistant_only,
@@ -102,41 +81,56 @@ class RowEncoder:
             has_prompts="prompt" in self.found.filled or not may_be_shared,
             cuts_echoes=self.found.prompts_repeated,
         )
+        self.reader = RowReader(texts, wanted, options.columns)
         self.tokenizer, self.made_with = RowTokenizer(tokenizer), made_with(options, tokenizer)
         self.references = RowReferences(source.name, options.references) if options.references else None
         self.tokens: list[Tensor] = []
         self.rows: list[int] = []
         self.sizes: list[tuple[int, list[int], tuple[int, ...]]] = []  # prompt, answers, pieces
         self.numbers: dict[str, list[Any]] = defaultdict(list)
-        self.report = DataReport(source.name, len(source), 0, unit="pairs" if kind is None else "rows")
+        self.report = DataReport(source.name, len(source), 0, unit=self.kind.unit)
         self._masks: dict[int, Tensor] = {}
         self._skipped: dict[str, list[int]] = defaultdict(list)
         self._noted: dict[str, list[int]] = defaultdict(list)
         self._details: dict[str, str] = {}
         self._truncated = self._unscored = 0
 
-    def run(
-        self,
-        render: Callable[[Mapping[str, Any], int], Iterable[RowTexts | BadRow]],
-        *,
-        used: Sequence[str],
-    ) -> None:
-        """Encode all rows, rendered by ``render``, which reads the columns ``used`` beside those of all
-        kinds.
-
-        Raises:
-            ValueError: as ``encode_rows``.
-        """
-        maker = RowMaker(render, self.tokenizer, self.options, self.kind)
+    def run(self) -> RowDataset:
+        """Encode all rows. Raises ValueError, as ``encode_rows``."""
+        maker = RowMaker(self.reader.render, self.tokenizer, self.options, self.kind)
         made = made_in_order(maker, self.source, self.options.processes, show=self.options.show_progress)
         for (number, row), parts in zip(self.source, made, strict=True):
             if self.references is not None:
                 self.references.expect(number, row)
             for part in parts:
                 self._take(part)
-        common = ("prompt", "tools", "chat_template_kwargs")
-        used = (*common, *used, *self.options.columns.values(), *self.options.references)
+        used = ("prompt", "tools", "chat_template_kwargs", *self.reader.used(self.found.names))
+        used = (*used, *self.options.columns.values(), *self.options.references)
         self.report = self._finished(self.found.unused(used))
+        dataset = self._dataset()
+        return dataset if self.references is None else self.references.added_to(dataset)
+
+    def _dataset(self) -> RowDataset:
+        lengths = torch.tensor([len(row) for row in self.tokens])
+        prompts, answers, pieces = zip(*self.sizes, strict=True)
+        return RowDataset(
+            self.kind,
+            torch.cat(self.tokens),
+            lengths.cumsum(0) - lengths,
+            torch.tensor(prompts),
+            Ragged.of_lists(answers, torch.int64),
+            torch.tensor(self.rows),
+            {
+                name: Ragged.of_lists(values, torch.float32) if name in PER_ANSWER else torch.tensor(values)
+                for name, values in self.numbers.items()
+            },
+            self.report,
+            pieces=Ragged.of_lists(pieces, torch.int64) if self.kind.has_pieces else None,
+            has_mismatched=self.wanted.has_mismatched,
+            max_length=self.options.max_length,
+            scored=self._scored(),
+            made_with=self.made_with,
+        )
 
     def _take(self, made: MadeRow | LeftOut) -> None:
         """Keep a row, or count it as left out."""
@@ -145,7 +139,6 @@ class RowEncoder:
             return
         if self.references is not None:
             tokens = made.tokens
-            per = "answer" if self.kind is None else self.kind.reference_per
             counts = {
                 "answer": len(tokens.answers),
                 "piece": len(tokens.pieces),
@@ -156,7 +149,7 @@ class RowEncoder:
             except BadRow as bad:
                 self._leave_out(made.number, bad.finding)
                 return
-            self.references.take(made.number, counts[per])
+            self.references.take(made.number, counts[self.kind.reference_per])
         self._note(made.number, made.findings)
         self._keep(made)
 
@@ -213,7 +206,7 @@ class RowEncoder:
             )
         return report
 
-    def scored(self) -> Tensor | None:
+    def _scored(self) -> Tensor | None:
         """Of all tokens, which are scored; None where all of the answers' are."""
         if not self._masks:
             return None
@@ -223,10 +216,6 @@ class RowEncoder:
             whole[: self.sizes[place][0]] = False
             masks.append(self._masks.get(place, whole))
         return torch.cat(masks)
-
-    def with_references(self, dataset: Any) -> Any:
-        """The rows kept with the reference's log-probabilities that came with them."""
-        return dataset if self.references is None else self.references.added_to(dataset)
 
 
 def made_with(options: EncodingOptions, tokenizer: Any) -> str:

@@ -50,13 +50,13 @@ class RowMaker:
 
     Args:
         render: a row's texts; a row may be several.
-        kind: of the data; None for pairs.
+        kind: of the data.
     """
 
     render: Render
     tokenizer: RowTokenizer
     options: EncodingOptions
-    kind: DataKind | None = None
+    kind: DataKind
 
     def made(self, batch: Sequence[tuple[int, Mapping[str, Any]]]) -> list[list[MadeRow | LeftOut]]:
         """What becomes of each row, by its number; fast tokenizers spread a batch over the cores.
@@ -113,7 +113,7 @@ class RowMaker:
 
     def _cut_into(self, row: RowTokens, ends: list[list[int]]) -> RowTokens:
         """The row with its pieces, or with what is scored of its answers."""
-        if self.kind is not None and self.kind.has_pieces:
+        if self.kind.has_pieces:
             bounds = [0, *ends[0], len(row.answers[0])]
             sizes = tuple(after - before for before, after in zip(bounds, bounds[1:], strict=False))
             if min(sizes) <= 0:
@@ -135,14 +135,14 @@ class RowMaker:
             raise BadRow(fault)
         if self._are_equal(kept.answers):
             raise BadRow("identical_cut")
-        if self.kind is not None and self.kind.name == "ranking" and len(kept.pieces) < 2:
+        if self.kind.name == "ranking" and len(kept.pieces) < 2:
             raise BadRow("one_candidate_cut")
         if not all(kept.num_scored):
             raise BadRow("nothing_scored")
         return kept
 
     def _are_equal(self, answers: Sequence[list[int]]) -> bool:
-        if self.kind is None:
+        if self.kind.is_paired:
             return answers[0] == answers[1]
         return self.kind.name == "listwise" and all(answer == answers[0] for answer in answers)
 

@@ -108,7 +108,7 @@ def sequence_lengths(dataset: RowDataset) -> Tensor:
     """Tokens of each row's longest sequence, those with another row's answer included."""
     lengths = dataset.lengths
     if getattr(dataset, "has_mismatched", False):
-        lengths = lengths.maximum(dataset.prompt_lengths + dataset.mismatched_lengths)  # type: ignore[union-attr]
+        lengths = lengths.maximum(dataset.prompt_lengths + dataset.mismatched_lengths)
     return lengths
 
 

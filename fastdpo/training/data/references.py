@@ -13,28 +13,29 @@ other tokens are refused.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.messages import is_list
 from fastdpo.training.data.report import row_list
+from fastdpo.training.data.row import (
+    LD_COLUMN,
+    REF_COLUMNS,
+    REF_MISMATCHED,
+    REF_MISMATCHED_OF,
+    REF_OF,
+    REFERENCE,
+)
 from fastdpo.training.settings.row_checks import CHECKS, BadRow
 
 logger = logging.getLogger(__name__)
 
-REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-# The ld_alpha that they were weighted with; without this column they are plain sums.
-LD_COLUMN = "ref_ld_alpha"
-REFERENCE = "ref_logps"
-REF_MISMATCHED = "ref_mismatched_logps"
-REF_MISMATCHED_OF = "ref_mismatched_of"
-REF_OF = "ref_of"
-# All that `fastdpo score` may write.
-WRITTEN_COLUMNS = (*REF_COLUMNS, LD_COLUMN, REFERENCE, REF_MISMATCHED, REF_MISMATCHED_OF, REF_OF)
 _WORDS = (REF_MISMATCHED_OF, REF_OF)
 # By this much a log-probability may be above 0: what is promised of each in 16 bits, in nats a token.
 _ROUNDING = 1e-4
@@ -118,7 +119,7 @@ class RowReferences:
             self._taken[name].append(rest[:size])
             del rest[:size]
 
-    def added_to(self, dataset: Any) -> Any:
+    def added_to(self, dataset: RowDataset) -> RowDataset:
         """The rows kept, in their order, with their reference.
 
         Raises:
@@ -135,9 +136,9 @@ class RowReferences:
         if REF_MISMATCHED_OF in self._taken:
             self._check_pairings(dataset)
         if REFERENCE not in self._taken:
-            scored = dataset.with_reference(torch.tensor([self._flat(name) for name in REF_COLUMNS]).T)
+            both = torch.tensor([self._flat(name) for name in REF_COLUMNS]).T
             weights = {name: torch.tensor(self._flat(name)) for name in (LD_COLUMN,) if name in self._taken}
-            return scored.with_columns(**weights)
+            return dataset.with_reference(both.flatten()).with_numbers(**weights)
         names = (name for name in (REFERENCE, REF_MISMATCHED) if name in self._taken)
         scores = [float(x) for name in names for x in self._flat(name)]
         return dataset.with_reference(torch.tensor(scores, dtype=torch.float32))
@@ -145,7 +146,7 @@ class RowReferences:
     def _flat(self, name: str) -> list[Any]:
         return [x for part in self._taken[name] for x in part]
 
-    def _check_tokens(self, dataset: Any) -> None:
+    def _check_tokens(self, dataset: RowDataset) -> None:
         given = [(part or [""])[0] or "" for part in self._taken[REF_OF]]
         wrong = [
             (row, of)
@@ -171,8 +172,8 @@ class RowReferences:
             "trained on: score all rows again, with the settings of this run, or say reference='copy'"
         )
 
-    def _check_pairings(self, dataset: Any) -> None:
-        pairs = zip(self._flat(REF_MISMATCHED_OF), dataset.mismatched_digests(), strict=True)
+    def _check_pairings(self, dataset: RowDataset) -> None:
+        pairs = zip(self._flat(REF_MISMATCHED_OF), mismatched_digests(dataset), strict=True)
         wrong = [
             row for row, (got, wanted) in zip(dataset.rows.tolist(), pairs, strict=True) if got != wanted
         ]
@@ -214,3 +215,33 @@ class RowReferences:
 def _settings(of: str) -> dict[str, str]:
     """What is said behind the hash, or of a whole data set, by name."""
     return dict(word.split("=", 1) for word in of.split(" ") if "=" in word)
+
+
+def scores_by_row(dataset: RowDataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row of the file, and the columns of its reference: of pairs numbers, of others lists."""
+    scores: Any = dataset.numbers[REFERENCE]
+    weights: Any = dataset.numbers.get(LD_COLUMN)
+    mismatched: Any = dataset.numbers.get(REF_MISMATCHED)
+    digests = mismatched_digests(dataset) if dataset.has_mismatched else []
+    of = [f"{digest} {dataset.made_with}".strip() for digest in dataset.row_digests()]
+    for place, row in enumerate(dataset.rows.tolist()):
+        columns: dict[str, Any]
+        if dataset.kind.is_paired:
+            columns = {**dict(zip(REF_COLUMNS, scores[place].tolist(), strict=True)), REF_OF: of[place]}
+            if weights is not None:
+                columns[LD_COLUMN] = weights[place].item()
+        else:
+            columns = {REFERENCE: scores[place].tolist(), REF_OF: [of[place]]}
+        if dataset.has_mismatched:
+            columns |= {REF_MISMATCHED: [mismatched[place].item()], REF_MISMATCHED_OF: [digests[place]]}
+        yield row, columns
+
+
+def mismatched_digests(dataset: RowDataset) -> list[str]:
+    """Of each row a short hash of the answer that its prompt is mismatched with."""
+    answers = (dataset[index].mismatched for index in range(len(dataset)))
+    return [
+        hashlib.blake2b(answer.ids.numpy().tobytes(), digest_size=8).hexdigest()
+        for answer in answers
+        if answer is not None
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
-from fastdpo.training.batches.contents import Batch
+from fastdpo.training.batches.batch import Batch
 from fastdpo.training.loop.loss_state import LossState
 from fastdpo.training.loop.metrics import MetricSums
 from fastdpo.training.loop.step import BatchCounts
@@ -32,6 +32,12 @@ class BaseTrainer(Trainer):
     resumed_from: str | None = None
     _sums: dict[str, MetricSums]
     _input_tokens: Tensor
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """A batch on this rank's device."""
+        if not isinstance(inputs, Batch):
+            raise TypeError(f"data_collator: got a {type(inputs).__name__}, wanted a PaddedBatch")
+        return inputs.to(self.accelerator.device)
 
     # Data, of the trainer itself
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastdpo.training.batches.budget import TokenBudgetSampler
-from fastdpo.training.batches.collate import LikeLengthSampler
+from fastdpo.training.batches.samplers import LikeLengthSampler
 from fastdpo.training.loop.announce import announce
 from fastdpo.training.loop.base import BaseTrainer
 from fastdpo.training.loop.curves import CURVES_FILE, draw_curves

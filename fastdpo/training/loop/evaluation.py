@@ -8,14 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo.training.batches.contents import first_rows, num_rows
 from fastdpo.training.batches.layouts import padded_collator
 from fastdpo.training.data.dataset import RowDataset
-from fastdpo.training.data.pairs import PreferenceDataset
-from fastdpo.training.loop.answer_step import with_margins
 from fastdpo.training.loop.base import BaseTrainer
 from fastdpo.training.loop.over_optimisation import OverOptimisationMonitor
-from fastdpo.training.loop.step import BatchCounts, batch_loss, record, stacked_rewards
+from fastdpo.training.loop.step import BatchCounts, batch_loss, record, row_rewards, with_margins
 
 
 class EvaluatingTrainer(BaseTrainer):
@@ -65,13 +62,11 @@ class EvaluatingTrainer(BaseTrainer):
         dataset: RowDataset = dataloader.dataset
         evaluated = self._evaluated(dataset, dataloader)
         self._eval_rows = len(evaluated)
-        if isinstance(evaluated, PreferenceDataset):
-            self._eval_counts = BatchCounts(
-                len(evaluated), evaluated.num_nll_tokens(on_prompt=bool(self.args.nll_on_prompt))
-            )
-        else:
-            self._eval_counts = BatchCounts(evaluated.num_loss_rows, evaluated.num_answer_tokens)
-        self._eval_width = 2 if isinstance(dataset, PreferenceDataset) else dataset.width
+        on_prompt = bool(self.args.nll_on_prompt)
+        self._eval_counts = BatchCounts(
+            evaluated.num_loss_rows, evaluated.num_nll_tokens(on_prompt=on_prompt)
+        )
+        self._eval_width = dataset.width
         self._sums["eval"].clear()
         size = self.args.per_device_eval_batch_size
         with self.compute_loss_context_manager():
@@ -115,11 +110,11 @@ class EvaluatingTrainer(BaseTrainer):
         """Loss, rewards ``(P, 2)`` (of other kinds ``(R, K)``) and a label of 0 per row."""
         inputs = self._prepare_inputs(inputs)
         width = self._eval_width or 2
-        rewards = torch.zeros(num_rows(inputs), width, device=self.accelerator.device)
+        rewards = torch.zeros(inputs.num_rows, width, device=self.accelerator.device)
         loss = rewards.new_zeros(())
         kept = self._rows_without_repeats(len(rewards))
         if kept > 0:
-            batch = first_rows(inputs, kept)
+            batch = inputs.first(kept)
             counts = self._eval_counts or self._count([batch])
             # The unwrapped model: ranks may have unlike numbers of batches, and DDP's forward waits for all.
             with self.compute_loss_context_manager():
@@ -129,7 +124,7 @@ class EvaluatingTrainer(BaseTrainer):
             record(self._sums["eval"], batch, result, nll_on_prompt=bool(self.args.nll_on_prompt))
             # A share of the mean over all rows; scaled so that the mean over rows adds the shares up.
             self._sums["eval"].add_mean("loss", result.loss * (self._eval_rows or kept) / kept, kept)
-            rewards[:kept], loss = stacked_rewards(batch, result, width), result.loss
+            rewards[:kept], loss = row_rewards(batch, result, width), result.loss
         return (
             (loss, None, None) if prediction_loss_only else (loss, rewards, torch.zeros_like(rewards[:, 0]))
         )

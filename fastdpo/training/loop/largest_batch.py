@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.budget import pair_tokens, training_sampler
-from fastdpo.training.batches.contents import backbone_calls, is_pairs, num_rows, sequence_tokens
 from fastdpo.training.batches.layouts import layout_of, token_budget
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.report import row_list
@@ -53,7 +53,7 @@ def try_largest_batch(trainer: BaseTrainer) -> None:
     if trainer.reference.kind == "precomputed" and not dataset.has_reference:
         dataset = dataset.with_reference(torch.zeros(dataset.score_shape))
     pairs = largest_batch(trainer, dataset)
-    inputs = trainer._prepare_inputs(trainer.data_collator([dataset[i] for i in pairs]))
+    inputs: Batch = trainer._prepare_inputs(trainer.data_collator([dataset[i] for i in pairs]))
     device = trainer.accelerator.device
     devices = [device] if device.type == "cuda" else []
     message = None
@@ -84,12 +84,12 @@ def largest_batch(trainer: BaseTrainer, dataset: RowDataset) -> list[int]:
     return sizes.topk(count).indices.tolist()
 
 
-def _forward_and_backward(trainer: BaseTrainer, inputs: Any) -> None:
+def _forward_and_backward(trainer: BaseTrainer, inputs: Batch) -> None:
     model = trainer.model_wrapped
     model.train()
     _hold_gradients(trainer)
     reserved = _adam_state(trainer) + _buckets(trainer)
-    counts = BatchCounts(max(num_rows(inputs), 1), max(int(sequence_tokens(inputs)), 1))
+    counts = BatchCounts(max(inputs.num_rows, 1), max(int(inputs.sequence_tokens), 1))
     # Not reduced over the ranks: these gradients are thrown away.
     unsynchronised = getattr(model, "no_sync", contextlib.nullcontext)
     # Autocast is part of the wrapped model's forward pass, and not of the bare one's.
@@ -142,7 +142,7 @@ def _adam_state(trainer: BaseTrainer) -> list[torch.Tensor]:
 
 
 def _explain(
-    trainer: BaseTrainer, dataset: RowDataset, pairs: list[int], inputs: Any, error: Exception
+    trainer: BaseTrainer, dataset: RowDataset, pairs: list[int], inputs: Batch, error: Exception
 ) -> str:
     args = trainer.args
     longest = int(dataset.lengths[torch.tensor(pairs)].max())
@@ -165,13 +165,10 @@ def _explain(
     )
 
 
-def _size(trainer: BaseTrainer, inputs: Any) -> str:
-    positions = sum(call["input_ids"].numel() for call in backbone_calls(inputs))
-    calls = len(inputs.get("calls", [inputs]))
-    unit = "pairs" if is_pairs(inputs) else "rows"
+def _size(trainer: BaseTrainer, inputs: Batch) -> str:
     return (
-        f"{num_rows(inputs)} {unit}, {int(sequence_tokens(inputs))} tokens, {positions} positions of the "
-        f"backbone in {calls} calls ({layout_of(trainer.data_collator)})"
+        f"{inputs.num_rows} {inputs.kind.unit}, {int(inputs.sequence_tokens)} tokens, {inputs.positions} "
+        f"positions of the backbone in {len(inputs.calls)} calls ({layout_of(trainer.data_collator)})"
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.losses.controllers import BetaController, KLEstimate, RunningMean
-from fastdpo.training.batches.contents import Batch, answer_logps, is_filler, to_device
+from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.forward import sequence_logps, token_logps
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.reference.sources import Reference
@@ -131,14 +131,13 @@ class LossState:
         parts = [torch.zeros(0, 2, device=device)]
         with _evaluating(policy):
             for batch in batches:
-                if is_filler(batch):
+                if batch.is_filler:
                     continue
-                # Only what is used: the batch itself may be large.
-                names = ("mismatched", "ref_mismatched_logps")
-                moved = to_device({name: batch[name] for name in names if name in batch}, device)
+                moved = batch.to(device)
+                assert moved.mismatched is not None
                 reference = self.reference.mismatched_logps(policy, moved)
-                ratios = sequence_logps(policy, moved["mismatched"]) - reference
-                parts.append(torch.stack([batch["rows"].to(device, ratios.dtype), ratios], 1))
+                ratios = sequence_logps(policy, moved.mismatched) - reference
+                parts.append(torch.stack([moved.rows.to(ratios.dtype), ratios], 1))
         seen, _ = self._gathered(torch.cat(parts))
         ratios = seen[:, 1]
         if bool(ratios.isfinite().all()) and self.kl is not None:
@@ -146,22 +145,22 @@ class LossState:
 
     @torch.no_grad()
     def _scores_ahead(self, policy: nn.Module, batch: Batch) -> Tensor:
-        if is_filler(batch):
+        if batch.is_filler:
             return torch.zeros(0, 2, dtype=torch.float64, device=self.accelerator.device)
-        batch = to_device(batch, self.accelerator.device)
+        batch = batch.to(self.accelerator.device)
         return self._scores(batch, token_logps(policy, batch).logps, self.reference.logps(policy, batch))
 
     @torch.no_grad()
     def _scores(self, batch: Batch, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
         """``(n, 2)`` fp64: the number of each row, and its log-ratio, or the gap of a pair's two."""
-        if is_filler(batch):
+        if batch.is_filler:
             return torch.zeros(0, 2, dtype=torch.float64, device=logps.device)
-        ratios = answer_logps(batch, logps).double()
+        ratios = batch.answer_logps(logps).double()
         ratios = ratios if ref_logps is None else ratios - ref_logps
         if self.betas is not None:
             chosen, rejected = ratios.view(2, -1)
             ratios = chosen - rejected
-        return torch.stack([batch["rows"].to(ratios.device, ratios.dtype), ratios], 1)
+        return torch.stack([batch.rows.to(ratios.device, ratios.dtype), ratios], 1)
 
     def _take(self, parts: Sequence[Tensor]) -> None:
         """The step's scores are there, those of each micro-batch: make what each of them gets."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastdpo.ops.linear_logprob import linear_logprob
-from fastdpo.training.batches.contents import Batch, to_device
+from fastdpo.training.batches.batch import PaddedBatch
 from fastdpo.training.batches.forward import head_states
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.settings.steps import MonitorOptions
@@ -65,13 +65,13 @@ class OverOptimisationMonitor(MonitorOptions, TrainerCallback):
         count = min(self.num_rows, len(dataset))
         for start in range(0, count, batch_size):
             batch = collator([dataset[i] for i in range(start, min(start + batch_size, count))])
-            self._add(sums, model, to_device(batch, device))
+            self._add(sums, model, batch.to(device))
         model.train(was_training)
         return {name: float(total / tokens) for name, (total, tokens) in sums.items() if tokens > 0}
 
-    def _add(self, sums: dict[str, Tensor], model: nn.Module, batch: Batch) -> None:
+    def _add(self, sums: dict[str, Tensor], model: nn.Module, batch: PaddedBatch) -> None:
         states = head_states(model, batch)
-        labels = batch["labels"][:, 1:]
+        labels = batch.sequences.labels[:, 1:]
         options: dict[str, Any] = {"outputs": STATISTICS, "topk": self.topk}
         found = linear_logprob(states.hidden[:, :-1], states.lm_head, labels, **options)
         mass, entropy = found.topk_mass, found.topk_entropy
@@ -132,13 +132,13 @@ class OverOptimisationMonitor(MonitorOptions, TrainerCallback):
         return 0
 
 
-def _groups(batch: Batch) -> dict[str, Tensor]:
-    """Masks over the sequences of a padded batch: chosen and rejected, or all."""
-    sequences = torch.arange(len(batch["labels"]), device=batch["labels"].device)
-    if batch.get("kind") == "unpaired":
-        is_chosen = batch["is_desirable"]
-    elif "kind" in batch:
-        return {"answers": sequences >= 0}
+def _groups(batch: PaddedBatch) -> dict[str, Tensor]:
+    """Masks over the sequences: chosen and rejected, or all."""
+    sequences = torch.arange(sum(batch.num_answers), device=batch.rows.device)
+    if batch.kind.name == "unpaired":
+        is_chosen = batch.numbers["is_desirable"]
+    elif batch.kind.is_paired:
+        is_chosen = sequences < batch.num_rows
     else:
-        is_chosen = sequences < len(sequences) // 2
+        return {"answers": sequences >= 0}
     return {"chosen": is_chosen, "rejected": ~is_chosen}

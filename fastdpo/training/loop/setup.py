@@ -10,18 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fastdpo.losses.ranges import FINITE, PROBABILITY, check_range
 from fastdpo.losses.registry import RANGES
-from fastdpo.training.data.answer_encode import AnswerOptions, encode_answers
-from fastdpo.training.data.answers import AnswerDataset, Ragged
 from fastdpo.training.data.columns import select_columns, survey
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.encode import encode_rows
-from fastdpo.training.data.pairs import PreferenceDataset
-from fastdpo.training.data.references import REFERENCE, reference_columns
+from fastdpo.training.data.formats import Wanted
+from fastdpo.training.data.ragged import Ragged
+from fastdpo.training.data.references import reference_columns
 from fastdpo.training.data.report import row_list
+from fastdpo.training.data.row import REFERENCE
 from fastdpo.training.data.scores import ScoreRules
 from fastdpo.training.data.source import RowSource, read_rows
 from fastdpo.training.loop.callbacks import METRICS_FILE
@@ -40,7 +41,7 @@ def prepare_pairs(
     data: Any, tokenizer: Any, args: PreferenceConfig, *, reads_reference: bool = True
 ) -> RowDataset | None:
     """Tokenised pairs (or rows of the losses' kind) from whatever ``read_rows`` reads, or as they come."""
-    if data is None or isinstance(data, PreferenceDataset | AnswerDataset):
+    if data is None or isinstance(data, RowDataset):
         return data
     if tokenizer is None:
         raise ValueError("processing_class: got None, wanted the model's tokenizer")
@@ -65,31 +66,30 @@ def tokenized_pairs(
 def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig, reads_reference: bool) -> RowDataset:
     source = select_columns(source, args.column_names, args.ignore_columns or ())
     found = survey(source)
-    wanted = None if args.data_kind is None else answer_options(args)
+    wanted = replace(wanted_data(args), gold_column=gold_column(args, found.filled))
     options = args.encoding_options()
     # Losses with divergences have no use for log-probabilities.
     reads = reads_reference and args.needs_reference and not args.needs_divergences
     if reads and args.reference in ("auto", "precomputed"):
         columns = reference_columns(
             found.filled,
-            is_pairs=wanted is None,
-            has_mismatched=wanted is not None and wanted.has_mismatched,
+            is_pairs=wanted.kind.is_paired,
+            has_mismatched=wanted.has_mismatched,
             is_trusted=args.reference == "precomputed",
             source=source.name,
         )
         options = replace(options, references=columns)
-    if wanted is not None:
-        return encode_answers(source, tokenizer, options, wanted, found)
-    options = replace(options, gold_column=gold_column(args, found.filled))
-    return encode_rows(source, tokenizer, options, found)
+    return encode_rows(source, tokenizer, options, wanted, found)
 
 
-def answer_options(args: PreferenceConfig) -> AnswerOptions:
-    """What the losses of a run ask of data that are no pairs."""
+def wanted_data(args: PreferenceConfig) -> Wanted:
+    """What the losses of a run ask of their data, but for the gold answers, which rows may have or not."""
     needs = {name for spec in args.losses for name in spec.needs}
-    assert args.data_kind is not None
-    return AnswerOptions(
-        args.data_kind, list_size(args.losses), ScoreRules.of(args.losses), has_mismatched="kl" in needs
+    return Wanted(
+        args.data_kind,
+        list_size=list_size(args.losses),
+        scores=ScoreRules.of(args.losses),
+        has_mismatched="kl" in needs,
     )
 
 
@@ -100,54 +100,17 @@ def check_pairs(dataset: RowDataset, args: PreferenceConfig) -> None:
         ValueError: the data are of another kind than the losses', or do not carry every number that these and
             the settings need.
     """
-    wanted = args.data_kind
-    kind = dataset.kind if isinstance(dataset, AnswerDataset) else None
-    if kind != wanted:
-        names = ["pairs" if item is None else f"{item.name} data" for item in (kind, wanted)]
-        raise ValueError(
-            f"dataset: got tokenised {names[0]}, wanted {names[1]} for {', '.join(args.loss_type)}"
-        )
-    if isinstance(dataset, AnswerDataset):
-        _check_answers(dataset, args)
-        return
-    check_gold(args, has_gold=dataset.has_gold)
-    prompt, chosen, rejected = dataset.bounds.diff(dim=1).unbind(1)[:3]
-    for part, is_empty in (("prompt", prompt == 0), ("answer", (chosen == 0) | (rejected == 0))):
-        if is_empty.any():
-            effect = "its first token is not scored" if part == "prompt" else "it has log-probability 0"
-            rows = row_list(dataset.rows[is_empty].tolist())
-            logger.warning("%s: an empty %s, so %s", rows, part, effect)
-    for name, column in COLUMN_FIELDS.items():
-        if getattr(args, column) and name not in dataset.columns:
-            raise ValueError(
-                f"{column}: the tokenised pairs carry {sorted(dataset.columns)}, wanted {name!r} too"
-            )
-        if name in dataset.columns:
-            check_range(f"dataset: {name}", dataset.columns[name], RANGES[name])
-    check_weighted_reference(dataset, args)
-
-
-def _check_answers(dataset: AnswerDataset, args: PreferenceConfig) -> None:
-    options = answer_options(args)
-    names = {"unpaired": ("is_desirable",), "steps": ("advantages",), "samples": ("win_rates",)}
-    needed = [*names.get(options.kind.name, ("scores",) if options.scores is not None else ())]
-    needed += ["pair_weights"] if args.pair_weight_column else []
-    for name in needed:
-        if name not in dataset.numbers:
-            raise ValueError(
-                f"dataset: the tokenised rows carry {sorted(dataset.numbers)}, wanted {name!r} too"
-            )
-    if "scores" in dataset.numbers and options.scores is None:
-        raise ValueError(
-            f"dataset: the tokenised rows carry scores, which {', '.join(args.loss_type)} does not use"
-        )
-    legal = {"win_rates": PROBABILITY, "advantages": FINITE, "scores": FINITE, **RANGES}
-    for name, values in dataset.numbers.items():
-        if name in legal:
-            numbers = values.values if isinstance(values, Ragged) else values
-            check_range(f"dataset: {name}", numbers, legal[name])
-    if options.scores is not None:
-        _check_scores(dataset, options.scores)
+    wanted = wanted_data(args)
+    if dataset.kind != wanted.kind:
+        names = ", ".join(args.loss_type)
+        raise ValueError(f"dataset: got tokenised {dataset.kind}, wanted {wanted.kind} for {names}")
+    _check_numbers(dataset, args, wanted)
+    if dataset.kind.is_paired:
+        _check_empty_parts(dataset)
+        check_gold(args, has_gold=dataset.has_gold)
+        check_weighted_reference(dataset, args)
+    if wanted.scores is not None and "scores" in dataset.numbers:
+        _check_scores(dataset, wanted.scores)
     is_part = REFERENCE in dataset.numbers and not dataset.has_reference
     if is_part and dataset.has_mismatched and args.reference == "auto":
         raise ValueError(
@@ -155,12 +118,50 @@ def _check_answers(dataset: AnswerDataset, args: PreferenceConfig) -> None:
             "are mismatched with, which are others in a part of a data set (held_out); wanted both: score "
             "each part by itself, or say which reference ('copy', 'adapter' or 'precomputed')"
         )
-    if dataset.has_mismatched != options.has_mismatched:
-        got, wanted = ("with", "without") if dataset.has_mismatched else ("without", "with")
-        raise ValueError(f"dataset: got rows {got} mismatched answers, wanted them {wanted}")
+    if dataset.has_mismatched != wanted.has_mismatched:
+        got, meant = ("with", "without") if dataset.has_mismatched else ("without", "with")
+        raise ValueError(f"dataset: got rows {got} mismatched answers, wanted them {meant}")
 
 
-def _check_scores(dataset: AnswerDataset, rules: ScoreRules) -> None:
+def _check_numbers(dataset: RowDataset, args: PreferenceConfig, wanted: Wanted) -> None:
+    """Raise ValueError unless rows carry all numbers that losses and settings use, in range, and no scores
+    that nothing uses."""
+    names = {"unpaired": ("is_desirable",), "steps": ("advantages",), "samples": ("win_rates",)}
+    is_list = wanted.kind.name in ("listwise", "ranking")
+    needed = {name: "" for name in names.get(wanted.kind.name, ())}
+    needed |= {"scores": ""} if is_list and wanted.scores is not None else {}
+    needed |= {
+        name: f"{getattr(args, field)}: " for name, field in COLUMN_FIELDS.items() if getattr(args, field)
+    }
+    for name, setting in needed.items():
+        if name not in dataset.numbers:
+            raise ValueError(
+                f"{setting or 'dataset: '}the tokenised {dataset.kind.unit} carry {sorted(dataset.numbers)}, "
+                f"wanted {name!r} too"
+            )
+    if "scores" in dataset.numbers and wanted.scores is None:
+        raise ValueError(
+            f"dataset: the tokenised rows carry scores, which {', '.join(args.loss_type)} does not use"
+        )
+    legal = {"win_rates": PROBABILITY, "advantages": FINITE, "scores": FINITE, **RANGES}
+    for name, values in dataset.numbers.items():
+        if name in legal:
+            check_range(
+                f"dataset: {name}", values.values if isinstance(values, Ragged) else values, legal[name]
+            )
+
+
+def _check_empty_parts(dataset: RowDataset) -> None:
+    """Name pairs with nothing to learn from."""
+    shortest = torch.stack([dataset.answers.values[dataset.answers.offsets[:-1] + i] for i in (0, 1)]).amin(0)
+    for part, is_empty in (("prompt", dataset.prompt_lengths == 0), ("answer", shortest == 0)):
+        if is_empty.any():
+            effect = "its first token is not scored" if part == "prompt" else "it has log-probability 0"
+            rows = row_list(dataset.rows[is_empty].tolist())
+            logger.warning("%s: an empty %s, so %s", rows, part, effect)
+
+
+def _check_scores(dataset: RowDataset, rules: ScoreRules) -> None:
     """Raise ValueError for tokenised rows with scores that losses would misread, or learn nothing from."""
     scores = dataset.numbers["scores"]
     if rules == ScoreRules() or not isinstance(scores, Ragged):

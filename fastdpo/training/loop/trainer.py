@@ -25,14 +25,13 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from fastdpo.integrations.model import patch_model
+from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.budget import budget_dataloader
 from fastdpo.training.batches.collate import pad_token_id
-from fastdpo.training.batches.contents import Batch, backbone_calls, is_filler, sequence_tokens
 from fastdpo.training.batches.layouts import choose_collator, like_length_sampler, token_budget
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import check_fit
 from fastdpo.training.data.report import row_list
-from fastdpo.training.loop.answer_step import with_margins
 from fastdpo.training.loop.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.loop.largest_batch import try_before_scoring
 from fastdpo.training.loop.loss_state import LossState
@@ -58,12 +57,12 @@ from fastdpo.training.loop.setup import (
 )
 from fastdpo.training.loop.step import (
     BatchCounts,
-    Result,
     bad_rows,
     batch_loss,
     local_counts,
     record,
-    stacked_rewards,
+    row_rewards,
+    with_margins,
 )
 from fastdpo.training.reference.precompute import PrecomputedReference
 from fastdpo.training.reference.sources import (
@@ -78,6 +77,7 @@ from fastdpo.training.settings.batches import check_own_collator, check_own_mask
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.fields import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE
 from fastdpo.training.settings.steps import monitor_options
+from fastdpo.types import PreferenceLossOutput
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class PreferenceTrainer(SavingTrainer):
             (``patch_model``), which changes none of its other uses.
         args: the settings.
         train_dataset, eval_dataset: whatever ``read_rows`` reads (a path, rows, a ``datasets.Dataset``),
-            or a ``PreferenceDataset`` or ``AnswerDataset``; ``eval_dataset`` may be a dict of several.
+            or a ``RowDataset``; ``eval_dataset`` may be a dict of several.
         processing_class: the model's tokenizer, or a processor that has it; not needed with a path or id as
             ``model``, nor when all data is tokenised already.
         ref_model: the reference, or its path or id, where it is not the policy as it is now; frozen, patched.
@@ -102,7 +102,7 @@ class PreferenceTrainer(SavingTrainer):
             The other of AlignDistil's teachers is the reference, or as ``ref_model`` a model trained with
             DPO on swapped pairs.
         peft_config: adds an adapter to ``model``.
-        data_collator: makes padded batches in place of ``PreferenceCollator``.
+        data_collator: makes padded batches in place of ``PaddedCollator``.
         compute_metrics: gets ``predictions`` ``(P, 2)``, the rewards of chosen and rejected (``predict``).
         callbacks, optimizers: as in ``Trainer``.
 
@@ -318,24 +318,23 @@ class PreferenceTrainer(SavingTrainer):
         )
         if torch.isfinite(result.loss):
             record(self._sums["train"], inputs, result, nll_on_prompt=bool(self.args.nll_on_prompt))
-            self._input_tokens += 0 if is_filler(inputs) else sequence_tokens(inputs)
+            self._input_tokens += 0 if inputs.is_filler else inputs.sequence_tokens
         else:
             self._report_nonfinite(inputs, result)
         # Gradients are averaged over the ranks, while the counts are sums over them.
-        loss = result.loss * (0 if is_filler(inputs) else self.accelerator.num_processes)
-        return (loss, {"rewards": stacked_rewards(inputs, result)}) if return_outputs else loss
+        loss = result.loss * (0 if inputs.is_filler else self.accelerator.num_processes)
+        return (loss, {"rewards": row_rewards(inputs, result)}) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of a step, as ``Trainer`` estimates them: 6 for every weight and token, padding included."""
-        positions = sum(call["input_ids"].numel() for call in backbone_calls(inputs))
-        return int(6 * self.model.num_parameters(exclude_embeddings=True) * positions)
+        return int(6 * self.model.num_parameters(exclude_embeddings=True) * inputs.positions)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward; a loss that is not finite is logged as 0."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return torch.zeros_like(loss) if self._is_step_bad else loss
 
-    def _report_nonfinite(self, inputs: Batch, result: Result) -> None:
+    def _report_nonfinite(self, inputs: Batch, result: PreferenceLossOutput) -> None:
         rows = row_list(bad_rows(inputs, result))
         step = f"the loss is {result.loss.item()} at step {self.state.global_step + 1}"
         message = f"{step}, from the log-probabilities of {rows} of the training data"

@@ -16,9 +16,8 @@ import fastdpo
 from fastdpo.training.batches.layouts import layout_of, token_budget
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import check_fit
-from fastdpo.training.data.pairs import PreferenceDataset
-from fastdpo.training.data.references import LD_COLUMN
 from fastdpo.training.data.report import row_list
+from fastdpo.training.data.row import LD_COLUMN
 from fastdpo.training.reference.cache import ReferenceCache, cache_key, fingerprint_model
 from fastdpo.training.reference.scoring import score_dataset
 from fastdpo.training.reference.shards import ScoreShards
@@ -66,8 +65,7 @@ class PrecomputedReference:
                 weighted otherwise than the run's own (LD-DPO).
         """
         if dataset.has_reference:
-            if isinstance(dataset, PreferenceDataset):
-                check_weighted_reference(dataset, self.args)
+            check_weighted_reference(dataset, self.args)
             return dataset
         check_fit(dataset, {"model": self.model}, self.args)
         key = self._key(dataset)
@@ -79,8 +77,7 @@ class PrecomputedReference:
         scored = dataset.with_reference(scores)
         if self.args.ld_alpha is None:
             return scored
-        assert isinstance(scored, PreferenceDataset)  # the settings have been checked
-        return scored.with_columns(**{LD_COLUMN: torch.full((len(scored),), float(self.args.ld_alpha))})
+        return scored.with_numbers(**{LD_COLUMN: torch.full((len(scored),), float(self.args.ld_alpha))})
 
     def _key(self, dataset: RowDataset) -> str | None:
         if self._fingerprint is None:

@@ -10,12 +10,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from fastdpo.losses.aggregate import segment_sums
+from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.budget import TokenBudget
-from fastdpo.training.batches.contents import (
-    Batch,
-    completion_mask,
-    to_device,
-)
 from fastdpo.training.batches.forward import sequence_logps, token_logps
 from fastdpo.training.data.dataset import RowDataset
 
@@ -25,22 +21,21 @@ def reference_values(model: nn.Module, batch: Batch) -> Tensor:
 
     A sum for each answer ``(S,)``, or for each piece of an answer; ``(S, T)`` or ``(N,)`` where tokens count.
     """
-    if "segment_ids" in batch:
-        ids = batch["segment_ids"].masked_fill(~completion_mask(batch), -1)
-        return segment_sums(token_logps(model, batch).logps, ids, batch["num_segments"])
-    if batch.get("kind") == "samples":
+    if batch.segment_ids is not None:
+        ids = batch.segment_ids.masked_fill(~batch.mask, -1)
+        return segment_sums(token_logps(model, batch).logps, ids, batch.numbers["num_segments"])
+    if batch.kind.reference_per == "token":
         return token_logps(model, batch).logps
     return sequence_logps(model, batch)
 
 
 @torch.no_grad()
 def batch_scores(model: nn.Module, batch: Batch) -> Tensor:
-    """``reference_values`` as they are kept: flat, with the mismatched answers' sums behind them."""
+    """``reference_values`` as they are kept: row after row, with the mismatched answers' sums behind them."""
     values = reference_values(model, batch)
-    if values.dim() == 2:
-        values = values[completion_mask(batch)]
-    if "mismatched" in batch:
-        values = torch.cat([values, sequence_logps(model, batch["mismatched"])])
+    values = values[batch.mask] if values.dim() == 2 else batch.by_row(values)
+    if batch.mismatched is not None:
+        values = torch.cat([values, sequence_logps(model, batch.mismatched)])
     return values.float()
 
 
@@ -69,8 +64,7 @@ def score_dataset(
         keep: gets each batch's pairs and scores, as soon as they are there.
 
     Returns:
-        fp32 on the CPU, in the data set's ``score_shape``: for pairs ``(P, 2)``, log-probabilities of chosen
-        and rejected; 0 for other ranks' rows, and for those left out.
+        fp32 on the CPU, in the data set's ``score_shape``; 0 for other ranks' rows, and for those left out.
     """
     order = dataset.lengths.argsort(descending=True, stable=True)[rank::num_ranks]
     scores = torch.zeros(dataset.score_shape)
@@ -82,7 +76,7 @@ def score_dataset(
             places = places[~is_done[places]]
             if not len(places):
                 continue
-        batch = to_device(collator([dataset[i] for i in places.tolist()]), device)
+        batch = collator([dataset[i] for i in places.tolist()]).to(device)
         values = batch_scores(model, batch).cpu()
         dataset.put_scores(scores, places, values)
         if keep is not None:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from fastdpo.integrations.fused_output import HeadStates, Teachers
 from fastdpo.integrations.head_adapter import has_adapter
 from fastdpo.integrations.lm_head import head_module, unwrap
-from fastdpo.training.batches.contents import Batch, completion_mask
+from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.forward import head_states, sequence_logps
-from fastdpo.training.data.pairs import PreferenceDataset
-from fastdpo.training.data.references import LD_COLUMN, REF_MISMATCHED
+from fastdpo.training.data.dataset import RowDataset
+from fastdpo.training.data.row import LD_COLUMN
 from fastdpo.training.reference.scoring import reference_values
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.types import TeacherCombination
@@ -90,12 +90,12 @@ def choose_reference(
     return "copy"
 
 
-def check_weighted_reference(dataset: PreferenceDataset, args: PreferenceConfig) -> None:
+def check_weighted_reference(dataset: RowDataset, args: PreferenceConfig) -> None:
     """Raise ValueError for reference sums that are weighted otherwise than the run's own."""
     reads = args.needs_reference and args.reference in ("auto", "precomputed")
     if not (reads and dataset.has_reference):
         return
-    weighted = dataset.columns.get(LD_COLUMN, torch.full((len(dataset),), torch.nan))
+    weighted: Any = dataset.numbers.get(LD_COLUMN, torch.full((len(dataset),), torch.nan))
     alpha = torch.tensor(torch.nan if args.ld_alpha is None else float(args.ld_alpha))
     if not torch.allclose(weighted, alpha.expand_as(weighted), rtol=1e-6, atol=0, equal_nan=True):
         found = sorted({f"{value:g}" for value in weighted.tolist()} - {"nan"})
@@ -166,20 +166,20 @@ class Reference:
         if self.kind == "none":
             return None
         if self.kind == "precomputed":
-            given: Tensor = batch["ref_logps"]
-            if batch.get("kind") == "samples" and "labels" in batch:
-                mask = completion_mask(batch)
-                given = torch.zeros_like(mask, dtype=given.dtype).masked_scatter(mask, given)
+            given = batch.ref_logps
+            if given is not None and batch.kind.reference_per == "token" and batch.mask.dim() == 2:
+                given = torch.zeros_like(batch.mask, dtype=given.dtype).masked_scatter(batch.mask, given)
             return given
         return self._run(reference_values, policy, batch)
 
     @torch.no_grad()
     def mismatched_logps(self, policy: nn.Module, batch: Batch) -> Tensor:
         """``(R,)`` of each prompt with the answer it is mismatched with."""
+        assert batch.mismatched is not None
         if self.kind == "precomputed":
-            given: Tensor = batch[REF_MISMATCHED]
-            return given
-        return self._run(sequence_logps, policy, batch["mismatched"])
+            assert batch.ref_mismatched_logps is not None
+            return batch.ref_mismatched_logps
+        return self._run(sequence_logps, policy, batch.mismatched)
 
     @torch.no_grad()
     def states(self, policy: nn.Module, batch: Batch) -> HeadStates:
@@ -199,7 +199,7 @@ class Reference:
         second = None if combination is None else self.states(policy, batch)
         return Teachers(head_states(self.teacher, batch), second, combination, self.vocab_size, **settings)
 
-    def _run(self, score: Callable[[nn.Module, Batch], Result], policy: nn.Module, batch: Batch) -> Result:
+    def _run(self, score: Callable[[nn.Module, Any], Result], policy: nn.Module, batch: Any) -> Result:
         if self.kind == "copy":
             assert self.model is not None
             return score(self.model, batch)

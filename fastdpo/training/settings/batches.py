@@ -49,7 +49,7 @@ def check_loader(args: SettingFields) -> None:
 
     It is no pair's here. Called when ``TrainingArguments`` have settled what accelerate is told.
     """
-    is_free = args.batch_layout == "padded" and args.max_tokens_per_batch is None and args.data_kind is None
+    is_free = args.batch_layout == "padded" and args.max_tokens_per_batch is None and args.data_kind.is_paired
     for name in ("split_batches", "dispatch_batches"):
         if not is_free and getattr(args.accelerator_config, name):
             raise ValueError(

@@ -14,8 +14,8 @@ def check_data_settings(args: SettingFields) -> None:
         if name not in may_stay():
             raise ValueError(f"allow_bad_rows: got {name!r}, wanted some of {', '.join(may_stay())}")
     kind = args.data_kind
-    read = ("prompt", "chosen", "rejected") if kind is None else kind.columns
-    if kind is not None and kind.name in ("unpaired", "prompt-completion"):
+    read = kind.columns
+    if kind.name in ("unpaired", "prompt-completion"):
         read = (*read, "chosen", "rejected")
     if "scores" in read:
         read = (*read, "ranks")

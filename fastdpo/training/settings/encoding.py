@@ -18,7 +18,6 @@ class EncodingOptions:
             is left; ``skip`` treats any longer row as a bad row.
         on_bad_row: ``skip`` leaves rows nothing can be learnt from out, counted; ``error`` raises.
         columns: per-pair numbers to carry along: their name in the data set -> the row's column.
-        gold_column: of third, gold answers, which are bound to ``max_length`` like the others.
         assistant_only: of answers of several turns only the assistant's are scored.
         allow_bad_rows: names of checks that rows may fail and still be used.
         max_bad_rows: the largest share of rows left out; None for any.
@@ -31,7 +30,6 @@ class EncodingOptions:
     truncation_mode: str = "keep_start"
     on_bad_row: str = "skip"
     columns: Mapping[str, str] = field(default_factory=dict)
-    gold_column: str | None = None
     assistant_only: bool = True
     allow_bad_rows: Sequence[str] = ()
     max_bad_rows: float | None = None

@@ -229,8 +229,8 @@ class SettingFields(DataSettings, TrainingArguments):
         return options or {}
 
     @property
-    def data_kind(self) -> DataKind | None:
-        """What the losses want of the data; None for pairs."""
+    def data_kind(self) -> DataKind:
+        """What the losses want of the data."""
         return kind_of(self.losses)
 
     @property

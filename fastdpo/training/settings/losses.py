@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdpo.losses import loss_options
 from fastdpo.losses.registry import LossOption
-from fastdpo.training.settings.kinds import KINDS, PAIRED
+from fastdpo.training.settings.kinds import KINDS
 from fastdpo.training.settings.names import our_names
 from fastdpo.training.settings.values import Hint, read_value
 
@@ -18,7 +18,7 @@ _OPTIONS = Hint(dict[str, Any] | None)
 def all_loss_options() -> dict[str, dict[str, LossOption]]:
     """Every option of the losses that the loop takes: option -> loss -> option."""
     options: dict[str, dict[str, LossOption]] = {}
-    for inputs in dict.fromkeys((*PAIRED, *(kind.inputs for kind in KINDS.values()))):
+    for inputs in dict.fromkeys(inputs for kind in KINDS.values() for inputs in kind.inputs):
         for name, takers in loss_options(inputs).items():
             options.setdefault(name, {}).update(takers)
     return options

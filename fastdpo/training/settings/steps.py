@@ -106,7 +106,7 @@ def _check_beta_column(args: SettingFields) -> None:
     for name in ("beta", "dynamic_beta"):
         if getattr(args, name) is not None:
             raise ValueError(f"beta_column: got {args.beta_column!r} with {name}, wanted one of the two")
-    if args.data_kind is not None or all(spec.default_beta is None for spec in args.losses):
+    if not args.data_kind.is_paired or all(spec.default_beta is None for spec in args.losses):
         names = ", ".join(args.loss_type)
         raise ValueError(f"beta_column: got a value with {names}, wanted losses of pairs that have a beta")
 

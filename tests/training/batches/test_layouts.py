@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from fastdpo.integrations.model import patch_model
 from fastdpo.testing import assert_close_to_fp64, assert_logps_close
 from fastdpo.training.batches.contents import answer_tokens, first_pairs, num_pairs, sequence_tokens
-from fastdpo.training.data.pairs import PreferenceDataset
+from fastdpo.training.data.dataset import (PreferenceDataset)
 from fastdpo.training.data.report import DataReport
 from fastdpo.training.loop.step import BatchCounts, batch_loss
 from fastdpo.training.loop.trainer import PreferenceTrainer

@@ -21,7 +21,7 @@ from fastdpo.training.batches.plan import (
     unit_lengths,
 )
 from fastdpo.training.batches.rows import PADDING, Unit, build_rows
-from fastdpo.training.data.pairs import PreferenceDataset
+from fastdpo.training.data.dataset import (PreferenceDataset)
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.loop.setup import tokenized_pairs
 from tests import ROOT

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastdpo.training.data.answer_encode import AnswerOptions, encode_answers
-from fastdpo.training.data.answers import AnswerDataset
+from fastdpo.training.data.dataset import (AnswerDataset)
 from fastdpo.training.data.encode import encode_rows
-from fastdpo.training.data.pairs import PreferenceDataset
+from fastdpo.training.data.dataset import (PreferenceDataset)
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.settings.encoding import EncodingOptions
 from fastdpo.training.settings.kinds import KINDS

@@ -11,8 +11,9 @@ import torch
 from fastdpo.losses import LOSSES
 from fastdpo.training.batches.answer_collate import AnswerCollator, first_rows
 from fastdpo.training.data.answer_encode import AnswerOptions, encode_answers
-from fastdpo.training.data.answers import AnswerDataset, Ragged
-from fastdpo.training.data.pairs import split_pairs
+from fastdpo.training.data.dataset import (AnswerDataset)
+from fastdpo.training.data.ragged import (Ragged)
+from fastdpo.training.data.dataset import (split_pairs)
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.settings.encoding import EncodingOptions
 from fastdpo.training.settings.kinds import KINDS, kind_of

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastdpo.training.data.columns import survey
-from fastdpo.training.data.pairs import PreferenceDataset, split_pairs
+from fastdpo.training.data.dataset import (PreferenceDataset, split_pairs)
 from fastdpo.training.data.report import DataReport
 from fastdpo.training.data.source import read_rows
 from tests.training.conftest import make_rows, write_jsonl

@@ -9,7 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from fastdpo.training.data.encode import encode_rows
-from fastdpo.training.data.pairs import PreferenceDataset
+from fastdpo.training.data.dataset import (PreferenceDataset)
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.settings.encoding import EncodingOptions
 from tests.training.conftest import make_rows

@@ -13,7 +13,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from fastdpo import cli
-from fastdpo.training.data.references import REF_MISMATCHED, REF_OF, REFERENCE, reference_columns
+from fastdpo.training.data.references import (reference_columns)
+from fastdpo.training.data.row import (REF_MISMATCHED, REF_OF, REFERENCE)
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.training.conftest import make_rows, read_metrics, tiny_llama, write_jsonl

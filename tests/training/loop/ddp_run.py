@@ -12,8 +12,9 @@ import transformers
 from packaging.version import Version
 from transformers import TrainerCallback
 
-from fastdpo.training.data.answers import AnswerDataset, Ragged
-from fastdpo.training.data.pairs import PreferenceDataset
+from fastdpo.training.data.dataset import (AnswerDataset)
+from fastdpo.training.data.ragged import (Ragged)
+from fastdpo.training.data.dataset import (PreferenceDataset)
 from fastdpo.training.data.report import DataReport
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.reference import scoring

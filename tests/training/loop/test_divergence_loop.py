@@ -18,7 +18,7 @@ from fastdpo import LMHead, fused_preference_loss
 from fastdpo.integrations.model import patch_model
 from fastdpo.testing import assert_close_to_fp64
 from fastdpo.training.batches.contents import Batch
-from fastdpo.training.data.references import REF_COLUMNS
+from fastdpo.training.data.row import (REF_COLUMNS)
 from fastdpo.training.loop.step import BatchCounts, batch_loss
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.reference.sources import Reference

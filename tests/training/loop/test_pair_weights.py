@@ -19,7 +19,7 @@ from fastdpo.training.batches.collate import PreferenceCollator
 from fastdpo.training.batches.contents import bounds_of, completion_mask, first_pairs
 from fastdpo.training.batches.pair_tokens import spread_sums
 from fastdpo.training.batches.row_collate import RowCollator
-from fastdpo.training.data.references import LD_COLUMN, REF_COLUMNS
+from fastdpo.training.data.row import (LD_COLUMN, REF_COLUMNS)
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.reference.sources import Reference
 from fastdpo.training.settings.command_line import parse_train

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.training.data.references import REF_MISMATCHED, REFERENCE
+from fastdpo.training.data.row import (REF_MISMATCHED, REFERENCE)
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.reference import precompute
 from fastdpo.training.settings.config import PreferenceConfig

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.training.data.answers import Ragged
-from fastdpo.training.data.references import REF_COLUMNS
+from fastdpo.training.data.ragged import (Ragged)
+from fastdpo.training.data.row import (REF_COLUMNS)
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.reference import scoring
 from fastdpo.training.reference import shards as reference_shards
