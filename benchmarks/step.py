@@ -35,7 +35,7 @@ from benchmarks.step_data import MADE_UP, made_up_rows, make_data
 from benchmarks.step_truth import LOSS_BOUND, Truth, true_steps, wrong
 from benchmarks.timing import Timer, of_host
 from fastdpo.training.batches.contents import sequence_tokens
-from fastdpo.training.data.dataset import (PreferenceDataset)
+from fastdpo.training.data.dataset import (RowDataset)
 
 
 class Run:
@@ -44,7 +44,7 @@ class Run:
     def __init__(
         self,
         size: Size,
-        data: PreferenceDataset,
+        data: RowDataset,
         tokenizer: Any,
         device: torch.device,
         precision: str,
@@ -104,7 +104,7 @@ class Run:
             norms.append(contender.gradient_norm)
             calls = batch.get("calls", [batch])
             found["positions"].append(sum(call["input_ids"].numel() for call in calls))
-            found["tokens"].append(int(sequence_tokens(batch)))
+            found["tokens"].append(int(batch.sequence_tokens))
         found["losses"] = [float(loss) for loss in losses]
         found["gradient_norms"] = [float(norm) for norm in norms]
         if measure_peak:

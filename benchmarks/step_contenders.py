@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.training.batches.collate import IGNORE_INDEX, PreferenceCollator
+from fastdpo.training.batches.collate import IGNORE_INDEX, PaddedCollator
 from fastdpo.training.batches.contents import to_device
-from fastdpo.training.data.dataset import (PreferenceDataset)
+from fastdpo.training.data.dataset import (RowDataset)
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 
@@ -55,7 +55,7 @@ class Contender:
         self,
         name: str,
         size: Size,
-        data: PreferenceDataset,
+        data: RowDataset,
         tokenizer: Any,
         device: torch.device,
         precision: str,
@@ -102,7 +102,7 @@ class Contender:
 
             self.model = get_peft_model(self.model, self.peft_config)
         loop = PlainLoop(self.model, self.reference, self.device)
-        return loop, PreferenceCollator(tokenizer.pad_token_id)
+        return loop, PaddedCollator(tokenizer.pad_token_id)
 
     def _build_trl(self, tokenizer: Any, folder: str) -> tuple[Any, Callable[..., Any]]:
         from datasets import Dataset

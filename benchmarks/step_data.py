@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 
 from fastdpo.training.data.encode import encode_rows
-from fastdpo.training.data.dataset import (PreferenceDataset)
+from fastdpo.training.data.dataset import (RowDataset)
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.settings.encoding import EncodingOptions
 
@@ -37,7 +37,7 @@ def made_up_rows(count: int) -> list[dict[str, str]]:
 
 def make_data(
     source: Path | list[dict[str, str]], vocab: int, max_length: int | None
-) -> tuple[PreferenceDataset, Any]:
+) -> tuple[RowDataset, Any]:
     """The pairs of a file, or rows, and a byte-level BPE trained on them: ids are below ``vocab``."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastdpo.losses.aggregate import sequence_sums
-from fastdpo.training.batches.collate import PreferenceCollator
-from fastdpo.training.batches.contents import Batch, completion_mask, is_in_rows
+from fastdpo.training.batches.batch import Batch
+from fastdpo.training.batches.collate import PaddedCollator, RowCollator
 from fastdpo.training.batches.forward import token_logps
 from fastdpo.training.batches.plan import RowCosts
-from fastdpo.training.batches.row_collate import RowCollator
+from fastdpo.training.data.row import REFERENCE, Answer, Row
 from fastdpo.training.loop.step import BatchCounts, batch_loss
 from fastdpo.training.reference.sources import Reference
 from fastdpo.training.settings.choices import ARRANGEMENTS
@@ -24,22 +25,25 @@ COSTS = RowCosts(call_tokens=10.0, pair_tokens=0.01, skips_masked=False)
 ROW_CASES = [(layout, arrangement) for layout in ("packed", "shared_prompt") for arrangement in ARRANGEMENTS]
 
 
-def make_pairs(sizes: Sequence[tuple[int, int, int]], *, vocab: int = 199, seed: int = 0) -> list[Any]:
+def make_pairs(sizes: Sequence[tuple[int, int, int]], *, vocab: int = 199, seed: int = 0) -> list[Row]:
     """Pairs of (prompt, chosen, rejected) tokens of these lengths, with references of their own."""
     generator = torch.Generator().manual_seed(seed)
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [
-        {
-            **{
-                n: torch.randint(3, vocab, (k,), generator=generator)
-                for n, k in zip(names, size, strict=True)
-            },
-            "row": number,
-            "ref_chosen_logps": -3.0 * size[1],
-            "ref_rejected_logps": -3.5 * size[2],
-        }
-        for number, size in enumerate(sizes, start=1)
-    ]
+    pairs = []
+    for number, size in enumerate(sizes, start=1):
+        prompt, *answers = (torch.randint(3, vocab, (k,), generator=generator) for k in size)
+        reference = torch.tensor([-3.0 * size[1], -3.5 * size[2]])
+        pairs.append(Row(number, prompt, tuple(map(Answer, answers)), {REFERENCE: reference}))
+    return pairs
+
+
+def with_numbers(pair: Row, **numbers: Any) -> Row:
+    """The pair with further, or replaced, numbers."""
+    return replace(pair, numbers={**pair.numbers, **numbers})
+
+
+def with_answers(pair: Row, *ids: Tensor) -> Row:
+    """The pair with other answers, scored as a whole."""
+    return replace(pair, answers=tuple(map(Answer, ids)))
 
 
 # Answers of one token, prompts of one token, and sequences beyond a window of 6.
@@ -52,7 +56,7 @@ def row_collator(layout: str, arrangement: str = "auto", **options: Any) -> RowC
 
 
 def make_batch(layout: str, arrangement: str = "auto", pairs: Sequence[Any] = PAIRS) -> Batch:
-    return (PreferenceCollator(0) if layout == "padded" else row_collator(layout, arrangement))(pairs)
+    return (PaddedCollator(0) if layout == "padded" else row_collator(layout, arrangement))(pairs)
 
 
 class Step(NamedTuple):
@@ -67,12 +71,11 @@ def run_step(model: nn.Module, batch: Batch, *, num_pairs: int | None = None, **
     args = PreferenceConfig(
         output_dir="unused", use_cpu=True, **{"loss_type": ["sigmoid", "sft"], **settings}
     )
-    size = num_pairs or len(batch["rows"])
+    size = num_pairs or len(batch.rows)
     model.zero_grad(set_to_none=True)
     result = batch_loss(model, model, batch, BatchCounts(size, 40), args, Reference("precomputed"))
     result.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
-        logps, mask = token_logps(model, batch).logps, completion_mask(batch)
-    bounds = batch["cu_seqlens"] if is_in_rows(batch) else None
-    return Step(result.loss.detach(), sequence_sums(logps, mask, bounds), logps[mask], grads)
+        logps, mask = token_logps(model, batch).logps, batch.mask
+    return Step(result.loss.detach(), sequence_sums(logps, mask, batch.bounds), logps[mask], grads)

@@ -117,8 +117,7 @@ def test_wrong_arguments():
 
 def test_tokens_of_a_pair():
     data = pairs(5, 0)
-    start, prompt, chosen, rejected = data.bounds.unbind(1)
-    m, c, r = prompt - start, chosen - prompt, rejected - chosen
+    m, c, r = torch.tensor(data.sizes(torch.arange(5))).unbind(1)
     assert torch.equal(pair_tokens(data, "padded"), m + torch.maximum(c, r))
     assert torch.equal(pair_tokens(data, "packed"), 2 * m + c + r)
     assert torch.equal(pair_tokens(data, "shared_prompt"), m + c + r)
@@ -229,7 +228,7 @@ def test_the_loader_s_settings_are_honoured(make_args: MakeArgs):
     }
     plain, changed = loader(), loader(**settings)
     assert (changed.num_workers, changed.prefetch_factor, changed.persistent_workers) == (1, 3, True)
-    assert [batch["rows"].tolist() for batch in changed] == [batch["rows"].tolist() for batch in plain]
+    assert [batch.rows.tolist() for batch in changed] == [batch.rows.tolist() for batch in plain]
     orders = []
     for strategy in STRATEGIES:
         sampler = loader(train_sampling_strategy=strategy, data_seed=3).batch_sampler

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from fastdpo.integrations.model import patch_model
 from fastdpo.testing import assert_close_to_fp64, assert_logps_close
-from fastdpo.training.batches.contents import answer_tokens, first_pairs, num_pairs, sequence_tokens
-from fastdpo.training.data.dataset import (PreferenceDataset)
+from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.report import DataReport
 from fastdpo.training.loop.step import BatchCounts, batch_loss
 from fastdpo.training.loop.trainer import PreferenceTrainer
@@ -35,8 +35,8 @@ def true_step(model: Any) -> Step:
     With the mask, padding beyond a sliding window sees nothing at all, which is NaN in fp64 eager attention.
     """
     batch = make_batch("padded")
-    unmasked = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
-    return run_step(patch_model(copy.deepcopy(model).double()), unmasked)
+    whole = replace(batch.sequences, attention_mask=torch.ones_like(batch.sequences.attention_mask))
+    return run_step(patch_model(copy.deepcopy(model).double()), replace(batch, sequences=whole))
 
 
 def eager_step(model: Any, truth: Step) -> Step:
@@ -106,7 +106,7 @@ def test_a_wrong_mask_would_show():
     eager = eager_step(model, truth)
     for changed in ("branches", "position_ids"):
         batch = make_batch("shared_prompt", "one_row")
-        (call,) = batch["calls"]
+        (call,) = batch.calls
         call[changed] = torch.zeros_like(call[changed]) if changed == "branches" else torch.arange(70)[None]
         with pytest.raises(AssertionError):
             assert_steps_close(run_step(model, batch), truth, eager)
@@ -134,31 +134,31 @@ def test_an_adapter_and_its_reference_run_in_the_same_layout(layout: str):
     torch.manual_seed(0)
     model = get_peft_model(make_model("llama"), LoraConfig(r=4, target_modules="all-linear"))
     patch_model(model)
-    pairs = [{n: v for n, v in pair.items() if "logps" not in n} for pair in PAIRS]
+    pairs = [replace(pair, numbers={}) for pair in PAIRS]
     args = PreferenceConfig(output_dir="unused", use_cpu=True)
     for case in ("padded", layout):
         batch, counts = make_batch(case, pairs=pairs), BatchCounts(len(pairs), 1)
         result = batch_loss(model, model, batch, counts, args, Reference("adapter"))
         # The adapter is fresh, so policy and reference are one: exactly, in every layout.
         assert result.loss.item() == pytest.approx(math.log(2), abs=1e-7)
-        assert not result.chosen_rewards.any() and not result.rejected_rewards.any()
+        assert not result.rewards.any()
 
 
 @pytest.mark.parametrize("case", ROW_CASES, ids="-".join)
 def test_what_the_loop_asks_of_a_batch(case: tuple[str, str]):
     padded, batch = make_batch("padded"), make_batch(*case)
-    assert num_pairs(batch) == num_pairs(padded) == 4
-    assert answer_tokens(batch) == tuple(map(int, answer_tokens(padded)))
-    assert sequence_tokens(batch) == sequence_tokens(padded)
-    for name in ("rows", "ref_logps"):
-        assert torch.equal(batch[name], padded[name])
+    assert batch.num_rows == padded.num_rows == 4
+    for side in (slice(4), slice(4, None)):
+        assert batch.tokens_of(side) == int(padded.tokens_of(side))
+    assert batch.sequence_tokens == padded.sequence_tokens
+    assert torch.equal(batch.rows, padded.rows) and torch.equal(batch.ref_logps, padded.ref_logps)
 
 
 @pytest.mark.parametrize("case", ROW_CASES, ids="-".join)
 def test_the_first_pairs_of_a_batch(case: tuple[str, str]):
     model = patch_model(make_model("llama"))
     for count in (1, 3):
-        ours = run_step(model, first_pairs(make_batch(*case), count))
+        ours = run_step(model, make_batch(*case).first(count))
         alone = run_step(model, make_batch("padded", pairs=PAIRS[:count]))
         torch.testing.assert_close(ours.tokens, alone.tokens, rtol=0, atol=1e-5)
         assert ours.loss.item() == pytest.approx(alone.loss.item(), abs=2e-5)
@@ -182,7 +182,7 @@ def test_empty_prompts_and_answers_are_named(make_args: MakeArgs, caplog: pytest
     tokens = torch.arange(3, 15, dtype=torch.int32)
     bounds = torch.tensor([[0, 2, 4, 6], [6, 6, 7, 8], [8, 9, 9, 12]])
     rows = torch.tensor([4, 7, 9])
-    data = PreferenceDataset(tokens, bounds, rows, {}, DataReport("made", 3, 3))
+    data = RowDataset.of_pairs(tokens, bounds, rows, {}, DataReport("made", 3, 3))
     trainer = PreferenceTrainer(tiny_llama(), make_args(batch_layout="shared_prompt"), train_dataset=data)
     assert "row 7: an empty prompt, so its first token is not scored" in caplog.text
     assert "row 9: an empty answer, so it has log-probability 0" in caplog.text
@@ -256,7 +256,7 @@ def test_precomputed_references_in_the_layout(
             reference="precomputed", reference_cache_dir=str(cache), max_steps=1, learning_rate=1e-5,
         )  # fmt: skip
         trainer = train(args, tokenizer, count=6)
-        logs.append(trainer.train_dataset.columns["ref_chosen_logps"])
+        logs.append(trainer.train_dataset.numbers["ref_logps"].values)
         caches.append({path.name for path in cache.iterdir()})
     for scores in logs[1:]:
         torch.testing.assert_close(scores, logs[0], rtol=1e-6, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.integrations.model import patch_model
-from fastdpo.training.batches.collate import PreferenceCollator
-from fastdpo.training.batches.contents import (
-    backbone_calls,
-    first_pairs,
-    nll_tokens,
-    sequence_tokens,
-    to_device,
-)
-from fastdpo.training.batches.row_collate import RowCollator
+from fastdpo.training.batches.collate import PaddedCollator, RowCollator
 from fastdpo.training.data.encode import encode_rows
+from fastdpo.training.data.formats import Wanted
+from fastdpo.training.data.row import Row
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.loop.step import BatchCounts, batch_loss
 from fastdpo.training.reference.sources import Reference
@@ -45,11 +40,17 @@ from tests.training.loop.pair_formulas import (
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 MakeArgs = Callable[..., PreferenceConfig]
 BETA = 0.4
-NAMES = ("chosen_ids", "rejected_ids")
-NLL_TOKENS = sum(len(pair["prompt_ids"]) + len(pair["chosen_ids"]) - 1 for pair in PAIRS)
+NAMES = (0, 1)
+NLL_TOKENS = sum(len(pair.prompt) + len(pair.answers[0].ids) - 1 for pair in PAIRS)
+
+
+def with_gold(pair: Row, gold: Row) -> Row:
+    return replace(pair, answers=(*pair.answers, gold.answers[0]))
+
+
 # Gold answers longer than the others, of one token, and shorter.
 GOLD = [
-    {**pair, "gold_ids": gold["chosen_ids"]}
+    with_gold(pair, gold)
     for pair, gold in zip(
         PAIRS, make_pairs([(1, 25, 1), (1, 1, 1), (1, 4, 1), (1, 2, 1)], seed=7), strict=True
     )
@@ -63,12 +64,12 @@ def made_batch(
     layout: str, arrangement: str, pairs: Sequence[Any], *, on_prompt: bool = True, **options: Any
 ) -> Any:
     if layout == "padded":
-        return PreferenceCollator(0, **options)(pairs)
+        return PaddedCollator(0, **options)(pairs)
     return RowCollator(0, layout, COSTS, (arrangement,), nll_on_prompt=on_prompt, **options)(pairs)
 
 
 def orpo(*, on_prompt: bool) -> Any:
-    count = NLL_TOKENS if on_prompt else sum(len(pair["chosen_ids"]) for pair in PAIRS)
+    count = NLL_TOKENS if on_prompt else sum(len(pair.answers[0].ids) for pair in PAIRS)
 
     def formula(model: nn.Module, pairs: Sequence[Any]) -> Tensor:
         total = 0.0
@@ -91,7 +92,7 @@ def test_orpo_in_every_layout() -> None:
     for on_prompt, (truth, eager) in found.items():
         for case in CASES:
             batch = made_batch(*case, PAIRS, on_prompt=on_prompt)
-            counts = (len(PAIRS), int(nll_tokens(batch, on_prompt=on_prompt)))
+            counts = (len(PAIRS), int(batch.nll_tokens(on_prompt=on_prompt)))
             for settings in ({}, {"fp16": True}):  # in one call of the head where it can be, and in two
                 ours = looped(
                     model, batch, Reference("none"), counts=counts, loss_type="orpo", beta=BETA,
@@ -120,12 +121,12 @@ def everything(model: nn.Module, pairs: Sequence[Any]) -> Tensor:
     """LD-DPO, WPO and an SFT term on prompt and answer: the weights of tokens are none of the NLL's."""
     total = 0.0
     for pair, chosen, rejected in zip(pairs, *sides(model, pairs, *NAMES), strict=True):
-        shared = min(len(pair[name]) for name in NAMES)
+        shared = min(len(pair.answers[k].ids) for k in NAMES)
         sums = []
         for item in (chosen, rejected):
             logps = item.logps[item.mask]
             sums.append(logps[:shared].sum() + 0.3 * logps[shared:].sum())
-        ref = pair["ref_chosen_logps"] - pair["ref_rejected_logps"]
+        ref = pair.numbers["ref_logps"] @ torch.tensor([1.0, -1.0])
         means = [(item.logps - item.log_sum_sq)[item.mask].mean() for item in (chosen, rejected)]
         weight = (means[0] + means[1]).exp().detach()
         total = total + weight * logistic(BETA * (sums[0] - sums[1] - ref)) / len(PAIRS)
@@ -151,7 +152,7 @@ def test_all_options_together() -> None:
 def tpo(name: str) -> Any:
     def formula(model: nn.Module, pairs: Sequence[Any]) -> Tensor:
         total = 0.0
-        for chosen, rejected, gold in zip(*sides(model, pairs, *NAMES, "gold_ids"), strict=True):
+        for chosen, rejected, gold in zip(*sides(model, pairs, *NAMES, 2), strict=True):
             (w, r) = (
                 (i.logps[i.mask].mean() if name == "tpo_l" else i.logps[i.mask].sum())
                 for i in (chosen, rejected)
@@ -170,7 +171,7 @@ def test_tpo_in_every_layout(name: str) -> None:
     patch_model(model)
     for case in CASES:
         batch = made_batch(*case, GOLD, on_prompt=False)
-        assert int(nll_tokens(batch, on_prompt=False)) == GOLD_TOKENS
+        assert int(batch.nll_tokens(on_prompt=False)) == GOLD_TOKENS
         ours = looped(
             model, batch, Reference("none"), counts=(len(GOLD), GOLD_TOKENS), loss_type=name, beta=BETA,
             loss_options={"nll_weight": 0.7},
@@ -181,11 +182,10 @@ def test_tpo_in_every_layout(name: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_gold_answers_are_counted_among_the_tokens(case: tuple[str, str]) -> None:
     batch = made_batch(*case, GOLD, on_prompt=False)
-    names = ("chosen_ids", "rejected_ids", "gold_ids")
-    tokens = sum(len(pair["prompt_ids"]) + len(pair[name]) for pair in GOLD for name in names)
-    assert int(sequence_tokens(batch)) == tokens
-    positions = sum(call["input_ids"].numel() for call in backbone_calls(batch))
-    assert positions >= sum(len(pair["prompt_ids"]) + sum(len(pair[name]) for name in names) for pair in GOLD)
+    tokens = sum(len(pair.prompt) + len(answer.ids) for pair in GOLD for answer in pair.answers)
+    assert int(batch.sequence_tokens) == tokens
+    least = sum(len(pair.prompt) + sum(len(answer.ids) for answer in pair.answers) for pair in GOLD)
+    assert batch.positions >= least
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -195,9 +195,9 @@ def test_the_first_pairs_of_a_batch(case: tuple[str, str], loss_type: str) -> No
     on_prompt = loss_type == "orpo"
     settings = {"counts": (4, 40), "loss_type": loss_type}
     pairs = PAIRS if on_prompt else GOLD
-    part = first_pairs(to_device(made_batch(*case, pairs, on_prompt=on_prompt), torch.device("cpu")), 3)
+    part = made_batch(*case, pairs, on_prompt=on_prompt).to(torch.device("cpu")).first(3)
     alone = made_batch(*case, pairs[:3], on_prompt=on_prompt)
-    assert int(nll_tokens(part, on_prompt=on_prompt)) == int(nll_tokens(alone, on_prompt=on_prompt))
+    assert int(part.nll_tokens(on_prompt=on_prompt)) == int(alone.nll_tokens(on_prompt=on_prompt))
     found = [looped(model, batch, Reference("none"), **settings).loss.item() for batch in (part, alone)]
     assert found[0] == pytest.approx(found[1], abs=LIMIT)
 
@@ -209,7 +209,7 @@ def test_empty_prompts_and_answers_are_as_in_padded_batches(case: tuple[str, str
     pairs = make_pairs([(0, 3, 4), (4, 1, 3), (3, 5, 1), (0, 1, 2), (2, 3, 1)])
     if loss_type == "tpo":
         golds = make_pairs([(1, n, 1) for n in (3, 1, 0, 2, 6)], seed=3)
-        pairs = [{**pair, "gold_ids": gold["chosen_ids"]} for pair, gold in zip(pairs, golds, strict=True)]
+        pairs = [with_gold(pair, gold) for pair, gold in zip(pairs, golds, strict=True)]
     found = [
         looped(
             model, made_batch(*one, pairs, on_prompt=loss_type == "orpo"), Reference("none"), counts=(5, 40),
@@ -231,7 +231,7 @@ def test_orpo_is_trls() -> None:
     theirs.accelerator = SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda x: x)
     model, batch = make_model("llama"), made_batch("padded", "", PAIRS)
     fields = {
-        f"{side}_{name}": batch[name][place]
+        f"{side}_{name}": getattr(batch.sequences, name)[place]
         for side, place in (("chosen", slice(0, 4)), ("rejected", slice(4, 8)))
         for name in ("input_ids", "attention_mask", "labels")
     }
@@ -259,20 +259,18 @@ def test_tpo_is_trls(tmp_path: Path) -> None:
         model=runs.policy("llama"), args=tpo_module.TPOConfig(**runs.settings(tmp_path, beta=BETA)),
         train_dataset=rows, processing_class=runs.make_tokenizer(),
     )  # fmt: skip
-    data = encode_rows(read_rows(rows), runs.make_tokenizer(), EncodingOptions(gold_column="reference"))
+    data = encode_rows(
+        read_rows(rows), runs.make_tokenizer(), EncodingOptions(), Wanted(gold_column="reference")
+    )
     pairs = [data[i] for i in range(4)]
     for pair, row in zip(pairs, theirs.train_dataset, strict=False):
-        for ours, name in (
-            ("prompt", "prompt"),
-            ("chosen", "chosen"),
-            ("rejected", "rejected"),
-            ("gold", "reference"),
-        ):
-            assert pair[f"{ours}_ids"].tolist() == row[f"{name}_ids"]
+        parts = (pair.prompt, *(answer.ids for answer in pair.answers))
+        for ids, name in zip(parts, ("prompt", "chosen", "rejected", "reference"), strict=True):
+            assert ids.tolist() == row[f"{name}_ids"]
     batch = theirs.data_collator([theirs.train_dataset[i] for i in range(4)])
     wanted = theirs._compute_loss(theirs.model, batch, False)
     model = patch_model(runs.policy("llama"))
-    count = sum(len(pair["gold_ids"]) for pair in pairs)
+    count = sum(len(pair.answers[2].ids) for pair in pairs)
     for case in CASES:
         made = made_batch(*case, pairs, on_prompt=False)
         ours = looped(model, made, Reference("none"), counts=(4, count), loss_type="tpo", beta=BETA)

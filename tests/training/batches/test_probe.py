@@ -14,6 +14,7 @@ from torch import nn
 
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.batches.budget import STRATEGIES
+from fastdpo.training.batches.collate import RowCollator
 from fastdpo.training.batches.layouts import (
     _is_single_call,
     choose_collator,
@@ -24,7 +25,6 @@ from fastdpo.training.batches.layouts import (
     token_budget,
 )
 from fastdpo.training.batches.probe import refusals
-from fastdpo.training.batches.row_collate import RowCollator
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.integrations.tiny import HIDDEN, VOCAB, make_model
@@ -256,7 +256,7 @@ def test_predicted_batches_are_those_of_training(
     data = trainer.train_dataset
     predicted = first_batches(data, token_budget(args, trainer.data_collator), args)
     assert [data.rows[batch].tolist() for batch in predicted] == [
-        batch["rows"].tolist() for batch in trainer.get_train_dataloader() if "is_filler" not in batch
+        batch.rows.tolist() for batch in trainer.get_train_dataloader() if not batch.is_filler
     ]
 
 
@@ -296,7 +296,7 @@ def test_reentrant_checkpointing_on_several_ranks_runs_the_backbone_once(make_ar
     model, args = patch_model(tiny_llama()), make_args(**options, **reentrant)
     collator = choose_collator([model], args, 0, None, several)
     assert collator.single_call and collator.arrangements == ("bucketed", "one_row")
-    assert len(collator(PAIRS)["calls"]) == 1
+    assert len(collator(PAIRS).calls) == 1
     args = make_args(**options, **reentrant, row_arrangement="separate")
     with pytest.raises(ValueError, match="re-entrant checkpointing in DDP forbids"):
         choose_collator([model], args, 0, None, several)
@@ -328,4 +328,4 @@ def test_flex_attention_gets_whole_blocks(make_args: MakeArgs, monkeypatch: pyte
     alone = SimpleNamespace(num_processes=1, is_main_process=True, device=torch.device("cpu"))
     collator = choose_collator([model], make_args(batch_layout="shared_prompt"), 0, None, alone)
     assert collator.costs.skips_masked
-    assert {call["input_ids"].shape[1] % 128 for call in collator(PAIRS)["calls"]} == {0}
+    assert {call["input_ids"].shape[1] % 128 for call in collator(PAIRS).calls} == {0}

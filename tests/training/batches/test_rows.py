@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from benchmarks.step_contenders import SIZES
 from benchmarks.step_data import make_data
-from fastdpo.training.batches.collate import IGNORE_INDEX
+from fastdpo.training.batches.batch import IGNORE_INDEX
 from fastdpo.training.batches.plan import (
-    ARRANGEMENTS,
     RowCosts,
     _cheapest_buckets,
     padded_cost,
@@ -21,9 +20,10 @@ from fastdpo.training.batches.plan import (
     unit_lengths,
 )
 from fastdpo.training.batches.rows import PADDING, Unit, build_rows
-from fastdpo.training.data.dataset import (PreferenceDataset)
+from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.loop.setup import tokenized_pairs
+from fastdpo.training.settings.choices import ARRANGEMENTS
 from tests import ROOT
 from tests.training.batches.layout_cases import COSTS, PAIRS, make_batch, row_collator
 
@@ -174,28 +174,28 @@ def test_the_collator_follows_the_plan(layout: str):
     plan = row_collator(layout, "bucketed").plan(
         [n for p in PAIRS for n in unit_lengths(*sizes(p), layout)]
     )  # fmt: skip
-    assert batch["backbone_tokens"] == plan.tokens
-    assert len(batch["calls"]) == len(plan.calls)
+    assert batch.positions == plan.tokens
+    assert len(batch.calls) == len(plan.calls)
 
 
 def sizes(pair: Any) -> tuple[int, list[int]]:
-    return len(pair["prompt_ids"]), [len(pair["chosen_ids"]), len(pair["rejected_ids"])]
+    return len(pair.prompt), [len(pair.answers[0].ids), len(pair.answers[1].ids)]
 
 
-def backbone_tokens(data: PreferenceDataset, pairs_per_batch: int) -> dict[str, int]:
+def backbone_tokens(data: RowDataset, pairs_per_batch: int) -> dict[str, int]:
     """Positions that each layout makes the backbone compute, and labelled tokens, in the file's order."""
     counted = dict.fromkeys(["padded", "packed", "shared_prompt", "labelled"], 0)
     for start in range(0, len(data), pairs_per_batch):
         pairs = [data[i] for i in range(start, min(start + pairs_per_batch, len(data)))]
         padded = make_batch("padded", pairs=pairs)
-        counted["padded"] += padded["input_ids"].numel()
-        counted["labelled"] += int((padded["labels"] != IGNORE_INDEX).sum())
+        counted["padded"] += padded.sequences.input_ids.numel()
+        counted["labelled"] += int((padded.sequences.labels != IGNORE_INDEX).sum())
         for layout in ("packed", "shared_prompt"):
-            counted[layout] += make_batch(layout, "one_row", pairs)["backbone_tokens"]
-    start, prompt, _, end = data.bounds.unbind(1)
-    assert counted["shared_prompt"] == int((end - start).sum())
-    assert counted["packed"] == int((end - start + prompt - start).sum())
-    assert counted["labelled"] == int((end - prompt).sum())
+            counted[layout] += make_batch(layout, "one_row", pairs).positions
+    prompts, answers = int(data.prompt_lengths.sum()), int(data.answers.values.sum())
+    assert counted["shared_prompt"] == prompts + answers
+    assert counted["packed"] == 2 * prompts + answers
+    assert counted["labelled"] == answers
     return counted
 
 

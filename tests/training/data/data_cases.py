@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastdpo.training.data.answer_encode import AnswerOptions, encode_answers
-from fastdpo.training.data.dataset import (AnswerDataset)
+from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.encode import encode_rows
-from fastdpo.training.data.dataset import (PreferenceDataset)
+from fastdpo.training.data.formats import Wanted
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.settings.encoding import EncodingOptions
 from fastdpo.training.settings.kinds import KINDS
 
-Dataset = PreferenceDataset | AnswerDataset
 # Of pieces the answer is text in any case.
 KINDS_OF_MESSAGES = ("pairs", "unpaired", "pair taken apart", "listwise", "samples", "prompt-completion")
 ALL_KINDS = (*KINDS_OF_MESSAGES, "ranking", "steps")
@@ -44,32 +42,29 @@ def row_of(kind: str, prompt: Any, answer: Any, other: Any, **more: Any) -> dict
 
 def encode(
     kind: str, rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, mismatched: bool = False, **options: Any
-) -> Dataset:
+) -> RowDataset:
     """The rows as the losses of a kind have them."""
     source, how = read_rows(list(rows)), EncodingOptions(**options)
     if kind == "pairs":
         return encode_rows(source, tokenizer, how)
     name = "unpaired" if kind == "pair taken apart" else kind
-    return encode_answers(source, tokenizer, how, AnswerOptions(KINDS[name], has_mismatched=mismatched))
+    return encode_rows(source, tokenizer, how, Wanted(KINDS[name], has_mismatched=mismatched))
 
 
-def ids_of(dataset: Dataset, place: int = 0) -> tuple[list[int], list[list[int]]]:
+def ids_of(dataset: RowDataset, place: int = 0) -> tuple[list[int], list[list[int]]]:
     """Prompt and answers of a row."""
     item = dataset[place]
-    answers = item.get("answer_ids") or [item["chosen_ids"], item["rejected_ids"]]
-    return item["prompt_ids"].tolist(), [answer.tolist() for answer in answers]
+    return item.prompt.tolist(), [answer.ids.tolist() for answer in item.answers]
 
 
-def texts_of(dataset: Dataset, tokenizer: Any, place: int = 0) -> tuple[str, list[str]]:
+def texts_of(dataset: RowDataset, tokenizer: Any, place: int = 0) -> tuple[str, list[str]]:
     """The same as text."""
     prompt, answers = ids_of(dataset, place)
     return tokenizer.decode(prompt), [tokenizer.decode(answer) for answer in answers]
 
 
-def scored_text(dataset: Dataset, tokenizer: Any, answer: int = 0, place: int = 0) -> str:
+def scored_text(dataset: RowDataset, tokenizer: Any, answer: int = 0, place: int = 0) -> str:
     """What is scored of an answer."""
-    item = dataset[place]
-    ids = ids_of(dataset, place)[1][answer]
-    mask = item["scored"][answer].tolist() if "scored" in item else [True] * len(ids)
-    text: str = tokenizer.decode([token for token, is_scored in zip(ids, mask, strict=True) if is_scored])
+    ids, scored = dataset[place].answers[answer]
+    text: str = tokenizer.decode(ids if scored is None else ids[scored])
     return text

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fastdpo.losses import LOSSES
-from fastdpo.training.batches.answer_collate import AnswerCollator, first_rows
-from fastdpo.training.data.answer_encode import AnswerOptions, encode_answers
-from fastdpo.training.data.dataset import (AnswerDataset)
-from fastdpo.training.data.ragged import (Ragged)
-from fastdpo.training.data.dataset import (split_pairs)
+from fastdpo.training.batches.collate import PaddedCollator
+from fastdpo.training.data.dataset import RowDataset, split_rows
+from fastdpo.training.data.encode import encode_rows
+from fastdpo.training.data.formats import Wanted
+from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.settings.encoding import EncodingOptions
 from fastdpo.training.settings.kinds import KINDS, kind_of
@@ -27,15 +27,15 @@ def answer(text: str) -> list[dict[str, str]]:
 
 def encode(
     kind: str, rows: list[Any], tokenizer: Any, wanted: dict[str, Any] | None = None, **options: Any
-) -> AnswerDataset:
-    return encode_answers(
-        read_rows(rows), tokenizer, EncodingOptions(**options), AnswerOptions(KINDS[kind], **(wanted or {}))
+) -> RowDataset:
+    return encode_rows(
+        read_rows(rows), tokenizer, EncodingOptions(**options), Wanted(KINDS[kind], **(wanted or {}))
     )
 
 
-def texts(dataset: AnswerDataset, tokenizer: Any, index: int = 0) -> list[str]:
+def texts(dataset: RowDataset, tokenizer: Any, index: int = 0) -> list[str]:
     item = dataset[index]
-    return [tokenizer.decode(ids) for ids in (item["prompt_ids"], *item["answer_ids"])]
+    return [tokenizer.decode(ids) for ids in (item.prompt, *(answer.ids for answer in item.answers))]
 
 
 GOOD: dict[str, list[dict[str, Any]]] = {
@@ -73,7 +73,7 @@ def test_numbers_come_through(tokenizer: Any):
     def numbers(kind: str, name: str) -> list[Any]:
         dataset = encode(kind, GOOD[kind], tokenizer)
         return [
-            value.tolist() if isinstance(value := dataset[i][name], torch.Tensor) else value
+            value.tolist() if isinstance(value := dataset[i].numbers[name], torch.Tensor) else value
             for i in range(len(dataset))
         ]
 
@@ -87,16 +87,16 @@ def test_pieces_are_the_answers_tokens(tokenizer: Any):
     dataset = encode("steps", GOOD["steps"], tokenizer)
     for i, wanted in enumerate([[" stone walk.", " lamp<eos>"], ["stone walk.", " lamp<eos>\n"]]):
         item = dataset[i]
-        pieces = item["answer_ids"][0].split(item["piece_lengths"])
+        pieces = item.answers[0].ids.split(item.pieces)
         assert [tokenizer.decode(piece) for piece in pieces] == wanted
 
 
 def test_pieces_behind_a_cut_go(tokenizer: Any):
     row = {"prompt": "river:", "completion": [" stone", " walk", " lamp"], "scores": [0, 2, 1]}
     whole = encode("ranking", [row], tokenizer)[0]
-    prompt, (one, two, _) = len(whole["prompt_ids"]), whole["piece_lengths"]
+    prompt, (one, two, _) = len(whole.prompt), whole.pieces
     cut = encode("ranking", [row], tokenizer, max_length=prompt + one + two)[0]
-    assert cut["piece_lengths"] == [one, two] and cut["scores"].tolist() == [0, 2]
+    assert cut.pieces == (one, two) and cut.numbers["scores"].tolist() == [0, 2]
     with pytest.raises(ValueError, match="one candidate once truncated"):
         encode("ranking", [row], tokenizer, max_length=prompt + one)
 
@@ -104,7 +104,10 @@ def test_pieces_behind_a_cut_go(tokenizer: Any):
 def test_a_pair_makes_two_rows(tokenizer: Any):
     dataset = encode("unpaired", [{"prompt": "river:", "chosen": " stone", "rejected": " walk"}], tokenizer)
     assert [texts(dataset, tokenizer, i)[1] for i in (0, 1)] == [" stone<eos>", " walk<eos>"]
-    assert [dataset[i]["is_desirable"] for i in (0, 1)] == [1.0, 0.0] and dataset.rows.tolist() == [1, 1]
+    assert [dataset[i].numbers["is_desirable"] for i in (0, 1)] == [1.0, 0.0] and dataset.rows.tolist() == [
+        1,
+        1,
+    ]
 
 
 def test_a_report_counts_rows_not_answers(tokenizer: Any):
@@ -221,11 +224,11 @@ def test_mismatched_answers_are_the_last_of_another_prompt(tokenizer: Any):
     rows = [{"prompt": p, "completion": f" stone{'!' * i}", "label": True} for i, p in enumerate(prompts)]
     dataset = encode("unpaired", rows, tokenizer, MISMATCHED)
     assert dataset.mismatched.tolist() == [4, 4, 1, 2, 2]
-    assert tokenizer.decode(dataset[3]["mismatched_ids"]) == " stone!!<eos>"
+    assert tokenizer.decode(dataset[3].mismatched.ids) == " stone!!<eos>"
     half = dataset.subset([0, 2])
     assert half.mismatched.tolist() == [1, 0]
-    short = encode("unpaired", rows, tokenizer, MISMATCHED, max_length=len(dataset[0]["prompt_ids"]) + 2)
-    assert len(short[0]["mismatched_ids"]) == 2
+    short = encode("unpaired", rows, tokenizer, MISMATCHED, max_length=len(dataset[0].prompt) + 2)
+    assert len(short[0].mismatched.ids) == 2
     with pytest.raises(ValueError, match="kto: got one row"):
         dataset.subset([1])
 
@@ -238,23 +241,23 @@ def test_a_subset_and_the_beginning_of_a_batch(tokenizer: Any, kind: str):
     last = dataset.subset(torch.tensor([len(rows) - 1, 0]))
     assert str(last[0]) == str(dataset[len(rows) - 1]) and str(last[1]) == str(dataset[0])
     assert dataset.subset([0]).fingerprint() != dataset.fingerprint()
-    collate = AnswerCollator(KINDS[kind], 0)
-    whole = first_rows(collate([dataset[i] for i in range(len(rows))]), 1)
-    alone = collate([dataset[0]])
-    for name, value in alone.items():
-        if name in ("input_ids", "attention_mask", "labels", "segment_ids"):
-            value, other = value, whole[name][:, : value.shape[1]]
-            assert torch.equal(other, value), name
+    collate = PaddedCollator(0, kind=KINDS[kind])
+    whole, alone = collate([dataset[i] for i in range(len(rows))]).first(1), collate([dataset[0]])
+    named = [{**vars(batch.sequences), **vars(batch), **batch.numbers} for batch in (whole, alone)]
+    for name, value in named[1].items():
+        other = named[0][name]
+        if name in ("input_ids", "attention_mask", "labels", "segment_ids") and value is not None:
+            assert torch.equal(other[:, : value.shape[1]], value), name
         elif isinstance(value, torch.Tensor):
-            assert torch.equal(whole[name], value), name
-        elif name != "max_candidates":
-            assert whole[name] == value, name
+            assert torch.equal(other, value), name
+        elif name not in ("max_candidates", "sequences", "numbers"):
+            assert other == value, name
 
 
 def test_held_out_rows(tokenizer: Any):
     dataset = encode("listwise", [LIST] * 5, tokenizer)
-    train, held_out = split_pairs(dataset, 2, seed=0)
-    assert (len(train), len(held_out)) == (3, 2) and isinstance(train, AnswerDataset)
+    train, held_out = split_rows(dataset, 2, seed=0)
+    assert (len(train), len(held_out)) == (3, 2) and isinstance(train, RowDataset)
 
 
 def test_ragged_rows():
@@ -270,7 +273,7 @@ def test_ragged_rows():
 def test_every_loss_has_a_kind():
     for spec in LOSSES.values():
         kind = kind_of([spec])
-        assert (kind is None) == (spec.kind == "paired" or spec.name in ("tdpo1", "tdpo2"))
+        assert kind.is_paired == (spec.kind == "paired" or spec.name in ("tdpo1", "tdpo2"))
     odd = replace(LOSSES["kto"], name="odd", inputs=int)
     with pytest.raises(ValueError, match="got 'odd', which takes int, wanted another: the loop has no data"):
         kind_of([odd])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastdpo.training.data.columns import survey
-from fastdpo.training.data.dataset import (PreferenceDataset, split_pairs)
+from fastdpo.training.data.dataset import RowDataset, split_rows
 from fastdpo.training.data.report import DataReport
 from fastdpo.training.data.source import read_rows
 from tests.training.conftest import make_rows, write_jsonl
@@ -121,7 +121,7 @@ def test_a_missing_package_is_named(
         read_rows(path)
 
 
-def _pairs(count: int) -> PreferenceDataset:
+def _pairs(count: int) -> RowDataset:
     """Pair i: prompt [i], chosen [10 + i] * (i + 1), rejected [20 + i]."""
     pieces = [[i, *[10 + i] * (i + 1), 20 + i] for i in range(count)]
     ends = torch.tensor([[1, i + 1, 1] for i in range(count)]).flatten().cumsum(0).view(-1, 3)
@@ -129,27 +129,28 @@ def _pairs(count: int) -> PreferenceDataset:
     tokens = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int32)
     columns = {"margin": torch.arange(count, dtype=torch.float32)}
     rows = torch.arange(1, count + 1)
-    return PreferenceDataset(
+    return RowDataset.of_pairs(
         tokens, torch.column_stack([starts, ends]), rows, columns, DataReport("x", count, count)
     )
 
 
 def test_a_pair_comes_out_as_it_went_in():
     pair = _pairs(3)[2]
-    assert pair["prompt_ids"].tolist() == [2]
-    assert pair["chosen_ids"].tolist() == [12, 12, 12]
-    assert pair["rejected_ids"].tolist() == [22]
-    assert (pair["row"], pair["margin"]) == (3, 2.0)
+    assert pair.prompt.tolist() == [2]
+    assert pair.answers[0].ids.tolist() == [12, 12, 12]
+    assert pair.answers[1].ids.tolist() == [22]
+    assert (pair.number, pair.numbers["margin"]) == (3, 2.0)
 
 
 def test_counts():
     assert _pairs(3).lengths.tolist() == [2, 3, 4]
-    assert _pairs(3).num_chosen_tokens == 6
+    assert _pairs(3).num_nll_tokens(on_prompt=False) == 6
 
 
 def test_the_fingerprint_sees_tokens_boundaries_and_order():
     pairs = _pairs(4)
-    moved = pairs.bounds.clone()
+    bounds = torch.cat([pairs.row_bounds[:, :1], torch.tensor(pairs.sizes(torch.arange(4)))], 1).cumsum(1)
+    moved = bounds.clone()
     moved[1, 1] += 1  # the prompt ends one token later
     other = pairs.tokens.clone()
     other[-1] += 1
@@ -157,8 +158,8 @@ def test_the_fingerprint_sees_tokens_boundaries_and_order():
         pairs.fingerprint(),
         pairs.subset([0, 1, 2]).fingerprint(),
         pairs.subset([1, 0, 2, 3]).fingerprint(),
-        PreferenceDataset(pairs.tokens, moved, pairs.rows, {}, pairs.report).fingerprint(),
-        PreferenceDataset(other, pairs.bounds, pairs.rows, {}, pairs.report).fingerprint(),
+        RowDataset.of_pairs(pairs.tokens, moved, pairs.rows, {}, pairs.report).fingerprint(),
+        RowDataset.of_pairs(other, bounds, pairs.rows, {}, pairs.report).fingerprint(),
     }
     assert len(prints) == 5
     assert pairs.subset([0, 1, 2, 3]).fingerprint() == pairs.fingerprint()
@@ -166,17 +167,17 @@ def test_the_fingerprint_sees_tokens_boundaries_and_order():
 
 @pytest.mark.parametrize(("held_out", "count"), [(0.25, 5), (3, 3), (1, 1)])
 def test_a_split_is_a_partition_and_repeats(held_out: float, count: int):
-    train, test = split_pairs(_pairs(20), held_out, seed=3)
+    train, test = split_rows(_pairs(20), held_out, seed=3)
     assert len(test) == count
     assert sorted([*train.rows.tolist(), *test.rows.tolist()]) == list(range(1, 21))
-    assert split_pairs(_pairs(20), held_out, seed=3)[1].rows.tolist() == test.rows.tolist()
-    assert test[0]["margin"] == test[0]["row"] - 1
+    assert split_rows(_pairs(20), held_out, seed=3)[1].rows.tolist() == test.rows.tolist()
+    assert test[0].numbers["margin"] == test[0].number - 1
 
 
 @pytest.mark.parametrize("held_out", [0.01, 20, 2.5, -1])
 def test_a_split_without_pairs_on_both_sides_is_refused(held_out: float):
     with pytest.raises(ValueError, match="held_out"):
-        split_pairs(_pairs(20), held_out, seed=0)
+        split_rows(_pairs(20), held_out, seed=0)
 
 
 def test_a_data_frame_of_pandas():

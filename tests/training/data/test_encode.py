@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.encode import encode_rows
-from fastdpo.training.data.dataset import (PreferenceDataset)
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.settings.encoding import EncodingOptions
 from tests.training.conftest import make_rows
@@ -32,14 +32,13 @@ CHAT = {
 }
 
 
-def encode(rows: list[Any], tokenizer: Any, **options: Any) -> PreferenceDataset:
+def encode(rows: list[Any], tokenizer: Any, **options: Any) -> RowDataset:
     return encode_rows(read_rows(rows), tokenizer, EncodingOptions(**options))
 
 
-def texts(dataset: PreferenceDataset, tokenizer: Any, index: int = 0) -> tuple[str, str, str]:
+def texts(dataset: RowDataset, tokenizer: Any, index: int = 0) -> tuple[str, str, str]:
     pair = dataset[index]
-    prompt, chosen, rejected = (tokenizer.decode(pair[f"{k}_ids"]) for k in ("prompt", "chosen", "rejected"))
-    return prompt, chosen, rejected
+    return tuple(map(tokenizer.decode, (pair.prompt, *(answer.ids for answer in pair.answers))))
 
 
 def test_strings(tokenizer: Any):
@@ -233,11 +232,11 @@ LENGTHY = {"prompt": LONG["prompt"], "chosen": " stone lamp stone lamp stone", "
 def test_truncation(tokenizer: Any, mode: str, max_length: int, sizes: tuple[int, int, int]):
     dataset = encode([LENGTHY], tokenizer, max_length=max_length, truncation_mode=mode)
     pair = dataset[0]
-    assert tuple(len(pair[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")) == sizes
+    assert (len(pair.prompt), *(len(answer.ids) for answer in pair.answers)) == sizes
     assert dataset.report.truncated == (max_length < 16)
     untouched = encode([LENGTHY], tokenizer, max_length=None)[0]
-    assert pair["prompt_ids"].tolist() == untouched["prompt_ids"][-sizes[0] :].tolist()
-    assert pair["chosen_ids"].tolist() == untouched["chosen_ids"][: sizes[1]].tolist()
+    assert pair.prompt.tolist() == untouched.prompt[-sizes[0] :].tolist()
+    assert pair.answers[0].ids.tolist() == untouched.answers[0].ids[: sizes[1]].tolist()
 
 
 @pytest.mark.parametrize(
@@ -254,7 +253,7 @@ def test_rows_too_long_are_counted(tokenizer: Any, mode: str, max_length: int, r
 
 def test_answers_that_truncation_makes_equal_are_counted(tokenizer: Any):
     rows = [{**GOOD, "prompt": "river"}, {"prompt": "river", "chosen": " stone lamp", "rejected": " stone"}]
-    size = len(encode(rows, tokenizer)[0]["prompt_ids"])
+    size = len(encode(rows, tokenizer)[0].prompt)
     report = encode(rows, tokenizer, max_length=size + 1).report
     assert report.skipped == {"answers identical once truncated": [2]}
 
@@ -263,7 +262,7 @@ def test_numbers_of_a_pair(tokenizer: Any):
     rows = [{**GOOD, "gap": 1.5}, {**GOOD, "gap": float("nan")}, {**GOOD, "gap": 2}]
     rows += [{**GOOD, "gap": None}, {**GOOD, "gap": 10**400}]
     dataset = encode(rows, tokenizer, columns={"margin": "gap"})
-    assert dataset.columns["margin"].tolist() == [1.5, 2.0]
+    assert dataset.numbers["margin"].tolist() == [1.5, 2.0]
     assert dataset.report.skipped == {"a number that is missing or not finite": [2, 4, 5]}
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastdpo.training.data import processes as row_processes
-from fastdpo.training.data.answer_encode import AnswerOptions, encode_answers
 from fastdpo.training.data.encode import encode_rows
+from fastdpo.training.data.formats import Wanted
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.encoding import EncodingOptions
@@ -41,8 +41,8 @@ def test_pairs_are_those_of_one_process(tokenizer: Any):
 
 def test_so_are_rows_of_other_kinds(tokenizer: Any):
     source = read_rows(rows_of("unpaired", 10))
-    wanted = AnswerOptions(KINDS["unpaired"], has_mismatched=True)
-    found = [encode_answers(source, tokenizer, EncodingOptions(processes=count), wanted) for count in (1, 2)]
+    wanted = Wanted(KINDS["unpaired"], has_mismatched=True)
+    found = [encode_rows(source, tokenizer, EncodingOptions(processes=count), wanted) for count in (1, 2)]
     assert found[0].fingerprint() == found[1].fingerprint() and found[0].report == found[1].report
 
 

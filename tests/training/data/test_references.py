@@ -13,8 +13,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from fastdpo import cli
-from fastdpo.training.data.references import (reference_columns)
-from fastdpo.training.data.row import (REF_MISMATCHED, REF_OF, REFERENCE)
+from fastdpo.training.data.references import reference_columns, scores_by_row
+from fastdpo.training.data.row import REF_MISMATCHED, REF_OF, REFERENCE
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.training.conftest import make_rows, read_metrics, tiny_llama, write_jsonl
@@ -53,7 +53,7 @@ def scored(kind: str, rows: list[Any], tokenizer: Any, *, value: float = -1.0, *
     dataset = encode(kind, rows, tokenizer, **options)
     dataset = dataset.with_reference(torch.full(dataset.score_shape, value))
     columns: dict[int, dict[str, Any]] = {}
-    for number, values in dataset.scores_by_row():
+    for number, values in scores_by_row(dataset):
         known = columns.get(number, {})
         columns[number] = {name: known[name] + v if name in known else v for name, v in values.items()}
     return [json.loads(json.dumps({**row, **columns[i]})) for i, row in enumerate(rows, 1) if i in columns]

@@ -29,12 +29,12 @@ def test_ranks_are_relevances_that_fall_to_zero(tokenizer: Any):
     """As scores of -1, -2, -3 they would train the ranking upside down."""
     wanted = rules(RANKING)
     dataset = encode("ranking", [ranked(ranks=[1, 2, 3]), ranked(ranks=[3, 1, 1])], tokenizer, wanted)
-    assert dataset[0]["scores"].tolist() == [2.0, 1.0, 0.0]
-    assert dataset[1]["scores"].tolist() == [0.0, 2.0, 2.0]
+    assert dataset[0].numbers["scores"].tolist() == [2.0, 1.0, 0.0]
+    assert dataset[1].numbers["scores"].tolist() == [0.0, 2.0, 2.0]
     sums = torch.tensor([3.0, 2.0, 1.0])
     good, bad = (
         build_objective(RANKING).loss(
-            ListLogps(x, torch.ones(3), torch.zeros(3).long(), dataset[0]["scores"], torch.zeros(3))
+            ListLogps(x, torch.ones(3), torch.zeros(3).long(), dataset[0].numbers["scores"], torch.zeros(3))
         )
         for x in (sums, sums.flip(0))
     )
@@ -65,7 +65,7 @@ def test_ranks_beside_scores_of_the_same_order(tokenizer: Any):
     dataset = encode(
         "listwise", [{**LIST, "scores": [5, 7, -1], "ranks": [2, 1, 3]}], tokenizer, rules("sdpo")
     )
-    assert dataset[0]["scores"].tolist() == [5.0, 7.0, -1.0]
+    assert dataset[0].numbers["scores"].tolist() == [5.0, 7.0, -1.0]
 
 
 def test_rows_of_one_level_are_left_out_where_levels_are_compared(tokenizer: Any):

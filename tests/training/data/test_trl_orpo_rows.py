@@ -45,7 +45,7 @@ def test_trl_adds_an_end_behind_the_templates(tokenizer: Any) -> None:
     trainer.build_tokenized_answer = lambda *texts: orpo.build_tokenized_answer(trainer, *texts)
     trls = orpo.tokenize_row(trainer, maybe_apply_chat_template(ROW, tokenizer))
     (ours,) = encode_rows(read_rows([ROW]), tokenizer, EncodingOptions())
-    prompt, chosen, rejected = (ours[f"{part}_ids"].tolist() for part in ("prompt", "chosen", "rejected"))
+    prompt, chosen, rejected = (ids.tolist() for ids in (ours.prompt, *(x.ids for x in ours.answers)))
     end = [tokenizer.eos_token_id]
     assert trls["chosen_input_ids"] == prompt + chosen + end
     assert trls["rejected_input_ids"] == prompt + rejected + end

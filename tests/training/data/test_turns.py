@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.training.batches.answer_collate import AnswerCollator, AnswerRowCollator
-from fastdpo.training.batches.collate import IGNORE_INDEX, PreferenceCollator
+from fastdpo.training.batches.batch import IGNORE_INDEX, Batch, Padded, RowBatch
+from fastdpo.training.batches.collate import PaddedCollator, RowCollator
 from fastdpo.training.batches.plan import RowCosts
-from fastdpo.training.batches.row_collate import RowCollator
 from tests.training.data.data_cases import (
     KINDS_OF_MESSAGES,
     assistant,
@@ -106,18 +105,19 @@ def test_a_cut_leaves_a_scored_token(tokenizer: Any):
     rows = [row_of("pairs", [user("seed")], [assistant(x)], [assistant("fast")]) for x in ("lamp", "walk")]
     rows[1] = row_of("pairs", [user("seed")], *answers)
     whole = encode("pairs", rows, tokenizer)
-    prompt, chosen, _ = whole.bounds[1].diff().tolist()
+    ((prompt, chosen, _),) = whole.sizes(torch.tensor([1]))
     assert scored_text(whole, tokenizer, place=1) == "lamp<eos>\n"
     limit = prompt + chosen - len(tokenizer("lamp<eos>\n")["input_ids"])
     report = encode("pairs", rows, tokenizer, max_length=limit).report
     assert report.skipped.get("an answer without a scored token within max_length") == [2]
 
 
-def labelled(batch: dict[str, Any]) -> list[list[int]]:
+def labelled(batch: Batch | Padded) -> list[list[int]]:
     """The labels of each sequence."""
-    if "labels" in batch:
-        return [[x for x in row.tolist() if x != IGNORE_INDEX] for row in batch["labels"]]
-    return [part.tolist() for part in batch["target_ids"].split(list(batch["lengths"]))]
+    if not isinstance(batch, RowBatch):
+        labels = batch.label_inputs()["labels"]
+        return [[x for x in row.tolist() if x != IGNORE_INDEX] for row in labels]
+    return [part.tolist() for part in batch.tokens.target_ids.split(list(batch.tokens.lengths))]
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared_prompt"])
@@ -127,17 +127,13 @@ def test_batches_label_what_is_scored(tokenizer: Any, kind: str, layout: str):
     plain = row_of(kind, [user("seed")], [assistant("lamp")], [assistant("walk")])
     dataset = encode(kind, [row_of(kind, *ROW), plain], tokenizer)
     items = [dataset[i] for i in range(len(dataset))]
-    if kind == "pairs":
-        padded = PreferenceCollator(0)(items)
-        rows = RowCollator(0, layout, COSTS)(items)
-    else:
-        padded = AnswerCollator(dataset.kind, 0)(items)
-        rows = AnswerRowCollator(0, layout, COSTS, kind=dataset.kind)(items)
+    padded = PaddedCollator(0, kind=dataset.kind)(items)
+    rows = RowCollator(0, layout, COSTS, kind=dataset.kind)(items)
     assert labelled(padded) == labelled(rows)
     assert sum(map(len, labelled(padded))) == int(dataset.num_labelled.sum())
-    inputs = torch.cat([call["input_ids"].flatten() for call in rows["calls"]])
-    positions = torch.cat([call["position_ids"].flatten() for call in rows["calls"]])
-    for index, token in zip(rows["token_index"].tolist(), rows["target_ids"].tolist(), strict=True):
+    inputs = torch.cat([call["input_ids"].flatten() for call in rows.calls])
+    positions = torch.cat([call["position_ids"].flatten() for call in rows.calls])
+    for index, token in zip(rows.tokens.token_index.tolist(), rows.tokens.target_ids.tolist(), strict=True):
         # A token stands behind its predecessor, or is an answer's first.
         follows = inputs[index + 1] == token and positions[index + 1] == positions[index] + 1
         assert follows or token in inputs[(positions == positions[index] + 1)]
@@ -148,10 +144,9 @@ def test_nll_on_prompts_has_the_others_turns_too(tokenizer: Any, layout: str):
     dataset = encode("pairs", [row_of("pairs", *ROW)] * 2, tokenizer)
     items = [dataset[i] for i in range(2)]
     rows = RowCollator(0, layout, COSTS, nll_on_prompt=True)(items)
-    more = rows["nll_tokens"]
-    chosen = sum(rows["lengths"][:2])
-    assert sum(more["lengths"]) + chosen == dataset.num_nll_tokens(on_prompt=True)
-    assert dataset.num_nll_tokens(on_prompt=True) == 2 * (int(dataset.bounds[0, 2]) - 1)
+    chosen = sum(rows.tokens.lengths[:2])
+    assert sum(rows.more.lengths) + chosen == dataset.num_nll_tokens(on_prompt=True)
+    assert dataset.num_nll_tokens(on_prompt=True) == 2 * (sum(dataset.sizes(torch.tensor([0]))[0][:2]) - 1)
     assert dataset.num_nll_tokens(on_prompt=False) == chosen
 
 
@@ -159,8 +154,8 @@ def test_mismatched_answers_are_scored_alike(tokenizer: Any):
     rows = [row_of("unpaired", [user(text)], TURNS, None) for text in ("seed", "green")]
     dataset = encode("unpaired", rows, tokenizer, mismatched=True)
     item = dataset[0]
-    assert item["mismatched_ids"].tolist() == item["answer_ids"][0].tolist()
-    batch = AnswerCollator(dataset.kind, 0)([dataset[0], dataset[1]])
-    assert labelled(batch["mismatched"]) == labelled(batch)[::-1] and len(labelled(batch)[0]) < len(
-        item["mismatched_ids"]
+    assert item.mismatched.ids.tolist() == item.answers[0].ids.tolist()
+    batch = PaddedCollator(0, kind=dataset.kind)([dataset[0], dataset[1]])
+    assert labelled(batch.mismatched) == labelled(batch)[::-1] and len(labelled(batch)[0]) < len(
+        item.mismatched.ids
     )

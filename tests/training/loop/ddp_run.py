@@ -12,9 +12,8 @@ import transformers
 from packaging.version import Version
 from transformers import TrainerCallback
 
-from fastdpo.training.data.dataset import (AnswerDataset)
-from fastdpo.training.data.ragged import (Ragged)
-from fastdpo.training.data.dataset import (PreferenceDataset)
+from fastdpo.training.data.dataset import RowDataset
+from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.report import DataReport
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.reference import scoring
@@ -37,7 +36,7 @@ class KeepGradients(TrainerCallback):
             }
 
 
-def pairs(count: int, seed: int, *, is_even: bool = False, has_gold: bool = False) -> PreferenceDataset:
+def pairs(count: int, seed: int, *, is_even: bool = False, has_gold: bool = False) -> RowDataset:
     """Random pairs of unlike length, or of one."""
     torch.manual_seed(seed)
     parts = 4 if has_gold else 3
@@ -45,9 +44,8 @@ def pairs(count: int, seed: int, *, is_even: bool = False, has_gold: bool = Fals
     ends = sizes.flatten().cumsum(0).view(-1, parts)
     bounds = torch.column_stack([torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1, -1]]), ends])
     tokens = torch.randint(3, 300, (int(ends[-1, -1]),), dtype=torch.int32)
-    return PreferenceDataset(
-        tokens, bounds, torch.arange(1, count + 1), {}, DataReport("random", count, count)
-    )
+    rows, report = torch.arange(1, count + 1), DataReport("random", count, count)
+    return RowDataset.of_pairs(tokens, bounds, rows, {}, report)
 
 
 def run(folder: Path, *, per_device: int, accumulate: int) -> None:
@@ -151,7 +149,7 @@ def run_budget(folder: Path, name: str) -> None:
     torch.save(kept.gradients, folder / f"{name}{trainer.accelerator.process_index}.pt")
 
 
-def answers(kind: str, count: int, seed: int) -> AnswerDataset:
+def answers(kind: str, count: int, seed: int) -> RowDataset:
     """Random rows of unlike length: of single answers, or lists of two to four."""
     torch.manual_seed(seed)
     sizes = torch.randint(2, 5, (count,)) if kind == "listwise" else torch.ones(count, dtype=torch.int64)
@@ -163,7 +161,7 @@ def answers(kind: str, count: int, seed: int) -> AnswerDataset:
         numbers = {"is_desirable": (torch.arange(count) % 3 > 0).float()}
     if kind == "listwise":
         numbers = {"scores": Ragged.of_counts(torch.randn(int(sizes.sum())), sizes)}
-    return AnswerDataset(
+    return RowDataset(
         KINDS[kind],
         torch.randint(3, 300, (int(ends[-1]),), dtype=torch.int32),
         torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]]),
@@ -234,7 +232,7 @@ def run_state(folder: Path, name: str) -> None:
     torch.save(kept.gradients, folder / f"{name}{trainer.accelerator.process_index}.pt")
 
 
-def _without_mismatched(data: AnswerDataset, loss_type: str) -> AnswerDataset:
+def _without_mismatched(data: RowDataset, loss_type: str) -> RowDataset:
     data.has_mismatched = loss_type == "kto"
     return data
 
@@ -272,7 +270,9 @@ def resume_scoring(folder: Path) -> None:
             trainer.accelerator.wait_for_everyone()
             continue
         rank = trainer.accelerator.process_index
-        torch.save((scored.columns, list(counts)), folder / "scoring" / f"{name}{rank}.pt")
+        torch.save(
+            (scored.numbers["ref_logps"].values, list(counts)), folder / "scoring" / f"{name}{rank}.pt"
+        )
     scoring.batch_scores = score
 
 

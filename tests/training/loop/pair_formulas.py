@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdpo.testing import assert_close_to_fp64
-from fastdpo.training.batches.contents import Batch
+from fastdpo.training.batches.batch import Batch
 from fastdpo.training.loop.step import BatchCounts, batch_loss
 from fastdpo.training.reference.sources import Reference
 from fastdpo.training.settings.config import PreferenceConfig
@@ -42,10 +42,10 @@ def dense_tokens(model: nn.Module, prompts: Sequence[Any], answers: Sequence[Any
     return found
 
 
-def sides(model: nn.Module, pairs: Sequence[Any], *names: str) -> list[list[Tokens]]:
-    """``dense_tokens`` of the pairs' answers of each name."""
-    prompts = [pair["prompt_ids"] for pair in pairs]
-    return [dense_tokens(model, prompts, [pair[name] for pair in pairs]) for name in names]
+def sides(model: nn.Module, pairs: Sequence[Any], *answers: int) -> list[list[Tokens]]:
+    """``dense_tokens`` of the pairs' answers: chosen (0), rejected (1), gold (2)."""
+    prompts = [pair.prompt for pair in pairs]
+    return [dense_tokens(model, prompts, [pair.answers[k].ids for pair in pairs]) for k in answers]
 
 
 class Step(NamedTuple):

@@ -53,12 +53,12 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 def by_function(models: Any, batch: Any, mode: str) -> tuple[Any, dict[str, Tensor]]:
     """``fused_preference_loss`` on plain calls of a padded batch."""
     policy, *others = models
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    inputs = batch.sequences.model_inputs()
     with torch.no_grad():
         first, second = (model.model(**inputs).last_hidden_state for model in others)
     heads = [LMHead.from_model(model) for model in models]
     out = fused_preference_loss(
-        policy.model(**inputs).last_hidden_state, heads[0], batch["labels"], loss_type="aligndistil",
+        policy.model(**inputs).last_hidden_state, heads[0], batch.sequences.labels, loss_type="aligndistil",
         teacher_hidden=first, teacher_lm_head=heads[1], ref_hidden=second, ref_lm_head=heads[2],
         beta2=2.0, teacher_mode=mode,
     )  # fmt: skip
@@ -67,7 +67,7 @@ def by_function(models: Any, batch: Any, mode: str) -> tuple[Any, dict[str, Tens
 
 def by_logits(models: Any, batch: Any, mode: str) -> tuple[Tensor, dict[str, Tensor]]:
     """The authors' code with all the logits, in plain torch."""
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    inputs = batch.sequences.model_inputs()
     policy, *others = models
     log_p = policy(**inputs).logits.log_softmax(-1)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def by_logits(models: Any, batch: Any, mode: str) -> tuple[Tensor, dict[str, Ten
         teacher = (w * (first - second) + first).log_softmax(-1)
         scale = 0.1 / w if mode == "aligndistil" else torch.full_like(w, 2.0)
     kl = (scale * log_p.exp() * (log_p - teacher)).sum(-1)[:, :-1]
-    mask = batch["labels"][:, 1:] >= 0
+    mask = batch.sequences.labels[:, 1:] >= 0
     loss = ((kl * mask).sum(1) / mask.sum(1)).mean()
     return loss.detach(), gradients(policy, loss)
 
@@ -106,7 +106,7 @@ def test_every_layout_is_the_function_on_the_padded_batch(
     for name, gradient in truth.items():
         torch.testing.assert_close(from_op[name], gradient, rtol=1e-9, atol=1e-12)
     _, eager = by_logits(plain, padded, mode)
-    tokens = int((padded["labels"] >= 0).sum())
+    tokens = int((padded.sequences.labels >= 0).sum())
     for layout, (result, grads) in got.items():
         # Every token's KL is right to 1e-5 nats, and counts at most 2 times (0.1 / 1e-3 where they agree).
         limit = tokens / 4 * 1e-5 * (2.0 if mode == "theorem1_contrast" else 100.0)
@@ -134,12 +134,12 @@ def test_one_teacher_in_every_layout(make_args: MakeArgs, tokenizer: Any, said: 
         metrics.append(result.metrics["kl/teacher"].item())
         if layout == "padded":
             plain = [unpatch_model(copy.deepcopy(model)) for model in (policy, trainer.reference.teacher)]
-            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            inputs = batch.sequences.model_inputs()
             student, teacher = (model.model(**inputs).last_hidden_state for model in plain)
             heads = [LMHead.from_model(model) for model in plain]
             out = fused_preference_loss(
-                student, heads[0], batch["labels"], loss_type=said["loss_type"], teacher_hidden=teacher,
-                teacher_lm_head=heads[1], **said.get("loss_options", {}),
+                student, heads[0], batch.sequences.labels, loss_type=said["loss_type"],
+                teacher_hidden=teacher, teacher_lm_head=heads[1], **said.get("loss_options", {}),
             )  # fmt: skip
             want, want_grads = out.loss.detach(), gradients(plain[0], out.loss)
     assert metrics == pytest.approx([metrics[0]] * 3, rel=1e-5) and metrics[0] > 0

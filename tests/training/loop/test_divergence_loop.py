@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,12 @@ from torch import Tensor
 from fastdpo import LMHead, fused_preference_loss
 from fastdpo.integrations.model import patch_model
 from fastdpo.testing import assert_close_to_fp64
-from fastdpo.training.batches.contents import Batch
-from fastdpo.training.data.row import (REF_COLUMNS)
+from fastdpo.training.batches.batch import PaddedBatch
+from fastdpo.training.data.row import REF_COLUMNS
 from fastdpo.training.loop.step import BatchCounts, batch_loss
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.reference.sources import Reference
 from fastdpo.training.settings.config import PreferenceConfig
-from fastdpo.types import DPOLossOutput
 from tests.integrations.tiny import make_model
 from tests.training.batches.layout_cases import PAIRS, ROW_CASES, make_batch, make_pairs
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
@@ -50,7 +50,7 @@ def gradients(model: Any, loss: Tensor) -> Step:
     return Step(loss.detach(), grads)
 
 
-def looped(model: Any, reference: Any, batch: Batch, name: str, **settings: Any) -> Step:
+def looped(model: Any, reference: Any, batch: PaddedBatch, name: str, **settings: Any) -> Step:
     """The step of the loop."""
     args = PreferenceConfig(output_dir="unused", use_cpu=True, loss_type=name, beta=BETA, **settings)
     counts = BatchCounts(len(PAIRS), 40)
@@ -58,26 +58,26 @@ def looped(model: Any, reference: Any, batch: Batch, name: str, **settings: Any)
     return gradients(model, result.loss)
 
 
-def hidden_states(model: Any, batch: Batch) -> Tensor:
+def hidden_states(model: Any, batch: PaddedBatch) -> Tensor:
     # Padding on the right is not masked: no token before it sees it.
-    states: Tensor = model.model(input_ids=batch["input_ids"]).last_hidden_state
+    states: Tensor = model.model(input_ids=batch.sequences.input_ids).last_hidden_state
     return states
 
 
-def by_function(model: Any, reference: Any, batch: Batch, name: str) -> Step:
+def by_function(model: Any, reference: Any, batch: PaddedBatch, name: str) -> Step:
     """``fused_preference_loss`` on the padded batch."""
     with torch.no_grad():
         ref_hidden = hidden_states(reference, batch)
     out = fused_preference_loss(
-        hidden_states(model, batch), LMHead.from_model(model), batch["labels"], loss_type=name, beta=BETA,
-        ref_hidden=ref_hidden, ref_lm_head=LMHead.from_model(reference),
+        hidden_states(model, batch), LMHead.from_model(model), batch.sequences.labels,
+        loss_type=name, beta=BETA, ref_hidden=ref_hidden, ref_lm_head=LMHead.from_model(reference),
     )  # fmt: skip
     return gradients(model, out.loss)
 
 
-def by_logits(model: Any, reference: Any, batch: Batch, name: str, num_pairs: int) -> Step:
+def by_logits(model: Any, reference: Any, batch: PaddedBatch, name: str, num_pairs: int) -> Step:
     """The paper's formulas with all the logits, in plain torch."""
-    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    labels = F.pad(batch.sequences.labels[:, 1:], (0, 1), value=-100)
     mask, target = labels >= 0, labels.clamp(min=0)[..., None]
     log_p = model.lm_head(hidden_states(model, batch)).log_softmax(-1)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_in_bfloat16(make_args: MakeArgs, tokenizer: Any, tmp_path: Path) -> Non
 def test_a_fresh_policy_is_its_reference(layout: str) -> None:
     """Copy and adapter: ln 2, rewards and KLs of exactly 0."""
     torch.manual_seed(0)
-    pairs = [{n: v for n, v in pair.items() if "logps" not in n} for pair in PAIRS]
+    pairs = [replace(pair, numbers={}) for pair in PAIRS]
     plain = patch_model(make_model("llama"))
     adapted = patch_model(get_peft_model(make_model("llama"), LoraConfig(r=4, target_modules="all-linear")))
     args = PreferenceConfig(output_dir="unused", use_cpu=True, loss_type="tdpo1")
@@ -165,11 +165,10 @@ def test_a_fresh_policy_is_its_reference(layout: str) -> None:
     ):
         batch = make_batch(layout, pairs=pairs)
         result = batch_loss(model, model, batch, BatchCounts(len(pairs), 1), args, reference)
-        assert isinstance(result, DPOLossOutput)
         assert result.loss.item() == pytest.approx(math.log(2), abs=1e-7)
-        assert not result.chosen_rewards.any() and not result.rejected_rewards.any()
+        assert not result.rewards.any()
         assert result.metrics["kl/chosen"] == result.metrics["kl/rejected"] == 0
-        assert result.chosen_logps.all() and torch.equal(result.chosen_logps, result.ref_chosen_logps)  # type: ignore[arg-type]
+        assert result.logps.all() and torch.equal(result.logps, result.ref_logps)
 
 
 def made_trainer(args: PreferenceConfig, rows: Any, tokenizer: Any, **options: Any) -> PreferenceTrainer:

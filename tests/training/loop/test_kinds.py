@@ -15,12 +15,13 @@ from fastdpo import LMHead, fused_preference_loss
 from fastdpo.integrations.model import unpatch_model
 from fastdpo.losses import UnpairedLogps, find_loss
 from fastdpo.losses.metrics import unpaired_metrics
+from fastdpo.training.batches.batch import Padded, PaddedBatch
 from fastdpo.training.loop.loss_state import StepValues
 from fastdpo.training.loop.metrics import MetricSums
 from fastdpo.training.loop.step import BatchCounts, batch_loss, record
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
-from fastdpo.training.settings.kinds import kind_of
+from fastdpo.training.settings.kinds import KINDS, kind_of
 from fastdpo.types import PreferenceLossOutput
 from tests.losses.test_trl_parity import needs_trl
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
@@ -28,7 +29,7 @@ from tests.training.loop.kinds_data import LOSS_OF_KIND, rows_of
 from tests.training.loop.test_trainer import KeepGradients
 
 MakeArgs = Callable[..., PreferenceConfig]
-KINDS = list(LOSS_OF_KIND)
+NAMES = list(LOSS_OF_KIND)
 LAYOUTS = ["packed", "shared_prompt"]
 
 
@@ -37,7 +38,7 @@ def made_trainer(args: PreferenceConfig, rows: Any, tokenizer: Any, **options: A
     return PreferenceTrainer(tiny_llama(1), args, **options)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_the_loss_falls_on_real_rows(make_args: MakeArgs, tokenizer: Any, kind: str):
     args = make_args(
         loss_type=LOSS_OF_KIND[kind], max_steps=12, learning_rate=2e-3, per_device_train_batch_size=8
@@ -51,7 +52,7 @@ def test_the_loss_falls_on_real_rows(make_args: MakeArgs, tokenizer: Any, kind: 
 
 
 @pytest.mark.parametrize("layout", ["padded", *LAYOUTS])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_the_loss_is_the_functions(make_args: MakeArgs, tokenizer: Any, kind: str, layout: str):
     """Of one batch, against ``fused_preference_loss`` on the hidden states of plain padded calls."""
     name = LOSS_OF_KIND[kind]
@@ -71,16 +72,17 @@ def test_the_loss_is_the_functions(make_args: MakeArgs, tokenizer: Any, kind: st
     )  # fmt: skip
 
     policy, reference = unpatch_model(trainer.model), unpatch_model(trainer.reference.model)
-    inputs = {key: padded[key] for key in ("input_ids", "attention_mask")}
+    inputs = padded.sequences.model_inputs()
     hidden = policy.model(**inputs).last_hidden_state
     ref_hidden = reference.model(**inputs).last_hidden_state
     names = ("is_desirable", "group_ids", "scores", "num_groups", "max_candidates", "segment_ids")
     names += ("num_segments", "advantages", "win_rates")
-    extras = {key: padded[key] for key in names if key in padded}
+    found = {**padded.numbers, "segment_ids": padded.segment_ids}
+    extras = {key: found[key] for key in names if found.get(key) is not None}
     if kind not in ("ranking", "steps"):
         extras.pop("num_segments", None)
     wanted = fused_preference_loss(
-        hidden, LMHead.from_model(policy), padded["labels"], loss_type=name, ref_hidden=ref_hidden,
+        hidden, LMHead.from_model(policy), padded.sequences.labels, loss_type=name, ref_hidden=ref_hidden,
         ref_lm_head=LMHead.from_model(reference), **extras, **given,
     )  # fmt: skip
     # Sums of some hundred log-probabilities in fp32, each from other products' order: 1e-6 of their size.
@@ -92,9 +94,7 @@ def test_the_loss_is_the_functions(make_args: MakeArgs, tokenizer: Any, kind: st
 
 
 def data_kind(name: str) -> str:
-    kind = kind_of([find_loss(name)])
-    assert kind is not None
-    return kind.name
+    return kind_of([find_loss(name)]).name
 
 
 @pytest.mark.parametrize("label", [True, False], ids=["desirable", "undesirable"])
@@ -129,12 +129,14 @@ def test_means_of_a_side_are_over_the_answers_it_has(make_args: MakeArgs, tokeni
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_a_nan_of_answers_there_are_is_not_hidden(side: str):
     is_desirable = torch.tensor([side == "chosen"] * 2)
-    batch = {
-        "kind": "unpaired",
-        "rows": torch.arange(2),
-        "is_desirable": is_desirable,
-        "labels": torch.ones(2, 3, dtype=torch.int64),
-    }
+    ones = torch.ones(2, 3, dtype=torch.int64)
+    batch = PaddedBatch(
+        kind=KINDS["unpaired"],
+        rows=torch.arange(2),
+        num_answers=(1, 1),
+        numbers={"is_desirable": is_desirable},
+        sequences=Padded(ones, ones, ones),
+    )
     answers = UnpairedLogps(torch.tensor([torch.nan, -1.0]), is_desirable, torch.ones(2))
     metrics = unpaired_metrics(answers, torch.tensor([torch.nan, 0.5]))
     sums = MetricSums()
@@ -182,7 +184,7 @@ def test_accumulation_changes_nothing(make_args: MakeArgs, tokenizer: Any, tmp_p
             assert log[metric] == pytest.approx(whole_log[metric], rel=2e-5, abs=2e-6), metric
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_references_agree(make_args: MakeArgs, tokenizer: Any, tmp_path: Path, kind: str):
     """A copy, the adapter switched off, and scores computed before: the same run."""
     rows, logs = rows_of(kind, 6), []
@@ -213,8 +215,8 @@ def test_batches_of_so_many_tokens(make_args: MakeArgs, tokenizer: Any):
     args = make_args(loss_type="sdpo", max_tokens_per_batch=1200, max_steps=-1, num_train_epochs=1.0)
     trainer = made_trainer(args, rows_of("listwise", 12), tokenizer)
     batches = list(trainer.get_train_dataloader())
-    assert sorted(row for batch in batches for row in batch["rows"].tolist()) == list(range(1, 13))
-    assert max(batch["input_ids"].numel() for batch in batches) <= 1200 and len(batches) > 2
+    assert sorted(row for batch in batches for row in batch.rows.tolist()) == list(range(1, 13))
+    assert max(batch.sequences.input_ids.numel() for batch in batches) <= 1200 and len(batches) > 2
     trainer.train()
 
 

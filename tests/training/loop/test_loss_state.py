@@ -77,9 +77,9 @@ def test_beta_dpo_is_the_controllers(make_args: MakeArgs, tokenizer: Any):
     batch = trainer.data_collator([data[i] for i in range(10)])
     sums = []
     for model in (tiny_llama(1), tiny_llama(2)):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        picked = logits.double().log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
-        sums.append((picked * (batch["labels"][:, 1:] != -100)).sum(1).detach())
+        logits = model(**batch.sequences.model_inputs()).logits[:, :-1]
+        picked = logits.double().log_softmax(-1).gather(-1, batch.sequences.input_ids[:, 1:, None])[..., 0]
+        sums.append((picked * (batch.sequences.labels[:, 1:] != -100)).sum(1).detach())
     chosen, rejected = (sums[0] - sums[1]).chunk(2)
     step = BetaController(0.2, alpha=0.6, rho=0.3, seed=args.seed).step(chosen - rejected)
     losses = -torch.nn.functional.logsigmoid(step.beta * (chosen - rejected))

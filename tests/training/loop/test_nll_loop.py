@@ -11,6 +11,7 @@ import torch
 
 from fastdpo.cli import main
 from fastdpo.training.data.encode import encode_rows
+from fastdpo.training.data.formats import Wanted
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.command_line import parse_train
@@ -140,32 +141,35 @@ def test_tpo_with_the_chosen_answer_as_gold_is_cpo(
 
 def test_gold_answers_are_tokenised_like_the_others(tokenizer: Any) -> None:
     rows = gold_rows(5)
-    data = encode_rows(read_rows(rows), tokenizer, EncodingOptions(gold_column="reference"))
+    data = encode_rows(read_rows(rows), tokenizer, EncodingOptions(), Wanted(gold_column="reference"))
     plain = encode_rows(read_rows(make_rows(5)), tokenizer, EncodingOptions())
     for pair, other, row in zip(data, plain, rows, strict=True):
-        assert torch.equal(pair["chosen_ids"], other["chosen_ids"])
-        assert tokenizer.decode(pair["gold_ids"]) == row["reference"] + "<eos>"
+        assert torch.equal(pair.answers[0].ids, other.answers[0].ids)
+        assert tokenizer.decode(pair.answers[2].ids) == row["reference"] + "<eos>"
     assert data.has_gold and not plain.has_gold and data.fingerprint() != plain.fingerprint()
     assert data.num_sequences.tolist() == [3] * 5 and data.sizes(torch.tensor([0]))[0][3] == len(
-        data[0]["gold_ids"]
+        data[0].answers[2].ids
     )
-    longest = max(len(data[0][name]) for name in ("chosen_ids", "rejected_ids", "gold_ids"))
-    assert data.lengths[0] == len(data[0]["prompt_ids"]) + longest
-    whole = [len(part) for name, part in data[0].items() if name.endswith("_ids")]
+    whole = [len(data[0].prompt), *(len(answer.ids) for answer in data[0].answers)]
+    assert data.lengths[0] == whole[0] + max(whole[1:])
     assert data.batch_tokens("shared_prompt")[0] == sum(whole)
     assert data.batch_tokens("packed")[0] == sum(whole) + 2 * whole[0]
-    cut = encode_rows(read_rows(rows), tokenizer, EncodingOptions(max_length=12, gold_column="reference"))
+    cut = encode_rows(
+        read_rows(rows), tokenizer, EncodingOptions(max_length=12), Wanted(gold_column="reference")
+    )
     assert int(cut.lengths.max()) <= 12
     # Without a column `prompt` the gold answer begins with what the others share, as in TRL.
     whole_rows = [
         {name: row["prompt"] + row[name] for name in ("chosen", "rejected", "reference")} for row in rows
     ]
-    implicit = encode_rows(read_rows(whole_rows), tokenizer, EncodingOptions(gold_column="reference"))
-    assert tokenizer.decode(implicit[0]["gold_ids"]).endswith(rows[0]["reference"].strip() + "<eos>")
+    implicit = encode_rows(
+        read_rows(whole_rows), tokenizer, EncodingOptions(), Wanted(gold_column="reference")
+    )
+    assert tokenizer.decode(implicit[0].answers[2].ids).endswith(rows[0]["reference"].strip() + "<eos>")
 
 
 def test_bad_gold_answers_are_named(tokenizer: Any) -> None:
-    options = EncodingOptions(gold_column="reference")
+    options = EncodingOptions(), Wanted(gold_column="reference")
     good = gold_rows(2)
     with pytest.raises(ValueError, match="row 2: no column 'reference'"):
         encode_rows(read_rows([good[0], make_rows(1)[0]]), tokenizer, options)

@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig
 
 from fastdpo.integrations.model import patch_model
-from fastdpo.training.batches.contents import to_device
 from fastdpo.training.loop import offload
 from fastdpo.training.loop.offload import offloaded_activations
 from fastdpo.training.loop.trainer import PreferenceTrainer
@@ -136,7 +135,7 @@ def test_a_gpu_holds_less_of_a_step(case: tuple[str, str]):
     """Eight layers' activations of 128 sequences, against weights and a head that are small beside them."""
     device = torch.device("cuda")
     model = patch_model(make_model("llama", num_hidden_layers=8)).train().to(device)
-    batch = to_device(make_batch(*case, make_pairs([(20, 20, 20)] * 64)), device)
+    batch = make_batch(*case, make_pairs([(20, 20, 20)] * 64)).to(device)
     run_step(model, batch)
     steps, peaks = [], []
     for context in (contextlib.nullcontext(), offloaded_activations(model)):

@@ -10,12 +10,11 @@ import torch
 from fastdpo import Execution
 from fastdpo.functional.pairs import METRIC_STATISTICS, dpo_loss_from_logps
 from fastdpo.integrations.model import patch_model
-from fastdpo.training.batches.contents import completion_mask, packed_layout
 from fastdpo.training.batches.forward import token_logps
 from fastdpo.training.loop.step import BatchCounts, batch_loss
 from fastdpo.training.reference.sources import Reference
 from fastdpo.training.settings.config import PreferenceConfig
-from fastdpo.types import DPOLossOutput
+from fastdpo.types import DPOLossOutput, PreferenceLossOutput
 from tests.integrations.tiny import HIDDEN, make_model
 from tests.ops.test_gemm_passes import count_passes
 from tests.training.batches.layout_cases import PAIRS, make_batch
@@ -30,11 +29,9 @@ def settings(**options: Any) -> PreferenceConfig:
     return PreferenceConfig(output_dir="unused", use_cpu=True, **options)
 
 
-def in_one_call(model: Any, batch: Any, args: PreferenceConfig) -> DPOLossOutput:
+def in_one_call(model: Any, batch: Any, args: PreferenceConfig) -> PreferenceLossOutput:
     reference = Reference("precomputed" if args.needs_reference else "none")
-    result = batch_loss(model, model, batch, COUNTS, args, reference)
-    assert isinstance(result, DPOLossOutput)
-    return result
+    return batch_loss(model, model, batch, COUNTS, args, reference)
 
 
 def in_two(model: Any, batch: Any, args: PreferenceConfig) -> DPOLossOutput:
@@ -42,12 +39,12 @@ def in_two(model: Any, batch: Any, args: PreferenceConfig) -> DPOLossOutput:
     token = token_logps(model, batch, statistics=METRIC_STATISTICS)
     return dpo_loss_from_logps(
         token,
-        completion_mask(batch),
-        ref_logps=batch["ref_logps"] if args.needs_reference else None,
-        layout=packed_layout(batch),
+        batch.mask,
+        ref_logps=batch.ref_logps if args.needs_reference else None,
+        layout=batch.layout,
         loss_type=args.loss_type,
-        num_pairs=COUNTS.pairs,
-        num_tokens=COUNTS.nll_tokens,
+        num_pairs=COUNTS.rows,
+        num_tokens=COUNTS.tokens,
     )
 
 
@@ -59,7 +56,7 @@ def test_passes(layout: str, trained: bool, passes: int) -> None:
     model.lm_head.weight.requires_grad_(trained)
     patch_model(model, execution=SMALL)
     batch = make_batch(layout)
-    assert sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in PAIRS) == TOKENS
+    assert sum(len(pair.answers[0].ids) + len(pair.answers[1].ids) for pair in PAIRS) == TOKENS
 
     def count(way: Any) -> float:
         return count_passes(
@@ -81,8 +78,8 @@ def test_both_ways_give_the_same(loss_type: Any, layout: str) -> None:
         result = way(model, batch, args)
         found[way] = (result, torch.autograd.grad(result.loss, list(model.parameters())))
     (one, grads), (two, wanted) = found[in_one_call], found[in_two]
-    for name in ("chosen_logps", "rejected_logps", "chosen_rewards", "rejected_rewards"):
-        assert torch.equal(getattr(one, name), getattr(two, name)), name
+    assert torch.equal(one.logps, torch.cat([two.chosen_logps, two.rejected_logps]))
+    assert torch.equal(one.rewards, torch.cat([two.chosen_rewards, two.rejected_rewards]))
     assert one.metrics.keys() == two.metrics.keys()
     for name, value in one.metrics.items():
         assert value.item() == pytest.approx(two.metrics[name].item(), rel=1e-6), name
@@ -107,8 +104,8 @@ def test_the_hook_honours_what_it_is_given_or_refuses_it() -> None:
     model = make_model("llama")
     patch_model(model)
     batch = make_batch("padded")
-    inputs = {name: batch[name] for name in ("input_ids", "labels")}
-    loss = {"loss_type": "sigmoid", "ref_logps": batch["ref_logps"]}
+    inputs = {"input_ids": batch.sequences.input_ids, "labels": batch.sequences.labels}
+    loss = {"loss_type": "sigmoid", "ref_logps": batch.ref_logps}
     with pytest.raises(ValueError, match="pair_loss: got a value, wanted return_logps=True"):
         model(**inputs, pair_loss=loss)
     with pytest.raises(ValueError, match="logps_outputs.*pair_loss"):
@@ -120,7 +117,7 @@ def test_the_hook_honours_what_it_is_given_or_refuses_it() -> None:
     out = model(**inputs, return_logps=True, pair_loss=loss)
     assert out.logps is None and out.loss is out.pair_loss.loss
     # Several references, and win rates, are arguments like any other.
-    several = torch.stack([batch["ref_logps"], batch["ref_logps"] - 3])
+    several = torch.stack([batch.ref_logps, batch.ref_logps - 3])
     mixed = model(
         **inputs, return_logps=True, pair_loss={"ref_logps": several, "ref_combination": "geometric"}
     )

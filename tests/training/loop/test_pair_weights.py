@@ -15,18 +15,16 @@ from torch import Tensor, nn
 
 from fastdpo.cli import main
 from fastdpo.integrations.model import patch_model
-from fastdpo.training.batches.collate import PreferenceCollator
-from fastdpo.training.batches.contents import bounds_of, completion_mask, first_pairs
+from fastdpo.training.batches.collate import PaddedCollator, RowCollator
 from fastdpo.training.batches.pair_tokens import spread_sums
-from fastdpo.training.batches.row_collate import RowCollator
-from fastdpo.training.data.row import (LD_COLUMN, REF_COLUMNS)
+from fastdpo.training.data.row import LD_COLUMN, REF_COLUMNS, Row
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.reference.sources import Reference
 from fastdpo.training.settings.command_line import parse_train
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.cli_cases import model_dir  # noqa: F401  (a fixture)
 from tests.integrations.tiny import make_model
-from tests.training.batches.layout_cases import COSTS
+from tests.training.batches.layout_cases import COSTS, with_answers, with_numbers
 from tests.training.conftest import make_rows, read_metrics, tiny_llama, write_jsonl
 from tests.training.loop.kinds_data import real_rows
 from tests.training.loop.pair_formulas import (
@@ -44,14 +42,14 @@ from tests.training.loop.test_trainer import KeepGradients
 MakeArgs = Callable[..., PreferenceConfig]
 BETA, ALPHA = 0.4, 0.3
 COUNTS = (len(PAIRS), 40)
-NAMES = ("chosen_ids", "rejected_ids")
+NAMES = (0, 1)
 # Each token is right to 1e-5 nats in fp32 at this width, an answer has at most 12, a margin four sums.
 LIMIT = 4 * 12 * 1e-5 * BETA
 
 
 def ld_batch(layout: str, arrangement: str, pairs: Sequence[Any] = PAIRS, alpha: float = ALPHA) -> Any:
     if layout == "padded":
-        return PreferenceCollator(0, ld_alpha=alpha)(pairs)
+        return PaddedCollator(0, ld_alpha=alpha)(pairs)
     return RowCollator(0, layout, COSTS, (arrangement,), ld_alpha=alpha)(pairs)
 
 
@@ -60,7 +58,7 @@ def ld_sums(model: nn.Module, pairs: Sequence[Any]) -> Tensor:
     found = []
     for own, other in (NAMES, NAMES[::-1]):
         (tokens,) = sides(model, pairs, own)
-        shared = [min(len(pair[own]), len(pair[other])) for pair in pairs]
+        shared = [min(len(pair.answers[own].ids), len(pair.answers[other].ids)) for pair in pairs]
         sums = [
             (item.logps[item.mask][:n], item.logps[item.mask][n:])
             for item, n in zip(tokens, shared, strict=True)
@@ -75,13 +73,10 @@ def test_ld_dpo_in_every_layout(kind: str) -> None:
     model, reference = make_model("llama"), make_model("llama", seed=1)
     with torch.no_grad():
         ref = ld_sums(copy.deepcopy(reference).double(), PAIRS)
-        scored = [
-            {**pair, **dict(zip(REF_COLUMNS, column.tolist(), strict=True))}
-            for pair, column in zip(PAIRS, ref.T, strict=True)
-        ]
+        scored = [with_numbers(pair, ref_logps=both.float()) for pair, both in zip(PAIRS, ref.T, strict=True)]
 
     def formula(model: nn.Module, pairs: Sequence[Any]) -> Tensor:
-        places = [pair["row"] - 1 for pair in pairs]
+        places = [pair.number - 1 for pair in pairs]
         chosen, rejected = ld_sums(model, pairs) - ref[:, places]
         return logistic(BETA * (chosen - rejected)).sum() / len(PAIRS)
 
@@ -104,7 +99,7 @@ def test_ld_dpo_in_every_layout(kind: str) -> None:
 def test_the_first_pairs_keep_their_weights(case: tuple[str, str]) -> None:
     model = patch_model(make_model("llama"))
     settings = {"counts": COUNTS, "ld_alpha": ALPHA}
-    part = looped(model, first_pairs(ld_batch(*case), 3), Reference("precomputed"), **settings)
+    part = looped(model, ld_batch(*case).first(3), Reference("precomputed"), **settings)
     alone = looped(model, ld_batch(*case, PAIRS[:3]), Reference("precomputed"), **settings)
     assert part.loss.item() == pytest.approx(alone.loss.item(), abs=LIMIT)
 
@@ -112,9 +107,9 @@ def test_the_first_pairs_keep_their_weights(case: tuple[str, str]) -> None:
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_sums_put_on_single_tokens_are_the_sums(case: tuple[str, str], alpha: float) -> None:
-    pairs = [*PAIRS, {**PAIRS[0], "chosen_ids": torch.zeros(0, dtype=torch.int64)}]
+    pairs = [*PAIRS, with_answers(PAIRS[0], torch.zeros(0, dtype=torch.int64), PAIRS[0].answers[1].ids)]
     batch = ld_batch(*case, pairs, alpha)
-    weights, mask, bounds = batch["token_weights"], completion_mask(batch), bounds_of(batch)
+    weights, mask, bounds = batch.token_weights, batch.mask, batch.bounds
     sums = torch.arange(1.0, 11.0)
     sums[4] = 0.0  # an empty answer
     if alpha == 0.0:
@@ -129,12 +124,12 @@ def wpo_formula(bound: float | None) -> Any:
     def formula(model: nn.Module, pairs: Sequence[Any]) -> Tensor:
         total = 0.0
         for pair, chosen, rejected in zip(pairs, *sides(model, pairs, *NAMES), strict=True):
-            ref = pair["ref_chosen_logps"] - pair["ref_rejected_logps"]
+            ref = pair.numbers["ref_logps"] @ torch.tensor([1.0, -1.0])
             margin = chosen.logps[chosen.mask].sum() - rejected.logps[rejected.mask].sum() - ref
             means = [(item.logps - item.log_sum_sq)[item.mask].mean() for item in (chosen, rejected)]
             weight = (means[0] + means[1]).exp().detach()
             weight = weight if bound is None else weight.clamp(max=bound)
-            total = total + weight * pair["pair_weights"] * logistic(BETA * margin)
+            total = total + weight * pair.numbers["pair_weights"] * logistic(BETA * margin)
         return total / len(PAIRS)  # type: ignore[return-value]
 
     return formula
@@ -146,15 +141,13 @@ def test_wpo_in_every_layout(bound: float | None) -> None:
     model = make_model("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(0.1)  # sharp distributions give random answers weights of 1e-10
-    pairs = [{**pair, "pair_weights": 0.5 + pair["row"]} for pair in PAIRS]
+    pairs = [with_numbers(pair, pair_weights=0.5 + pair.number) for pair in PAIRS]
     truth, eager = truth_and_eager(model, wpo_formula(bound), pairs)
     other, _ = truth_and_eager(model, wpo_formula(None if bound else 0.01), pairs)
     patch_model(model)
     settings = {"use_weighting": True, "wpo_max_weight": bound, "beta": BETA, "pair_weight_column": "w"}
     for layout, arrangement in CASES:
-        collator = (
-            PreferenceCollator(0) if layout == "padded" else RowCollator(0, layout, COSTS, (arrangement,))
-        )
+        collator = PaddedCollator(0) if layout == "padded" else RowCollator(0, layout, COSTS, (arrangement,))
         ours = looped(model, collator(pairs), Reference("precomputed"), counts=COUNTS, **settings)
         # A pair's weight here is below 5 times its own from the data, and the margin's part of the loss beta.
         assert_step(ours, truth, eager, loss_limit=20 * LIMIT, name=f"{layout} {arrangement}")
@@ -175,13 +168,13 @@ def test_the_weights_are_trls(tmp_path: Path) -> None:
         )  # fmt: skip
         batch = theirs.data_collator([theirs.train_dataset[i] for i in range(4)])
         wanted = theirs._compute_loss(theirs.model, batch, False)
-        pairs = [
-            {name: torch.tensor(theirs.train_dataset[i][name]) for name in ("prompt_ids", *NAMES)}
-            | {"row": i}
-            for i in range(4)
+        parts = [
+            [torch.tensor(row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")]
+            for row in (theirs.train_dataset[i] for i in range(4))
         ]
+        pairs = [with_answers(Row(i, prompt, ()), *answers) for i, (prompt, *answers) in enumerate(parts)]
         model, reference = (patch_model(runs.policy("llama", **seed)) for seed in ({}, {"seed": 5}))
-        collator = PreferenceCollator(0, ld_alpha=changes.get("ld_alpha"))
+        collator = PaddedCollator(0, ld_alpha=changes.get("ld_alpha"))
         ours = looped(model, collator(pairs), Reference("copy", reference), counts=(4, 1), **changes)
         assert ours.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
@@ -246,7 +239,7 @@ def test_every_kind_of_reference(
         logs[kind] = [entry["loss"] for entry in read_metrics(args.output_dir)]
         logs[kind].append(trainer.evaluate()["eval_loss"])
         if kind == "precomputed":
-            assert (LD_COLUMN in trainer.train_dataset.columns) == ("ld_alpha" in settings)
+            assert (LD_COLUMN in trainer.train_dataset.numbers) == ("ld_alpha" in settings)
     assert logs["adapter"] == pytest.approx(logs["copy"], abs=1e-5)
     assert logs["precomputed"] == pytest.approx(logs["copy"], abs=1e-5)
 
@@ -285,7 +278,7 @@ def test_scores_of_another_alpha_are_not_read(make_args: MakeArgs, tokenizer: An
     found = []
     for alpha in (None, 0.3, 0.6):
         trainer = made_trainer(make_args(ld_alpha=alpha, reference="precomputed"), tokenizer)
-        found.append(trainer._with_reference(trainer.train_dataset).columns[REF_COLUMNS[0]])
+        found.append(trainer._with_reference(trainer.train_dataset).numbers["ref_logps"].values)
     for a, b in ((0, 1), (1, 2), (0, 2)):
         assert not torch.equal(found[a], found[b])
 
@@ -316,7 +309,7 @@ def test_wrong_settings_are_refused(make_args: MakeArgs, changes: dict[str, Any]
 
 def test_a_collator_of_ones_own_has_no_weights(make_args: MakeArgs, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"data_collator: got one with ld_alpha=0.3"):
-        made_trainer(make_args(ld_alpha=ALPHA), tokenizer, data_collator=PreferenceCollator(0))
+        made_trainer(make_args(ld_alpha=ALPHA), tokenizer, data_collator=PaddedCollator(0))
 
 
 def test_the_flags() -> None:

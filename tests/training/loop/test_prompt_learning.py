@@ -29,11 +29,11 @@ SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.5, "m
 
 def answer_sums(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """``(2P,)`` log-probabilities of the answers from all the logits, of which PEFT has more than labels."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    assert logits.shape[1] - batch["labels"].shape[1] in (0, NUM_VIRTUAL)
-    logp = logits[:, -batch["labels"].shape[1] : -1].log_softmax(-1)
-    mask = batch["labels"][:, 1:] != -100
-    return (logp.gather(-1, batch["input_ids"][:, 1:, None])[..., 0] * mask).sum(1)
+    logits = model(**batch.sequences.model_inputs()).logits
+    assert logits.shape[1] - batch.sequences.labels.shape[1] in (0, NUM_VIRTUAL)
+    logp = logits[:, -batch.sequences.labels.shape[1] : -1].log_softmax(-1)
+    mask = batch.sequences.labels[:, 1:] != -100
+    return (logp.gather(-1, batch.sequences.input_ids[:, 1:, None])[..., 0] * mask).sum(1)
 
 
 def plain_losses(
@@ -76,7 +76,7 @@ def test_steps_are_those_of_plain_torch(make_args: MakeArgs, tokenizer: Any, kin
     )
     logs = read_metrics(args.output_dir)
     # Four sums of at most 25 tokens, each within 1e-5 nats, times beta and the log-sigmoid's slope: 0.1 / 2.
-    assert int(data.bounds.diff(dim=1)[:, 1:].max()) <= 25
+    assert int(data.answers.values.max()) <= 25
     assert [log["loss"] for log in logs] == pytest.approx(wanted, abs=5e-5)
     assert max(wanted) - min(wanted) > 1e-3
     trained = [(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True) if a.requires_grad]
@@ -158,7 +158,7 @@ def test_the_most_likely_tokens_are_those_after_virtual_ones(make_args: MakeArgs
     data = trainer.eval_dataset
     batch = trainer.data_collator([data[i] for i in range(4)])
     with torch.no_grad():
-        logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    mass = logits[:4, -batch["labels"].shape[1] : -1].softmax(-1).topk(7).values.sum(-1)
-    wanted = mass[batch["labels"][:4, 1:] != -100].mean()
+        logits = plain(**batch.sequences.model_inputs()).logits
+    mass = logits[:4, -batch.sequences.labels.shape[1] : -1].softmax(-1).topk(7).values.sum(-1)
+    wanted = mass[batch.sequences.labels[:4, 1:] != -100].mean()
     assert metrics["eval_topk_mass/chosen"] == pytest.approx(wanted.item(), rel=1e-5)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from fastdpo.integrations.model import unpatch_model
+from fastdpo.training.batches.batch import PaddedBatch
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
@@ -35,15 +36,15 @@ TRL_METRICS = {
 }
 
 
-def plain_logps(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_logps(model: LlamaForCausalLM, batch: PaddedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-softmax of the full logits (2P, T-1, V), mask (2P, T-1)) of an ordinary forward pass."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return logits[:, :-1].float().log_softmax(-1), batch["labels"][:, 1:] != -100
+    logits = model(**batch.sequences.model_inputs()).logits
+    return logits[:, :-1].float().log_softmax(-1), batch.sequences.labels[:, 1:] != -100
 
 
-def plain_sums(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def plain_sums(model: LlamaForCausalLM, batch: PaddedBatch) -> torch.Tensor:
     logp, mask = plain_logps(model, batch)
-    picked = logp.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+    picked = logp.gather(-1, batch.sequences.input_ids[:, 1:, None]).squeeze(-1)
     return (picked * mask).sum(1)
 
 
@@ -134,13 +135,11 @@ def test_metrics_mean_what_trl_means_by_them(make_args: MakeArgs, tokenizer: Any
     batch = trainer.data_collator([data[i] for i in range(12)])
     with torch.no_grad():
         logp, mask = plain_logps(tiny_llama(1), batch)
-        logits = tiny_llama(1)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
-            :, :-1
-        ]
+        logits = tiny_llama(1)(**batch.sequences.model_inputs()).logits[:, :-1]
         chosen, rejected = plain_sums(tiny_llama(1), batch).chunk(2)
         ref_chosen, ref_rejected = plain_sums(tiny_llama(2), batch).chunk(2)
     entropy = -(logp.exp() * logp).sum(-1)
-    mean_logit, top = logits.mean(-1), logits.argmax(-1) == batch["input_ids"][:, 1:]
+    mean_logit, top = logits.mean(-1), logits.argmax(-1) == batch.sequences.input_ids[:, 1:]
     rewards = 0.3 * (chosen - ref_chosen), 0.3 * (rejected - ref_rejected)
     wanted = {
         "loss": -F.logsigmoid(rewards[0] - rewards[1]).mean(),
@@ -174,7 +173,7 @@ def test_logs_cover_every_pair_since_the_last_one(make_args: MakeArgs, tokenizer
         assert log[name] == pytest.approx(metrics[f"eval_{name}"], rel=1e-6, abs=1e-6), name
     assert TRL_METRICS | {"loss", "grad_norm", "learning_rate", "epoch", "step"} == set(log)
     lengths = [trainer.train_dataset[i] for i in range(10)]
-    tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in lengths)
+    tokens = sum(2 * len(p.prompt) + sum(len(x.ids) for x in p.answers) for p in lengths)
     assert log["num_tokens"] == tokens
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.training.batches.collate import PreferenceCollator
+from fastdpo.training.batches.collate import PaddedCollator
+from fastdpo.training.data.row import Row
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.training.conftest import tiny_llama
@@ -32,12 +33,12 @@ def evaluated(args: PreferenceConfig, rows: Any, tokenizer: Any) -> tuple[Any, d
     return trainer, trainer.evaluate(rows)
 
 
-def sums(model: Any, item: dict[str, Any], ids: Any, scored: Any) -> float:
+def sums(model: Any, item: Row, ids: Any, scored: Any) -> float:
     """Of an answer's scored tokens, by way of the logits."""
-    whole = torch.cat([item["prompt_ids"], ids]).long()[None]
+    whole = torch.cat([item.prompt, ids]).long()[None]
     with torch.no_grad():
         logps = model(input_ids=whole).logits[0, :-1].log_softmax(-1)
-    picked = logps.gather(1, whole[0, 1:, None])[len(item["prompt_ids"]) - 1 :, 0]
+    picked = logps.gather(1, whole[0, 1:, None])[len(item.prompt) - 1 :, 0]
     return float(picked[scored].sum())
 
 
@@ -49,7 +50,7 @@ def test_log_probabilities_are_of_the_assistants_words(make_args: MakeArgs, toke
         found[layout] = metrics
     items = [trainer.train_dataset[i] for i in range(2)]
     for place, side in enumerate(("chosen", "rejected")):
-        wanted = [sums(tiny_llama(1), item, item[f"{side}_ids"], item["scored"][place]) for item in items]
+        wanted = [sums(tiny_llama(1), item, *item.answers[place]) for item in items]
         for metrics in found.values():
             assert metrics[f"eval_logps/{side}"] == pytest.approx(sum(wanted) / 2, abs=1e-3)
     _, whole = evaluated(make_args(assistant_only=False), rows, tokenizer)
@@ -82,7 +83,7 @@ def test_a_collator_of_ones_own_has_to_know(make_args: MakeArgs, tokenizer: Any)
             make_args(**settings),
             train_dataset=rows_of("pairs"),
             processing_class=tokenizer,
-            data_collator=lambda pairs: PreferenceCollator(0)(pairs),
+            data_collator=lambda pairs: PaddedCollator(0)(pairs),
         )
 
     with pytest.raises(ValueError, match="data_collator: got one with answers of several turns"):

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.training.data.row import (REF_MISMATCHED, REFERENCE)
+from fastdpo.training.data.references import mismatched_digests, scores_by_row
+from fastdpo.training.data.row import REF_MISMATCHED, REFERENCE
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.reference import precompute
 from fastdpo.training.settings.config import PreferenceConfig
@@ -30,7 +31,7 @@ def scored(args: PreferenceConfig, rows: Any, tokenizer: Any) -> list[dict[str, 
     trainer = made_trainer(args, rows, tokenizer, ref_model=tiny_llama(2))
     data = trainer._with_reference(trainer.train_dataset)
     columns: dict[int, dict[str, Any]] = {}
-    for number, values in data.scores_by_row():
+    for number, values in scores_by_row(data):
         known = columns.get(number, {})
         columns[number] = {name: known.get(name, []) + value for name, value in values.items()}
     lines = [json.dumps({**row, **columns[i]}) for i, row in enumerate(rows, 1) if i in columns]
@@ -98,7 +99,7 @@ def test_a_pair_taken_apart_has_two_numbers(make_args: MakeArgs, tokenizer: Any,
         plain = made_trainer(
             make_args(loss_type=name, reference="copy", max_bad_rows=1), rows, tokenizer
         ).train_dataset
-        digests = iter(plain.mismatched_digests())
+        digests = iter(mismatched_digests(plain))
         for row in given:
             row["ref_mismatched_of"] = [next(digests) for _ in row[REFERENCE]]
             row[REF_MISMATCHED] = [x - 0.5 for x in row[REFERENCE]]

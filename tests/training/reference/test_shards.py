@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdpo.training.data.ragged import (Ragged)
-from fastdpo.training.data.row import (REF_COLUMNS)
+from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.reference import scoring
 from fastdpo.training.reference import shards as reference_shards
@@ -68,7 +67,7 @@ def make_reference(make_args: MakeArgs, tmp_path: Path) -> Callable[..., Precomp
 
 
 def table(dataset: Any) -> torch.Tensor:
-    return torch.stack([dataset.columns[name] for name in REF_COLUMNS], 1)
+    return dataset.numbers["ref_logps"].values.view(-1, 2)
 
 
 def test_an_interrupted_scoring_goes_on(

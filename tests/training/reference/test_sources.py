@@ -12,7 +12,7 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from fastdpo.training.batches.forward import sequence_logps
-from fastdpo.training.data.row import (REF_COLUMNS)
+from fastdpo.training.data.row import REF_COLUMNS
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.reference import precompute
 from fastdpo.training.reference.cache import ReferenceCache, cache_key, fingerprint_model
