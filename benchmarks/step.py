@@ -34,8 +34,8 @@ from benchmarks.step_contenders import CONTENDERS, OURS, SIZES, Contender, Size
 from benchmarks.step_data import MADE_UP, made_up_rows, make_data
 from benchmarks.step_truth import LOSS_BOUND, Truth, true_steps, wrong
 from benchmarks.timing import Timer, of_host
-from fastdpo.training.batches.contents import sequence_tokens
-from fastdpo.training.data.dataset import (RowDataset)
+from fastdpo.training.batches.batch import Batch
+from fastdpo.training.data.dataset import RowDataset
 
 
 class Run:
@@ -102,9 +102,9 @@ class Run:
             found["samples_ms"].append(sample.ms)
             found["host"].append(sample)
             norms.append(contender.gradient_norm)
-            calls = batch.get("calls", [batch])
-            found["positions"].append(sum(call["input_ids"].numel() for call in calls))
-            found["tokens"].append(int(batch.sequence_tokens))
+            positions, tokens = _size(batch)
+            found["positions"].append(positions)
+            found["tokens"].append(tokens)
         found["losses"] = [float(loss) for loss in losses]
         found["gradient_norms"] = [float(norm) for norm in norms]
         if measure_peak:
@@ -316,3 +316,10 @@ def step_key(
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def _size(batch: Any) -> tuple[int, int]:
+    """Positions that the backbone computes of a batch, ours or TRL's, and tokens of its sequences."""
+    if isinstance(batch, Batch):
+        return batch.positions, int(batch.sequence_tokens)
+    return batch["input_ids"].numel(), int(batch["attention_mask"].sum())

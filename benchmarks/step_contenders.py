@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.training.batches.collate import IGNORE_INDEX, PaddedCollator
-from fastdpo.training.batches.contents import to_device
-from fastdpo.training.data.dataset import (RowDataset)
+from fastdpo.training.batches.batch import IGNORE_INDEX, PaddedBatch
+from fastdpo.training.batches.collate import PaddedCollator
+from fastdpo.training.data.dataset import RowDataset
+from fastdpo.training.data.row import Row
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 
@@ -120,8 +121,11 @@ class Contender:
             )  # fmt: skip
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-        def collate(pairs: Sequence[Any]) -> Any:
-            return trainer.data_collator([{name: pair[name].tolist() for name in names} for pair in pairs])
+        def collate(pairs: Sequence[Row]) -> Any:
+            parts = [(pair.prompt, *(answer.ids for answer in pair.answers)) for pair in pairs]
+            return trainer.data_collator(
+                [{name: ids.tolist() for name, ids in zip(names, part, strict=True)} for part in parts]
+            )
 
         return trainer, collate
 
@@ -177,10 +181,10 @@ class PlainLoop:
         self.device = device
         self.reference = None if reference is None else reference.requires_grad_(False).eval().to(device)
 
-    def _prepare_inputs(self, batch: Any) -> Any:
-        return to_device(batch, self.device)
+    def _prepare_inputs(self, batch: PaddedBatch) -> PaddedBatch:
+        return batch.to(self.device)
 
-    def compute_loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def compute_loss(self, model: nn.Module, batch: PaddedBatch) -> Tensor:
         """``()``: the sigmoid loss of P pairs, chosen in the first P rows, rejected in the others."""
         adapter_off = contextlib.nullcontext if self.reference is not None else self.model.disable_adapter
         with torch.no_grad(), adapter_off():
@@ -189,10 +193,10 @@ class PlainLoop:
         return -nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
-def answer_logps(model: nn.Module, batch: Any) -> Tensor:
+def answer_logps(model: nn.Module, batch: PaddedBatch) -> Tensor:
     """``(2P,)`` log-probabilities of the answers, in nats, from the logits of all positions."""
-    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    labels = batch["labels"][:, 1:]
+    logits = model(**batch.sequences.model_inputs(), use_cache=False).logits
+    labels = batch.sequences.labels[:, 1:]
     is_answer = labels != IGNORE_INDEX
     logps = logits[:, :-1].log_softmax(-1, dtype=torch.float32)  # as autocast does by itself on a GPU
     logps = logps.gather(-1, labels.masked_fill(~is_answer, 0).unsqueeze(-1)).squeeze(-1)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy
 
+from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.encode import encode_rows
-from fastdpo.training.data.dataset import (RowDataset)
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.settings.encoding import EncodingOptions
 

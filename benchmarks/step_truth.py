@@ -27,6 +27,7 @@ from benchmarks.step_contenders import (
     update,
     weights_dtype,
 )
+from fastdpo.training.data.row import Row
 
 # By how much losses may differ from fp64, in nats. fp32: sums of some thousand tokens of 1e-5 nats, times
 # beta; sums over H have random signs, 1e-4 nats (`fastdpo.testing.accuracy`) times the root of as many. bf16:
@@ -133,13 +134,10 @@ def _steps(
     return truth
 
 
-def _margin(model: nn.Module, pair: Mapping[str, Any], device: torch.device) -> Tensor:
+def _margin(model: nn.Module, pair: Row, device: torch.device) -> Tensor:
     """``()``: log-probability of the chosen answer less that of the rejected one, in nats."""
-    chosen, rejected = (_answer_logp(model, pair["prompt_ids"], pair[n], device) for n in ANSWERS)
+    chosen, rejected = (_answer_logp(model, pair.prompt, answer.ids, device) for answer in pair.answers)
     return chosen - rejected
-
-
-ANSWERS = ("chosen_ids", "rejected_ids")
 
 
 def _answer_logp(model: nn.Module, prompt: Tensor, answer: Tensor, device: torch.device) -> Tensor:

@@ -153,7 +153,7 @@ ACCUMULATED = ["kto", "bco", "sdpo", "ddo_rm", "in_context_ranking", "direct_adv
 @pytest.mark.parametrize("name", ACCUMULATED)
 def test_accumulation_changes_nothing(make_args: MakeArgs, tokenizer: Any, tmp_path: Path, name: str):
     kind = {"bco": "unpaired", "ddo_rm": "listwise"}.get(name) or next(
-        k for k in KINDS if LOSS_OF_KIND[k] == name
+        k for k in NAMES if LOSS_OF_KIND[k] == name
     )
     rows = rows_of(kind, 7)
     results = []

@@ -172,15 +172,15 @@ def test_bad_gold_answers_are_named(tokenizer: Any) -> None:
     options = EncodingOptions(), Wanted(gold_column="reference")
     good = gold_rows(2)
     with pytest.raises(ValueError, match="row 2: no column 'reference'"):
-        encode_rows(read_rows([good[0], make_rows(1)[0]]), tokenizer, options)
+        encode_rows(read_rows([good[0], make_rows(1)[0]]), tokenizer, *options)
     with pytest.raises(ValueError, match="row 1: got .*list.*wanted strings throughout"):
         encode_rows(
-            read_rows([{**good[0], "reference": [{"role": "user", "content": "a"}]}]), tokenizer, options
+            read_rows([{**good[0], "reference": [{"role": "user", "content": "a"}]}]), tokenizer, *options
         )
     with pytest.raises(ValueError, match="row 1: 'reference' does not begin with what chosen and rejected"):
         row = {"chosen": "one two", "rejected": "one three", "reference": "four"}
-        encode_rows(read_rows([row]), tokenizer, options)
-    report = encode_rows(read_rows([*good, {**good[0], "reference": ""}]), tokenizer, options).report
+        encode_rows(read_rows([row]), tokenizer, *options)
+    report = encode_rows(read_rows([*good, {**good[0], "reference": ""}]), tokenizer, *options).report
     assert report.skipped == {"an empty completion": [3]}
 
 
