@@ -20,6 +20,8 @@ from fastdpo.training.row_texts import RowTexts, TextReader
 from fastdpo.training.scores import ScoreRules, read_scores
 
 _SIDES = {"chosen": True, "rejected": False}
+# Numbers that are called otherwise than the columns that they are from.
+_COLUMNS = {"is_desirable": "label", "win_rates": "win_rate"}
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,11 @@ class AnswerReader:
             yield from self._taken_apart(row, number, sides)
             return
         for side in sides:
-            yield self._attempt({**row, "completion": row[side], "label": _SIDES[side]}, number)
+            yield self._attempt({**row, "label": _SIDES[side]}, number, side)
 
-    def _attempt(self, row: Mapping[str, Any], number: int) -> RowTexts | BadRow:
+    def _attempt(self, row: Mapping[str, Any], number: int, name: str = "completion") -> RowTexts | BadRow:
         try:
-            return self._render(row, number)
+            return self._render(row, number, name)
         except BadRow as bad:
             return bad
 
@@ -79,7 +81,7 @@ class AnswerReader:
         """Answers of a pair whose prompt is what they share."""
         numbers = read_columns(row, self.columns, self.texts.where(number))
         try:
-            check_finite(numbers)
+            check_finite(numbers, self.columns)
             pair = self.texts.read(row, number, {side: row[side] for side in _SIDES}, numbers)
         except BadRow as bad:
             yield bad
@@ -93,7 +95,8 @@ class AnswerReader:
                 numbers={**own, **numbers},
             )
 
-    def _render(self, row: Mapping[str, Any], number: int) -> RowTexts:
+    def _render(self, row: Mapping[str, Any], number: int, name: str) -> RowTexts:
+        """Of a row with one answer, ``name`` is its column."""
         where = self.texts.where(number)
         prompt = self._column(row, "prompt", where)
         notes: list[Finding] = []
@@ -112,10 +115,11 @@ class AnswerReader:
                 "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             }
         else:
-            answers = {"completion": self._column(row, "completion", where)}
+            answers = {name: self._column(row, name, where)}
         numbers = self._numbers(row, len(pieces) if self.kind.has_pieces else len(answers), where)
         numbers |= read_columns(row, self.columns, where)
-        check_finite(numbers)
+        scores_of = {} if "scores" in row else {"scores": "ranks"}
+        check_finite(numbers, {**_COLUMNS, **scores_of, **self.columns})
         if self.kind.name in ("listwise", "ranking") and max(len(answers), len(pieces)) == 1:
             raise BadRow("one_candidate")
         scores = numbers.get("scores")

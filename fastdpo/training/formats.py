@@ -38,5 +38,5 @@ def render_pair(
                 "is their common start) prompt"
             )
     numbers = read_columns(row, columns, where)
-    check_finite(numbers)
+    check_finite(numbers, columns)
     yield reader.read(row, number, {name: row[name] for name in names}, numbers)
