@@ -140,6 +140,10 @@ def _read_datasets(name: str, split: str, *, on_disk: bool) -> RowSource:
 def _rows_in_memory(source: Any, split: str) -> RowSource:
     if isinstance(source, Mapping):
         if split not in source:
+            firsts = [part[0] for part in source.values() if isinstance(part, list) and part]
+            if firsts and not isinstance(firsts[0], Mapping):
+                got = f"a dict of the columns {', '.join(source)}"
+                raise ValueError(f"dataset: got {got}, wanted rows: a list of dicts, or datasets' from_dict")
             raise ValueError(f"dataset: got splits {sorted(source)}, wanted {split!r}")
         source = source[split]
     if hasattr(source, "iloc") and hasattr(source, "to_dict"):

@@ -94,6 +94,7 @@ def test_broken_files_name_the_row(tmp_path: Path, name: str, content: bytes, me
         ("missing/pairs.jsonl", "no such file"),
         ("./missing", "no such file"),
         ({"test": ROWS}, "got splits"),
+        ({"prompt": ["a"], "chosen": ["b"]}, "got a dict of the columns prompt, chosen, wanted rows"),
         (iter(ROWS), "streaming"),
         (7, "wanted a path"),
     ],
