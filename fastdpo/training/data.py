@@ -149,6 +149,10 @@ def _rows_in_memory(source: Any, split: str) -> RowSource:
     if hasattr(source, "iloc") and hasattr(source, "to_dict"):
         # A data frame of pandas: its columns' numbers as Python's, its missing values as nothing.
         source = source.astype(object).where(source.notna(), None).to_dict("records")
+    form = getattr(source, "format", None)
+    if isinstance(form, Mapping) and form.get("type") not in (None, "custom"):
+        # Of `datasets`: its rows as Python has them, not as tensors or tables. A transform stays.
+        source = source.with_format(None, columns=form["columns"])
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise ValueError(
             f"dataset: got {type(source).__name__}, wanted a path, an id or a sequence of rows; "

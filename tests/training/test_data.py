@@ -185,3 +185,14 @@ def test_a_data_frame_of_pandas():
     frame = pandas.DataFrame(rows, index=[3, 5, 7, 9])
     assert list(read_rows(frame)) == list(enumerate(rows, 1))
     assert [row["margin"] for _, row in read_rows(frame[frame.margin > 1])] == [2, 3]
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "arrow", None])
+def test_a_data_set_in_a_form_of_others(form: str | None):
+    datasets = pytest.importorskip("datasets")
+    rows = [{**row, "scores": [1, 0], "label": True} for row in make_rows(2)]
+    formed = datasets.Dataset.from_list([{**row, "more": 1} for row in rows])
+    formed = formed.with_format(form, columns=list(rows[0]))
+    assert list(read_rows(formed)) == list(enumerate(rows, 1))
+    changed = formed.with_transform(lambda batch: {"prompt": ["river"] * len(batch["prompt"])})
+    assert list(read_rows(changed)) == [(1, {"prompt": "river"}), (2, {"prompt": "river"})]
