@@ -222,6 +222,11 @@ BASE = ("--model", "m", "--dataset", "d", "--use_cpu")
         ([*BASE, "--lora_r", "8"], "--lora_r: has no effect without --use_peft"),
         ([*BASE, "--held_out", "0.1", "--eval_dataset", "e"], "give one of the two"),
         ([*BASE, "--held_out", "0.1", "--eval_dataset_split", "test"], "give one of the two"),
+        (
+            [*BASE, "--dataset", __file__, "--eval_dataset_split", "test"],
+            f"--eval_dataset_split: got 'test' of {__file__}, which has no splits",
+        ),
+        ([*BASE, "--dataset", __file__, "--dataset_split", "test"], "--dataset_split: got 'test' of "),
         ([*BASE, "--eval_strategy", "steps"], "eval_strategy: got 'steps' without rows to evaluate on"),
         ([*BASE, "--do_eval"], "do_eval without rows to evaluate on"),
         (

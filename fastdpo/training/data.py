@@ -67,6 +67,16 @@ def read_rows(source: Any, *, split: str = "train") -> RowSource:
     return _read_datasets(os.fspath(source), split, on_disk=False)
 
 
+def has_splits(source: str) -> bool:
+    """Whether a path or id may have several splits: no file has, nor has one split that was saved.
+
+    Args:
+        source: as ``read_rows``.
+    """
+    path = Path(source).expanduser()
+    return not path.is_file() and not (path / "state.json").is_file()
+
+
 def _read_file(path: Path) -> RowSource:
     suffix = path.suffix.lower()
     if suffix == ".jsonl":

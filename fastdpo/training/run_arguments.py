@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.training.config import PreferenceConfig
+from fastdpo.training.data import has_splits
 from fastdpo.training.hub import check_push, check_there, looks_like_path
 from fastdpo.training.models import is_adapter, load_tokenizer
 from fastdpo.training.own_losses import IMPORTED
@@ -144,6 +145,14 @@ class DataArguments:
             self.eval_dataset = self.dataset
         if self.held_out and self.eval_dataset is not None:
             raise ArgumentError("--held_out and --eval_dataset: give one of the two")
+        named = None if self.dataset_split == "train" else self.dataset_split
+        self._check_split("dataset_split", self.dataset, named)
+        self._check_split("eval_dataset_split", self.eval_dataset, self.eval_dataset_split)
+
+    def _check_split(self, name: str, source: str | None, split: str | None) -> None:
+        """Raise ArgumentError for a split of what has none: all of its rows would be taken for it."""
+        if split is not None and source is not None and not has_splits(source):
+            raise ArgumentError(f"--{name}: got {split!r} of {source}, which has no splits")
 
     @property
     def has_evaluation(self) -> bool:
