@@ -20,7 +20,7 @@ from fastdpo import cli
 from fastdpo.cli import main
 from fastdpo.losses import LOSSES, TokenDivergences
 from fastdpo.training.settings.command_line import ArgumentError, parse_score, parse_train
-from fastdpo.training.settings.kinds import KINDS, PAIRED
+from fastdpo.training.settings.kinds import KINDS
 from tests import ROOT
 from tests.cli_cases import (  # noqa: F401  (fixtures)
     REAL_PAIRS,
@@ -158,7 +158,7 @@ def test_columns_that_the_losses_lack_are_one_line(
 
 
 def test_every_option_of_every_loss_of_the_loop_is_a_flag():
-    kinds = {*PAIRED, *(kind.inputs for kind in KINDS.values())}
+    kinds = {inputs for kind in KINDS.values() for inputs in kind.inputs}
     for spec in (spec for spec in LOSSES.values() if spec.inputs in kinds):
         words = ["--model", "m", "--dataset", "d", "--use_cpu", "--loss_type", spec.name]
         for option in spec.options:
@@ -223,6 +223,11 @@ BASE = ("--model", "m", "--dataset", "d", "--use_cpu")
         ([*BASE, "--lora_r", "8"], "--lora_r: has no effect without --use_peft"),
         ([*BASE, "--held_out", "0.1", "--eval_dataset", "e"], "give one of the two"),
         ([*BASE, "--held_out", "0.1", "--eval_dataset_split", "test"], "give one of the two"),
+        (
+            [*BASE, "--dataset", __file__, "--eval_dataset_split", "test"],
+            f"--eval_dataset_split: got 'test' of {__file__}, which has no splits",
+        ),
+        ([*BASE, "--dataset", __file__, "--dataset_split", "test"], "--dataset_split: got 'test' of "),
         ([*BASE, "--eval_strategy", "steps"], "eval_strategy: got 'steps' without rows to evaluate on"),
         ([*BASE, "--do_eval"], "do_eval without rows to evaluate on"),
         (

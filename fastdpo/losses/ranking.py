@@ -80,6 +80,7 @@ def plackett_luce_loss(lists: ListLogps, *, beta: PerPair = 0.1) -> Tensor:
     needs=("scores",),
     ranges={"scores": RELEVANCE},
     shift_invariant=True,
+    counted=has_levels,
     # gains 3, 0, 1 at the places 1, 2, 3, with d_k = 1 / ln(1 + k):
     # 3 (d_1 - d_2) log(1 + e^-1) + 2 (d_1 - d_3) log(1 + e^-2) + (d_2 - d_3) log(1 + e)
     example=BatchExample(0.9315766736, three, {"beta": 1.0}),
@@ -90,7 +91,7 @@ def lipo_lambda_loss(lists: ListLogps, *, beta: PerPair = 0.1) -> Tensor:
     sum over score_i > score_j of |2^score_i - 2^score_j| |1 / log(1 + place_i) - 1 / log(1 + place_j)|
     log(1 + e^-(s_i - s_j)), s = beta u; a candidate's place is that of its s in the list, from 1, and carries
     no gradient. Scores are relevances, in the paper win rates in [0, 1]; a negative one makes the group NaN
-    where it was not refused before.
+    where it was not refused before. A group of one level has nothing to compare: it is 0 and counts nowhere.
     """
     scores, mask = lists.dense_scores, lists.mask
     scores = scores.where(scores >= 0, torch.nan)

@@ -1,4 +1,4 @@
-"""The most memory that one call of the head holds at once: pure arithmetic, as in `fastdpo.plan.call`."""
+"""The most memory that one call of the head holds at once: pure arithmetic, as in `fastdpo.plan`."""
 
 from __future__ import annotations
 

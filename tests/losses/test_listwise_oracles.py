@@ -238,11 +238,14 @@ def test_trpa() -> None:
         assert_same(losses("trpa", group((2 * u).tolist(), scores, [0.0] * 3)), want[None])
 
 
-@pytest.mark.parametrize("score", [1.0, 0.0, -1.0])
-def test_trpa_of_one_level_teaches_nothing_and_counts_nowhere(score: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [("trpa", 1.0), ("trpa", 0.0), ("trpa", -1.0), ("lipo_lambda", 1.0), ("lipo_lambda", 0.0)],
+)
+def test_a_group_of_one_level_teaches_nothing_and_counts_nowhere(name: str, score: float) -> None:
     """All right or all wrong: rewards do not say which, so nothing is pushed."""
     flat = group([-1.0, -3.0], [score, score], [0.0, 0.0])
-    assert losses("trpa", flat).item() == 0 and not gradient("trpa", flat).any()
+    assert losses(name, flat).item() == 0 and not gradient(name, flat).any()
     both = ListLogps(
         torch.tensor([-1.0, -3.0, -2.0, -5.0], dtype=torch.float64),
         torch.full((4,), 2.0).double(),
@@ -251,8 +254,8 @@ def test_trpa_of_one_level_teaches_nothing_and_counts_nowhere(score: float) -> N
         torch.zeros(4).double(),
     )
     alone = group([-2.0, -5.0], [1.0, 0.0], [0.0, 0.0])
-    assert_same(build_objective("trpa").loss(both), build_objective("trpa").loss(alone))
-    assert build_objective("trpa").loss(flat).item() == 0
+    assert_same(build_objective(name).loss(both), build_objective(name).loss(alone))
+    assert build_objective(name).loss(flat).item() == 0
 
 
 def test_relevances_are_not_negative() -> None:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from fastdpo.losses.aggregate import ld_weights
-from fastdpo.training.batches.batch import IGNORE_INDEX, Batch, Padded, PaddedBatch, RowBatch, bounds_of
+from fastdpo.training.batches.batch import (
+    IGNORE_INDEX,
+    Batch,
+    Padded,
+    PaddedBatch,
+    RowBatch,
+    bounds_of,
+)
 from fastdpo.training.batches.plan import RowCosts, RowPlan, plan_rows
 from fastdpo.training.batches.rows import Unit, build_rows
 from fastdpo.training.data.row import LD_COLUMN, REF_MISMATCHED, REFERENCE, Answer, Row

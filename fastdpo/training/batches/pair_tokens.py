@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdpo.training.batches.batch import IGNORE_INDEX, Batch, Padded, PaddedBatch, RowBatch, bounds_of
+from fastdpo.training.batches.batch import (
+    IGNORE_INDEX,
+    Batch,
+    Padded,
+    PaddedBatch,
+    RowBatch,
+    bounds_of,
+)
 from fastdpo.training.batches.forward import Scorable, token_logps
 from fastdpo.types import LinearLogprobOutput, PackedLayout, TokenLayout
 

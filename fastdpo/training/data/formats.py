@@ -13,13 +13,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdpo.training.data.messages import is_list
-from fastdpo.training.data.numbers import check_finite, read_columns, read_number, read_numbers
+from fastdpo.training.data.numbers import (
+    check_finite,
+    read_columns,
+    read_number,
+    read_numbers,
+)
 from fastdpo.training.data.scores import ScoreRules, read_scores
 from fastdpo.training.data.texts import RowTexts, TextReader
 from fastdpo.training.settings.kinds import PAIRS, DataKind
 from fastdpo.training.settings.row_checks import BadRow, Finding
 
 _SIDES = {"chosen": True, "rejected": False}
+# Numbers that are called otherwise than the columns that they are from.
+_COLUMNS = {"is_desirable": "label", "win_rates": "win_rate"}
 
 
 @dataclass(frozen=True)
@@ -92,11 +99,11 @@ class RowReader:
             yield from self._taken_apart(row, number, sides)
             return
         for side in sides:
-            yield self._attempt({**row, "completion": row[side], "label": _SIDES[side]}, number)
+            yield self._attempt({**row, "label": _SIDES[side]}, number, side)
 
-    def _attempt(self, row: Mapping[str, Any], number: int) -> RowTexts | BadRow:
+    def _attempt(self, row: Mapping[str, Any], number: int, name: str = "completion") -> RowTexts | BadRow:
         try:
-            return self._render(row, number)
+            return self._render(row, number, name)
         except BadRow as bad:
             return bad
 
@@ -106,7 +113,7 @@ class RowReader:
         """Answers of a pair whose prompt is what they share."""
         numbers = read_columns(row, self.columns, self.texts.where(number))
         try:
-            check_finite(numbers)
+            check_finite(numbers, self.columns)
             pair = self.texts.read(row, number, {side: row[side] for side in _SIDES}, numbers)
         except BadRow as bad:
             yield bad
@@ -120,7 +127,8 @@ class RowReader:
                 numbers={**own, **numbers},
             )
 
-    def _render(self, row: Mapping[str, Any], number: int) -> RowTexts:
+    def _render(self, row: Mapping[str, Any], number: int, name: str) -> RowTexts:
+        """Of a row with one answer, ``name`` is its column."""
         if self.kind.is_paired:
             return self._pair(row, number)
         where = self.texts.where(number)
@@ -141,10 +149,11 @@ class RowReader:
                 "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             }
         else:
-            answers = {"completion": self._column(row, "completion", where)}
+            answers = {name: self._column(row, name, where)}
         numbers = self._numbers(row, len(pieces) if self.kind.has_pieces else len(answers), where)
         numbers |= read_columns(row, self.columns, where)
-        check_finite(numbers)
+        scores_of = {} if "scores" in row else {"scores": "ranks"}
+        check_finite(numbers, {**_COLUMNS, **scores_of, **self.columns})
         if self.kind.name in ("listwise", "ranking") and max(len(answers), len(pieces)) == 1:
             raise BadRow("one_candidate")
         scores = numbers.get("scores")
@@ -167,7 +176,7 @@ class RowReader:
                     "it is their common start) prompt"
                 )
         numbers = read_columns(row, self.columns, where)
-        check_finite(numbers)
+        check_finite(numbers, self.columns)
         return self.texts.read(row, number, {name: row[name] for name in names}, numbers)
 
     def _pieces(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from ctypes import c_float
 from typing import Any
 
 from fastdpo.losses.ranges import FINITE, PROBABILITY
@@ -16,13 +17,17 @@ _LEGAL = {**RANGES, "win_rate": PROBABILITY}
 
 
 def read_number(value: Any, name: str, column: str, where: str) -> float:
-    """A number that is called ``name`` here. Raises ValueError for anything else, or out of range."""
+    """A number that is called ``name`` here; infinite, or 0, where it is so in fp32, which tensors have.
+
+    Raises:
+        ValueError: it is something else, or out of range.
+    """
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where}: column {column!r}: got {value!r}, wanted a number")
     try:
-        number = float(value)
+        number = c_float(value).value
     except OverflowError:
         number = math.inf
     if math.isfinite(number) and number not in _LEGAL.get(name, FINITE):
@@ -53,9 +58,14 @@ def read_numbers(value: Any, column: str, count: int, where: str) -> tuple[float
     return tuple(read_number(item, column, column, where) for item in value)
 
 
-def check_finite(numbers: Mapping[str, float | Sequence[float]]) -> None:
-    """Raise BadRow for a number that is missing, NaN or infinite."""
-    for value in numbers.values():
+def check_finite(numbers: Mapping[str, float | Sequence[float]], columns: Mapping[str, str]) -> None:
+    """Raise BadRow for a number that is missing, NaN or infinite.
+
+    Args:
+        numbers: by their names.
+        columns: name -> the column that it is from, where that is another.
+    """
+    for name, value in numbers.items():
         values = value if isinstance(value, Sequence) else (value,)
         if not all(map(math.isfinite, values)):
-            raise BadRow("not_finite")
+            raise BadRow("not_finite", f"column {columns.get(name, name)!r}")

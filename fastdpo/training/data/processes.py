@@ -10,6 +10,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,6 +72,11 @@ def _in_processes(maker: RowMaker, source: RowSource, count: int) -> Iterator[li
                 if isinstance(result, Exception):
                     raise result
                 yield result
+        except BrokenProcessPool:
+            raise RuntimeError(
+                f"{source.name}: one of the {count} processes that tokenise it was killed, as where memory "
+                "is short: lower dataset_num_proc"
+            ) from None
         finally:
             _work = None
             pool.shutdown(cancel_futures=True)

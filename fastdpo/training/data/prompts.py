@@ -45,8 +45,9 @@ def without_repeated_prompt(
 ) -> tuple[Messages | None, list[Messages]]:
     """The prompt as messages, and answers without those of the prompt.
 
-    Answers may begin with the prompt's messages; or all of them with system messages that the prompt lacks
-    and then those, which are the prompt then. A prompt that is text is its user's turn.
+    Answers may begin with the prompt's messages, or with its end, from a turn of the user on (without its
+    system messages, say); or all of them with system messages that the prompt lacks and then with all of it,
+    which are the prompt then. A prompt that is text is its user's turn.
 
     Returns:
         The prompt, and the answers, cut; None in place of the prompt where it is text and in no answer.
@@ -60,8 +61,15 @@ def without_repeated_prompt(
         return answers[0][:start], [answer[start:] for answer in answers]
     if is_text:
         return None, list(answers)
-    cuts = [len(wanted) if wanted and _begin_alike(wanted, answer) else 0 for answer in answers]
-    return wanted, [answer[cut:] for answer, cut in zip(answers, cuts, strict=True)]
+    return wanted, [answer[_num_repeated(wanted, answer) :] for answer in answers]
+
+
+def _num_repeated(prompt: Messages, answer: Messages) -> int:
+    """How many messages of an answer are the prompt, or its end from a turn of the user on."""
+    for start, message in enumerate(prompt):
+        if (start == 0 or message["role"] == "user") and _begin_alike(prompt[start:], answer):
+            return len(prompt) - start
+    return 0
 
 
 def _start_with(prompt: Messages, answer: Messages) -> int | None:

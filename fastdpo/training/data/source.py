@@ -130,11 +130,19 @@ def _read_datasets(name: str, split: str, *, on_disk: bool) -> RowSource:
 def _rows_in_memory(source: Any, split: str) -> RowSource:
     if isinstance(source, Mapping):
         if split not in source:
+            firsts = [part[0] for part in source.values() if isinstance(part, list) and part]
+            if firsts and not isinstance(firsts[0], Mapping):
+                got = f"a dict of the columns {', '.join(source)}"
+                raise ValueError(f"dataset: got {got}, wanted rows: a list of dicts, or datasets' from_dict")
             raise ValueError(f"dataset: got splits {sorted(source)}, wanted {split!r}")
         source = source[split]
     if hasattr(source, "iloc") and hasattr(source, "to_dict"):
         # A data frame of pandas: its columns' numbers as Python's, its missing values as nothing.
         source = source.astype(object).where(source.notna(), None).to_dict("records")
+    form = getattr(source, "format", None)
+    if isinstance(form, Mapping) and form.get("type") not in (None, "custom"):
+        # Of `datasets`: its rows as Python has them, not as tensors or tables. A transform stays.
+        source = source.with_format(None, columns=form["columns"])
     if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
         raise ValueError(
             f"dataset: got {type(source).__name__}, wanted a path, an id or a sequence of rows; "

@@ -117,10 +117,10 @@ class TextReader:
 
     def without_echo(self, prompt: str, answers: Sequence[str], notes: list[Finding]) -> tuple[str, ...]:
         """Answers that begin with the prompt's text without it, where the file means it so; notes it."""
-        if not echoes(prompt, answers):
-            return tuple(answers)
-        notes.append(Finding("prompt_repeated" if self.cuts_echoes else "prompt_echoed"))
-        return tuple(answer[len(prompt) :] if self.cuts_echoes else answer for answer in answers)
+        is_meant = self.cuts_echoes and echoes(prompt, answers)
+        if any(echoes(prompt, [answer]) for answer in answers):
+            notes.append(Finding("prompt_repeated" if is_meant else "prompt_echoed"))
+        return tuple(answer[len(prompt) :] if is_meant else answer for answer in answers)
 
     def _plain(
         self, texts: Mapping[str, str], names: Sequence[str], where: str, notes: list[Finding]

@@ -5,13 +5,18 @@ With others, what a checkpoint has (the place in the data, running means, the op
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
+from fastdpo.training.data.dataset import RowDataset
+from fastdpo.training.data.ragged import Ragged
+from fastdpo.training.data.row import WRITTEN_COLUMNS
 from fastdpo.training.loop.run_record import settings_of
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.steps import COLUMN_FIELDS
@@ -37,7 +42,20 @@ _LOSS = (
 )
 _ADAPTER = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora")
 # Of the machine, or of how long the run is: the steps that are done stay what they were.
-_FREE = ("max_steps", "num_train_epochs", "use_cpu", "disable_tqdm", "report_to", "run_name", "data_seed")
+_FREE = (
+    "max_steps",
+    "num_train_epochs",
+    "use_cpu",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "data_seed",
+    "dataset_num_proc",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+)
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +84,9 @@ def check_same_run(trainer: Any, folder: Path) -> None:
         if then.get(part) != now[part]:
             differences = _differences(then.get(part), now[part])
             if part == "data":
-                differences = f"{then['data'].get('rows')} rows -> {now['data'].get('rows')}, or other tokens"
+                is_text = then["data"].get("hash") != now["data"].get("hash")
+                others = "or other tokens" if is_text else "with other labels, scores or other numbers"
+                differences = f"{then['data'].get('rows')} rows -> {now['data'].get('rows')}, {others}"
             raise ValueError(
                 f"resume_from_checkpoint: {folder} is of {what}: {differences}; wanted the same, or a new "
                 "run from its weights, with the checkpoint's folder as the model"
@@ -100,14 +120,24 @@ def _description(trainer: Any) -> dict[str, Any]:
 
 
 def _data(trainer: Any) -> dict[str, Any]:
-    """How many rows, and a hash of their tokens: of texts, template, tokenizer and ``max_length``."""
+    """How many rows, and hashes: of tokens (texts, template, tokenizer, ``max_length``), and of numbers."""
     dataset = trainer.train_dataset
     if dataset is None:
         return {}
     # Once a run: of many rows it takes a while.
     if trainer.data_hash is None:
         trainer.data_hash = dataset.fingerprint()
-    return {"rows": len(dataset), "hash": trainer.data_hash}
+    return {"rows": len(dataset), "hash": trainer.data_hash, "numbers": _numbers_hash(dataset)}
+
+
+def _numbers_hash(dataset: RowDataset) -> str:
+    """Of labels, scores, margins and the like; the reference's may be made anew, in other bits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(set(dataset.numbers) - set(WRITTEN_COLUMNS)):
+        found: Tensor | Ragged = dataset.numbers[name]
+        values = found.values if isinstance(found, Ragged) else found
+        digest.update(name.encode() + values.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _reference(trainer: Any) -> str:

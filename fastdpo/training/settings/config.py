@@ -99,11 +99,18 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
     def _check_losses(self) -> None:
         kind_of(self.losses)  # raises for losses that want unlike data
         check_step_settings(self)
-        objective = build_objective(
-            self.loss_type,
-            self.loss_weights,
-            beta=self.beta,
-            **stand_ins(self),
-            **self.options,
-        )
+        try:
+            objective = build_objective(
+                self.loss_type,
+                self.loss_weights,
+                beta=self.beta,
+                **stand_ins(self),
+                **self.options,
+            )
+        except ValueError as error:
+            name, _, rest = str(error).partition(":")
+            if name == "beta" or name not in COLUMN_FIELDS:
+                raise
+            # What is called so is a setting here, which names a column.
+            raise ValueError(f"{COLUMN_FIELDS[name]}:{rest}") from None
         self.nll_on_prompt = trains_on_prompt(self, has_nll=objective.uses_nll)

@@ -69,6 +69,16 @@ def is_adapter(name: str) -> bool:
         return False
 
 
+def has_splits(source: str) -> bool:
+    """Whether a path or id may have several splits: no file has, nor has one split that was saved.
+
+    Args:
+        source: as ``read_rows``.
+    """
+    path = Path(source).expanduser()
+    return not path.is_file() and not (path / "state.json").is_file()
+
+
 def check_push(args: SettingFields) -> None:
     """Raise ValueError where ``push_to_hub`` is asked for and the hub does not know who asks."""
     if not args.push_to_hub:

@@ -105,14 +105,15 @@ _TABLE = (
     ),
     Check(
         "prompt_repeated", MENDED, "the prompt repeated inside the answers, cut from them",
-        "Answers begin with the whole prompt: with its messages, with a prompt given as text as their user's "
-        "turn, or with its text, where at least half of the file's rows do.",
+        "Answers begin with the whole prompt: with its messages (those of the system may be missing), with a "
+        "prompt given as text as their user's turn, or with its text, where at least half of the file's rows "
+        "do.",
         "Nothing, where the file is meant so. Else drop the prompt with `--ignore_columns prompt`.",
     ),
     Check(
         "prompt_echoed", NAMED, "answers that begin with the prompt's text",
-        "All answers begin with the prompt's text, in fewer than half of the file's rows: the file does "
-        "not seem to be meant so, and the words stay.",
+        "Answers begin with the prompt's text, but not all of the row, or in fewer than half of the file's "
+        "rows: the file does not seem to be meant so, and the words stay.",
         "Look at the rows. Cut the prompt off where it does not belong.",
     ),
     Check(
@@ -218,7 +219,7 @@ _TABLE = (
     ),
     Check(
         "one_level", LEFT_OUT, "scores that are all the same",
-        "The scores of a list are all the same, and the losses compare levels (`trpa`).",
+        "The scores of a list are all the same, and the losses compare levels (`trpa`, `lipo_lambda`).",
         "Remove the row.",
     ),
     Check(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.training.settings.config import PreferenceConfig
-from fastdpo.training.settings.hub import check_push, check_there, is_adapter, looks_like_path
+from fastdpo.training.settings.hub import check_push, check_there, has_splits, is_adapter, looks_like_path
 from fastdpo.training.settings.own_losses import IMPORTED
 from fastdpo.training.settings.values import not_default, settle
 
@@ -133,6 +133,14 @@ class DataArguments:
             self.eval_dataset = self.dataset
         if self.held_out and self.eval_dataset is not None:
             raise ArgumentError("--held_out and --eval_dataset: give one of the two")
+        named = None if self.dataset_split == "train" else self.dataset_split
+        self._check_split("dataset_split", self.dataset, named)
+        self._check_split("eval_dataset_split", self.eval_dataset, self.eval_dataset_split)
+
+    def _check_split(self, name: str, source: str | None, split: str | None) -> None:
+        """Raise ArgumentError for a split of what has none: all of its rows would be taken for it."""
+        if split is not None and source is not None and not has_splits(source):
+            raise ArgumentError(f"--{name}: got {split!r} of {source}, which has no splits")
 
     @property
     def has_evaluation(self) -> bool:

@@ -8,6 +8,9 @@ from typing import Any
 
 from fastdpo.training.settings.run import ArgumentError
 
+# `<<: *other`: the names and values of another mapping, which those written beside it go before.
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The names and values of a YAML file.
@@ -39,7 +42,7 @@ def _loader() -> Any:
         """PyYAML's, with the numbers and booleans of YAML 1.2, and no name twice."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = [self.construct_object(key) for key, _ in node.value]
+            names = [self.construct_object(key) for key, _ in node.value if key.tag != _MERGE]
             for place, name in enumerate(names):
                 if name in names[:place]:
                     raise yaml.constructor.ConstructorError(
@@ -57,7 +60,7 @@ def _loader() -> Any:
         ),
     }
     # The class's own table, without what PyYAML reads by YAML 1.1 (octal, sexagesimal, yes, dates).
-    kept = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+    kept = ("tag:yaml.org,2002:null", _MERGE)
     Loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in pairs if tag in kept]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()

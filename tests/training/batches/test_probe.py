@@ -322,7 +322,8 @@ def test_block_masks_of_flex_attention(family: str, options: dict[str, Any]):
 def test_flex_attention_gets_whole_blocks(make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch):
     """The models' verdicts are left out: flex attention is compiled, which takes long on a CPU."""
     monkeypatch.setattr(
-        "fastdpo.training.batches.layouts.refusals", lambda model, cases, longest: dict.fromkeys(cases)
+        "fastdpo.training.batches.layouts.refusals",
+        lambda model, cases, longest: dict.fromkeys(cases),
     )
     model = patch_model(make_model("llama", attn_implementation="flex_attention"))
     alone = SimpleNamespace(num_processes=1, is_main_process=True, device=torch.device("cpu"))

@@ -122,7 +122,7 @@ def test_a_report_counts_rows_not_answers(tokenizer: Any):
         "an empty completion": [4, 6],
         "a text that is missing": [6],
     }
-    assert "23 of 24 rows kept, which make 45" in str(report)
+    assert "23 of 24 rows kept, which make 45" in str(report) and "column 'rejected' is null" in str(report)
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
@@ -210,6 +210,8 @@ def test_rows_with_nothing_to_learn_are_left_out(tokenizer: Any, kind: str, chan
     rows = [GOOD[kind][0], {**GOOD[kind][0], **changes}]
     dataset = encode(kind, rows, tokenizer)
     assert dataset.report.skipped == {reason: [2]} and len(dataset) == 1
+    if reason.startswith("a number"):
+        assert f"(row 2: column '{next(iter(changes))}')" in str(dataset.report)
     with pytest.raises(ValueError, match=rf"{reason} \(row 2"):
         encode(kind, rows, tokenizer, on_bad_row="error")
 

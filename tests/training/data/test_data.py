@@ -96,6 +96,7 @@ def test_broken_files_name_the_row(tmp_path: Path, name: str, content: bytes, me
         ("missing/pairs.jsonl", "no such file"),
         ("./missing", "no such file"),
         ({"test": ROWS}, "got splits"),
+        ({"prompt": ["a"], "chosen": ["b"]}, "got a dict of the columns prompt, chosen, wanted rows"),
         (iter(ROWS), "streaming"),
         (7, "wanted a path"),
     ],
@@ -187,3 +188,14 @@ def test_a_data_frame_of_pandas():
     frame = pandas.DataFrame(rows, index=[3, 5, 7, 9])
     assert list(read_rows(frame)) == list(enumerate(rows, 1))
     assert [row["margin"] for _, row in read_rows(frame[frame.margin > 1])] == [2, 3]
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "arrow", None])
+def test_a_data_set_in_a_form_of_others(form: str | None):
+    datasets = pytest.importorskip("datasets")
+    rows = [{**row, "scores": [1, 0], "label": True} for row in make_rows(2)]
+    formed = datasets.Dataset.from_list([{**row, "more": 1} for row in rows])
+    formed = formed.with_format(form, columns=list(rows[0]))
+    assert list(read_rows(formed)) == list(enumerate(rows, 1))
+    changed = formed.with_transform(lambda batch: {"prompt": ["river"] * len(batch["prompt"])})
+    assert list(read_rows(changed)) == [(1, {"prompt": "river"}), (2, {"prompt": "river"})]

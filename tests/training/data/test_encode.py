@@ -260,10 +260,11 @@ def test_answers_that_truncation_makes_equal_are_counted(tokenizer: Any):
 
 def test_numbers_of_a_pair(tokenizer: Any):
     rows = [{**GOOD, "gap": 1.5}, {**GOOD, "gap": float("nan")}, {**GOOD, "gap": 2}]
-    rows += [{**GOOD, "gap": None}, {**GOOD, "gap": 10**400}]
+    rows += [{**GOOD, "gap": value} for value in (None, 10**400, 1e300)]  # of which fp32 makes infinity
     dataset = encode(rows, tokenizer, columns={"margin": "gap"})
     assert dataset.numbers["margin"].tolist() == [1.5, 2.0]
-    assert dataset.report.skipped == {"a number that is missing or not finite": [2, 4, 5]}
+    assert dataset.report.skipped == {"a number that is missing or not finite": [2, 4, 5, 6]}
+    assert "(rows 2, 4, 5, 6; the first: column 'gap')" in str(dataset.report)
 
 
 @pytest.mark.parametrize("value", ["much", True])

@@ -76,7 +76,7 @@ def test_a_process_that_is_killed_ends_the_run(tokenizer: Any, monkeypatch: pyte
     monkeypatch.setattr(
         "fastdpo.training.data.maker.RowMaker.made", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     )
-    with pytest.raises(RuntimeError, match="process"):
+    with pytest.raises(RuntimeError, match="dataset: one of the 2 processes .* lower dataset_num_proc"):
         encode_rows(read_rows(ROWS), tokenizer, EncodingOptions(processes=2))
 
 

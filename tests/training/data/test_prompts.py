@@ -35,6 +35,8 @@ def whole(prompt: list[Any], text: str) -> list[Any]:
         (TALK, TALK, TALK),
         ([user(" seed\n")], [user("seed")], [user("seed")]),
         ([user("seed")], [SYSTEM, user("seed")], [SYSTEM, user("seed")]),  # the answers have more of it
+        ([SYSTEM, user("seed")], [user("seed")], [SYSTEM, user("seed")]),  # the answers have its end
+        (TALK, TALK[2:], TALK),
         ("seed", [user("seed")], [user("seed")]),  # ultrafeedback's layout
         ("seed", [SYSTEM, user("seed")], [SYSTEM, user("seed")]),
     ],
@@ -60,7 +62,9 @@ def test_one_answer_that_repeats_the_prompt_loses_it_alone(tokenizer: Any):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["stone", [user("other")]], ids=["a text that is not theirs", "messages that are not theirs"]
+    "prompt",
+    ["stone", [user("other")], [user("other"), user("seed"), assistant("lamp")]],
+    ids=["a text that is not theirs", "messages that are not theirs", "messages that go on"],
 )
 def test_another_prompt_is_not_cut(tokenizer: Any, prompt: Any):
     row = row_of("pairs", prompt, whole([user("seed")], "ocean"), whole([user("seed")], "walk"))
@@ -102,10 +106,13 @@ def test_the_prompts_text_in_a_few_rows_is_named(tokenizer: Any, kind: str):
     )
 
 
-def test_one_answer_of_two_that_begins_with_the_prompt_is_left(tokenizer: Any):
+def test_one_answer_of_two_that_begins_with_the_prompt_is_left_and_named(tokenizer: Any):
     row = row_of("pairs", "river", "river stone", " walk")
     dataset = encode("pairs", [row], tokenizer)
-    assert not dataset.report.found and texts_of(dataset, tokenizer)[1][0] == "river stone<eos>"
+    assert (
+        dataset.report.found == {"prompt_echoed": [1]}
+        and texts_of(dataset, tokenizer)[1][0] == "river stone<eos>"
+    )
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "kto"])

@@ -68,9 +68,10 @@ def test_ranks_beside_scores_of_the_same_order(tokenizer: Any):
     assert dataset[0].numbers["scores"].tolist() == [5.0, 7.0, -1.0]
 
 
-def test_rows_of_one_level_are_left_out_where_levels_are_compared(tokenizer: Any):
-    rows = [{**LIST, "scores": scores} for scores in ([1, 1, 1], [0, 1, 1], [-1, -1, -1])]
-    dataset = encode("listwise", rows, tokenizer, rules("trpa"))
+@pytest.mark.parametrize("name", ["trpa", "lipo_lambda"])
+def test_rows_of_one_level_are_left_out_where_levels_are_compared(tokenizer: Any, name: str):
+    rows = [{**LIST, "scores": scores} for scores in ([1, 1, 1], [0, 1, 1], [0, 0, 0])]
+    dataset = encode("listwise", rows, tokenizer, rules(name))
     assert dataset.report.skipped == {"scores that are all the same": [1, 3]} and len(dataset) == 1
     assert len(encode("listwise", rows, tokenizer, rules("infonca"))) == 3
 

@@ -27,7 +27,7 @@ def test_a_gap_of_rewards_comes_from_its_column(make_args: MakeArgs, tokenizer: 
     args = make_args(loss_type="rebel", reward_gap_column="gap", per_device_eval_batch_size=2)
     squares = sum(gap**2 for gap in gaps) / 5
     assert first_loss(args, rows, tokenizer) == pytest.approx(squares, rel=1e-6)
-    with pytest.raises(ValueError, match=r"skipped 1 with a number that is missing or not finite \(row 2\)"):
+    with pytest.raises(ValueError, match=r"missing or not finite \(row 2: column 'gap'\)"):
         first_loss(args, [rows[0], {**rows[1], "gap": None}], tokenizer)
 
 

@@ -53,12 +53,16 @@ class Interrupt(TrainerCallback):
             raise InterruptedError
 
 
+def weighted(count: int, weight: float = 1.0, seed: int = 1) -> list[dict[str, Any]]:
+    return [{**row, "weight": weight} for row in make_rows(count, seed)]
+
+
 def make_trainer(args: PreferenceConfig, tokenizer: Any, use_lora: bool, *callbacks: TrainerCallback) -> Any:
     return PreferenceTrainer(
         tiny_llama(attention_dropout=0.2),
         args,
-        train_dataset=make_rows(20),
-        eval_dataset=make_rows(5, 2),
+        train_dataset=weighted(20),
+        eval_dataset=weighted(5, seed=2),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1) if use_lora else None,
         callbacks=list(callbacks),
@@ -136,20 +140,35 @@ def test_there_is_nothing_to_resume_from(make_args: MakeArgs, tokenizer: Any):
         make_trainer(make_args(**SETTINGS), tokenizer, False).train(resume_from_checkpoint=True)
 
 
+INTERRUPTED = {
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "loss_type": "ipo",
+    "pair_weight_column": "weight",
+}
+
+
 @pytest.fixture
 def interrupted(make_args: MakeArgs, tokenizer: Any) -> Path:
     """A run of 4 steps with a checkpoint at step 2."""
-    args = make_args(max_steps=4, save_strategy="steps", save_steps=2, loss_type="ipo")
+    args = make_args(**INTERRUPTED)
     make_trainer(args, tokenizer, True).train()
     return Path(args.output_dir or "")
 
 
 def resume(
-    make_args: MakeArgs, tokenizer: Any, rows: int = 20, r: int = 4, checkpoint: Any = True, **changes: Any
+    make_args: MakeArgs,
+    tokenizer: Any,
+    rows: int = 20,
+    r: int = 4,
+    checkpoint: Any = True,
+    weight: float = 1.0,
+    **changes: Any,
 ) -> Any:
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "loss_type": "ipo", **changes}
+    settings = {**INTERRUPTED, "max_steps": 6, **changes}
     trainer = PreferenceTrainer(
-        tiny_llama(attention_dropout=0.2), make_args(**settings), train_dataset=make_rows(rows),
+        tiny_llama(attention_dropout=0.2), make_args(**settings), train_dataset=weighted(rows, weight),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=r, target_modules="all-linear", lora_dropout=0.1),
     )  # fmt: skip
@@ -165,6 +184,7 @@ def resume(
         ({"label_smoothing": 0.1, "loss_type": "sigmoid"}, "another loss: .*loss_options None -> "),
         ({"rows": 19}, "other data: 20 rows -> 19, or other tokens"),
         ({"max_length": 16}, "other data: 20 rows -> 20, or other tokens"),
+        ({"weight": 2.0}, "other data: 20 rows -> 20, with other labels, scores or other numbers"),
         ({"r": 2}, "another adapter: default.r 4 -> 2"),
         ({"max_steps": 4}, "at step 4, epoch .*, and max_steps is 4: nothing is left to train"),
         ({"max_steps": -1, "num_train_epochs": 0.5}, "and num_train_epochs is 0.5: nothing is left to train"),
@@ -183,7 +203,7 @@ def test_what_else_differs_is_said_and_from_where_it_goes_on(
     (interrupted / "checkpoint-4" / "trainer_state.json").unlink()
     (interrupted / "checkpoint-2" / "optimizer.pt").unlink()
     with caplog.at_level("INFO", "fastdpo"):
-        resume(make_args, tokenizer, learning_rate=2e-3, reference="precomputed")
+        resume(make_args, tokenizer, learning_rate=2e-3, reference="precomputed", dataset_num_proc=1)
     for text in (
         "checkpoint-4 was not written to its end",
         "checkpoint-2 has no optimizer.pt: the optimiser and its schedule start anew",
@@ -196,6 +216,7 @@ def test_what_else_differs_is_said_and_from_where_it_goes_on(
         f"backend cpu, layout padded, 4,096 of 45,728 parameters trained; into {interrupted}",
     ):
         assert text in caplog.text
+    assert "dataset_num_proc" not in caplog.text  # what says nothing of the run
     assert caplog.text.count("resuming from") == 1
 
 

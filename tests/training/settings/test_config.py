@@ -28,9 +28,9 @@ MakeArgs = Callable[..., PreferenceConfig]
         ({"loss_type": "sft", "margin_column": "gap"}, "margin"),
         (
             {"chosen_win_rate_column": "w", "rejected_win_rate_column": "l"},
-            "chosen_win_rate: got a value, wanted",
+            "chosen_win_rate_column: got a value, wanted",
         ),
-        ({"loss_type": "sppo", "chosen_win_rate_column": "w"}, "rejected_win_rate: got None beside"),
+        ({"loss_type": "sppo", "chosen_win_rate_column": "w"}, "^rejected_win_rate_column: got None beside"),
         ({"loss_type": ["tdpo1", "sigmoid"]}, "wanted losses of the same batch"),
         (
             {"loss_type": "tdpo1", "reference": "precomputed"},
@@ -135,7 +135,7 @@ def test_every_loss_of_pairs_is_a_setting(make_args: MakeArgs, name: str):
 def test_a_column_that_a_loss_needs_is_asked_for(make_args: MakeArgs):
     with pytest.raises(ValueError, match="reward_gap_column: got None, wanted the column to read for rebel"):
         make_args(loss_type="rebel")
-    with pytest.raises(ValueError, match="reward_gap: got a value, wanted None: sigmoid takes none"):
+    with pytest.raises(ValueError, match="reward_gap_column: got a value, wanted None: sigmoid takes none"):
         make_args(reward_gap_column="gap")
 
 

@@ -209,6 +209,8 @@ def test_yaml_has_the_numbers_and_words_of_yaml_1_2(tmp_path: Path):
     path.write_text("beta: 0.1\nloss_type: ipo\nbeta: 0.2\n")
     with pytest.raises(ArgumentError, match="beta is there twice"):
         read_settings(path)
+    path.write_text("lr_scheduler_kwargs: &a {x: 1, y: 2}\noptim_args: {<<: *a, y: 3}\n")
+    assert read_settings(path)["optim_args"] == {"x": 1, "y": 3}
 
 
 @pytest.mark.parametrize("given", ["{{ messages }}", "{% for m in messages %}{{ m.content }}{% endfor %}"])
