@@ -48,6 +48,13 @@ with Pretence(CARDS["h200"]) as pretence:
     assert all(grad.device.type == "cuda" for grad in grads) and mode.made_up == 0
     assert isinstance(logps.sum().item(), float) and mode.made_up == 1
 
+    # Sums of another dtype than the operands', of which torch knows not every shape.
+    halves = torch.empty(3, 4, 8, dtype=torch.bfloat16, device="cuda")
+    sums = torch.empty(3, 4, 4, device="cuda")
+    torch.bmm(halves, halves.mT, out_dtype=sums.dtype, out=sums)
+    sums = torch.baddbmm(sums, halves, halves.mT, out_dtype=sums.dtype)
+    assert sums.shape == (3, 4, 4) and sums.dtype == torch.float32 and sums.is_cuda
+
     # What a GPU refuses.
     with pytest.raises(RuntimeError, match="same device"):
         hidden + torch.ones(6, 8)

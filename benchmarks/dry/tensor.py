@@ -31,6 +31,8 @@ MIXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index
 BY_INDEX = MIXING[:-1]
 # Of what is no view, what runs nothing on a GPU.
 NO_LAUNCH = ("empty", "new_empty", "_unsafe_view", "lift", "resize_")
+# What a product takes to be summed in another dtype than its operands'.
+OUT_DTYPE = "out_dtype"
 # Made-up booleans are True, but for these and for what differs from itself.
 MADE_UP_FALSE = ("any", "isnan", "isinf")
 
@@ -341,6 +343,11 @@ def _call(func: Any, leaves: list[Any], spec: Any, device: str) -> Any:
         return to_any(leaf, "meta") if device == "meta" and isinstance(leaf, Tensor) else leaf
 
     args, kwargs = tree_unflatten([plain(leaf) for leaf in leaves], spec)
+    names = [argument.name for argument in func._schema.arguments]
+    if device == "meta" and OUT_DTYPE in names:  # not all of them have a shape on meta in torch 2.11
+        dtype = args[names.index(OUT_DTYPE)]
+        func = getattr(func.overloadpacket, "out" if "out" in kwargs else "default")
+        args = [to_any(arg, dtype) for arg in args if isinstance(arg, Tensor)]
     return func(*args, **kwargs)
 
 
