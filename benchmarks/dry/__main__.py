@@ -123,14 +123,15 @@ def _problems(case: Any, pretence: Pretence) -> list[tuple[bool, str]]:
     from benchmarks.harness import why
     from benchmarks.method import is_ours
     from benchmarks.problem import problem_of
+    from benchmarks.run import why_not
 
-    if case.bytes_needed > pretence.card.memory:
-        return [(False, f"does not fit: needs at least {case.bytes_needed} bytes")]
+    if (reason := why_not(case, pretence.card.memory)) is not None:
+        return [(False, f"not run: {reason}")]
     try:
         result = case.run()
     except torch.OutOfMemoryError as error:
         problem_of.cache_clear()
-        return [(False, f"does not fit: {error}")]
+        return [(False, f"not run: {error}")]
     except Exception as error:
         return [(True, f"FAILED: {why(error)}")]
     found = [(is_ours(name), f"{name} FAILED: {reason}") for name, reason in result["failed"].items()]
