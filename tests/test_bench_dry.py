@@ -55,6 +55,11 @@ with Pretence(CARDS["h200"]) as pretence:
     sums = torch.baddbmm(sums, halves, halves.mT, out_dtype=sums.dtype)
     assert sums.shape == (3, 4, 4) and sums.dtype == torch.float32 and sums.is_cuda
 
+    # Memory of the host is no GPU's.
+    pinned = torch.empty_like(hidden, device="cpu", pin_memory=True, requires_grad=False)
+    assert pinned.device.type == "cpu" and pinned.shape == hidden.shape
+    assert pinned.copy_(hidden.detach()).to(CUDA).is_cuda
+
     # What a GPU refuses.
     with pytest.raises(RuntimeError, match="same device"):
         hidden + torch.ones(6, 8)

@@ -24,7 +24,7 @@ import torch
 from benchmarks.dry.claims import Claims
 from benchmarks.dry.device import CARDS, Card, Pretence
 from benchmarks.dry.launches import Launches
-from benchmarks.dry.ours import prepare
+from benchmarks.dry.ours import prepare, take_for_granted
 
 SUITES = ("op", "row", "step", "memory", "accuracy")
 
@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     with pretence:
         launches.install(pretence)
         prepare(pretence)
-        _take_for_granted(pretence)
+        take_for_granted(pretence)
         from benchmarks.suites import Options, check_options, make_cases
 
         options = Options(
@@ -101,21 +101,6 @@ def _few_layers() -> None:
 
     for name, size in SIZES.items():
         SIZES[name] = replace(size, layers=2)
-
-
-def _take_for_granted(pretence: Pretence) -> None:
-    """What the hook and the loop decide by values, of a model that a CPU's tests show to be right."""
-    from fastdpo.integrations.probe import Probe
-    from fastdpo.training.row_probe import _Probe as RowProbe
-
-    why_not = RowProbe.why_not
-
-    def why_it_fails(probe: Any, *arguments: Any) -> str | None:
-        reason = why_not(probe, *arguments)
-        return reason if reason is not None and "its forward fails" in reason else None
-
-    pretence.replace(RowProbe, "why_not", why_it_fails)
-    pretence.replace(Probe, "check_labels", lambda probe: None)
 
 
 def _problems(case: Any, pretence: Pretence) -> list[tuple[bool, str]]:

@@ -210,6 +210,8 @@ class HollowMode(TorchDispatchMode):
         if namespace not in ("aten", "prims", "prim"):
             with self:  # the body of an op that is registered from Python
                 return torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        if name == "empty_like" and (kwargs.get("device") or CUDA).type == "cpu":  # perhaps pinned
+            return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if (special := SPECIAL.get(name)) is not None:
             return special(self, *args, **kwargs)
         if not (func.is_view or name.startswith(NO_LAUNCH)):
