@@ -242,3 +242,12 @@ def test_a_card_or_suite_that_is_not_known_is_refused() -> None:
     assert read_card("b200").capability == (10, 0)
     with pytest.raises(SystemExit):
         main(["--card", "v100"])
+
+
+@pytest.mark.slow
+def test_what_a_small_card_cannot_hold_is_not_run() -> None:
+    """Of whole steps, of which it makes two layers, too: by what all of them need."""
+    done = python("-W", "ignore", "-m", "benchmarks.dry", "step", "--card", "rtx5060")
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if "not run: does not fit: needs at least" in line]
+    assert len(said) == 3 and all("7.96 GiB are free" in line for line in said), done.stdout

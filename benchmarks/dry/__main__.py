@@ -76,11 +76,12 @@ def _run(args: argparse.Namespace) -> int:
             tasks=args.tasks, contenders=args.contenders, is_brief=True,
         )  # fmt: skip
         suites = args.suites or SUITES
-        if "step" in suites:
-            _few_layers()
         check_options(suites, options, [])
+        cases = [case for suite in suites for case in make_cases(suite, options)]
+        if "step" in suites:
+            _few_layers()  # what all of them need is known by now
         failed, said = 0, set[str]()
-        for case in (case for suite in suites for case in make_cases(suite, options)):
+        for case in cases:
             claims.begin()
             start = time.monotonic()
             problems = _problems(case, pretence)
