@@ -37,7 +37,7 @@ class CompiledKernel:
 
     family: str  # row, lean, slab, divergence, sequence, scale
     case: str  # what it is asked for; of CUDA kernels the template's arguments
-    compiler: str  # "Triton 3.7.1", or "nvcc"
+    compiler: str  # "Triton 3.7.1", "nvcc 13.0"
     architecture: str  # sm_90a
     threads: int  # of a block; 0 where the launch decides
     registers: int  # of a thread
@@ -107,13 +107,19 @@ def library_kernels(library: Path | None = None) -> list[CompiledKernel]:
         if (problem := cuda_problem()) is not None:
             raise RuntimeError(problem)
         library = Path(_C.__file__)
-    kernels = []
+    compiler, kernels = _nvcc_of(library), []
     for (architecture, name), usage, sass in disassemble(library):
         family, case, writes_d = _describe(name)
-        kernels.append(_compiled(family, case, "nvcc", architecture, 0, usage, sass, writes_d=writes_d))
+        kernels.append(_compiled(family, case, compiler, architecture, 0, usage, sass, writes_d=writes_d))
     if not kernels:
         raise RuntimeError(f"{library} has no CUDA kernel")
     return kernels
+
+
+def _nvcc_of(library: Path) -> str:
+    """Which nvcc made its machine code: a note beside that says so."""
+    found = re.search(rb"Cuda compilation tools, release ([\d.]+)", library.read_bytes())
+    return f"nvcc {found[1].decode()}" if found else "nvcc"
 
 
 def library_architectures(library: Path) -> tuple[list[str], list[str]]:

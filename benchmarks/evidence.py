@@ -10,12 +10,12 @@ Every section is a function here, which asks the module that tests hold to it; `
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compiled import CompiledKernel, compiled_rows
 from benchmarks.problem import MODELS
 from benchmarks.results import ROOT
 from fastdpo.plan.call import make_plan
@@ -41,8 +41,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def compiled() -> str:
     """Registers, spills, and widths of memory accesses, of every kernel and architecture."""
-    from benchmarks.compiled import compiled_rows
-
     kernels = compiled_rows()
     parts = [
         "## Compiled: registers, spills, memory accesses\n\nOf a thread: registers; bytes spilled to local "
@@ -51,14 +49,15 @@ def compiled() -> str:
     for compiler in dict.fromkeys(kernel.compiler for kernel in kernels):
         found = [kernel for kernel in kernels if kernel.compiler == compiler]
         archs = list(dict.fromkeys(kernel.architecture for kernel in found))
-        cells = {(k.family, k.case, k.architecture): _cell(k) for k in found}
+        cells = {(k.family, k.case, k.architecture): cell_of(k) for k in found}
         names = list(dict.fromkeys((k.family, k.case) for k in found))
         rows = [[*name, *(cells.get((*name, arch), "") for arch in archs)] for name in names]
         parts += [f"### {compiler}", table(["kernel", "case", *archs], rows)]
     return "\n\n".join(parts)
 
 
-def _cell(kernel: Any) -> str:
+def cell_of(kernel: CompiledKernel) -> str:
+    """What the page says of a kernel."""
     stored = f", D {kernel.d_store_bytes}" if kernel.d_store_bytes else ""
     spilled = f"{kernel.spilled_bytes} spilled" if kernel.spilled_bytes else "none spilled"
     return f"{kernel.registers}, {spilled}, load {kernel.load_bytes}{stored}"
@@ -140,16 +139,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "launches": launches, "waves": waves, "accuracy": accuracy, "compiled": compiled,
 }  # fmt: skip
 CHEAP = ("launches", "waves")
-# Of a section that is made elsewhere: the module that it asks.
-ASKS = {"launches": "benchmarks.launches"}
-
-
-def known() -> dict[str, Callable[[], str]]:
-    """The sections that this checkout can make."""
-    return {
-        name: make for name, make in SECTIONS.items()
-        if name not in ASKS or importlib.util.find_spec(ASKS[name]) is not None
-    }  # fmt: skip
 
 
 def document(sections: dict[str, str]) -> str:
@@ -184,13 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections; default: all")
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(argv)
-    found = known()
-    if missing := [name for name in args.only or () if name not in found]:
-        print(f"error: {missing[0]}: there is no {ASKS[missing[0]]} in this checkout", file=sys.stderr)
-        return 2
     old = sections_of(args.page.read_text()) if args.page.exists() else {}
     try:
-        made = {name: found[name]().strip() for name in args.only or found}
+        made = {name: SECTIONS[name]().strip() for name in args.only or SECTIONS}
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

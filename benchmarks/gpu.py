@@ -43,15 +43,22 @@ class Part:
         what: in words, with what it wants to have: said before it begins.
         tests: paths for pytest.
         suites: words for `benchmarks.run`.
+        packages: whose versions are said before it begins; without one, what needs it is left out.
     """
 
     what: str
     tests: tuple[str, ...] = ()
     suites: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ("torch", "triton", "pytest")
+
+
+LOOP = ("torch", "triton", "transformers", "accelerate", "numpy")
 
 
 def _suites(what: str, *words: str) -> Part:
-    return Part(f"{what}; free GPU memory decides which cases and contenders fit", suites=words)
+    peers = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+    packages = (*LOOP, "peft", "datasets", "trl") if words[0] == "step" else ("torch", "triton", *peers)
+    return Part(f"{what}; free GPU memory decides which cases and contenders fit", (), words, packages)
 
 
 OP = ("op", "--models")
@@ -59,7 +66,8 @@ PARTS = {
     "compile": Part(
         "the extension (a C++ compiler, nvcc, setuptools 77 or newer, pybind11, ninja; without them the cpu "
         "and cuda backends are left out) and every Triton kernel of tests and suites (all cores, 2 GiB of "
-        "host memory each)"
+        "host memory each)",
+        packages=("torch", "triton", "pytest", "setuptools", "pybind11", "ninja"),
     ),
     "tests-op": Part("tests of the op: pytest, up to 40 GiB of GPU memory", ("tests/gpu/test_op_on_gpu.py",)),
     "tests-kernels": Part(
@@ -75,6 +83,7 @@ PARTS = {
             "tests/gpu/test_adapted_on_gpu.py", "tests/gpu/test_divergence_on_gpu.py",
             "tests/gpu/test_sequence_on_gpu.py", "tests/training/loop/test_offload.py",
         ),
+        packages=(*LOOP, "pytest"),
     ),
     "1": _suites("Llama-3-8B's head, every task", *OP, "llama-3-8b", "--tokens", "16384"),
     "2": _suites("Llama-3-8B's head over N", *OP, "llama-3-8b", "--tokens", "1024", "4096", "65536"),
@@ -177,8 +186,15 @@ def _run(name: str, args: argparse.Namespace, rest: Sequence[str], until: float)
         over = f"what came before it took its {PART_SECONDS:.0f} s; call it again"
         print(f"error: part {name}: {over}", file=sys.stderr)
         return 1
+    from benchmarks.gpu_needs import versions_of
+    from benchmarks.harness import package_version
+
     part = PARTS[name]
-    print(f"\npart {name}, {left:.0f} s at most: {part.what}", flush=True)
+    print(f"\npart {name}, {left:.0f} s at most: {part.what}")
+    print(f"  with {versions_of(part.packages)}", flush=True)
+    if part.tests and package_version("pytest") is None:
+        print(f"error: part {name}: pytest is not installed; none of it was run", file=sys.stderr)
+        return 1
     if part.tests:
         words = ["benchmarks.gpu_tests", name, *part.tests, "--results", str(args.results.resolve()), *rest]
     elif part.suites:

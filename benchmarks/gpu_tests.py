@@ -67,7 +67,13 @@ class Plugin:
     def __init__(self, record: Record) -> None:
         self.record = record
         self.wanted: list[str] = []
+        self.left_out: dict[str, str] = {}  # files, and why
         self._reports: list[Any] = []
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped and isinstance(report.longrepr, tuple):
+            path, _, reason = report.longrepr
+            self.left_out[path] = reason.removeprefix("Skipped: ")
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -99,12 +105,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plugin = Plugin(Record(args.results, args.part, environment(device)))
-    code = pytest.main(["-m", "gpu", "--rootdir", str(ROOT), *args.paths, *rest], plugins=[plugin])
+    words = ["-m", "gpu", "--rootdir", str(ROOT), "--continue-on-collection-errors", *args.paths, *rest]
+    code = pytest.main(words, plugins=[plugin])
     outcomes = plugin.record.outcomes
     counts = {
         name: sum(outcomes.get(t) == name for t in plugin.wanted) for name in ("passed", "failed", "skipped")
     }
     missing = sum(test not in outcomes for test in plugin.wanted)
+    for path, reason in plugin.left_out.items():
+        print(f"{path} is left out: {reason}")
     said = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{args.part}: {said}, {missing} not run; {plugin.record.path} has the outcomes", flush=True)
     if missing:

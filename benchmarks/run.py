@@ -120,9 +120,8 @@ def _run_one(case: Case, file: ResultFile, device: torch.device, left: float | N
     sizes = {"bytes_needed": case.bytes_needed, "bytes_free": free}
     result: dict[str, Any] = {}
     reason, lost = None, None
-    if case.bytes_needed > free:
-        needed = f"{case.bytes_needed} bytes ({_gib(case.bytes_needed)})"
-        result = {"skipped": f"does not fit: needs at least {needed}, {_gib(free)} are free", **sizes}
+    if (skipped := why_not(case, free)) is not None:
+        result = {"skipped": skipped, **sizes}
     else:
         try:
             with time_limit(left):
@@ -152,6 +151,16 @@ def _run_one(case: Case, file: ResultFile, device: torch.device, left: float | N
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return result
+
+
+def why_not(case: Case, free: int) -> str | None:
+    """Why a case is not begun where so many bytes are free, or None."""
+    if case.lacking is not None:
+        return f"needs {case.lacking}, which is not installed"
+    if case.bytes_needed > free:
+        needed = f"{case.bytes_needed} bytes ({_gib(case.bytes_needed)})"
+        return f"does not fit: needs at least {needed}, {_gib(free)} are free"
+    return None
 
 
 def _lost(case: Case, file: ResultFile, lost: DeviceLost) -> dict[str, Any]:

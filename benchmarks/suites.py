@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import package_version
 from benchmarks.memory import bench_memory, memory_key
 from benchmarks.op import METHODS, bench_task, op_key
 from benchmarks.problem import Size, problem_of
@@ -40,6 +41,7 @@ class Case:
         bytes_needed: of memory, at least; a case that does not fit is skipped.
         model, num_tokens, task: what ``--models``, ``--tokens`` and ``--tasks`` pick it by; None: nothing.
         settings: what it was asked for with, which its result keeps.
+        lacking: a package without which it is skipped, and that is not installed.
     """
 
     key: str
@@ -51,6 +53,7 @@ class Case:
     num_tokens: int | None = None
     task: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    lacking: str | None = None
 
 
 @dataclass(frozen=True)
@@ -277,7 +280,9 @@ def step_cases(options: Options) -> list[Case]:
         size, held = step.SIZES[model], step_bytes(model, precision)
         # Forward and backward of the policy, forward of the reference: 8 FLOP a weight and token.
         cost = 30 + options.seconds_of(8 * _weights(size) * size.pairs * 1500 * (10 if brief else 70))
-        cases.append(Case(step.step_key(model, precision, data), "step", run, cost, held, model))
+        lacking = "peft" if size.is_adapted and package_version("peft") is None else None
+        key = step.step_key(model, precision, data)
+        cases.append(Case(key, "step", run, cost, held, model, lacking=lacking))
     return cases
 
 

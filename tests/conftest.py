@@ -6,7 +6,8 @@ import functools
 import json
 import os
 import random
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+# What some tests use, and an image with a GPU may be without.
+OPTIONAL_PACKAGES = ("datasets", "hypothesis", "matplotlib", "peft", "pyarrow", "trl")
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,6 +39,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A file that imports an optional package which is not installed is skipped, with the reason."""
+    report = yield
+    call: Any = report.call  # type: ignore[attr-defined]
+    cause = call.excinfo and call.excinfo.value.__cause__
+    if isinstance(cause, ModuleNotFoundError):
+        package = (cause.name or "").partition(".")[0]
+        *_, (frame, line) = traceback.walk_tb(cause.__traceback__)
+        # Where fastdpo itself cannot be imported without it, that is a mistake.
+        is_ours = ROOT / "fastdpo" in Path(frame.f_code.co_filename).parents
+        if package in OPTIONAL_PACKAGES and not is_ours:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), line, f"Skipped: needs {package}, which is not installed")
+    return report
 
 
 @pytest.fixture(autouse=True)

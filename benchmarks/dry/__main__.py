@@ -24,7 +24,7 @@ import torch
 from benchmarks.dry.claims import Claims
 from benchmarks.dry.device import CARDS, Card, Pretence
 from benchmarks.dry.launches import Launches
-from benchmarks.dry.ours import prepare
+from benchmarks.dry.ours import prepare, take_for_granted
 
 SUITES = ("op", "row", "step", "memory", "accuracy")
 
@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     with pretence:
         launches.install(pretence)
         prepare(pretence)
-        _take_for_granted(pretence)
+        take_for_granted(pretence)
         from benchmarks.suites import Options, check_options, make_cases
 
         options = Options(
@@ -76,11 +76,12 @@ def _run(args: argparse.Namespace) -> int:
             tasks=args.tasks, contenders=args.contenders, is_brief=True,
         )  # fmt: skip
         suites = args.suites or SUITES
-        if "step" in suites:
-            _few_layers()
         check_options(suites, options, [])
+        cases = [case for suite in suites for case in make_cases(suite, options)]
+        if "step" in suites:
+            _few_layers()  # what all of them need is known by now
         failed, said = 0, set[str]()
-        for case in (case for suite in suites for case in make_cases(suite, options)):
+        for case in cases:
             claims.begin()
             start = time.monotonic()
             problems = _problems(case, pretence)
@@ -103,34 +104,20 @@ def _few_layers() -> None:
         SIZES[name] = replace(size, layers=2)
 
 
-def _take_for_granted(pretence: Pretence) -> None:
-    """What the hook and the loop decide by values, of a model that a CPU's tests show to be right."""
-    from fastdpo.integrations.probe import Probe
-    from fastdpo.training.batches.probe import _Probe as RowProbe
-
-    why_not = RowProbe.why_not
-
-    def why_it_fails(probe: Any, *arguments: Any) -> str | None:
-        reason = why_not(probe, *arguments)
-        return reason if reason is not None and "its forward fails" in reason else None
-
-    pretence.replace(RowProbe, "why_not", why_it_fails)
-    pretence.replace(Probe, "check_labels", lambda probe: None)
-
-
 def _problems(case: Any, pretence: Pretence) -> list[tuple[bool, str]]:
     """What is wrong with a case: whether it is ours to mend, and what it is."""
     from benchmarks.harness import why
     from benchmarks.method import is_ours
     from benchmarks.problem import problem_of
+    from benchmarks.run import why_not
 
-    if case.bytes_needed > pretence.card.memory:
-        return [(False, f"does not fit: needs at least {case.bytes_needed} bytes")]
+    if (reason := why_not(case, pretence.card.memory)) is not None:
+        return [(False, f"not run: {reason}")]
     try:
         result = case.run()
     except torch.OutOfMemoryError as error:
         problem_of.cache_clear()
-        return [(False, f"does not fit: {error}")]
+        return [(False, f"not run: {error}")]
     except Exception as error:
         return [(True, f"FAILED: {why(error)}")]
     found = [(is_ours(name), f"{name} FAILED: {reason}") for name, reason in result["failed"].items()]

@@ -44,6 +44,8 @@ CARDS = {
     "a100": Card("A100", (8, 0), 108, 81920 << 20, 163 << 10),
     "l4": Card("L4", (8, 9), 58, 22478 << 20, 99 << 10),
     "h200": Card("H200", (9, 0), 132, 143771 << 20, 227 << 10),
+    # The smallest slice of it: a seventh of its multiprocessors, an eighth of its memory.
+    "h200-mig": Card("H200 MIG 1g.18gb", (9, 0), 16, 16384 << 20, 227 << 10),
     "b200": Card("B200", (10, 0), 148, 183359 << 20, 227 << 10),
     "rtx5060": Card("RTX 5060", (12, 0), 30, 8151 << 20, 99 << 10),
 }

@@ -6,6 +6,7 @@ What they launch of Triton is recorded and not compiled.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from benchmarks.dry.claims import Claims
 from benchmarks.dry.device import CARDS, Card, Pretence
 from benchmarks.dry.launches import Launches
-from benchmarks.dry.ours import prepare
+from benchmarks.dry.ours import prepare, take_for_granted
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +45,10 @@ class _DryRun:
         from fastdpo.testing import checker
 
         self._pretence.replace(checker, "_assert_blocks", lambda *args, **options: None)
+
+    def pytest_collection_finish(self) -> None:
+        if "fastdpo.training" in sys.modules:  # which takes seconds to import where no test wants it
+            take_for_granted(self._pretence)
 
     def pytest_runtest_setup(self) -> None:
         self._claims.begin()

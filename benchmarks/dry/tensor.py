@@ -31,6 +31,8 @@ MIXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index
 BY_INDEX = MIXING[:-1]
 # Of what is no view, what runs nothing on a GPU.
 NO_LAUNCH = ("empty", "new_empty", "_unsafe_view", "lift", "resize_")
+# What a product takes to be summed in another dtype than its operands'.
+OUT_DTYPE = "out_dtype"
 # Made-up booleans are True, but for these and for what differs from itself.
 MADE_UP_FALSE = ("any", "isnan", "isinf")
 
@@ -208,6 +210,8 @@ class HollowMode(TorchDispatchMode):
         if namespace not in ("aten", "prims", "prim"):
             with self:  # the body of an op that is registered from Python
                 return torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        if name == "empty_like" and (kwargs.get("device") or CUDA).type == "cpu":  # perhaps pinned
+            return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if (special := SPECIAL.get(name)) is not None:
             return special(self, *args, **kwargs)
         if not (func.is_view or name.startswith(NO_LAUNCH)):
@@ -341,6 +345,11 @@ def _call(func: Any, leaves: list[Any], spec: Any, device: str) -> Any:
         return to_any(leaf, "meta") if device == "meta" and isinstance(leaf, Tensor) else leaf
 
     args, kwargs = tree_unflatten([plain(leaf) for leaf in leaves], spec)
+    names = [argument.name for argument in func._schema.arguments]
+    if device == "meta" and OUT_DTYPE in names:  # not all of them have a shape on meta in torch 2.11
+        dtype = args[names.index(OUT_DTYPE)]
+        func = getattr(func.overloadpacket, "out" if "out" in kwargs else "default")
+        args = [to_any(arg, dtype) for arg in args if isinstance(arg, Tensor)]
     return func(*args, **kwargs)
 
 

@@ -48,6 +48,18 @@ with Pretence(CARDS["h200"]) as pretence:
     assert all(grad.device.type == "cuda" for grad in grads) and mode.made_up == 0
     assert isinstance(logps.sum().item(), float) and mode.made_up == 1
 
+    # Sums of another dtype than the operands', of which torch knows not every shape.
+    halves = torch.empty(3, 4, 8, dtype=torch.bfloat16, device="cuda")
+    sums = torch.empty(3, 4, 4, device="cuda")
+    torch.bmm(halves, halves.mT, out_dtype=sums.dtype, out=sums)
+    sums = torch.baddbmm(sums, halves, halves.mT, out_dtype=sums.dtype)
+    assert sums.shape == (3, 4, 4) and sums.dtype == torch.float32 and sums.is_cuda
+
+    # Memory of the host is no GPU's.
+    pinned = torch.empty_like(hidden, device="cpu", pin_memory=True, requires_grad=False)
+    assert pinned.device.type == "cpu" and pinned.shape == hidden.shape
+    assert pinned.copy_(hidden.detach()).to(CUDA).is_cuda
+
     # What a GPU refuses.
     with pytest.raises(RuntimeError, match="same device"):
         hidden + torch.ones(6, 8)
@@ -230,3 +242,12 @@ def test_a_card_or_suite_that_is_not_known_is_refused() -> None:
     assert read_card("b200").capability == (10, 0)
     with pytest.raises(SystemExit):
         main(["--card", "v100"])
+
+
+@pytest.mark.slow
+def test_what_a_small_card_cannot_hold_is_not_run() -> None:
+    """Of whole steps, of which it makes two layers, too: by what all of them need."""
+    done = python("-W", "ignore", "-m", "benchmarks.dry", "step", "--card", "rtx5060")
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if "not run: does not fit: needs at least" in line]
+    assert len(said) == 3 and all("7.96 GiB are free" in line for line in said), done.stdout

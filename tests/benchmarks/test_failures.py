@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import op, run
+from benchmarks import op, run, suites
 from benchmarks.harness import Contender, DeviceLost, environment
 from benchmarks.method import WHOLE, Method
 from benchmarks.op import METHODS, bench_task, reason_not_to_run
@@ -218,3 +218,18 @@ def test_the_first_case_too_is_given_up_when_the_time_is_over(tmp_path: Path) ->
     cases[0] = case("a", lambda: quick("a"))
     assert run.run_cases(cases, file, CPU, max_seconds=60.0)
     assert order == ["b", "a"]
+
+
+def test_a_case_that_lacks_a_package_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As LoRA without peft: neither begun nor failed, and the reason kept."""
+    monkeypatch.setattr(suites, "package_version", lambda name: None)
+    options = suites.Options(CPU, "tiny", repeats=1, seconds=1.0)
+    lacking = {case.model: case for case in suites.step_cases(options) if case.lacking}
+    assert lacking.keys() == {"tiny-lora"}
+    file = ResultFile(tmp_path, environment(CPU), {})
+    assert run.run_cases([*lacking.values(), case("b", lambda: measured("b"))], file, CPU)
+    skipped, ran = file.results
+    assert skipped["skipped"] == "needs peft, which is not installed" and skipped["failed"] == {}
+    assert "skipped" not in ran

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, harness
+from benchmarks import gpu, gpu_needs, harness
 from benchmarks.harness import environment
 from benchmarks.results import ResultFile, newest_of_part, read_result, write_results
 from tests import ROOT
@@ -73,6 +75,7 @@ def test_every_part_has_its_time_and_only_the_options_that_its_suites_take(
     said = capsys.readouterr().out
     for (name, part), command in zip(gpu.PARTS.items(), started, strict=True):
         assert f"part {name}, " in said and part.what in said
+        assert f"  with Python {platform.python_version()}, torch {version('torch')}" in said
         if part.tests:
             assert command[2:4] == ["benchmarks.gpu_tests", name] and set(part.tests) < set(command)
             continue
@@ -92,6 +95,29 @@ def test_parts_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [command[3] for command in started] == ["tests-op", "tests-kernels", "tests-others"]
     with pytest.raises(SystemExit):
         gpu.main([*words, "--part", "9"])
+
+
+def test_what_is_missing_or_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = gpu_needs.wanted_versions()
+    assert {"torch", "triton", "transformers", "setuptools", "pybind11"} <= wanted.keys()
+    here = {"torch": "2.11.0+cu130", "triton": "3.5.1", "pytest": "9.2.0"}
+    monkeypatch.setattr(gpu_needs, "package_version", here.get)
+    said = gpu_needs.versions_of(("torch", "triton", "pytest", "peft"))
+    assert said.endswith(
+        f", torch 2.11.0+cu130, triton 3.5.1: TOO OLD, wanted {wanted['triton']}, pytest 9.2.0, "
+        "peft: not installed"
+    )
+
+
+def test_without_pytest_the_other_parts_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = commands_of(monkeypatch)
+    known = harness.package_version
+    monkeypatch.setattr(harness, "package_version", lambda name: None if name == "pytest" else known(name))
+    assert gpu.main(["--device", "cpu", "--results", str(tmp_path)]) == 1
+    assert "error: part tests-op: pytest is not installed" in capsys.readouterr().err
+    assert [option(command, "--part") for command in started[1:]] == list("1234567")
 
 
 def test_every_test_that_needs_a_gpu_is_in_a_part() -> None:
@@ -163,14 +189,24 @@ def test_not_of_a_gpu():
 """
 
 
+WITHOUT_PEFT = """
+import sys
+from tests.conftest import pytest_make_collect_report
+
+sys.modules["peft"] = None
+"""
+
+
 def test_tests_that_were_cut_off_go_on_where_they_stopped(tmp_path: Path) -> None:
     """By SIGKILL, which leaves no word: outcomes are on disk by then, and who was under way is tried last."""
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    file = tmp_path / "test_it.py"
+    (tmp_path / "conftest.py").write_text(WITHOUT_PEFT)
+    file, lacking = tmp_path / "test_it.py", tmp_path / "test_lacking.py"
     file.write_text(TESTS)
+    lacking.write_text("import peft\n")
 
     def run(cut_off: str, wrong: str) -> tuple[int, list[dict[str, Any]], str]:
-        command = [sys.executable, "-m", "benchmarks.gpu_tests", "tests-op", str(file)]
+        command = [sys.executable, "-m", "benchmarks.gpu_tests", "tests-op", str(file), str(lacking)]
         command += ["-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini")]
         command += ["--results", str(tmp_path / "results")]
         environment = {**os.environ, "CUT_OFF": cut_off, "WRONG": wrong, "PYTHONPATH": str(ROOT)}
@@ -182,6 +218,7 @@ def test_tests_that_were_cut_off_go_on_where_they_stopped(tmp_path: Path) -> Non
     code, lines, _ = run("1", "none")
     assert code == -9 and [line["test"][-2] for line in lines] == ["a", "a", "b"]
     code, lines, said = run("0", "d")
+    assert "test_lacking.py is left out: needs peft, which is not installed" in said
     assert code == 1 and [line["test"][-2] for line in lines[3:]] == ["c", "c", "d", "d", "b", "b"]
     outcomes = {line["test"][-2]: line for line in lines if "outcome" in line}
     assert {name: line["outcome"] for name, line in outcomes.items()} == {
