@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-gpu test-llama-factory gpu demo bench bench-repeat tables evidence clean
+.PHONY: help setup check test quick test-gpu test-llama-factory gpu demo bench bench-repeat tables evidence clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ check: setup  ## lint, formatting, types, layers
 
 test: check  ## everything that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS)
+
+quick: setup  ## two minutes: one case of each test, planted bugs, and all of what changed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --quick -n $(WORKERS)
 
 test-gpu: setup  ## the tests that need a GPU, in .venv
 	$(BIN)/python -m pytest -m gpu

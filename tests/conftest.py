@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests import ROOT, quick
+
 # Before torch loads OpenMP: idle threads sleep instead of spinning, which on two busy cores makes
 # small operations up to ten times faster. Subprocesses of tests inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -21,7 +23,7 @@ import torch  # noqa: E402
 
 # What some tests use, and an image with a GPU may be without.
 OPTIONAL_PACKAGES = ("datasets", "hypothesis", "matplotlib", "peft", "pyarrow", "trl")
-ROOT = Path(__file__).resolve().parents[1]
+
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
@@ -32,7 +34,17 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="one case of each function, and what changed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        kept = quick.chosen(items, quick.rooms_of(quick.changed_files()))
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+    # Long ones start first, so that no worker is left with one of them at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, none here")

@@ -77,7 +77,7 @@ def test_a_wrong_contender_is_not_timed(
 
     def wrong(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = right(self, model, inputs, *args, **kwargs)
-        return loss * 1.1 if "calls" in inputs and "branches" in inputs["calls"][0] else loss
+        return loss * 1.1 if "branches" in inputs.calls[0] else loss
 
     monkeypatch.setattr(PreferenceTrainer, "compute_loss", wrong)
     names = ["--contenders", "padded", "packed", "shared_prompt"]
