@@ -16,13 +16,20 @@ _LEGAL = {**RANGES, "win_rate": PROBABILITY}
 
 
 def read_number(value: Any, name: str, column: str, where: str) -> float:
-    """A number that is called ``name`` here. Raises ValueError for anything else, or out of range."""
+    """A number that is called ``name`` here, or its text, as CSV has it.
+
+    Raises:
+        ValueError: anything else, or a number out of range.
+    """
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: column {column!r}: got {value!r}, wanted a number")
+    refusal = ValueError(f"{where}: column {column!r}: got {value!r}, wanted a number")
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise refusal
     try:
         number = float(value)
+    except ValueError:
+        raise refusal from None
     except OverflowError:
         number = math.inf
     if math.isfinite(number) and number not in _LEGAL.get(name, FINITE):

@@ -21,7 +21,7 @@ from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.encode import encode_rows
 from fastdpo.training.data.pairs import PreferenceDataset
 from fastdpo.training.data.references import REFERENCE, reference_columns
-from fastdpo.training.data.report import row_list
+from fastdpo.training.data.row_numbers import row_list, row_name
 from fastdpo.training.data.scores import ScoreRules
 from fastdpo.training.data.source import RowSource, read_rows
 from fastdpo.training.loop.callbacks import METRICS_FILE
@@ -167,7 +167,7 @@ def _check_scores(dataset: AnswerDataset, rules: ScoreRules) -> None:
         return
     flat = []
     for index, row in enumerate(dataset.rows.tolist()):
-        rules.check(scores[index].tolist(), "scores", f"dataset, row {row}")
+        rules.check(scores[index].tolist(), "scores", f"dataset, row {row_name(row)}")
         if rules.are_flat(scores[index].tolist()):
             flat.append(row)
     if flat:
