@@ -271,7 +271,7 @@ def _load_pairs(
     from fastdpo.training.data.source import read_rows
     from fastdpo.training.loop.setup import tokenized_pairs
 
-    source = read_rows(data.dataset, split=data.dataset_split)
+    source = read_rows(data.dataset, split=data.dataset_split, weights=data.dataset_weights)
     pairs = tokenized_pairs(source, tokenizer, config, reads_reference=reads_reference)
     if data.eval_dataset is not None:
         eval_rows = read_rows(data.eval_dataset, split=data.eval_dataset_split or "test")

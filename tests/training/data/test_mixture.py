@@ -10,7 +10,9 @@ from typing import Any
 
 import pandas
 import pytest
+import torch
 
+from fastdpo.cli import _write_scored
 from fastdpo.training.data.encode import encode_rows
 from fastdpo.training.data.row_numbers import row_list, row_name
 from fastdpo.training.data.source import read_rows
@@ -138,6 +140,12 @@ def test_rows_are_named_by_their_file_once_they_are_tokens(tmp_path: Path, token
     assert report == str(found[1].report)
     assert f"7 of 9 pairs kept; skipped 2 with an empty completion (rows 4 of {names[0]}, 1" in report
     assert row_list(found[0].rows.tolist()[-1:]) == f"row 5 of {names[1]}"
+    scored = found[0].with_reference(torch.arange(14.0).view(7, 2))
+    assert _write_scored(tmp_path / "scored.jsonl", read_rows(names), [scored]) == 7
+    written = [row for _, row in read_rows(tmp_path / "scored.jsonl")]
+    wanted = [*make_rows(3), *make_rows(4, seed=1)]
+    assert [row["ref_chosen_logps"] for row in written] == [0, 2, 4, 6, 8, 10, 12]
+    assert [{name: row[name] for name in wanted[0]} for row in written] == wanted
     write_jsonl(names[1], [*make_rows(2), {**make_rows(1)[0], "chosen": 7}])
     with pytest.raises(ValueError, match=rf"row 3 of {names[1]}"):
         encode_rows(read_rows(names), tokenizer, EncodingOptions(on_bad_row="error"))
