@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastdpo.training.data.messages import is_list
-from fastdpo.training.data.row_numbers import row_list, row_name
+from fastdpo.training.data.row_numbers import row_list, row_place
 from fastdpo.training.settings.row_checks import CHECKS, BadRow
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class RowReferences:
         # Kept until it is known whether the tokens are others, which says more.
         self._problems.append(
             ValueError(
-                f"{self.source}, row {row_name(number)}: column {name!r}: got {got}, wanted {wanted}: "
+                f"{row_place(self.source, number)}: column {name!r}: got {got}, wanted {wanted}: "
                 "the row was scored with another tokenizer, chat template, max_length or truncation_mode"
             )
         )
@@ -205,7 +205,7 @@ class RowReferences:
         if is_wrong or is_list(value) == is_pairs:
             kind = "text" if name in _WORDS else "number"
             raise ValueError(
-                f"{self.source}, row {row_name(number)}: column {name!r}: got {value!r:.80}, wanted a "
+                f"{row_place(self.source, number)}: column {name!r}: got {value!r:.80}, wanted a "
                 f"{kind if is_pairs else f'list of {kind}s'}"
             )
         return values

@@ -24,9 +24,26 @@ def number_in(file: int, number: int) -> int:
 
 
 def row_name(number: int) -> str:
-    """``17``, or ``17 of b.parquet``: a row as messages name it, after the word *row*."""
-    file, row = number >> _BITS, number & (1 << _BITS) - 1
-    return f"{row} of {list(_files)[file - 1]}" if file else str(row)
+    """``17``, or ``17 of b.parquet`` where there are several files: a row, after the word *row*."""
+    file, row = _apart(number)
+    return f"{row} of {file}" if file else str(row)
+
+
+def row_place(source: str, number: int) -> str:
+    """``b.parquet, row 17``: a row of a source, or of the one of its files that has it."""
+    file, row = _apart(number)
+    return f"{file or source}, row {row}"
+
+
+def row_of(source: str, number: int) -> str:
+    """``row 17 of b.parquet``: the same in other words."""
+    file, row = _apart(number)
+    return f"row {row} of {file or source}"
+
+
+def _apart(number: int) -> tuple[str | None, int]:
+    file = number >> _BITS
+    return list(_files)[file - 1] if file else None, number & (1 << _BITS) - 1
 
 
 def row_list(numbers: Sequence[int], *, at_most: int = 10) -> str:
