@@ -21,15 +21,21 @@ def files_of(name: str, split: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_dir():
         return _of_folder(path, split)
-    if path.exists():
-        found = [path]
-    else:
-        found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        if not found and looks_like_path(name):
-            raise ValueError(f"dataset: no such file or directory: {name}")
+    found = [path] if path.is_file() else [Path(match) for match in glob.glob(str(path), recursive=True)]
+    found = sorted(file for file in found if file.is_file())
+    if not found and (looks_like_path(name) or path.exists()):
+        raise ValueError(f"dataset: no such file or directory: {name}")
     for file in found:
         suffixes(file)
-    return [file for file in found if file.is_file()]
+    if found:
+        check_no_split(name, split)
+    return found
+
+
+def check_no_split(name: str, split: str) -> None:
+    """Raise ValueError for a split of what has none. Those that are the defaults are said of anything."""
+    if split not in ("train", "test"):
+        raise ValueError(f"dataset_split: got {split!r} of {name}, which has no splits")
 
 
 def suffixes(path: Path) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from fastdpo.training.data.arrow import cache_folder, kept_records, table_rows, table_stream
-from fastdpo.training.data.files import files_of, suffixes
+from fastdpo.training.data.files import check_no_split, files_of, suffixes
 from fastdpo.training.data.mixture import joined, joined_streams
 from fastdpo.training.data.records import READERS, records
 from fastdpo.training.data.rows import RowSource, RowStream, counted, numbered
@@ -103,7 +103,7 @@ def _read(source: Any, split: str, streaming: bool) -> RowSource | RowStream:
     if not files:
         return _from_datasets(name, split, streaming, is_saved=False)
     parts = [_stream_of(file) if streaming else _rows_of(file) for file in files]
-    return _joined(parts, name, None, streaming)
+    return _joined(parts, f"{name}[{split}]" if os.path.isdir(name) else name, None, streaming)
 
 
 def _as_asked(source: RowSource | RowStream, streaming: bool) -> RowSource | RowStream:
@@ -150,6 +150,8 @@ def _in_memory(source: Any, split: str, name: str, streaming: bool) -> RowSource
         if split not in source:
             raise ValueError(f"dataset: got splits {sorted(source)}, wanted {split!r}")
         source = source[split]
+    elif name == "dataset":
+        check_no_split("rows in memory", split)
     if hasattr(source, "with_format"):  # of `datasets`: rows of Python's own values
         source = source.with_format(None)
     if hasattr(source, "iloc") and hasattr(source, "to_dict"):

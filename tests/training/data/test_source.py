@@ -201,6 +201,9 @@ def test_a_folder_has_splits_and_a_pattern_its_files_each_with_its_own_numbers(t
         read_rows(tmp_path, split="dev")
     with pytest.raises(ValueError, match="no such file"):
         read_rows(tmp_path / "dev-*.jsonl")
+    for source in (tmp_path / "test.jsonl", ROWS):
+        with pytest.raises(ValueError, match="dataset_split: got 'dev' of .* which has no splits"):
+            read_rows(source, split="dev")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no data files in"):
         read_rows(tmp_path / "empty")
