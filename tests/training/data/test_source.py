@@ -23,6 +23,7 @@ from fastdpo.training.data import arrow
 from fastdpo.training.data.columns import survey
 from fastdpo.training.data.numbers import read_columns
 from fastdpo.training.data.source import RowSource, read_rows
+from fastdpo.training.settings.hub import check_there
 from tests.training.conftest import make_rows, write_jsonl
 
 ROWS = make_rows(6)
@@ -229,6 +230,25 @@ def test_splits_that_datasets_saved(tmp_path: Path):
     assert rows_of(file) == ROWS[:1] == rows_of(file, streaming=True)
     # Rows are Python's own values, whatever format the data set is in.
     assert rows_of(parts["train"].add_column("n", [1] * 6).with_format("numpy"))[0] == {**ROWS[0], "n": 1}
+
+
+def test_an_id_of_the_hub_without_a_network(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """What ``load_dataset`` keeps of one that it once had."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    made = datasets.load_dataset_builder(str(tmp_path), cache_dir=str(cache))
+    made.dataset_name = made.info.dataset_name = "pairs"
+    made.download_and_prepare(str(cache / "someone___pairs" / "default" / "0.0.0" / ("0" * 40)))
+    check_there("dataset", "someone/pairs", kind="dataset")
+    source = read_rows("someone/pairs")
+    assert list(source) == list(enumerate(ROWS, 1)) and source.name == "someone/pairs[train]"
+    with pytest.raises(ValueError, match="could not load 'someone/pairs', split 'dev': Unknown split"):
+        read_rows("someone/pairs", split="dev")
+    with pytest.raises(ValueError, match="could not load 'someone/else', split 'train': Couldn't reach"):
+        read_rows("someone/else")
+    with pytest.raises(ValueError, match="none in the hub's cache, and HF_HUB_OFFLINE is set"):
+        check_there("dataset", "someone/else", kind="dataset")
 
 
 def test_streams(tmp_path: Path):
