@@ -161,7 +161,7 @@ def _in_memory(source: Any, split: str, name: str, streaming: bool) -> RowSource
     is_iterable = hasattr(source, "__iter__") and not hasattr(source, "__next__")
     if streaming and is_iterable:
         return counted(lambda: source, name)
-    hint = "; a stream is read with streaming=True" if is_iterable else ""
+    hint = "; a stream is read with streaming=True, but not trained on yet" if is_iterable else ""
     if hasattr(source, "__next__"):
         hint = "; what can be gone through once is no source of rows, streaming or not"
     kind = type(source).__name__
