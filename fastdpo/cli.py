@@ -271,10 +271,15 @@ def _load_pairs(
     from fastdpo.training.data.source import read_rows
     from fastdpo.training.loop.setup import tokenized_pairs
 
-    source = read_rows(data.dataset, split=data.dataset_split)
+    source = read_rows(data.dataset, split=data.dataset_split, weights=data.dataset_weights)
     pairs = tokenized_pairs(source, tokenizer, config, reads_reference=reads_reference)
     if data.eval_dataset is not None:
         eval_rows = read_rows(data.eval_dataset, split=data.eval_dataset_split or "test")
+        if data.eval_dataset_split is not None and eval_rows.name == source.name:
+            raise ValueError(
+                f"eval_dataset_split: got {data.eval_dataset_split!r}, but the rows of {source.name} are "
+                "trained on (a file has no splits): give --eval_dataset another, or --held_out"
+            )
         held_out = tokenized_pairs(eval_rows, tokenizer, config, reads_reference=reads_reference)
         return source, pairs, held_out
     if data.held_out:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
 import random
+import shutil
+import tempfile
 import traceback
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -18,6 +21,10 @@ from tests import ROOT, quick
 # Before torch loads OpenMP: idle threads sleep instead of spinning, which on two busy cores makes
 # small operations up to ten times faster. Subprocesses of tests inherit it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before `datasets` reads it: what tests read is kept in a folder of theirs, workers and subprocesses too.
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fastdpo-datasets-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import torch  # noqa: E402
 

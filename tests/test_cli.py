@@ -263,6 +263,8 @@ def test_mistakes_of_a_yaml_file(tmp_path: Path, text: str, message: str):
         (("--tokenizer", "./missing"), "tokenizer: got './missing', and there is no such folder"),
         (("--ref_model", "a/b/c"), "ref_model: got 'a/b/c', and there is no such folder"),
         (("--dataset", "./missing.jsonl"), "no such file or directory: ./missing.jsonl"),
+        (("--eval_dataset_split", "test"), "--eval_dataset_split: got 'test' of"),
+        (("--dataset_weights", "1", "2"), "dataset_weights: got [1, 2] for one source, wanted several"),
         (("--dtype", "int8"), "dtype: got 'int8'"),
         (("--chat_template", "./missing.jinja"), "chat_template: got './missing.jinja', wanted a file"),
         (("--reference", "adapter"), "has no adapter"),

@@ -250,7 +250,9 @@ def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, list[int], in
 def _row_name(dataset: Any, place: int) -> str:
     """A row as its file has it; of other trainers' data, whose files are not known, its number from 1."""
     rows = getattr(dataset, "rows", None)
-    return f"row {int(rows[place])}" if isinstance(rows, torch.Tensor) else f"number {place + 1}"
+    if not isinstance(rows, torch.Tensor):
+        return f"number {place + 1}"
+    return f"row {dataset.report.row_name(int(rows[place]))}"
 
 
 def _fill(row_tokens: list[int], num_tokens: int) -> list[int]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdpo.training.data.prompts import repeats_prompt
-from fastdpo.training.data.source import RowSource
+from fastdpo.training.data.row_numbers import row_place
+from fastdpo.training.data.rows import RowSource
 
 # Columns of other names that hold prompts.
 _PROMPTS = frozenset(
@@ -45,7 +46,7 @@ def survey(source: RowSource) -> Survey:
     for number, row in source:
         if not isinstance(row, Mapping):
             kind = type(row).__name__
-            raise ValueError(f"{source.name}, row {number}: got {kind}, wanted an object with columns")
+            raise ValueError(f"{row_place(source.name, number)}: got {kind}, wanted an object with columns")
         names |= dict.fromkeys(row)
         filled |= {name for name in row if name not in filled and row[name] is not None}
         prompts += row.get("prompt") is not None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastdpo.integrations.lm_head import head_module, unwrap, wrappers_and_model
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens
 from fastdpo.training.data.dataset import RowDataset
+from fastdpo.training.data.row_numbers import row_of
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.row_checks import CHECKS
 
@@ -76,7 +77,7 @@ def _check_ids(dataset: RowDataset, name: str, size: int) -> None:
         row, largest = next(iter(found.items()))
         check = CHECKS["token_ids"]
         raise ValueError(
-            f"{name}: {check.message}: row {row} of {dataset.report.source} has the id {largest} "
+            f"{name}: {check.message}: {row_of(dataset.report.source, row)} has the id {largest} "
             f"({len(found)} such rows), wanted ids below {size}, the rows of its embedding and head. "
             f"{check.remedy}"
         )
@@ -88,7 +89,7 @@ def _check_positions(dataset: RowDataset, name: str, model: nn.Module, multiple_
     in_front = sum(_num_virtual_tokens(wrapper) for wrapper in wrappers_and_model(model))
     longest = int(lengths[place])
     needed = -(-longest // multiple_of) * multiple_of + in_front
-    row = f"row {int(dataset.rows[place])} of {dataset.report.source} has {longest} tokens"
+    row = f"{row_of(dataset.report.source, int(dataset.rows[place]))} has {longest} tokens"
     if needed > longest:
         row += f", {needed} with padding to a multiple of {multiple_of} and {in_front} virtual tokens"
     table, known = position_table(model), _known_positions(model)

@@ -17,17 +17,21 @@ _LEGAL = {**RANGES, "win_rate": PROBABILITY}
 
 
 def read_number(value: Any, name: str, column: str, where: str) -> float:
-    """A number that is called ``name`` here; infinite, or 0, where it is so in fp32, which tensors have.
+    """A number that is called ``name`` here, or its text, as CSV has it; infinite, or 0, where fp32 has it so,
+    which tensors have.
 
     Raises:
         ValueError: it is something else, or out of range.
     """
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: column {column!r}: got {value!r}, wanted a number")
+    refusal = ValueError(f"{where}: column {column!r}: got {value!r}, wanted a number")
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise refusal
     try:
-        number = c_float(value).value
+        number = c_float(float(value)).value
+    except ValueError:
+        raise refusal from None
     except OverflowError:
         number = math.inf
     if math.isfinite(number) and number not in _LEGAL.get(name, FINITE):

@@ -23,7 +23,6 @@ import torch
 
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.messages import is_list
-from fastdpo.training.data.report import row_list
 from fastdpo.training.data.row import (
     LD_COLUMN,
     REF_COLUMNS,
@@ -32,6 +31,7 @@ from fastdpo.training.data.row import (
     REF_OF,
     REFERENCE,
 )
+from fastdpo.training.data.row_numbers import row_list, row_place
 from fastdpo.training.settings.row_checks import CHECKS, BadRow
 
 logger = logging.getLogger(__name__)
@@ -189,8 +189,8 @@ class RowReferences:
         # Kept until it is known whether the tokens are others, which says more.
         self._problems.append(
             ValueError(
-                f"{self.source}, row {number}: column {name!r}: got {got}, wanted {wanted}: the row was "
-                "scored with another tokenizer, chat template, max_length or truncation_mode"
+                f"{row_place(self.source, number)}: column {name!r}: got {got}, wanted {wanted}: "
+                "the row was scored with another tokenizer, chat template, max_length or truncation_mode"
             )
         )
 
@@ -206,7 +206,7 @@ class RowReferences:
         if is_wrong or is_list(value) == is_pairs:
             kind = "text" if name in _WORDS else "number"
             raise ValueError(
-                f"{self.source}, row {number}: column {name!r}: got {value!r:.80}, wanted a "
+                f"{row_place(self.source, number)}: column {name!r}: got {value!r:.80}, wanted a "
                 f"{kind if is_pairs else f'list of {kind}s'}"
             )
         return values

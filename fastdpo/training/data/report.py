@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fastdpo.training.data.row_numbers import row_list, row_name
 from fastdpo.training.settings.row_checks import CHECKS
 
 
@@ -71,15 +72,13 @@ class DataReport:
             line += f"; columns not used: {', '.join(self.unused)}"
         return line
 
+    @staticmethod
+    def row_name(number: int) -> str:
+        """A row of the report's data as messages name it."""
+        return row_name(number)
+
     def _rows_with(self, message: str, numbers: Sequence[int]) -> str:
         detail = ""
         if message in self.details:
             detail = f"{': ' if len(numbers) == 1 else '; the first: '}{self.details[message]}"
         return f"{len(numbers)} with {message} ({row_list(numbers)}{detail})"
-
-
-def row_list(numbers: Sequence[int], *, at_most: int = 10) -> str:
-    """``rows 3, 17, 40 and 5 more``: how messages name rows."""
-    shown = ", ".join(str(n) for n in numbers[:at_most])
-    more = f" and {len(numbers) - at_most} more" if len(numbers) > at_most else ""
-    return f"{'row' if len(numbers) == 1 else 'rows'} {shown}{more}"

@@ -1,133 +1,151 @@
-"""Where rows come from: JSONL, JSON, Parquet, a ``datasets`` directory, a hub id, or memory.
+"""Where rows come from: files, folders, patterns, a hub id, memory; one of them or several, with shares.
 
 Rows are counted from 1, as editors count lines; every message about data names the row.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+from fastdpo.training.data.arrow import cache_folder, kept_records, table_rows, table_stream
+from fastdpo.training.data.files import check_no_split, files_of, suffixes
+from fastdpo.training.data.mixture import joined, joined_streams
+from fastdpo.training.data.records import READERS, records
+from fastdpo.training.data.rows import RowSource, RowStream, counted, numbered
 
-
-@dataclass(frozen=True)
-class RowSource:
-    """Raw rows, their numbers for messages (from 1), and the name of the place they come from."""
-
-    rows: Sequence[Mapping[str, Any]]
-    numbers: Sequence[int]
-    name: str
-
-    def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        return zip(self.numbers, self.rows, strict=True)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+_ROWS_AT_ONCE = 1000
 
 
-def read_rows(source: Any, *, split: str = "train") -> RowSource:
-    """Read preference rows.
+@overload
+def read_rows(
+    source: Any,
+    *,
+    split: str | Sequence[str] = "train",
+    weights: Sequence[float] | None = None,
+    streaming: Literal[False] = False,
+) -> RowSource: ...
+@overload
+def read_rows(
+    source: Any,
+    *,
+    split: str | Sequence[str] = "train",
+    weights: Sequence[float] | None = None,
+    streaming: Literal[True],
+) -> RowStream: ...
+def read_rows(
+    source: Any,
+    *,
+    split: str | Sequence[str] = "train",
+    weights: Sequence[float] | None = None,
+    streaming: bool = False,
+) -> RowSource | RowStream:
+    """Preference rows, which stay on disk: what is not asked for takes no memory.
 
     Args:
-        source: path of a ``.jsonl``, ``.json`` or ``.parquet`` file, a ``datasets`` directory, a hub
-            id, or rows already in memory: a sequence of mappings, a ``datasets.Dataset``, a
-            data frame of pandas, or a mapping of splits.
-        split: which split, where the source has several.
+        source: a path or pattern of files (``.jsonl``, ``.json``, ``.csv`` or ``.tsv``, also with ``.gz``,
+            ``.zst``, ``.xz`` or ``.bz2``; ``.parquet``, ``.arrow``), a folder of such files or one that
+            ``datasets`` saved, a hub id, or a list of these, which is a mixture. Or rows already in memory: a
+            sequence of mappings, a ``datasets.Dataset``, a data frame of pandas, or a mapping of splits.
+        split: which split, where the source has several; of a mixture, one for all or one for each.
+        weights: of a mixture, the parts' shares of the rows, of any sum; as many rows as that allows without
+            a repeat. None: all rows.
+        streaming: read rows as they are used, and keep nothing on disk. Parts of a mixture with weights are
+            taken in turn until one has ended.
+
+    Returns:
+        A ``RowSource``, or, ``streaming``, a ``RowStream``.
 
     Raises:
-        ValueError: nothing there, a broken row (with its number), or not a format named above.
-        ImportError: Parquet without pyarrow, or a directory or id without ``datasets``.
+        ValueError: nothing there, a broken row (with its number), a file that is cut off or empty, another
+            format, or weights that do not fit.
     """
-    if isinstance(source, RowSource):
-        return source
+    if not _is_mixture(source):
+        if weights is not None:
+            raise ValueError(f"dataset_weights: got {weights!r} for one source, wanted several")
+        return _read(source, _one_split(split), streaming)
+    splits = [split] * len(source) if isinstance(split, str) else list(split)
+    if len(splits) != len(source):
+        raise ValueError(f"dataset_split: got {len(splits)} for {len(source)} sources, wanted one each")
+    parts = [_read(part, its_split, streaming) for part, its_split in zip(source, splits, strict=True)]
+    return _joined(parts, " + ".join(part.name for part in parts), weights, streaming)
+
+
+def _is_mixture(source: Any) -> bool:
+    is_list = isinstance(source, list | tuple) and len(source) > 0
+    return is_list and all(isinstance(part, str | os.PathLike) for part in source)
+
+
+def _one_split(split: str | Sequence[str]) -> str:
+    splits = [split] if isinstance(split, str) else list(split)
+    if len(splits) != 1:
+        raise ValueError(f"dataset_split: got {splits} for one source, wanted one")
+    return splits[0]
+
+
+def _joined(parts: Sequence[Any], name: str, weights: Sequence[float] | None, streaming: bool) -> Any:
+    return joined_streams(parts, name, weights) if streaming else joined(parts, name, weights)
+
+
+def _read(source: Any, split: str, streaming: bool) -> RowSource | RowStream:
+    if isinstance(source, RowSource | RowStream):
+        return _as_asked(source, streaming)
     if not isinstance(source, str | os.PathLike):
-        return _rows_in_memory(source, split)
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _read_file(path)
-    if path.is_dir():
-        return _read_datasets(str(path), split, on_disk=_is_saved_dataset(path))
-    if _looks_like_path(os.fspath(source)):
-        raise ValueError(f"dataset: no such file or directory: {os.fspath(source)}")
-    return _read_datasets(os.fspath(source), split, on_disk=False)
+        return _in_memory(source, split, "dataset", streaming)
+    name = os.fspath(source)
+    if _is_saved_dataset(Path(name).expanduser()):
+        return _from_datasets(name, split, streaming, is_saved=True)
+    files = files_of(name, split)
+    if not files:
+        return _from_datasets(name, split, streaming, is_saved=False)
+    parts = [_stream_of(file) if streaming else _rows_of(file) for file in files]
+    return _joined(parts, f"{name}[{split}]" if os.path.isdir(name) else name, None, streaming)
 
 
-def _read_file(path: Path) -> RowSource:
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        return _read_jsonl(path)
-    if suffix == ".json":
-        return _read_json(path)
-    if suffix == ".parquet":
-        return _numbered(_read_parquet(path), str(path))
-    raise ValueError(f"dataset: got a file ending in {suffix!r} ({path}), wanted one of {FILE_SUFFIXES}")
+def _as_asked(source: RowSource | RowStream, streaming: bool) -> RowSource | RowStream:
+    if streaming and isinstance(source, RowSource):
+        return RowStream(source.__iter__, source.name)
+    if not streaming and isinstance(source, RowStream):
+        raise ValueError(f"dataset: got {source.name}, a stream, wanted rows that can be counted")
+    return source
 
 
-def _read_jsonl(path: Path) -> RowSource:
-    rows, numbers = [], []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise ValueError(f"{path}, row {number}: not valid JSON: {error}") from None
-            rows.append(_checked_mapping(row, number, str(path)))
-            numbers.append(number)
-    return RowSource(rows, numbers, str(path))
+def _rows_of(path: Path) -> RowSource:
+    suffix, compression = suffixes(path)
+    if suffix in READERS:
+        return RowSource(*kept_records(path, suffix, compression), str(path))
+    return numbered(table_rows(path, suffix), str(path))
 
 
-def _read_json(path: Path) -> RowSource:
-    text = path.read_text(encoding="utf-8-sig")
+def _stream_of(path: Path) -> RowStream:
+    suffix, compression = suffixes(path)
+    if suffix in READERS:
+        texts = functools.partial(records, path, suffix, compression)
+        return RowStream(lambda: ((number, json.loads(text)) for number, text in texts()), str(path))
+    if suffix == ".arrow":  # is not copied as it is
+        return RowStream(_rows_of(path).__iter__, str(path))
+    return counted(lambda: table_stream(path), str(path))
+
+
+def _from_datasets(name: str, split: str, streaming: bool, *, is_saved: bool) -> RowSource | RowStream:
+    import datasets
+
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        # Many files named .json hold one object a line.
-        if text.lstrip().startswith("{"):
-            return _read_jsonl(path)
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if isinstance(rows, Mapping):
-        rows = [rows]
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: got a JSON {type(rows).__name__}, wanted a list of objects")
-    return _numbered([_checked_mapping(row, i, str(path)) for i, row in enumerate(rows, 1)], str(path))
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ImportError(
-            f"reading {path} needs pyarrow, which is not installed: pip install pyarrow"
-        ) from None
-    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    return rows
-
-
-def _read_datasets(name: str, split: str, *, on_disk: bool) -> RowSource:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            f"reading {name!r} needs the package `datasets`, which is not installed: pip install datasets, "
-            f"or give a file ending in one of {FILE_SUFFIXES}"
-        ) from None
-    try:
-        loaded = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, split=split)
+        if is_saved:
+            loaded = datasets.load_from_disk(os.path.expanduser(name))
+        else:
+            loaded = datasets.load_dataset(name, split=split, streaming=streaming, cache_dir=cache_folder())
     except Exception as error:
         # Whatever went wrong (network, layout, unknown split), the user has to know which data set it was.
         raise ValueError(f"dataset: could not load {name!r}, split {split!r}: {error}") from error
-    source = _rows_in_memory(loaded, split)
-    return RowSource(source.rows, source.numbers, f"{name}[{split}]")
+    return _in_memory(loaded, split, f"{name}[{split}]", streaming)
 
 
-def _rows_in_memory(source: Any, split: str) -> RowSource:
+def _in_memory(source: Any, split: str, name: str, streaming: bool) -> RowSource | RowStream:
     if isinstance(source, Mapping):
         if split not in source:
             firsts = [part[0] for part in source.values() if isinstance(part, list) and part]
@@ -136,34 +154,45 @@ def _rows_in_memory(source: Any, split: str) -> RowSource:
                 raise ValueError(f"dataset: got {got}, wanted rows: a list of dicts, or datasets' from_dict")
             raise ValueError(f"dataset: got splits {sorted(source)}, wanted {split!r}")
         source = source[split]
+    elif name == "dataset":
+        check_no_split("rows in memory", split)
+    if hasattr(source, "with_format"):  # of `datasets`: rows of Python's own values
+        source = source.with_format(None)
     if hasattr(source, "iloc") and hasattr(source, "to_dict"):
-        # A data frame of pandas: its columns' numbers as Python's, its missing values as nothing.
-        source = source.astype(object).where(source.notna(), None).to_dict("records")
-    form = getattr(source, "format", None)
-    if isinstance(form, Mapping) and form.get("type") not in (None, "custom"):
-        # Of `datasets`: its rows as Python has them, not as tensors or tables. A transform stays.
-        source = source.with_format(None, columns=form["columns"])
-    if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
-        raise ValueError(
-            f"dataset: got {type(source).__name__}, wanted a path, an id or a sequence of rows; "
-            "streaming data sets are not supported by this version"
-        )
-    return _numbered(source, "dataset")
+        source = _FrameRows(source)
+    if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, str | bytes):
+        return _as_asked(numbered(source, name), streaming)
+    is_iterable = hasattr(source, "__iter__") and not hasattr(source, "__next__")
+    if streaming and is_iterable:
+        return counted(lambda: source, name)
+    hint = "; a stream is read with streaming=True, but not trained on yet" if is_iterable else ""
+    if hasattr(source, "__next__"):
+        hint = "; what can be gone through once is no source of rows, streaming or not"
+    kind = type(source).__name__
+    raise ValueError(f"dataset: got {kind}, wanted a path, an id or a sequence of rows{hint}")
 
 
-def _numbered(rows: Sequence[Mapping[str, Any]], name: str) -> RowSource:
-    return RowSource(rows, range(1, len(rows) + 1), name)
+class _FrameRows(Sequence[Mapping[str, Any]]):
+    """A data frame of pandas: its columns' numbers as Python's, its missing values as nothing."""
 
+    def __init__(self, frame: Any) -> None:
+        self.frame = frame
 
-def _checked_mapping(row: Any, number: int, name: str) -> Mapping[str, Any]:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{name}, row {number}: got a JSON {type(row).__name__}, wanted an object")
-    return row
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            yield from self._rows(self.frame.iloc[start : start + _ROWS_AT_ONCE])
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._rows(self.frame.iloc[[place]])[0]
+
+    @staticmethod
+    def _rows(part: Any) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = part.astype(object).where(part.notna(), None).to_dict("records")
+        return rows
 
 
 def _is_saved_dataset(path: Path) -> bool:
     return any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in FILE_SUFFIXES

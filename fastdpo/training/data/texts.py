@@ -23,6 +23,7 @@ from fastdpo.training.data.messages import (
     says_something,
 )
 from fastdpo.training.data.prompts import echoes, shared_start, without_repeated_prompt
+from fastdpo.training.data.row_numbers import row_place
 from fastdpo.training.data.template_checks import lost_in_the_answer, lost_in_the_prompt, lost_tools
 from fastdpo.training.settings.row_checks import BadRow, Finding
 
@@ -77,7 +78,7 @@ class TextReader:
 
     def where(self, number: int) -> str:
         """How messages name a row."""
-        return f"{self.source}, row {number}"
+        return row_place(self.source, number)
 
     def read(
         self,

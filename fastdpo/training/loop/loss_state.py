@@ -128,7 +128,7 @@ class LossState:
     @torch.no_grad()
     def _update_kl(self, policy: nn.Module, batches: Any) -> None:
         device = self.accelerator.device
-        parts = [torch.zeros(0, 2, device=device)]
+        parts = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
         with _evaluating(policy):
             for batch in batches:
                 if batch.is_filler:
@@ -137,9 +137,9 @@ class LossState:
                 assert moved.mismatched is not None
                 reference = self.reference.mismatched_logps(policy, moved)
                 ratios = sequence_logps(policy, moved.mismatched) - reference
-                parts.append(torch.stack([moved.rows.to(ratios.dtype), ratios], 1))
+                parts.append(torch.stack([moved.rows.double(), ratios.double()], 1))
         seen, _ = self._gathered(torch.cat(parts))
-        ratios = seen[:, 1]
+        ratios = seen[:, 1].float()
         if bool(ratios.isfinite().all()) and self.kl is not None:
             self.kl.update(ratios, torch.zeros_like(ratios))
 

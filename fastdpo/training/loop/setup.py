@@ -21,8 +21,8 @@ from fastdpo.training.data.encode import encode_rows
 from fastdpo.training.data.formats import Wanted
 from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.references import reference_columns
-from fastdpo.training.data.report import row_list
 from fastdpo.training.data.row import REFERENCE
+from fastdpo.training.data.row_numbers import row_list, row_name
 from fastdpo.training.data.scores import ScoreRules
 from fastdpo.training.data.source import RowSource, read_rows
 from fastdpo.training.loop.callbacks import METRICS_FILE
@@ -168,7 +168,7 @@ def _check_scores(dataset: RowDataset, rules: ScoreRules) -> None:
         return
     flat = []
     for index, row in enumerate(dataset.rows.tolist()):
-        rules.check(scores[index].tolist(), "scores", f"dataset, row {row}")
+        rules.check(scores[index].tolist(), "scores", f"dataset, row {row_name(row)}")
         if rules.are_flat(scores[index].tolist()):
             flat.append(row)
     if flat:

@@ -16,8 +16,8 @@ import fastdpo
 from fastdpo.training.batches.layouts import layout_of, token_budget
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import check_fit
-from fastdpo.training.data.report import row_list
 from fastdpo.training.data.row import LD_COLUMN
+from fastdpo.training.data.row_numbers import row_list
 from fastdpo.training.reference.cache import ReferenceCache, cache_key, fingerprint_model
 from fastdpo.training.reference.scoring import score_dataset
 from fastdpo.training.reference.shards import ScoreShards

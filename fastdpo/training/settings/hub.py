@@ -39,7 +39,7 @@ def check_there(what: str, name: str, *, kind: str = "model") -> None:
     except HFValidationError:
         raise ValueError(f"{got}, nor can it be an id of the hub") from None
     kept = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "snapshots"
-    if kept.is_dir() and any(kept.iterdir()):
+    if kept.is_dir() and any(kept.iterdir()) or kind == "dataset" and _is_prepared(name):
         return
     if constants.is_offline_mode():
         raise ValueError(f"{got}, none in the hub's cache, and HF_HUB_OFFLINE is set")
@@ -77,6 +77,13 @@ def has_splits(source: str) -> bool:
     """
     path = Path(source).expanduser()
     return not path.is_file() and not (path / "state.json").is_file()
+
+
+def _is_prepared(name: str) -> bool:
+    """Whether the library `datasets` has a data set of the hub in its own cache."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")).is_dir()
 
 
 def check_push(args: SettingFields) -> None:

@@ -20,6 +20,7 @@ ALIASES = {
     "tokenizer_name_or_path": "tokenizer",
     "ref_model_name_or_path": "ref_model",
     "dataset_name": "dataset",
+    "datasets": "dataset",
     "dataset_train_split": "dataset_split",
     "dataset_test_split": "eval_dataset_split",
     "preprocessing_num_workers": "dataset_num_proc",
@@ -45,7 +46,7 @@ _QUANTISED = "quantised weights are not supported by this version"
 UNSUPPORTED = {
     "load_in_4bit": _QUANTISED,
     "load_in_8bit": _QUANTISED,
-    "dataset_streaming": "streams are not supported by this version",
+    "dataset_streaming": "streams are read by read_rows(streaming=True), but not trained on by this version",
     "generate_during_eval": "generations are not supported by this version",
     "is_encoder_decoder": "encoder-decoders are not supported by this version",
     "ignore_bias_buffers": "DDP's buffers are those of the model",
@@ -54,7 +55,7 @@ UNSUPPORTED = {
 _BY_LENGTH = "max_length bounds prompt and answer together, and truncation_mode says which of them is cut"
 _TEMPLATE = "the tokenizer's chat template is used, or chat_template, a file or the template itself"
 _LOSS = "loss_type names the loss, and beta its strength"
-_MIXTURE = "dataset and eval_dataset take one file or data set each: join them beforehand"
+_MIXTURE = "dataset takes several, and dataset_weights the shares of the rows that each has"
 _STEPS = "eval_strategy and eval_steps, save_strategy and save_steps take steps, shares of the run, or epochs"
 _PAD = "the collator pads"
 _LOG = "report_to names the trackers, which read their own environment variables"
@@ -140,7 +141,6 @@ ELSEWHERE = {
     "kto_undesirable_weight": "undesirable_weight",
     "dpo_use_weighting": "use_weighting",
     "dpo_label_smoothing_factor": "label_smoothing",
-    "datasets": _MIXTURE,
     "test_datasets": "eval_dataset",
     "dataset_prepared_path": "not needed: rows are tokenised when a run starts",
     "val_set_size": "held_out",

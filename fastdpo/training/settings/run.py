@@ -11,6 +11,7 @@ from typing import Any
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.hub import check_push, check_there, has_splits, is_adapter, looks_like_path
 from fastdpo.training.settings.own_losses import IMPORTED
+from fastdpo.training.settings.sources import names_of, read_parts
 from fastdpo.training.settings.values import not_default, settle
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -106,16 +107,30 @@ def template_text(given: str) -> str:
 class DataArguments:
     """Which rows."""
 
-    dataset: str | None = field(
+    dataset: str | list[str] | None = field(
         default=None,
         metadata=_help(
-            "JSONL, JSON or Parquet file, `datasets` directory, or hub id, with the training pairs, or "
-            "what the losses take."
+            "The training pairs, or what the losses take: a JSONL, JSON, CSV or TSV file (also .gz, .zst, "
+            ".xz, .bz2), a Parquet or Arrow file, a pattern or a folder of files, a hub id; or several."
         ),
     )
-    dataset_split: str = field(default="train", metadata=_help("Split of the dataset, where it has several."))
-    eval_dataset: str | None = field(default=None, metadata=_help("The same for evaluation."))
-    eval_dataset_split: str | None = field(
+    dataset_split: str | list[str] = field(
+        default="train",
+        metadata=_help(
+            "Split of the dataset, where it has several; of several, one for all or one for each."
+        ),
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata=_help(
+            "Of several datasets, the share of the rows that each has, of any sum: as many rows as that "
+            "allows without a repeat. Default: all rows of all."
+        ),
+    )
+    eval_dataset: str | list[str] | None = field(
+        default=None, metadata=_help("As dataset, for evaluation; of several all rows.")
+    )
+    eval_dataset_split: str | list[str] | None = field(
         default=None,
         metadata=_help(
             "Split of the evaluation dataset. Default test; without eval_dataset, a split of dataset to "
@@ -128,6 +143,14 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        self.dataset, self.dataset_split, self.dataset_weights = read_parts(
+            "dataset", self.dataset, self.dataset_split, self.dataset_weights
+        )
+        self.eval_dataset, self.eval_dataset_split, weights = read_parts(
+            "eval_dataset", self.eval_dataset, self.eval_dataset_split, None
+        )
+        if weights is not None:
+            raise ArgumentError("eval_dataset: got weights, wanted none: all rows are evaluated on")
         settle(self)
         if self.eval_dataset is None and self.eval_dataset_split is not None:
             self.eval_dataset = self.dataset
@@ -137,9 +160,9 @@ class DataArguments:
         self._check_split("dataset_split", self.dataset, named)
         self._check_split("eval_dataset_split", self.eval_dataset, self.eval_dataset_split)
 
-    def _check_split(self, name: str, source: str | None, split: str | None) -> None:
+    def _check_split(self, name: str, source: object, split: object) -> None:
         """Raise ArgumentError for a split of what has none: all of its rows would be taken for it."""
-        if split is not None and source is not None and not has_splits(source):
+        if isinstance(split, str) and isinstance(source, str) and not has_splits(source):
             raise ArgumentError(f"--{name}: got {split!r} of {source}, which has no splits")
 
     @property
@@ -233,7 +256,7 @@ class ScoreArguments:
             )
         if path.is_dir() or any(parent.is_file() for parent in path.parents):
             raise ArgumentError(f"--output: got {path}, wanted a file in a folder")
-        read = [name for name in (data.dataset, data.eval_dataset) if name is not None]
+        read = [*names_of(data.dataset), *names_of(data.eval_dataset)]
         if any(Path(name).exists() and Path(name).resolve() == path.resolve() for name in read):
             raise ArgumentError(f"--output: got {path}, which is the data that is read, wanted another file")
         return path
@@ -250,7 +273,7 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         for name, value in (("model", self.model.model), ("dataset", self.data.dataset)):
-            if value is None:
+            if not value:
                 raise ArgumentError(f"--{name} is required")
         losses, teacher = ", ".join(self.config.loss_type), self.model.teacher_model
         if self.config.needs_teacher and teacher is None:
@@ -284,10 +307,10 @@ class RunArguments:
             if value is not None:
                 check_there(name, value)
         for name in ("dataset", "eval_dataset"):
-            value = getattr(self.data, name)
-            # Files, and paths that are wrong, are for what reads them.
-            if value is not None and not looks_like_path(value) and not Path(value).suffix:
-                check_there(name, value, kind="dataset")
+            for value in names_of(getattr(self.data, name)):
+                # Files, and paths that are wrong, are for what reads them.
+                if not looks_like_path(value) and not Path(value).suffix:
+                    check_there(name, value, kind="dataset")
         check_push(self.config)
 
 

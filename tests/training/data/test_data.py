@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
+from datasets import Dataset
 
 from fastdpo.training.data.columns import survey
 from fastdpo.training.data.dataset import RowDataset, split_rows
@@ -35,20 +36,16 @@ def _json_by_lines(folder: Path) -> Path:
 
 
 def _parquet(folder: Path) -> Path:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "pairs.parquet")
+    Dataset.from_list(ROWS).to_parquet(folder / "pairs.parquet")
     return folder / "pairs.parquet"
 
 
 def _saved_dataset(folder: Path) -> Path:
-    datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_list(ROWS).save_to_disk(folder / "saved")
+    Dataset.from_list(ROWS).save_to_disk(folder / "saved")
     return folder / "saved"
 
 
 def _folder_of_files(folder: Path) -> Path:
-    pytest.importorskip("datasets")
     (folder / "files").mkdir()
     write_jsonl(folder / "files" / "train.jsonl", ROWS)
     return folder / "files"
@@ -79,9 +76,26 @@ def test_lines_of_jsonl_are_numbered_as_editors_do(tmp_path: Path):
         ("a.jsonl", b'{"prompt": "a"}\n\n[1, 2]\n', r"row 3: got a JSON list, wanted an object"),
         ("a.jsonl", b'{"prompt": "\xff\xfe"}\n', r"row 1: not valid JSON"),
         ("a.json", b'[{"prompt": "a"}, 7]', r"row 2: got a JSON int"),
-        ("a.json", b"[1, 2", r"not valid JSON"),
+        ("a.json", b'[{"prompt": "a"}, {"prompt"', r"a\.json, after row 1: not valid JSON"),
+        ("a.json", b'[{"prompt": "a"}', r"after row 1: not valid JSON: Expecting ','"),
+        ("a.json", b'[{"prompt": "a"}] 7', r"after row 1: not valid JSON: Extra data"),
+        ("a.json", b"{7", r"a\.json, row 1: not valid JSON"),
+        ("a.json", b'[{"prompt": "\xff\xfe"}]', r"a\.json, after row 0: not UTF-8"),
         ("a.json", b'"text"', r"wanted a list of objects"),
-        ("a.csv", b"prompt,chosen,rejected\n", r"\.csv.*wanted one of"),
+        ("a.csv", b"prompt,chosen\na,b\nc\n", r"a\.csv, row 2: got 1 cells, wanted 2: prompt, chosen"),
+        ("a.csv", b'prompt,chosen\na,b\nc,"d', r"a\.csv, after row 1: not valid CSV: unexpected end of data"),
+        ("a.csv", b"prompt,prompt\na,b\n", r"wanted each name once"),
+        ("a.csv", b"prompt,chosen\na,\xff\xfe\n", r"a\.csv, after row 0: not UTF-8"),
+        ("a.txt", b"prompt", r"ending in '\.txt' .*wanted one of"),
+        ("a.parquet.gz", b"PAR1", r"ending in '\.parquet\.gz' .*wanted one of"),
+        ("a.parquet", b"PAR1", r"a\.parquet: cannot be read"),
+        ("a.arrow", b"ARROW", r"a\.arrow: cannot be read"),
+        *(
+            (f"a{ending}", b"", r"a\.\S+: an empty file")
+            for ending in (".jsonl", ".json", ".csv", ".jsonl.gz")
+        ),
+        ("a.json", b"[]", r"a\.json: an empty file"),
+        ("a.csv", b"prompt,chosen,rejected\n", r"a\.csv: an empty file"),
     ],
 )
 def test_broken_files_name_the_row(tmp_path: Path, name: str, content: bytes, message: str):
@@ -110,16 +124,6 @@ def test_wrong_sources_are_refused(source: Any, message: str):
 def test_rows_in_memory_have_columns(row: Any):
     with pytest.raises(ValueError, match=r"dataset, row 2: got \w+, wanted an object with columns"):
         survey(read_rows([ROWS[0], row]))
-
-
-@pytest.mark.parametrize(("module", "write"), [("pyarrow.parquet", _parquet), ("datasets", _saved_dataset)])
-def test_a_missing_package_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, write: Callable[[Path], Path]
-):
-    path = write(tmp_path)
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=f"pip install {module.split('.')[0]}"):
-        read_rows(path)
 
 
 def _pairs(count: int) -> RowDataset:
@@ -182,7 +186,6 @@ def test_a_split_without_pairs_on_both_sides_is_refused(held_out: float):
 
 
 def test_a_data_frame_of_pandas():
-    pandas = pytest.importorskip("pandas")
     rows = [*make_rows(3), {**make_rows(1)[0], "prompt": None}]
     rows = [{**row, "margin": place, "tools": [{"name": "t"}]} for place, row in enumerate(rows)]
     frame = pandas.DataFrame(rows, index=[3, 5, 7, 9])

@@ -17,7 +17,7 @@ from fastdpo.training.settings.values import hints_of
 
 RUN = (ModelArguments, DataArguments, AdapterArguments, PreferenceConfig)
 KNOWN = [*(name for kind in RUN for name in hints_of(kind)), *all_loss_options()]
-_DATA = "dataset and eval_dataset take one file"
+_DATA = "dataset takes several"
 _LENGTH = "max_length bounds prompt and answer together"
 _LOSS = "loss_type names the loss"
 _LOG = "report_to names the trackers"
@@ -45,8 +45,9 @@ _FACTORY_REFUSED = {
     "plot_loss": "curves.png",
 }
 _AXOLOTL = (
-    "load_in_8bit output_dir chat_template lora_r lora_alpha lora_dropout gradient_accumulation_steps "
-    "learning_rate bf16 tf32 gradient_checkpointing resume_from_checkpoint logging_steps weight_decay"
+    "datasets load_in_8bit output_dir chat_template lora_r lora_alpha lora_dropout "
+    "gradient_accumulation_steps learning_rate bf16 tf32 gradient_checkpointing "
+    "resume_from_checkpoint logging_steps weight_decay"
 )
 _AXOLOTL_REFUSED = {
     "base_model": "use model",
@@ -54,7 +55,6 @@ _AXOLOTL_REFUSED = {
     "tokenizer_type": "not needed",
     "special_tokens": "special tokens",
     "rl": _LOSS,
-    "datasets": _DATA,
     "dataset_prepared_path": "not needed",
     "val_set_size": "use held_out",
     "sequence_len": "use max_length",

@@ -1,0 +1,63 @@
+"""Raw rows as the rest of the room takes them: all of them at hand, or as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+NumberedRows = Iterator[tuple[int, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Raw rows, their numbers for messages (from 1), and the name of the place they come from."""
+
+    rows: Sequence[Mapping[str, Any]]
+    numbers: Sequence[int]
+    name: str
+
+    def __iter__(self) -> NumberedRows:
+        return zip(self.numbers, self.rows, strict=True)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """Raw rows that are read as they are used, in their order, from the start each time; with their numbers.
+
+    Args:
+        start: begins to read.
+        name: of the place they come from.
+    """
+
+    start: Callable[[], NumberedRows]
+    name: str
+
+    def __iter__(self) -> NumberedRows:
+        return self.start()
+
+
+def numbered(rows: Sequence[Mapping[str, Any]], name: str) -> RowSource:
+    """Rows counted from 1."""
+    return RowSource(rows, range(1, len(rows) + 1), name)
+
+
+def counted(rows: Callable[[], Iterable[Mapping[str, Any]]], name: str) -> RowStream:
+    """What can be gone through, counted from 1. Raises ValueError where that fails, and for no rows."""
+
+    def start() -> NumberedRows:
+        number = 0
+        try:
+            for number, row in enumerate(rows(), start=1):
+                yield number, row
+        except Exception as error:
+            if str(error).startswith(name):  # says it all
+                raise
+            raise ValueError(f"{name}, after row {number}: the stream ends early: {error}") from error
+        if not number:
+            raise ValueError(f"{name}: no rows")
+
+    return RowStream(start, name)
