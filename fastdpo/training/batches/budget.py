@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import seed_worker
 
 from fastdpo.training.data.dataset import RowDataset
-from fastdpo.training.data.report import row_list
+from fastdpo.training.data.row_numbers import row_list
 from fastdpo.training.settings.config import PreferenceConfig
 
 STRATEGIES = ("random", "sequential", "group_by_length")

@@ -99,9 +99,11 @@ class _RowEncoder:
         """Encode all rows. Raises ValueError, as ``encode_rows``."""
         maker = RowMaker(self.reader.render, self.tokenizer, self.options, self.kind)
         made = made_in_order(maker, self.source, self.options.processes, show=self.options.show_progress)
-        for (number, row), parts in zip(self.source, made, strict=True):
-            if self.references is not None:
-                self.references.expect(number, row)
+        # Rows are gone through once more only where something is read of them here.
+        rows = None if self.references is None else iter(self.source)
+        for parts in made:
+            if self.references is not None and rows is not None:
+                self.references.expect(*next(rows))
             for part in parts:
                 self._take(part)
         used = ("prompt", "tools", "chat_template_kwargs", *self.reader.used(self.found.names))

@@ -216,6 +216,8 @@ class RowReader:
         kind = self.kind.name
         if kind == "unpaired":
             label = self._column(row, "label", where)
+            if isinstance(label, str):  # as CSV has it
+                label = {"true": True, "false": False}.get(label.strip().lower(), label)
             if label is not None and not isinstance(label, bool):
                 raise ValueError(f"{where}: column 'label': got {label!r}, wanted true or false")
             return {"is_desirable": math.nan if label is None else float(label)}

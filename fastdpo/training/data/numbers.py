@@ -17,8 +17,8 @@ _LEGAL = {**RANGES, "win_rate": PROBABILITY}
 
 
 def read_number(value: Any, name: str, column: str, where: str) -> float:
-    """A number that is called ``name`` here, or its text, as CSV has it; infinite, or 0, where fp32 has it so,
-    which tensors have.
+    """A number that is called ``name`` here, or its text, as CSV has it; infinite, or 0, where it is so in
+    fp32, which tensors have.
 
     Raises:
         ValueError: it is something else, or out of range.

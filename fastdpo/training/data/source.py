@@ -156,8 +156,10 @@ def _in_memory(source: Any, split: str, name: str, streaming: bool) -> RowSource
         source = source[split]
     elif name == "dataset":
         check_no_split("rows in memory", split)
-    if hasattr(source, "with_format"):  # of `datasets`: rows of Python's own values
-        source = source.with_format(None)
+    form = getattr(source, "format", None)
+    if isinstance(form, Mapping) and form.get("type") not in (None, "custom"):
+        # Of `datasets`: its rows as Python has them, not as tensors or tables. A transform stays.
+        source = source.with_format(None, columns=form["columns"])
     if hasattr(source, "iloc") and hasattr(source, "to_dict"):
         source = _FrameRows(source)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, str | bytes):

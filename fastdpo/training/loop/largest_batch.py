@@ -15,7 +15,7 @@ from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.budget import pair_tokens, training_sampler
 from fastdpo.training.batches.layouts import layout_of, token_budget
 from fastdpo.training.data.dataset import RowDataset
-from fastdpo.training.data.report import row_list
+from fastdpo.training.data.row_numbers import row_list
 from fastdpo.training.loop.base import BaseTrainer
 from fastdpo.training.loop.step import BatchCounts, batch_loss
 from fastdpo.training.settings.checkpointing import recomputes_activations

@@ -31,7 +31,7 @@ from fastdpo.training.batches.collate import pad_token_id
 from fastdpo.training.batches.layouts import choose_collator, like_length_sampler, token_budget
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import check_fit
-from fastdpo.training.data.report import row_list
+from fastdpo.training.data.row_numbers import row_list
 from fastdpo.training.loop.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.loop.largest_batch import try_before_scoring
 from fastdpo.training.loop.loss_state import LossState

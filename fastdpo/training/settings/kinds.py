@@ -87,6 +87,8 @@ def kind_of(losses: Sequence[LossSpec]) -> DataKind:
         ValueError: losses of different kinds, or of one that is not for the loop; names them.
     """
     found = {spec.name: _kind_of_loss(spec) for spec in losses}
+    if not found:
+        raise ValueError("loss_type: got none, wanted the name of a loss, or several")
     if len(set(found.values())) > 1:
         got = ", ".join(f"{name} of {kind.name}" for name, kind in found.items())
         raise ValueError(f"loss_type: got {got} data, wanted losses of one kind of data")

@@ -83,6 +83,14 @@ def test_numbers_come_through(tokenizer: Any):
     assert numbers("samples", "win_rates") == [0.25]
 
 
+@pytest.mark.parametrize(("label", "wanted"), [("True", 1.0), ("false", 0.0)])
+def test_labels_may_be_text_as_csv_has_them(tokenizer: Any, label: str, wanted: float):
+    dataset = encode("unpaired", [{**GOOD["unpaired"][0], "label": label}], tokenizer)
+    assert dataset[0].numbers["is_desirable"] == wanted
+    with pytest.raises(ValueError, match="row 1: column 'label': got 'yes', wanted true or false"):
+        encode("unpaired", [{**GOOD["unpaired"][0], "label": "yes"}], tokenizer)
+
+
 def test_pieces_are_the_answers_tokens(tokenizer: Any):
     dataset = encode("steps", GOOD["steps"], tokenizer)
     for i, wanted in enumerate([[" stone walk.", " lamp<eos>"], ["stone walk.", " lamp<eos>\n"]]):

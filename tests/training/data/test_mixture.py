@@ -140,7 +140,7 @@ def test_rows_are_named_by_their_file_once_they_are_tokens(tmp_path: Path, token
     assert report == str(found[1].report)
     assert f"7 of 9 pairs kept; skipped 2 with an empty completion (rows 4 of {names[0]}, 1" in report
     assert row_list(found[0].rows.tolist()[-1:]) == f"row 5 of {names[1]}"
-    scored = found[0].with_reference(torch.arange(14.0).view(7, 2))
+    scored = found[0].with_reference(torch.arange(14.0))
     assert _write_scored(tmp_path / "scored.jsonl", read_rows(names), [scored]) == 7
     written = [row for _, row in read_rows(tmp_path / "scored.jsonl")]
     wanted = [*make_rows(3), *make_rows(4, seed=1)]

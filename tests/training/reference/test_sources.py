@@ -254,7 +254,7 @@ def test_scores_are_in_the_order_of_the_data(make_args: MakeArgs, tokenizer: Any
     data, collator = trainer.train_dataset, trainer.data_collator
     device = torch.device("cpu")
     scores = score_dataset(trainer.model, data, collator, batch_size=4, device=device)
-    whole = sequence_logps(trainer.model, collator([data[i] for i in range(9)])).view(2, 9).T
+    whole = sequence_logps(trainer.model, collator([data[i] for i in range(9)])).view(2, 9).T.flatten()
     torch.testing.assert_close(scores, whole, rtol=1e-5, atol=1e-5)
     parts = [
         score_dataset(trainer.model, data, collator, batch_size=4, device=device, rank=rank, num_ranks=2)
