@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.pretended import make_call, pretended_gpu, run_backward, run_forward
-from fastdpo.functional.pair_loss import LOSS_KEY
-from fastdpo.ops.paired_chunks import GroupLoss, PairedResults
-from fastdpo.ops.paired_loss import GROUP_LOSSES
+from fastdpo.functional.groups import LOSS_KEY
+from fastdpo.ops.grouped_chunks import GroupedResults, GroupLoss
+from fastdpo.ops.grouped_loss import GROUP_LOSSES
 from fastdpo.ops.scaling import scaled
 from fastdpo.plan.modes import LEAN_STASH
 
@@ -95,7 +95,7 @@ def launch_rows(num_tokens: int = NUM_TOKENS, sizes: tuple[int, int] = LLAMA_3_8
                 rows.append(count.row(call.plan.mode, "forward"))
                 if mode == "score":
                     continue
-                if isinstance(forward, PairedResults):  # the stored gradients, times the incoming one
+                if isinstance(forward, GroupedResults):  # the stored gradients, times the incoming one
                     for gradient in (forward.dhidden, forward.dweight):
                         scaled(gradient, forward.loss)  # type: ignore[arg-type]
                 else:
@@ -112,11 +112,11 @@ def _group_loss(num_tokens: int, pair_length: int = 512) -> GroupLoss:
         return torch.empty(shape, device="meta", dtype=dtype)
 
     tensors = {
-        "loss.num_pairs": empty(),
-        "loss.num_tokens": empty(),
+        "divisor.0": empty(),
         "segment_ids": empty(num_tokens, dtype=torch.int64),
         "offsets": empty(2 * num_pairs + 1, dtype=torch.int64),
-        "ref_logps": empty(2, num_pairs),
+        "ref_sums": empty(2 * num_pairs),
+        "segments": torch.arange(0, 2 * num_pairs + 1, 2),
     }
     return GROUP_LOSSES[LOSS_KEY](repr(({}, list(tensors))), list(tensors.values()))
 

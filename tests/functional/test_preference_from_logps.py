@@ -178,7 +178,10 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     (KTO | {"ref_logps": torch.zeros(5)}, "ref_logps: got shape (5,), wanted (4,) or (4, 6)"),
     (KTO | {"kl": None}, "kl: got None, wanted a value for kto"),
     (KTO | {"gamma": 1.0}, "gamma: got an option that kto does not have"),
-    (KTO | {"token_weights": torch.ones(4, 6)}, "ref_logps: got shape (4,), wanted (4, 6)"),
+    (
+        KTO | {"token_weights": torch.ones(4, 6)},
+        "ref_logps (with token_weights): got shape (4,), wanted (4, 6)",
+    ),
     (TDPO | {"forward_kl": None}, "forward_kl: got None, wanted a value for tdpo1"),
     (TDPO | {"forward_kl": torch.zeros(4)}, "forward_kl: got shape (4,), wanted (4, 6)"),
     (TDPO | {"ref_logps": None}, "ref_logps: got no reference"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastdpo.functional.row_loss import DATA
-from fastdpo.functional.rows import preference_loss_from_logps
+from fastdpo.functional.kinds import DATA
+from fastdpo.functional.preference import preference_loss_from_logps
 from fastdpo.training.batches.answer_collate import by_row
 from fastdpo.training.batches.contents import Batch, completion_mask, is_filler, num_labelled, packed_layout
 from fastdpo.training.batches.forward import token_logps

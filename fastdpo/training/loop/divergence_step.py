@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastdpo.functional.row_loss import (
+from fastdpo.functional.kinds import (
     divergence_outputs,
     divergence_settings,
     needs_token_logps,
     teacher_combination,
 )
-from fastdpo.functional.rows import preference_loss_from_logps
+from fastdpo.functional.preference import preference_loss_from_logps
 from fastdpo.losses import build_objective
 from fastdpo.training.batches.contents import Batch, completion_mask, packed_layout
 from fastdpo.training.batches.forward import divergence_logps
