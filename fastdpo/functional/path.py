@@ -105,10 +105,9 @@ class Data:
         if self.in_pairs:
             order = RowOrder.of_pairs(num_segments, like.device)
         elif objective.inputs is ListLogps:
-            extras.setdefault("num_groups", None)
-            if extras["num_groups"] is None:
-                extras["num_groups"] = count_ids(extras["group_ids"])
-            order = RowOrder.of_lists(extras["group_ids"], extras["num_groups"])
+            ids, said = extras["group_ids"], extras.get("num_groups")
+            extras["num_groups"] = count_ids(ids) if said is None else int(said)
+            order = RowOrder.of_lists(ids, extras["num_groups"])
         else:
             order = RowOrder.of_answers(num_segments)
         return replace(self, ref_combination=combination, extras=extras), order
@@ -137,7 +136,7 @@ class Data:
         assert not isinstance(combination, str)
         shape = ref_logps.shape if combination is None else ref_logps.shape[1:]
         is_sums = token_weights is None and shape == (order.num_segments,)
-        is_sums = is_sums and (order.in_pairs or shape != like.shape)  # of what has both shapes
+        is_sums = is_sums and (self.objective.inputs is PairLogps or shape != like.shape)
         if combination is None and is_sums:
             return replace(rows, ref_sums=order.arranged(ref_logps))
         if combination is None:
