@@ -31,7 +31,7 @@ def check_batch(
 ) -> Tensor:
     """The tensor that sets the batch's shape, its layout, and of pairs an even number of sequences.
 
-    ``value`` is it, but for labels of a ``TokenLayout``, which has these itself.
+    ``value`` is it, but for the labels of a ``TokenLayout``, which has them itself.
     """
     if isinstance(layout, TokenLayout):
         check_like(name, value, layout.target_ids, dtypes)  # type: ignore[arg-type]
@@ -156,24 +156,30 @@ def check_teachers(
     teacher_hidden: Tensor | None,
     teacher_lm_head: object,
     vocab_size: int | None,
+    ref_logps: Tensor | None,
 ) -> None:
     """The hidden states that divergences need are there, and none that nothing uses."""
     names, distils = loss_names(objective), objective.inputs is TokenDivergences
+    is_divergent, unused = objective.inputs in DIVERGENT, f"a value that {names} does not use"
     if teacher_lm_head is not None and teacher_hidden is None:
         raise fail("teacher_lm_head", "a head without teacher_hidden", "teacher_hidden as well")
-    if vocab_size is not None and objective.inputs not in DIVERGENT:
-        raise fail("vocab_size", f"a value that {names} does not use", "None")
+    if vocab_size is not None and not is_divergent:
+        raise fail("vocab_size", unused, "None")
     if teacher_hidden is None and distils:
         raise fail("teacher_hidden", "None", f"the hidden states of the model that {names} distils")
-    if teacher_hidden is not None and not distils:
-        raise fail("teacher_hidden", f"a value that {names} does not use", "None")
     if teacher_hidden is not None:
+        if not distils:
+            raise fail("teacher_hidden", unused, "None")
         check_positions("teacher_hidden", teacher_hidden, hidden)
-    if objective.inputs in DIVERGENT and objective.uses_reference and ref_hidden is None:
+    if is_divergent and objective.uses_reference and ref_hidden is None:
         wanted = f"the reference's hidden states for {names}: it needs whole distributions"
         raise fail("ref_hidden", "None", wanted)
-    if distils and not objective.uses_reference and ref_hidden is not None:
-        raise fail("ref_hidden", f"a value that {names} does not use", "None")
+    for name, value in (
+        ("ref_hidden", None if objective.uses_reference else ref_hidden),
+        ("ref_logps", ref_logps),
+    ):
+        if distils and value is not None:
+            raise fail(name, unused, "None")
 
 
 def check_like(

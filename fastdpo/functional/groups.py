@@ -6,7 +6,7 @@ What needs the whole batch, the counts to divide by and the size of the longest 
 from __future__ import annotations
 
 from ast import literal_eval
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,67 +22,62 @@ from fastdpo.ops.sequence import sigmoid_pairs
 from fastdpo.plan.schedule import RowGroup
 
 LOSS_KEY = "objective"
-# Fields of tokens and rows that are a tensor each.
+# What tokens and rows have that is cut into groups.
 OF_TOKENS = ("segment_ids", "offsets", "in_answer", "in_nll")
-OF_ROWS = ("token_weights", "ref_logps", "ref_sums")
+OF_ROWS = ("token_weights", "ref_logps", "ref_sums", "extras")
 
 
 def pack_objective(
     loss_arguments: dict[str, Any], rows: Rows, segments: Tensor, divisors: Sequence[float | Tensor]
 ) -> tuple[str, list[Tensor]]:
-    """An objective and all it needs of a batch as an op can carry it: text and tensors.
+    """An objective and all it needs of a batch as an op can carry it: text, and the tensors it numbers.
 
     Args:
         loss_arguments: of ``build_objective``.
         segments: ``(rows + 1,)`` on the host, where each row's segments begin.
-        divisors: of the whole batch (``Objective.divisors``): every group uses them.
+        divisors: of the whole batch (``Objective.divisors``), which take the place of its counts.
     """
-    given = {f"loss.{name}": value for name, value in loss_arguments.items() if value is not None}
-    for count in ("num_pairs", "num_tokens"):  # which the divisors are
-        given.pop(f"loss.{count}", None)
-    given |= {f"extra.{name}": value for name, value in rows.extras.items()}
-    given |= {f"divisor.{index}": value for index, value in enumerate(divisors)}
-    # A number that is on the host already travels as one: kernels want tensors where their tokens are.
+    tensors: list[Tensor] = []
     device = rows.tokens.segment_ids.device
-    given = {
-        name: value.item()
-        if isinstance(value, Tensor) and value.dim() == 0 and value.device.type == "cpu" != device.type
-        else value
-        for name, value in given.items()
+
+    def plain(value: Any) -> Any:
+        """Python's own, as ``repr`` writes it: of NumPy's floats and texts it would write the class."""
+        if isinstance(value, Tensor) and not (value.dim() == 0 and value.device.type == "cpu" != device.type):
+            tensors.append(value)
+            return (len(tensors) - 1,)
+        if isinstance(value, Mapping):
+            return {str(name): plain(item) for name, item in value.items()}
+        if hasattr(value, "tolist"):  # also a number that is on the host: kernels want theirs on the device
+            return value.tolist()
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, str) else value
+
+    counts = ("num_pairs", "num_tokens")
+    parts = {
+        "loss": {name: value for name, value in loss_arguments.items() if name not in counts},
+        "tokens": {name: getattr(rows.tokens, name) for name in OF_TOKENS},
+        "rows": {name: getattr(rows, name) for name in OF_ROWS},
+        "segments": segments,
+        "divisors": divisors,
     }
-    given |= {name: getattr(rows.tokens, name) for name in OF_TOKENS}
-    given |= {name: getattr(rows, name) for name in OF_ROWS}
-    given["segments"] = segments
-    constants = {name: value for name, value in given.items() if not isinstance(value, Tensor | None)}
-    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-    return repr((_plain(constants), list(tensors))), list(tensors.values())
-
-
-def _plain(value: Any) -> Any:
-    """What ``repr`` writes as Python's own: of NumPy's floats and texts it would write the class."""
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, str) else value
+    return repr(plain(parts)), tensors
 
 
 def _unpack_objective(parameters: str, tensors: Sequence[Tensor]) -> GroupLoss:
     """What ``pack_objective`` made, as a function of a group."""
-    constants, names = literal_eval(parameters)
-    given = constants | dict(zip(names, tensors, strict=True))
 
-    def named(prefix: str) -> dict[str, Any]:
-        return {name.removeprefix(prefix): v for name, v in given.items() if name.startswith(prefix)}
+    def restored(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tensors[value[0]]
+        if isinstance(value, dict):
+            return {name: restored(item) for name, item in value.items()}
+        return [restored(item) for item in value] if isinstance(value, list) else value
 
-    of_loss, by_number = named("loss."), named("divisor.")
-    divisors = [by_number[str(number)] for number in range(len(by_number))]
-    places = given["segments"].tolist()
-    of_tokens = {name: given.get(name) for name in OF_TOKENS}
-    all_tokens = RowTokens(places[-1], of_tokens["segment_ids"], **of_tokens)
-    batch = Rows(all_tokens, **{name: given.get(name) for name in OF_ROWS}, extras=named("extra."))
+    parts = restored(literal_eval(parameters))
+    of_loss, divisors, places = parts["loss"], parts["divisors"], parts["segments"].tolist()
+    segment_ids = parts["tokens"]["segment_ids"]
+    batch = Rows(RowTokens(places[-1], segment_ids, **parts["tokens"]), **parts["rows"])
 
     def group_loss(logps: Tensor, ref_logps: Tensor | None, group: RowGroup) -> tuple[Tensor, Tensor]:
         which = slice(group.first_row, group.last_row)

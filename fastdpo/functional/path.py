@@ -202,12 +202,30 @@ def loss_of_states(
         how = {"ignore_index": ignore_index, "execution": execution}
         token, ref_logps, made = measure(objective, hidden, head, where, tokens, reference, teachers, **how)
         return _result(objective, order, replace(rows, ref_logps=ref_logps, divergences=made), token)
+    how_found = _score(hidden, head, (ref_hidden, ref_head), scored, given, order, rows, run)
+    return _result(objective, order, *how_found)
+
+
+def _score(
+    hidden: Tensor,
+    head: LMHead,
+    reference: tuple[Tensor | None, LMHead],
+    scored: tuple[Tensor, Tensor, str],
+    given: Data,
+    order: RowOrder,
+    rows: Rows,
+    run: Execution,
+) -> tuple[Rows, LinearLogprobOutput, Tensor | None]:
+    """The rows with their reference, log-probabilities per token, and the loss where mode ``pairs`` makes it.
+
+    Args:
+        scored: targets ``(N,)``, rows of hidden ``(N,)`` and the kind of these, as of ``indexed_logprob``.
+    """
     # The reference's rows go through the same chunks as the policy's, right behind them where both have the
     # same head, so that policy == reference bit for bit.
-    mode = _settle_mode(run, hidden, head, objective, given)
-    is_shared = (
-        ref_hidden is not None and ref_hidden.dtype == hidden.dtype and op_checks.is_same_head(head, ref_head)
-    )
+    mode, (ref_hidden, ref_head) = _settle_mode(run, hidden, head, given), reference
+    is_same_head = op_checks.is_same_head(head, ref_head)
+    is_shared = ref_hidden is not None and ref_hidden.dtype == hidden.dtype and is_same_head
     if ref_hidden is not None and not is_shared:
         scoring = replace(run, mode=mode if mode == "lean" else "score")
         with torch.no_grad():
@@ -215,33 +233,27 @@ def loss_of_states(
         rows = replace(rows, ref_logps=of_reference.logps)
     shared: dict[str, Any] = {
         "ref_hidden": ref_hidden if is_shared else None,
-        "outputs": METRIC_STATISTICS if objective.inputs is PairLogps else ("entropy",),
+        "outputs": METRIC_STATISTICS if given.objective.inputs is PairLogps else ("entropy",),
         "execution": replace(run, mode=mode),
     }
     loss = None
     if mode == "pairs":
-        loss_rows, packed = _for_the_op(given, order, tokens, rows, is_shared)
+        loss_rows, packed = _for_the_op(given, order, rows, is_shared)
         loss, token, computed = grouped_loss(hidden, head, *scored, loss_rows, packed, **shared)
     else:
         token, computed = indexed_logprob(hidden, head, *scored, **shared)
-    return _result(objective, order, replace(rows, ref_logps=computed) if is_shared else rows, token, loss)
+    return replace(rows, ref_logps=computed) if is_shared else rows, token, loss
 
 
 def loss_of_logps(
-    token: LinearLogprobOutput,
-    mask: Tensor | None,
-    data: Data,
-    divergences: Mapping[str, Tensor],
+    token: LinearLogprobOutput, mask: Tensor | None, data: Data, divergences: Mapping[str, Tensor]
 ) -> LossResult:
     """Log-probabilities to the loss; arguments as those of the public functions."""
     logps, layout, segment_ids = token.logps, data.layout, data.segment_ids
-    if isinstance(layout, TokenLayout):
-        checks.check_not_in_layout(layout, nll_mask=data.nll)
-    else:
-        mask = checks.check_tensor("mask", mask)
-    checks.check_batch(
-        "token.logps", checks.check_tensor("token.logps", logps), layout, FLOAT_DTYPES, in_pairs=data.in_pairs
-    )
+    checks.check_not_in_layout(layout, nll_mask=data.nll)
+    checks.check_batch("token.logps", logps, layout, FLOAT_DTYPES, in_pairs=data.in_pairs)
+    if not isinstance(layout, TokenLayout):
+        checks.check_tensor("mask", mask)
     check_like("mask", mask, logps, (torch.bool,))
     check_like("nll_mask", data.nll, logps, (torch.bool,))
     for name, value in divergences.items():
@@ -262,19 +274,13 @@ def loss_of_logps(
 
 
 def _for_the_op(
-    given: Data, order: RowOrder, tokens: RowTokens, rows: Rows, is_shared: bool
+    given: Data, order: RowOrder, rows: Rows, is_shared: bool
 ) -> tuple[Tensor, tuple[str, str, list[Tensor]]]:
     """Mode ``pairs``: where each row's tokens begin, and the objective packed with all it needs."""
-    objective = given.objective
+    objective, tokens = given.objective, rows.tokens
     no_logps = torch.zeros_like(tokens.segment_ids, dtype=torch.float64)
-    counted = rows
-    if objective.inputs is PairLogps:
-        counted = replace(rows, ref_logps=None, ref_sums=None)
-    elif is_shared:
-        counted = replace(rows, ref_logps=no_logps)
-    batch = counted.batch(objective, no_logps)
-    if objective.inputs is not PairLogps:
-        objective.check(batch)
+    batch = (replace(rows, ref_logps=no_logps) if is_shared else rows).batch(objective, no_logps)
+    objective.check(batch)
     loss_rows, segments = tokens.loss_rows(order)
     if "group_ids" in rows.extras and "max_candidates" not in rows.extras:
         largest = int(segments.diff().max()) if len(segments) > 1 else 0
@@ -284,27 +290,22 @@ def _for_the_op(
 
 
 def _result(
-    objective: Objective,
-    order: RowOrder,
-    rows: Rows,
-    token: LinearLogprobOutput,
-    loss: Tensor | None = None,
+    objective: Objective, order: RowOrder, rows: Rows, token: LinearLogprobOutput, loss: Tensor | None = None
 ) -> LossResult:
     """The last step; ``loss`` where mode ``pairs`` has made it, from a batch that was checked."""
     batch = rows.batch(objective, token.logps)
     if loss is None:
-        if objective.inputs is not PairLogps:  # which ``settle`` has checked
-            objective.check(batch)
+        objective.check(batch)
         loss = objective.loss(batch)
     return LossResult(objective, order, rows, batch, loss, token)
 
 
-def _settle_mode(run: Execution, hidden: Tensor, head: LMHead, objective: Objective, given: Data) -> str:
+def _settle_mode(run: Execution, hidden: Tensor, head: LMHead, given: Data) -> str:
     """The mode that runs. ``pairs`` makes gradients of hidden states and head only, once, for this loss."""
     op_checks.check_inputs(hidden, head)
     beside = [given.token_weights, *given.loss_arguments.values(), *given.extras.values()]
     is_differentiated = any(isinstance(value, Tensor) and value.requires_grad for value in beside)
     # fp16 gradients are too small before a loss scaler has had its say, which comes with the backward pass.
     is_fp16 = op_checks.resolve_dtypes(hidden, head.weight, run)[0] == torch.float16
-    has_row_loss = objective.is_sum_over_rows and not is_fp16 and not is_differentiated
+    has_row_loss = given.objective.is_sum_over_rows and not is_fp16 and not is_differentiated
     return settle_mode(hidden, head, run, has_row_loss=has_row_loss)

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from fastdpo.functional.checks import check_teachers, check_tensor
 from fastdpo.functional.divergences import Teachers
-from fastdpo.functional.kinds import DATA, DIVERGENCES, DIVERGENT, check_kind, loss_names, needs_token_logps
+from fastdpo.functional.kinds import DATA, DIVERGENCES, DIVERGENT, check_kind, needs_token_logps
 from fastdpo.functional.path import Data, loss_of_logps, loss_of_states
 from fastdpo.losses.build import build_objective
 from fastdpo.losses.inputs import PerPair
 from fastdpo.losses.token_batches import TokenDivergences
-from fastdpo.ops.checks import fail
 from fastdpo.types import (
     Execution,
     LinearLogprobOutput,
@@ -142,9 +141,7 @@ def fused_preference_loss(
     extras = {name: value for name, value in extras.items() if value is not None}
     check_kind(objective, extras, made_later=DIVERGENCES)
     check_tensor("hidden", hidden)
-    check_teachers(objective, hidden, ref_hidden, teacher_hidden, teacher_lm_head, vocab_size)
-    if objective.inputs is TokenDivergences and ref_logps is not None:
-        raise fail("ref_logps", f"a value that {loss_names(objective)} does not use", "None")
+    check_teachers(objective, hidden, ref_hidden, teacher_hidden, teacher_lm_head, vocab_size, ref_logps)
     is_divergent = objective.inputs in DIVERGENT
     return loss_of_states(
         hidden,
