@@ -68,8 +68,9 @@ def fused_preference_loss(
 
     Args:
         hidden, lm_head, labels, layout, shift, ignore_index, execution: as in ``fused_dpo_loss``, for B
-            sequences: ``(B, T, H)`` and ``(B, T)``, or packed. For losses with divergences ``execution`` is
-            what ``token_divergence`` takes, which has backends of its own, no ``lean`` and no bf16 logits.
+            sequences: ``(B, T, H)`` and ``(B, T)``, packed, or a ``TokenLayout`` with ids 0..B-1. For losses
+            with divergences ``execution`` is what ``token_divergence`` takes, which has backends of its own,
+            no ``lean`` and no bf16 logits.
         loss_type, loss_weights: names in ``LOSSES`` of one kind other than plain pairs; their weighted sum.
             For pairs with divergences (``tdpo1``, ``tdpo2``) B = 2P, chosen answers first; the forward KL
             from the reference to the policy is made here, of ``ref_hidden``, together with the
@@ -81,10 +82,11 @@ def fused_preference_loss(
         group_ids: ``(B,)`` int64, which list a candidate belongs to, for listwise losses.
         scores: ``(B,)``, higher is better, for the listwise losses that use them.
         num_groups, max_candidates: the number of lists and of the longest one's candidates, where the caller
-            knows them: then nothing waits for the device.
+            knows them: then nothing but mode ``pairs`` waits for the device to tell of lists.
         segment_ids: the labels' shape, aligned with them: the step that a token belongs to, or the item of
             a list that is ranked in one answer (``group_ids`` and ``scores`` are per item then); -1 for none.
-        num_segments: their number; None: the largest id and one, which waits for the device.
+        num_segments: their number; None: the largest id and one, which waits for the device. Tokens of no
+            segment are not scored.
         advantages: ``(num_segments,)``, of every step.
         win_rates: ``(B,)`` in [0, 1], for token-level losses that use them.
         ref_hidden, ref_lm_head: as in ``fused_dpo_loss``.
@@ -103,14 +105,14 @@ def fused_preference_loss(
         loss_options: options of the named losses; see ``LOSSES``.
 
     Returns:
-        ``PreferenceLossOutput``; ``metrics`` has ``num_tokens`` and TRL's names for unpaired answers; for
-        lists ``rewards/best``, ``rewards/others``, ``rewards/margins`` and ``rewards/accuracies``; for pairs
-        with divergences TRL's names and ``kl/chosen``, ``kl/rejected``; for others ``logps``, the rows' mean,
-        and with a teacher ``kl/teacher`` and ``teachers/l1_distance`` (``losses.metrics``). Of unpaired
-        answers without a desirable one ``rewards/chosen``, ``logps/chosen`` and ``rewards/margins`` are NaN,
-        without an undesirable one ``rewards/rejected``, ``logps/rejected`` and the margins: there is no mean
-        of none. To average such batches, weigh each side by its number of answers (the loop does); the loss
-        is of what there is.
+        ``PreferenceLossOutput``; ``metrics`` has ``num_tokens``, ``entropy`` (but with divergences) and TRL's
+        names for unpaired answers; for lists ``rewards/best``, ``rewards/others``, ``rewards/margins`` and
+        ``rewards/accuracies``; for pairs with divergences TRL's names and ``kl/chosen``, ``kl/rejected``; for
+        others ``logps``, the rows' mean, and with a teacher ``kl/teacher`` and ``teachers/l1_distance``
+        (``losses.metrics``). Of unpaired answers without a desirable one ``rewards/chosen``, ``logps/chosen``
+        and ``rewards/margins`` are NaN, without an undesirable one ``rewards/rejected``, ``logps/rejected``
+        and the margins: there is no mean of none. To average such batches, weigh each side by its number of
+        answers (the loop does); the loss is of what there is.
 
     Raises:
         ValueError: a loss of pairs, a wrong shape, dtype, device or value, data that a loss needs and lacks,
@@ -178,10 +180,11 @@ def preference_loss_from_logps(
     """The second half of ``fused_preference_loss``, for per-token log-probabilities that are there already.
 
     Args:
-        token: as ``linear_logprob`` returns it, ``(B, T)`` or packed ``(N_all,)``. Where it has ``entropy``,
-            there is a metric of that name, the mean over all tokens.
+        token: as ``linear_logprob`` returns it, ``(B, T)``, packed ``(N_all,)``, or ``(N,)`` with a
+            ``TokenLayout``. Where it has ``entropy``, there is a metric of that name, a mean over the tokens.
         mask: bool, the shape of ``token.logps``: the answers' tokens. Every argument here is aligned with
-            ``token.logps``, nothing is shifted: ``shift_labels(labels, ...) != ignore_index``.
+            ``token.logps``, nothing is shifted: ``shift_labels(labels, ...) != ignore_index``. None, for all
+            of them, with a ``TokenLayout``.
         loss_type, loss_weights, beta, row_weights, token_weights, num_rows, layout: as there.
         ref_logps: ``(rows,)`` sums (a row is a segment where there are ``segment_ids``), or per token (the
             only form with ``token_weights`` and for token-level losses). What has both shapes is per token.

@@ -180,6 +180,32 @@ def test_what_mode_pairs_refuses() -> None:
     assert learned.grad is not None  # `auto` took a mode that has it
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"group_ids": torch.tensor([0, 1, 0, -1, 1, 1])}, "group_ids: got -1 to 1, wanted 0 to"),
+        ({"num_groups": 1}, "group_ids: got 0 to 1, wanted 0 to 1 - 1"),
+        ({"max_candidates": 2}, "max_candidates: got 2, wanted 3"),
+        (
+            {"group_ids": torch.tensor([0, 1, 0, 0, 1, 1]).int()},
+            "group_ids: got torch.int32, wanted torch.int64",
+        ),
+        ({"row_weights": torch.ones(3)}, "pair_weights: got shape (3,), wanted a number or (2,)"),
+        ({"scores": torch.full((6,), torch.nan)}, "scores: got nan"),
+        ({"ref_hidden": None}, "ref_logps: got no reference"),
+        ({"segment_ids": torch.full((6, 9), 7), "num_segments": 6}, "segment_ids: got 7, wanted less than 6"),
+    ],
+)
+def test_bad_numbers_are_refused_before_the_pass(
+    changed: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups are cut by them: a wrong one must not reach the op."""
+    monkeypatch.setattr("fastdpo.functional.path.grouped_loss", None)
+    with pytest.raises(ValueError) as caught:
+        gradients(Answers(torch.float32), "adpo", PAIRS_MODE, **changed)
+    assert message in str(caught.value)
+
+
 def ends_a_list_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first list's last candidate goes to the second list's group."""
     right = RowTokens.loss_rows
