@@ -279,8 +279,11 @@ def _for_the_op(
     """Mode ``pairs``: where each row's tokens begin, and the objective packed with all it needs."""
     objective, tokens = given.objective, rows.tokens
     no_logps = torch.zeros_like(tokens.segment_ids, dtype=torch.float64)
-    batch = (replace(rows, ref_logps=no_logps) if is_shared else rows).batch(objective, no_logps)
-    objective.check(batch)
+    if objective.inputs is PairLogps:  # which ``settle`` has checked
+        batch = replace(rows, ref_logps=None, ref_sums=None).batch(objective, no_logps)
+    else:
+        batch = (replace(rows, ref_logps=no_logps) if is_shared else rows).batch(objective, no_logps)
+        objective.check(batch)
     loss_rows, segments = tokens.loss_rows(order)
     if "group_ids" in rows.extras and "max_candidates" not in rows.extras:
         largest = int(segments.diff().max()) if len(segments) > 1 else 0
@@ -295,7 +298,8 @@ def _result(
     """The last step; ``loss`` where mode ``pairs`` has made it, from a batch that was checked."""
     batch = rows.batch(objective, token.logps)
     if loss is None:
-        objective.check(batch)
+        if objective.inputs is not PairLogps:  # which ``settle`` has checked
+            objective.check(batch)
         loss = objective.loss(batch)
     return LossResult(objective, order, rows, batch, loss, token)
 
