@@ -132,17 +132,8 @@ def fused_dpo_loss(
     check_pairs(objective)
     beside = (ref_logps, ref_combination, token_weights, nll_labels)
     data = Data(objective, loss_arguments, *beside, layout=layout)
-    return loss_of_states(
-        hidden,
-        lm_head,
-        labels,
-        data,
-        ref_hidden=ref_hidden,
-        ref_lm_head=ref_lm_head,
-        shift=shift,
-        ignore_index=ignore_index,
-        execution=execution,
-    ).of_pairs()
+    how = (shift, ignore_index, execution)
+    return loss_of_states(hidden, lm_head, labels, data, ref_hidden, ref_lm_head, None, *how).of_pairs()
 
 
 def dpo_loss_from_logps(

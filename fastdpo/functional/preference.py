@@ -144,19 +144,10 @@ def fused_preference_loss(
     check_kind(objective, extras, made_later=DIVERGENCES)
     check_tensor("hidden", hidden)
     check_teachers(objective, hidden, ref_hidden, teacher_hidden, teacher_lm_head, vocab_size, ref_logps)
-    is_divergent = objective.inputs in DIVERGENT
-    return loss_of_states(
-        hidden,
-        lm_head,
-        labels,
-        Data(objective, loss_arguments, ref_logps, None, token_weights, extras=extras, layout=layout),
-        ref_hidden=ref_hidden,
-        ref_lm_head=ref_lm_head,
-        teachers=Teachers(teacher_hidden, teacher_lm_head, vocab_size) if is_divergent else None,
-        shift=shift,
-        ignore_index=ignore_index,
-        execution=execution,
-    ).of_rows()
+    data = Data(objective, loss_arguments, ref_logps, None, token_weights, extras=extras, layout=layout)
+    teachers = Teachers(teacher_hidden, teacher_lm_head, vocab_size)
+    how = (teachers if objective.inputs in DIVERGENT else None, shift, ignore_index, execution)
+    return loss_of_states(hidden, lm_head, labels, data, ref_hidden, ref_lm_head, *how).of_rows()
 
 
 def preference_loss_from_logps(

@@ -119,14 +119,9 @@ class RowTokens:
     def of_group(self, group: RowGroup, first: int, last: int) -> RowTokens:
         """The tokens of a group of neighbouring rows, whose segments are ``[first, last)``."""
         rows = slice(group.start, group.stop)
-        return RowTokens(
-            last - first,
-            self.positions[rows],
-            self.segment_ids[rows] - first,
-            self.offsets[first : last + 1] - group.start,
-            None if self.in_answer is None else self.in_answer[rows],
-            None if self.in_nll is None else self.in_nll[rows],
-        )
+        places, offsets = self.segment_ids[rows] - first, self.offsets[first : last + 1] - group.start
+        masks = (None if mask is None else mask[rows] for mask in (self.in_answer, self.in_nll))
+        return RowTokens(last - first, self.positions[rows], places, offsets, *masks)
 
 
 def all_tokens(
@@ -208,13 +203,9 @@ def find_targets(
         return labels, mask, None
     if shift:
         nll_labels = shift_labels(nll_labels, layout=layout, ignore_index=ignore_index)
-    position = torch.arange(len(labels), device=labels.device)
-    num_pairs = num_sequences(labels, layout) // 2
-    if layout is None:
-        is_chosen = (position < num_pairs).unsqueeze(1)
-    else:
-        is_chosen = position < layout.cu_seqlens.narrow(0, num_pairs, 1)
-    nll_mask = (nll_labels != ignore_index) & is_chosen
+    num_pairs, position = num_sequences(labels, layout) // 2, torch.arange(len(labels), device=labels.device)
+    is_chosen = position < (num_pairs if layout is None else layout.cu_seqlens.narrow(0, num_pairs, 1))
+    nll_mask = (nll_labels != ignore_index) & (is_chosen.unsqueeze(1) if layout is None else is_chosen)
     return labels.where(mask, nll_labels.where(nll_mask, ignore_index)), mask, nll_mask
 
 

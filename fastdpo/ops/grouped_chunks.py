@@ -65,7 +65,8 @@ def grouped_chunks(
         share, grads.logps[rows] = group_loss(outputs.logps[rows], ref_logps, group)
         loss.add_(share)
 
-    _run(LogitChunks(call, weight, keeps_d=_recomputes(call)), outputs, ref_outputs, grads, settle, total)
+    recomputes = any(group.is_recomputed for group in call.plan.groups)
+    _run(LogitChunks(call, weight, keeps_d=recomputes), outputs, ref_outputs, grads, settle, total)
     # Only now, with D and the logits given back: a sum in fp32 is cast to a second (V, H) matrix.
     dhidden, dweight, dbias = total.results()
     ref_logps = None if ref_outputs is None else ref_outputs.logps
@@ -111,10 +112,6 @@ def _pieces(groups: tuple[RowGroup, ...], start: int, stop: int) -> Iterator[tup
         first, last = max(start, group.start), min(stop, group.stop)
         if first < last:
             yield group, first, last
-
-
-def _recomputes(call: HeadCall) -> bool:
-    return any(group.is_recomputed for group in call.plan.groups)
 
 
 def _recompute(

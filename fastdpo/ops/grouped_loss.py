@@ -73,27 +73,17 @@ def grouped_loss_op(
     """The loss ``()``, six results ``(N,)`` (those not asked for ``(0,)``), the reference's log-probabilities
     ``(N,)``, dL/dlogp ``(N,)``, dhidden, dweight and dbias (``(0,)`` where not needed)."""
     run = CallOptions(*options)
-    call = head_call(
-        hidden,
-        weight,
-        bias,
-        labels,
-        token_index,
-        index_kind,
-        run,
-        needs_hidden=needs_hidden,
-        needs_weight=needs_weight,
-        ref_hidden=ref_hidden,
-        loss_rows=loss_rows.tolist(),
-    )
+    needs: dict[str, Any] = {
+        "needs_hidden": needs_hidden, "needs_weight": needs_weight, "needs_bias": needs_bias,
+    }  # fmt: skip
+    rows = (hidden, weight, bias, labels, token_index, index_kind)
+    call = head_call(*rows, run, **needs, ref_hidden=ref_hidden, loss_rows=loss_rows.tolist())
     with torch.amp.autocast(hidden.device.type, enabled=False):
         results = grouped_chunks(
             call,
             tuple(filter(None, statistics.split(","))),
             GROUP_LOSSES[loss_key](loss_parameters, loss_tensors),
-            needs_hidden=needs_hidden,
-            needs_weight=needs_weight,
-            needs_bias=needs_bias,
+            **needs,
         )
 
     def or_empty(value: Tensor | None, name: str = "logps") -> Tensor:
@@ -165,22 +155,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tup
 def _compute_again(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by recomputation, from dL/dlogp; with a graph whose second derivative raises."""
     hidden, weight, bias, labels, token_index, logps, lse, token_grads = ctx.saved_tensors
+    rows = (hidden, weight, bias, labels, token_index, ctx.index_kind, logps, lse, hidden.new_empty(0), None)
+    options = ctx.options._replace(run_mode="recompute")
     grads: tuple[Tensor, Tensor, Tensor] = backward_op(
-        token_grads * grad_loss,
-        None,
-        None,
-        hidden,
-        weight,
-        bias,
-        labels,
-        token_index,
-        ctx.index_kind,
-        logps,
-        lse,
-        hidden.new_empty(0),
-        None,
-        *ctx.needs,
-        *ctx.options._replace(run_mode="recompute"),
+        token_grads * grad_loss, None, None, *rows, *ctx.needs, *options
     )
     return grads
 
@@ -211,21 +189,12 @@ def grouped_loss(
     checks.check_inputs(hidden, head)
     wanted = checks.check_outputs(outputs, False)
     run = checks.check_execution(execution)
+    own = (flat_rows(hidden), head.weight, head.bias)
+    needs = (tensor is not None and tensor.requires_grad for tensor in (hidden, head.weight, head.bias))
+    ref_rows = None if ref_hidden is None else flat_rows(ref_hidden.detach())
+    options = call_options(hidden, head, run, "pairs")
     loss_output, *results = grouped_loss_op(
-        flat_rows(hidden),
-        head.weight,
-        head.bias,
-        labels,
-        token_index,
-        index_kind,
-        None if ref_hidden is None else flat_rows(ref_hidden.detach()),
-        loss_rows,
-        *loss,
-        ",".join(wanted),
-        hidden.requires_grad,
-        head.weight.requires_grad,
-        head.bias is not None and head.bias.requires_grad,
-        *call_options(hidden, head, run, "pairs"),
+        *own, labels, token_index, index_kind, ref_rows, loss_rows, *loss, ",".join(wanted), *needs, *options
     )
     tokens = dict(zip(RowOutputs._fields, results, strict=False))
     named = {name: tokens[name] for name in wanted}
