@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -178,6 +179,20 @@ def test_what_mode_pairs_refuses() -> None:
     hidden, weight = answers.hidden, answers.weight.clone().requires_grad_()
     run(answers, "adpo", hidden, weight, row_weights=learned).loss.backward()
     assert learned.grad is not None  # `auto` took a mode that has it
+
+
+@pytest.mark.parametrize("name", ["kto", "plackett_luce"])
+def test_a_loss_of_the_whole_batch_stays_on_the_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, name, replace(LOSSES[name], scope="batch"))
+    answers = Answers(torch.float32)
+    with pytest.raises(ValueError, match="mode: 'pairs' needs .* losses of scope 'pair' or 'token'"):
+        gradients(answers, name, PAIRS_MODE)
+    num_tokens = int((shift_labels(answers.labels) != IGNORED).sum())
+
+    def passes(execution: Execution) -> float:
+        return count_passes(lambda: gradients(answers, name, execution), num_tokens, HIDDEN, VOCAB)
+
+    assert passes(Execution(workspace_mib=1, cache_mib=1)) == passes(CACHE_MODE)
 
 
 @pytest.mark.parametrize(
