@@ -91,10 +91,10 @@ def waves() -> str:
         hidden, vocab = MODELS[model]
         rows = []
         for mode, needs in MODES.items():
-            pair_rows = [*range(0, NUM_TOKENS + 1, PAIR_TOKENS)] if mode == "pairs" else (0,)
+            loss_rows = [*range(0, NUM_TOKENS + 1, PAIR_TOKENS)] if mode == "pairs" else (0,)
             for card, count in CARDS.items():
                 plan = make_plan(
-                    mode, NUM_TOKENS, hidden, vocab, num_multiprocessors=count, pair_rows=pair_rows,
+                    mode, NUM_TOKENS, hidden, vocab, num_multiprocessors=count, loss_rows=loss_rows,
                     joins_chunks=True, needs_hidden=mode != "score", **needs,
                 )  # fmt: skip
                 for product in plan.waves:

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.pretended import make_call, pretended_gpu, run_backward, run_forward
-from fastdpo.functional.pair_loss import LOSS_KEY
-from fastdpo.ops.paired_chunks import GroupLoss, PairedResults
-from fastdpo.ops.paired_loss import GROUP_LOSSES
+from fastdpo.functional.groups import LOSS_KEY, pack_objective
+from fastdpo.functional.rows import Rows
+from fastdpo.functional.tokens import RowTokens
+from fastdpo.ops.grouped_chunks import GroupedResults, GroupLoss
+from fastdpo.ops.grouped_loss import GROUP_LOSSES
 from fastdpo.ops.scaling import scaled
 from fastdpo.plan.modes import LEAN_STASH
 
@@ -95,7 +97,7 @@ def launch_rows(num_tokens: int = NUM_TOKENS, sizes: tuple[int, int] = LLAMA_3_8
                 rows.append(count.row(call.plan.mode, "forward"))
                 if mode == "score":
                     continue
-                if isinstance(forward, PairedResults):  # the stored gradients, times the incoming one
+                if isinstance(forward, GroupedResults):  # the stored gradients, times the incoming one
                     for gradient in (forward.dhidden, forward.dweight):
                         scaled(gradient, forward.loss)  # type: ignore[arg-type]
                 else:
@@ -111,14 +113,10 @@ def _group_loss(num_tokens: int, pair_length: int = 512) -> GroupLoss:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, device="meta", dtype=dtype)
 
-    tensors = {
-        "loss.num_pairs": empty(),
-        "loss.num_tokens": empty(),
-        "segment_ids": empty(num_tokens, dtype=torch.int64),
-        "offsets": empty(2 * num_pairs + 1, dtype=torch.int64),
-        "ref_logps": empty(2, num_pairs),
-    }
-    return GROUP_LOSSES[LOSS_KEY](repr(({}, list(tensors))), list(tensors.values()))
+    segment_ids, offsets = (empty(size, dtype=torch.int64) for size in (num_tokens, 2 * num_pairs + 1))
+    rows = Rows(RowTokens(2 * num_pairs, segment_ids, segment_ids, offsets), ref_sums=empty(2 * num_pairs))
+    packed = pack_objective({}, rows, torch.arange(0, 2 * num_pairs + 1, 2), [empty()])
+    return GROUP_LOSSES[LOSS_KEY](*packed)
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ from fastdpo.kernels import lean_triton, matmul, scale_triton
 from fastdpo.ops import backends, divergence_plan, head_call, lean_backward, lean_merge, library, sequence
 from fastdpo.ops.chunked import backward_chunks, forward_chunks
 from fastdpo.ops.gradients import TokenGrads
+from fastdpo.ops.grouped_chunks import GroupedResults, GroupLoss, grouped_chunks
 from fastdpo.ops.head_call import HeadCall
 from fastdpo.ops.lean import forward_lean
 from fastdpo.ops.lean_backward import backward_lean
 from fastdpo.ops.library import CallOptions
-from fastdpo.ops.paired_chunks import GroupLoss, PairedResults, paired_chunks
 from fastdpo.plan.modes import LEAN_STASH
-from fastdpo.plan.schedule import PairGroup
+from fastdpo.plan.schedule import RowGroup
 
 Seen = Callable[[str], None]
 
@@ -87,14 +87,14 @@ def make_call(
     options = CallOptions(
         1.0, None, 1.0, mode, "reference", torch.bfloat16, torch.float32, workspace_mib, cache_mib
     )
-    pair_rows = [*range(0, num_tokens, pair_length), num_tokens] if mode == "pairs" else [0]
+    loss_rows = [*range(0, num_tokens, pair_length), num_tokens] if mode == "pairs" else [0]
     return library.head_call(
         hidden, weight, None, tokens, tokens, index_kind, options,
-        ref_hidden=hidden if has_reference else None, pair_rows=pair_rows, **needs,
+        ref_hidden=hidden if has_reference else None, loss_rows=loss_rows, **needs,
     )  # fmt: skip
 
 
-def no_loss(logps: Tensor, ref_logps: Tensor | None, group: PairGroup) -> tuple[Tensor, Tensor]:
+def no_loss(logps: Tensor, ref_logps: Tensor | None, group: RowGroup) -> tuple[Tensor, Tensor]:
     """The loss of a group, where it does not matter."""
     return logps.new_zeros((), dtype=torch.float64), torch.zeros_like(logps)
 
@@ -103,7 +103,7 @@ def run_forward(call: HeadCall, *, statistics: Any = (), group_loss: GroupLoss =
     """The forward pass of what the call's mode has gradients of; in ``pairs`` that makes them."""
     if call.plan.mode == "pairs":
         needs = {"needs_hidden": True, "needs_weight": True, "needs_bias": False}
-        return paired_chunks(call, statistics, group_loss, **needs)
+        return grouped_chunks(call, statistics, group_loss, **needs)
     return (forward_lean if call.plan.mode == "lean" else forward_chunks)(call, statistics)
 
 
@@ -111,7 +111,7 @@ def run_backward(
     call: HeadCall, forward: Any, *, has_lse: bool = False, grad_weight_out: Tensor | None = None
 ) -> Any:
     """The backward pass from what the forward pass gave; of ``pairs`` nothing is left to do here."""
-    if call.plan.mode == "score" or isinstance(forward, PairedResults):
+    if call.plan.mode == "score" or isinstance(forward, GroupedResults):
         return forward
     outputs, _, kept, _ = forward
     upstream = torch.empty_like(outputs.logps)

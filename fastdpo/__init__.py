@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdpo.doctor.diagnosis import doctor
 from fastdpo.functional.pairs import dpo_loss_from_logps, fused_dpo_loss, shift_labels
-from fastdpo.functional.rows import fused_preference_loss, preference_loss_from_logps
+from fastdpo.functional.preference import fused_preference_loss, preference_loss_from_logps
 from fastdpo.integrations import lm_head as _lm_head  # noqa: F401  teaches LMHead.from_model its trade
 from fastdpo.losses import LOSSES, ReferenceCombination, preference_loss
 from fastdpo.ops.linear_logprob import linear_logprob

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fastdpo.doctor.plan import Divergences, plan_of
-from fastdpo.functional.row_loss import divergence_outputs
+from fastdpo.functional.kinds import divergence_outputs
 from fastdpo.integrations.lm_head import current_head, read_head, unwrap, wrappers_and_model
 from fastdpo.integrations.model import is_patched
 from fastdpo.integrations.patched_class import own_forward

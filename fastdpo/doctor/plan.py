@@ -66,7 +66,7 @@ def plan_of(
         sums = accumulation_dtype(resolve_dtypes(hidden, weight, execution)[0])
         return plan, resolve_divergence_backend(execution.backend, weight.device, sums)
     with torch.enable_grad():
-        mode = settle_mode(hidden, head, execution, has_pair_loss=has_pair_loss)
+        mode = settle_mode(hidden, head, execution, has_row_loss=has_pair_loss)
         options = call_options(hidden, head, execution, mode)
     index = torch.zeros(num_tokens, dtype=torch.int64, device=weight.device)
     call = head_call(
@@ -80,6 +80,6 @@ def plan_of(
         needs_hidden=trains_backbone,
         needs_weight=weight.requires_grad,
         needs_bias=head.bias is not None and head.bias.requires_grad,
-        pair_rows=list(accumulate(row_tokens, initial=0)),
+        loss_rows=list(accumulate(row_tokens, initial=0)),
     )
     return call.plan, call.backend

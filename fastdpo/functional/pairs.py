@@ -1,74 +1,28 @@
-"""From hidden states to the preference loss: the only place where the op and the losses meet.
-
-    labels --labelled_tokens--> the tokens to score, pair by pair, and the rows of hidden that predict them
-    hidden, head --chunks of logits--> log-probabilities per token, for the policy and for the reference
-    --answer_sums--> per answer --Objective--> loss and rewards
-
-The gradient comes back the same way. Where the head is trained and the loss is a sum over pairs (mode
-``pairs``) the last step runs group by group in the middle of the second, so that one pass makes both.
+"""``fused_dpo_loss`` and ``dpo_loss_from_logps``: the losses of chosen and rejected answers.
 
 Sequences 0..P-1 are the chosen answers and P..2P-1 the rejected ones, padded ``(2P, T)``, packed ``(N_all,)``
 with a ``PackedLayout``, or token by token with a ``TokenLayout``. Log-probabilities are fp32 (fp64 for fp64
-inputs), in nats. The device is waited for once a call, to learn how many tokens have a label; not at all with
-a ``TokenLayout`` that has its ``lengths``, twice with one that has not.
+inputs), in nats. ``path.py`` is how they get there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdpo.functional.checks import (
-    FLOAT_DTYPES,
-    INT_DTYPES,
-    check_batch,
-    check_layout_call,
-    check_layout_logps,
-    check_like,
-    check_reference,
-    check_tensor,
-    reference_head,
-)
-from fastdpo.functional.pair_loss import (
-    LOSS_KEY,
-    METRIC_STATISTICS,
-    answer_weights,
-    given_reference,
-    loss_output,
-    pack_objective,
-    pair_logps,
-)
-from fastdpo.functional.tokens import (
-    AnswerTokens,
-    all_tokens,
-    batch_pairs,
-    labelled_tokens,
-    layout_pairs,
-    layout_tokens,
-    next_token,
-    shift_labels,
-)
+from fastdpo.functional.kinds import check_pairs
+from fastdpo.functional.outputs import METRIC_STATISTICS
+from fastdpo.functional.path import Data, loss_of_logps, loss_of_states
+from fastdpo.functional.tokens import shift_labels
 from fastdpo.losses.build import build_objective
 from fastdpo.losses.inputs import PerPair
-from fastdpo.losses.objective import Objective
-from fastdpo.losses.reference_combination import ReferenceCombination, as_combination
-from fastdpo.ops.checks import (
-    as_head,
-    check_execution,
-    check_inputs,
-    check_labels,
-    is_same_head,
-    resolve_dtypes,
-)
-from fastdpo.ops.linear_logprob import indexed_logprob, settle_mode
-from fastdpo.ops.paired_loss import paired_loss
+from fastdpo.losses.reference_combination import ReferenceCombination
 from fastdpo.types import DPOLossOutput, Execution, LinearLogprobOutput, LMHead, PackedLayout, TokenLayout
 
-__all__ = ["dpo_loss_from_logps", "fused_dpo_loss", "shift_labels"]
+__all__ = ["METRIC_STATISTICS", "dpo_loss_from_logps", "fused_dpo_loss", "shift_labels"]
 
 
 def fused_dpo_loss(
@@ -175,72 +129,11 @@ def fused_dpo_loss(
         **loss_options,
     }  # fmt: skip
     objective = build_objective(**loss_arguments)
-    combination = as_combination(ref_combination)
-    run, head = check_execution(execution), as_head(lm_head, takes_adapter=True)
-    if isinstance(layout, TokenLayout):
-        check_layout_call(layout, hidden, labels, nll_labels)
-        per_token, num_pairs_here = layout.target_ids, layout_pairs(layout)
-    else:
-        labels = check_batch("labels", labels, layout, INT_DTYPES)
-        check_labels(labels, hidden)
-        per_token, num_pairs_here = labels, batch_pairs(labels, layout)
-    check_reference(
-        per_token,
-        num_pairs_here,
-        hidden.shape[:-1],
-        ref_hidden,
-        ref_lm_head,
-        ref_logps,
-        token_weights,
-        combination,
-    )
-    check_like("token_weights", token_weights, per_token, FLOAT_DTYPES)
-    check_like("nll_labels", nll_labels, per_token, INT_DTYPES)
-    objective.check_batch(
-        num_pairs_here,
-        hidden.device,
-        has_reference=ref_hidden is not None or ref_logps is not None,
-        has_token_weights=token_weights is not None,
-        has_nll_tokens=nll_labels is not None,
-    )
-
-    if isinstance(layout, TokenLayout):
-        tokens = layout_tokens(layout, num_pairs_here)
-    else:
-        tokens = labelled_tokens(per_token, nll_labels, layout, shift=shift, ignore_index=ignore_index)
-        if token_weights is not None and shift:
-            token_weights = next_token(token_weights, 0, layout)
-    weights = answer_weights(token_weights, tokens)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    reference = given_reference(ref_logps, tokens, weights, combination, dtype)
-    ref_head = reference_head(head, ref_hidden, ref_lm_head)
-    is_shared = ref_hidden is not None and ref_hidden.dtype == hidden.dtype and is_same_head(head, ref_head)
-
-    # The reference's rows go through the same chunks as the policy's, right behind them where both have the
-    # same head, so that policy == reference bit for bit.
-    mode = _settle_mode(run, hidden, head, objective, [token_weights, *loss_arguments.values()])
-    rows = (tokens.target_ids, tokens.token_index, tokens.index_kind)
-    if ref_hidden is not None and not is_shared:
-        how = replace(run, mode=mode if mode == "lean" else "score")
-        with torch.no_grad():
-            reference = indexed_logprob(ref_hidden, ref_head, *rows, execution=how)[0].logps
-    shared: dict[str, Any] = {
-        "ref_hidden": ref_hidden if is_shared else None,
-        "outputs": METRIC_STATISTICS,
-        "execution": replace(run, mode=mode),
-    }
-    loss = None
-    if mode == "pairs":
-        packed = pack_objective(
-            loss_arguments, tokens, ref_logps=reference, token_weights=weights, uses_nll=objective.uses_nll
-        )
-        pair_rows = tokens.host_offsets[::2].contiguous()
-        loss, token, computed = paired_loss(hidden, head, *rows, pair_rows, (LOSS_KEY, *packed), **shared)
-    else:
-        token, computed = indexed_logprob(hidden, head, *rows, **shared)
-    reference = computed if is_shared else reference
-    pair = pair_logps(tokens, token.logps, reference, weights, uses_nll=objective.uses_nll)
-    return loss_output(objective, pair, token, tokens, loss)
+    check_pairs(objective)
+    beside = (ref_logps, ref_combination, token_weights, nll_labels)
+    data = Data(objective, loss_arguments, *beside, layout=layout)
+    how = (shift, ignore_index, execution)
+    return loss_of_states(hidden, lm_head, labels, data, ref_hidden, ref_lm_head, None, *how).of_pairs()
 
 
 def dpo_loss_from_logps(
@@ -273,58 +166,7 @@ def dpo_loss_from_logps(
     Returns, raises: as ``fused_dpo_loss``.
     """
     objective = build_objective(**loss_arguments)
-    logps = token.logps
-    if isinstance(layout, TokenLayout):
-        check_layout_logps(layout, logps, nll_mask)
-        num_pairs = layout_pairs(layout)
-    else:
-        check_batch("token.logps", logps, layout, FLOAT_DTYPES)
-        mask = check_tensor("mask", mask)
-        num_pairs = batch_pairs(logps, layout)
-    check_like("mask", mask, logps, (torch.bool,))
-    check_like("nll_mask", nll_mask, logps, (torch.bool,))
-    check_like("token_weights", token_weights, logps, FLOAT_DTYPES)
-    combination = as_combination(ref_combination)
-    check_reference(logps, num_pairs, logps.shape, None, None, ref_logps, token_weights, combination)
-    objective.check_batch(
-        num_pairs,
-        logps.device,
-        has_reference=ref_logps is not None,
-        has_token_weights=token_weights is not None,
-        has_nll_tokens=nll_mask is not None,
-    )
-
-    tokens: AnswerTokens
-    if isinstance(layout, TokenLayout):
-        tokens = layout_tokens(layout, num_pairs)
-        tokens = tokens if mask is None else replace(tokens, in_answer=tokens.pick(mask))
-    else:
-        assert mask is not None
-        tokens = all_tokens(mask, nll_mask, layout)
-    weights = answer_weights(token_weights, tokens)
-    token = LinearLogprobOutput(
-        tokens.pick(logps),
-        **{
-            name: tokens.pick(value)
-            for name in METRIC_STATISTICS
-            if (value := getattr(token, name)) is not None
-        },
-    )
-    dtype = torch.promote_types(logps.dtype, torch.float32)
-    reference = given_reference(ref_logps, tokens, weights, combination, dtype)
-    pair = pair_logps(tokens, token.logps, reference, weights, uses_nll=objective.uses_nll)
-    return loss_output(objective, pair, token, tokens)
-
-
-def _settle_mode(
-    run: Execution, hidden: Tensor, head: LMHead, objective: Objective, arguments: Sequence[Any]
-) -> str:
-    """The mode that runs. ``pairs`` makes gradients of hidden states and head only, once, for this loss."""
-    check_inputs(hidden, head)
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    # fp16 gradients are too small before a loss scaler has had its say, which comes with the backward pass.
-    is_fp16 = resolve_dtypes(hidden, head.weight, run)[0] == torch.float16
-    has_pair_loss = (
-        objective.is_sum_over_pairs and not is_fp16 and not any(tensor.requires_grad for tensor in tensors)
-    )
-    return settle_mode(hidden, head, run, has_pair_loss=has_pair_loss)
+    check_pairs(objective)
+    beside = (ref_logps, ref_combination, token_weights, nll_mask)
+    data = Data(objective, loss_arguments, *beside, layout=layout)
+    return loss_of_logps(token, mask, data, {}).of_pairs()

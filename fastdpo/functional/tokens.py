@@ -1,151 +1,212 @@
-"""From labels and a layout to the labelled tokens of a batch, pair by pair.
+"""From labels and a layout to the tokens of a batch, row by row.
 
-Whatever the layout, everything downstream sees one flat order: the tokens of pair 0's chosen answer, of its
-rejected answer, of pair 1's chosen answer, and so on. An answer is a segment of it, 2p for the chosen and
-2p + 1 for the rejected one, and the tokens of a pair are neighbours, as mode ``pairs`` needs them.
+Whatever the layout and the losses, everything downstream sees one flat order. A **segment** has a
+log-probability of its own: it is an answer, or a piece of one (``segment_ids``). A **row** is what the losses
+judge: a pair, an answer, a list, a step. The segments of a row are neighbours, a pair's chosen answer before
+its rejected one, so that a group of rows, as mode ``pairs`` needs it, is a range of tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.ops.compaction import labelled_positions
-from fastdpo.plan.schedule import PairGroup
+from fastdpo.ops.sequence import sequence_sums_op
+from fastdpo.plan.schedule import RowGroup
 from fastdpo.types import PackedLayout, TokenLayout
 
 
 @dataclass(frozen=True, eq=False)
-class AnswerTokens:
-    """Tokens of P pairs in pair order, N of them.
+class RowOrder:
+    """Where the caller's S segments stand, and which of them make a row.
 
     Args:
-        num_pairs: P.
-        positions: ``(N,)`` int64, where each token's numbers are in the caller's flattened tensors.
-        segment_ids: ``(N,)`` int64, 2p for pair p's chosen answer and 2p + 1 for its rejected one.
-        offsets: ``(2P + 1,)`` int64, where the segments begin.
-        in_answer: ``(N,)`` bool, the tokens that count; None for all.
-        in_nll: ``(N,)`` bool, the tokens of an NLL term; None for those that count of the chosen answers.
+        num_segments: S.
+        order: ``(S,)`` int64, the caller's number of the segment at each place; None: as they come.
+        bounds: ``(rows + 1,)`` int64, row r has the places ``[bounds[r], bounds[r + 1])``; on the host but
+            for lists, whose sizes are the device's to tell.
+        in_pairs: whether rows are chosen and rejected answers.
     """
 
-    num_pairs: int
+    num_segments: int
+    order: Tensor | None
+    bounds: Tensor
+    in_pairs: bool = False
+
+    @classmethod
+    def of_answers(cls, num_segments: int) -> RowOrder:
+        """Every segment is a row."""
+        return cls(num_segments, None, torch.arange(num_segments + 1))
+
+    @classmethod
+    def of_pairs(cls, num_segments: int, device: torch.device) -> RowOrder:
+        """Segments 0..P-1 are the chosen answers, P..2P-1 the rejected ones."""
+        order = torch.arange(num_segments, device=device).view(2, -1).t().reshape(-1)
+        return cls(num_segments, order, torch.arange(0, num_segments + 1, 2), in_pairs=True)
+
+    @classmethod
+    def of_lists(cls, group_ids: Tensor, num_lists: int) -> RowOrder:
+        """Candidates by their list's number, in a list as they come."""
+        order = group_ids.argsort(stable=True)
+        lists = torch.arange(num_lists + 1, device=group_ids.device)
+        return cls(len(group_ids), order, torch.searchsorted(group_ids.index_select(0, order), lists))
+
+    def arranged(self, values: Tensor) -> Tensor:
+        """``(S, ...)`` from the caller's order to this one."""
+        return values if self.order is None else values.index_select(0, self.order)
+
+    def as_given(self, values: Tensor) -> Tensor:
+        """``(S,)`` from this order to the caller's."""
+        return values if self.order is None else torch.empty_like(values).index_copy_(0, self.order, values)
+
+    def places(self, segments: Tensor) -> Tensor:
+        """The places of some of the caller's segments, by their numbers; S, that of none, is its own."""
+        if self.order is None:
+            return segments
+        every = torch.arange(self.num_segments, device=segments.device)
+        return F.pad(self.as_given(every), (0, 1), value=self.num_segments).index_select(0, segments)
+
+
+@dataclass(frozen=True, eq=False)
+class RowTokens:
+    """N tokens, segment by segment.
+
+    Args:
+        num_segments: S.
+        positions: ``(N,)`` int64, where each token's numbers are in the caller's flattened tensors.
+        segment_ids: ``(N,)`` int64, the place of its segment, never decreasing; S for a token of none.
+        offsets: ``(S + 1,)`` int64, where the segments begin; one more where there are tokens of none.
+        in_answer: ``(N,)`` bool, the tokens that count; None for all.
+        in_nll: ``(N,)`` bool, the tokens of an NLL term; None for those that count of the chosen answers.
+        host_offsets: ``offsets`` on the host; None: nobody has waited for the device yet.
+    """
+
+    num_segments: int
     positions: Tensor
     segment_ids: Tensor
     offsets: Tensor
     in_answer: Tensor | None = None
     in_nll: Tensor | None = None
+    host_offsets: Tensor | None = None
 
     def pick(self, values: Tensor) -> Tensor:
         """A per-token tensor of the caller's in this order, ``(N,)``."""
         return values.reshape(-1).index_select(0, self.positions)
 
-    def of_group(self, group: PairGroup) -> AnswerTokens:
-        """The tokens of a group of neighbouring pairs."""
+    def sums(self, values: Tensor, where: Tensor | None) -> Tensor:
+        """``(S,)``: per-token values summed over each segment's tokens, all or those ``where``."""
+        # The op itself: its offsets were made here and need no check.
+        sums = sequence_sums_op(values, None, where, self.offsets, self.segment_ids, "auto")
+        return sums if len(sums) == self.num_segments else sums.narrow(0, 0, self.num_segments)
+
+    def lengths(self, where: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``(S,)``: the number of tokens of each segment, all or those ``where``."""
+        if where is not None:
+            return self.sums(where.to(dtype), None)
+        starts, stops = (self.offsets.narrow(0, first, self.num_segments) for first in (0, 1))
+        return (stops - starts).to(dtype)
+
+    def loss_rows(self, order: RowOrder) -> tuple[Tensor, Tensor]:
+        """On the host: where the rows' tokens begin, and their segments, ``(rows + 1,)`` each."""
+        segments = order.bounds.cpu()
+        offsets = self.offsets.cpu() if self.host_offsets is None else self.host_offsets
+        return offsets.index_select(0, segments), segments
+
+    def of_group(self, group: RowGroup, first: int, last: int) -> RowTokens:
+        """The tokens of a group of neighbouring rows, whose segments are ``[first, last)``."""
         rows = slice(group.start, group.stop)
-        segments = slice(2 * group.first_pair, 2 * group.last_pair + 1)
-        return AnswerTokens(
-            group.last_pair - group.first_pair,
-            self.positions[rows],
-            self.segment_ids[rows] - 2 * group.first_pair,
-            self.offsets[segments] - group.start,
-            None if self.in_answer is None else self.in_answer[rows],
-            None if self.in_nll is None else self.in_nll[rows],
-        )
+        places, offsets = self.segment_ids[rows] - first, self.offsets[first : last + 1] - group.start
+        masks = (None if mask is None else mask[rows] for mask in (self.in_answer, self.in_nll))
+        return RowTokens(last - first, self.positions[rows], places, offsets, *masks)
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledTokens(AnswerTokens):
-    """The tokens that enter a matrix product, and what they are.
+def all_tokens(
+    like: Tensor, order: RowOrder, layout: PackedLayout | TokenLayout | None, segment_ids: Tensor | None
+) -> RowTokens:
+    """Every position of a batch shaped as ``like``, those of no segment last. Nothing here waits.
 
     Args:
-        token_index: ``(N,)`` int64, rows of the flattened hidden states.
-        target_ids: ``(N,)``, the tokens predicted.
-        host_offsets: ``offsets`` on the host.
-        index_kind: ``repeated`` where a row may predict several tokens, else ``tokens``.
+        segment_ids: aligned with ``like``; None: a sequence is a segment.
     """
-
-    token_index: Tensor = None  # type: ignore[assignment]
-    target_ids: Tensor = None  # type: ignore[assignment]
-    host_offsets: Tensor = None  # type: ignore[assignment]
-    index_kind: str = "tokens"
-
-
-def all_tokens(mask: Tensor, nll_mask: Tensor | None, layout: PackedLayout | None) -> AnswerTokens:
-    """Every position of a padded ``(2P, T)`` or packed ``(N_all,)`` batch; the masks say which count.
-
-    Nothing here waits for the device.
-    """
-    tokens = _pair_order(mask, layout)
-    picked = None if nll_mask is None else tokens.pick(nll_mask)
-    return replace(tokens, in_answer=tokens.pick(mask), in_nll=picked)
+    num_segments = num_places = order.num_segments
+    if segment_ids is None and not isinstance(layout, TokenLayout):
+        # Whole sequences move, so that nothing has to be sorted.
+        every = torch.arange(like.numel(), device=like.device)
+        if layout is None:
+            bounds = offsets = torch.arange(num_segments + 1, device=like.device) * like.shape[-1]
+        else:
+            bounds = offsets = layout.cu_seqlens.long()
+        if order.order is not None:
+            offsets = F.pad(order.arranged(bounds.diff()).cumsum(0), (1, 0))
+        # The number of segments that end at or before a place is the segment it lies in.
+        ids = torch.searchsorted(offsets.narrow(0, 1, num_segments), every, right=True)
+        if order.order is not None:
+            starts, moved = (each.narrow(0, 0, num_segments) for each in (offsets, bounds))
+            every = every + (order.arranged(moved) - starts).index_select(0, ids)
+        return RowTokens(num_segments, every, ids, offsets)
+    if segment_ids is not None:  # one place more, for the tokens of none
+        ids = segment_ids.reshape(-1).long()
+        num_places, ids = num_segments + 1, ids.where(ids >= 0, num_segments)
+    else:
+        ids = layout.sequence_ids  # type: ignore[union-attr]
+    ids = order.places(ids)
+    positions = ids.argsort(stable=True)
+    counts = torch.zeros(num_places + 1, dtype=torch.int64, device=like.device)
+    offsets = counts.index_add_(0, ids + 1, torch.ones_like(ids)).cumsum(0)
+    return RowTokens(num_segments, positions, ids.index_select(0, positions), offsets)
 
 
 def labelled_tokens(
     labels: Tensor,
-    nll_labels: Tensor | None,
-    layout: PackedLayout | None,
-    *,
-    shift: bool,
-    ignore_index: int,
-) -> LabelledTokens:
-    """The labelled tokens of a padded or packed batch; waits for the device once, to learn how many.
+    wanted: Tensor | None,
+    order: RowOrder,
+    layout: PackedLayout | TokenLayout | None,
+    segment_ids: Tensor | None,
+) -> RowTokens:
+    """Those that are ``wanted`` and lie in a segment; waits for the device once, to learn how many.
 
-    Args: as those of ``fused_dpo_loss``, checked.
+    Not for all tokens of a ``TokenLayout`` (``wanted`` None, no segments): these are as many as there are.
     """
-    targets, mask, nll_mask = _targets(labels, nll_labels, layout, shift, ignore_index)
-    order = _pair_order(labels, layout)
-    wanted = mask if nll_mask is None else mask | nll_mask
-    positions, segment_ids, offsets, host_offsets = labelled_positions(
-        wanted.reshape(-1), order.positions, order.segment_ids, 2 * order.num_pairs
-    )
-    tokens = LabelledTokens(
-        order.num_pairs,
-        positions,
-        segment_ids,
-        offsets,
-        token_index=positions,
-        target_ids=targets.reshape(-1).index_select(0, positions),
-        host_offsets=host_offsets,
-    )
-    if nll_mask is None:
-        return tokens
-    return replace(tokens, in_answer=tokens.pick(mask), in_nll=tokens.pick(nll_mask))
+    tokens = all_tokens(labels, order, layout, segment_ids)
+    if segment_ids is not None:
+        wanted = segment_ids >= 0 if wanted is None else wanted & (segment_ids >= 0)
+    if wanted is None:
+        assert isinstance(layout, TokenLayout)
+        if layout.lengths is None or (order.order is not None and not order.in_pairs):
+            return tokens
+        lengths = torch.tensor(layout.lengths, dtype=torch.int64)
+        if order.in_pairs:
+            lengths = lengths.view(2, -1).t().reshape(-1)
+        return replace(tokens, host_offsets=F.pad(lengths.cumsum(0), (1, 0)))
+    num_places = len(tokens.offsets) - 1
+    found = labelled_positions(wanted.reshape(-1), tokens.positions, tokens.segment_ids, num_places)
+    positions, places, *both = found
+    offsets, host_offsets = (bounds.narrow(0, 0, tokens.num_segments + 1) for bounds in both)
+    return RowTokens(tokens.num_segments, positions, places, offsets, host_offsets=host_offsets)
 
 
-def layout_tokens(layout: TokenLayout, num_pairs: int) -> LabelledTokens:
-    """The tokens of a ``TokenLayout`` of P pairs; without its ``lengths`` this waits for the device."""
-    segments = _segment_of(layout.sequence_ids, num_pairs)
-    positions = segments.argsort(stable=True)
-    counts = torch.zeros(2 * num_pairs + 1, dtype=torch.int64, device=segments.device)
-    offsets = counts.index_add_(0, segments + 1, torch.ones_like(segments)).cumsum(0)
-    if layout.lengths is None:
-        host_offsets = offsets.cpu()
-    else:
-        chosen, rejected = layout.lengths[:num_pairs], layout.lengths[num_pairs:]
-        by_pair = (count for both in zip(chosen, rejected, strict=True) for count in both)
-        host_offsets = torch.tensor(list(accumulate(by_pair, initial=0)))
-    return LabelledTokens(
-        num_pairs,
-        positions,
-        segments.index_select(0, positions),
-        offsets,
-        token_index=layout.token_index.index_select(0, positions),
-        target_ids=layout.target_ids.index_select(0, positions),
-        host_offsets=host_offsets,
-        index_kind="repeated",
-    )
+def find_targets(
+    labels: Tensor, nll_labels: Tensor | None, layout: PackedLayout | None, shift: bool, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(targets, mask, nll_mask)``: what each state predicts, and which of it the losses look at.
 
-
-def layout_pairs(layout: TokenLayout) -> int:
-    """P; read from the sequence ids, which waits for the device, where the lengths do not tell it."""
-    if layout.lengths is not None:
-        return len(layout.lengths) // 2
-    num_sequences = int(layout.sequence_ids.max()) + 1 if len(layout.sequence_ids) else 0
-    return -(-num_sequences // 2)
+    Args: as those of ``fused_dpo_loss``; labels of an NLL term count in the first half of the sequences.
+    """
+    if shift:
+        labels = shift_labels(labels, layout=layout, ignore_index=ignore_index)
+    mask = labels != ignore_index
+    if nll_labels is None:
+        return labels, mask, None
+    if shift:
+        nll_labels = shift_labels(nll_labels, layout=layout, ignore_index=ignore_index)
+    num_pairs, position = num_sequences(labels, layout) // 2, torch.arange(len(labels), device=labels.device)
+    is_chosen = position < (num_pairs if layout is None else layout.cu_seqlens.narrow(0, num_pairs, 1))
+    nll_mask = (nll_labels != ignore_index) & (is_chosen.unsqueeze(1) if layout is None else is_chosen)
+    return labels.where(mask, nll_labels.where(nll_mask, ignore_index)), mask, nll_mask
 
 
 def shift_labels(labels: Tensor, *, layout: PackedLayout | None = None, ignore_index: int = -100) -> Tensor:
@@ -172,51 +233,15 @@ def next_token(values: Tensor, fill: int, layout: PackedLayout | None) -> Tensor
     return following.masked_fill(is_start.narrow(0, 1, num_positions), fill)
 
 
-def batch_pairs(tokens: Tensor, layout: PackedLayout | None) -> int:
-    """P of a padded or packed batch."""
-    return (len(tokens) if layout is None else len(layout.cu_seqlens) - 1) // 2
+def num_sequences(like: Tensor, layout: PackedLayout | TokenLayout | None) -> int:
+    """B; of a ``TokenLayout`` without lengths read from its ids, which waits for the device."""
+    if isinstance(layout, TokenLayout):
+        if layout.lengths is not None:
+            return len(layout.lengths)
+        return count_ids(layout.sequence_ids)
+    return len(like) if layout is None else len(layout.cu_seqlens) - 1
 
 
-def _targets(
-    labels: Tensor, nll_labels: Tensor | None, layout: PackedLayout | None, shift: bool, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(targets, mask, nll_mask)``: what each state predicts, and which of it the losses look at."""
-    if shift:
-        labels = shift_labels(labels, layout=layout, ignore_index=ignore_index)
-    mask = labels != ignore_index
-    if nll_labels is None:
-        return labels, mask, None
-    if shift:
-        nll_labels = shift_labels(nll_labels, layout=layout, ignore_index=ignore_index)
-    position = torch.arange(len(labels), device=labels.device)
-    num_pairs = batch_pairs(labels, layout)
-    if layout is None:
-        is_chosen = (position < num_pairs).unsqueeze(1)
-    else:
-        is_chosen = position < layout.cu_seqlens.narrow(0, num_pairs, 1)
-    nll_mask = (nll_labels != ignore_index) & is_chosen
-    return labels.where(mask, nll_labels.where(nll_mask, ignore_index)), mask, nll_mask
-
-
-def _pair_order(tokens: Tensor, layout: PackedLayout | None) -> AnswerTokens:
-    """All positions of a padded or packed batch in pair order."""
-    num_pairs = batch_pairs(tokens, layout)
-    every = torch.arange(tokens.numel(), device=tokens.device)
-    if layout is None:
-        length = tokens.shape[1]
-        positions = every.view(2, num_pairs, length).transpose(0, 1).reshape(-1)
-        offsets = torch.arange(2 * num_pairs + 1, device=tokens.device) * length
-        return AnswerTokens(num_pairs, positions, every // max(length, 1), offsets)
-    bounds = layout.cu_seqlens.long()
-    # The number of sequences that end at or before a position is the sequence it lies in.
-    sequence = torch.searchsorted(bounds.narrow(0, 1, len(bounds) - 1), every, right=True)
-    segments = _segment_of(sequence, num_pairs)
-    positions = segments.argsort(stable=True)
-    lengths = bounds.diff().view(2, num_pairs).t().reshape(-1)
-    offsets = F.pad(lengths.cumsum(0), (1, 0))
-    return AnswerTokens(num_pairs, positions, segments.index_select(0, positions), offsets)
-
-
-def _segment_of(sequence: Tensor, num_pairs: int) -> Tensor:
-    """Sequence s, chosen 0..P-1 and rejected P..2P-1, to its segment in pair order."""
-    return 2 * (sequence % max(num_pairs, 1)) + sequence // max(num_pairs, 1)
+def count_ids(ids: Tensor) -> int:
+    """The largest id and one, for which the device is waited for."""
+    return int(ids.max()) + 1 if ids.numel() else 0

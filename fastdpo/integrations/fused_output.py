@@ -10,12 +10,21 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from fastdpo.functional.kinds import takes_pairs
 from fastdpo.functional.pairs import fused_dpo_loss
+from fastdpo.functional.preference import fused_preference_loss
 from fastdpo.functional.tokens import next_token
 from fastdpo.ops.checks import check_outputs, fail
 from fastdpo.ops.linear_logprob import flat_rows, linear_logprob
 from fastdpo.ops.token_divergence import token_divergence
-from fastdpo.types import DPOLossOutput, Execution, LMHead, TeacherCombination, TokenLayout
+from fastdpo.types import (
+    DPOLossOutput,
+    Execution,
+    LMHead,
+    PreferenceLossOutput,
+    TeacherCombination,
+    TokenLayout,
+)
 
 
 @dataclass
@@ -24,11 +33,12 @@ class FusedLMOutput(ModelOutput):
 
     Entry [b, t] belongs to ``labels[b, t]`` given the tokens before t. At t = 0 and where the label is
     ignored all are 0 (False). With a ``token_layout`` they are ``(N,)``, in its order. In nats; float32, or
-    float64 for float64 operands. For ``pair_loss``, the loss of a batch of pairs instead of them.
+    float64 for float64 operands. For ``pair_loss``, the loss of the batch instead of them.
 
     Args:
-        loss: ``()``, of the batch's pairs, differentiable; None without ``pair_loss``, like the next.
-        pair_loss: what ``fused_dpo_loss`` returned, ``loss`` included.
+        loss: ``()``, of the batch, differentiable; None without ``pair_loss``, like the next.
+        pair_loss: what ``fused_dpo_loss`` returned, or of losses of another kind ``fused_preference_loss``;
+            ``loss`` included.
         logps: log-probabilities of the labels, differentiable; None with ``pair_loss``.
         logps_mask: bool, True where a label was scored; None with a ``token_layout``.
         lse: logsumexp of the logits, differentiable. Like those up to ``jsd``, None unless in
@@ -48,7 +58,7 @@ class FusedLMOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-    pair_loss: DPOLossOutput | None = None
+    pair_loss: DPOLossOutput | PreferenceLossOutput | None = None
     logps: Tensor | None = None
     logps_mask: Tensor | None = None
     lse: Tensor | None = None
@@ -154,7 +164,8 @@ class ScoreRequest:
             ``token_divergence``.
         topk: ``logps_topk``.
         reference: what divergences are measured from: a model, or `Teachers`.
-        pair_loss: arguments of ``fused_dpo_loss``, to be asked for the loss instead.
+        pair_loss: arguments of ``fused_dpo_loss`` or ``fused_preference_loss``, whichever ``loss_type`` is
+            of, to be asked for the loss instead.
     """
 
     outputs: tuple[str, ...] = ()
@@ -179,8 +190,9 @@ class ScoreRequest:
                 raise fail(name, "a value together with pair_loss", "one of the two")
         if settled := {"layout", "shift", "ignore_index", "execution"} & arguments.keys():
             raise fail("pair_loss", sorted(settled), "what the patched model does not settle itself")
+        takes_pairs(arguments.get("loss_type", "sigmoid"))  # refuses a name that is none
 
-    def loss_of_pairs(
+    def make_loss(
         self,
         hidden: Tensor,
         head: LMHead,
@@ -190,15 +202,19 @@ class ScoreRequest:
         execution: Execution,
     ) -> dict[str, Any]:
         """The loss, made where hidden states and head are at hand; labels are not shifted yet."""
+        asked: Mapping[str, Any] = self.pair_loss or {}
         layout = labels if isinstance(labels, TokenLayout) else None
-        out = fused_dpo_loss(
+        fused: Any = (
+            fused_dpo_loss if takes_pairs(asked.get("loss_type", "sigmoid")) else fused_preference_loss
+        )
+        out = fused(
             hidden,
             head,
             labels if isinstance(labels, Tensor) else None,
             layout=layout,
             ignore_index=ignore_index,
             execution=execution,
-            **(self.pair_loss or {}),
+            **asked,
         )
         return {"loss": out.loss, "pair_loss": out}
 

@@ -74,8 +74,10 @@ def patch_model(
     one teacher of two such models, whose ``l1_distance`` may be named too. See ``token_divergence``.
 
     ``pair_loss``, a dict of arguments of `fused_dpo_loss` (``loss_type``, ``beta``, ``ref_logps`` ...), asks
-    for the loss of a batch of pairs, chosen answers first, in place of log-probabilities. The head may then
-    run in mode ``pairs``, which it cannot where the loss is made of what the model returned.
+    for the loss of a batch of pairs, chosen answers first, in place of log-probabilities. Where ``loss_type``
+    names losses of another kind (``kto``, ``sdpo`` ...) they are arguments of `fused_preference_loss`
+    (``is_desirable``, ``group_ids``, ``row_weights`` ...), and rows are answers, lists or steps. The head may
+    then run in mode ``pairs``, which it cannot where the loss is made of what the model returned.
 
     Patch before ``accelerator.prepare``; before or after DDP, torch.compile and PEFT. Adapters of the
     backbone are part of it; of what PEFT does to a head, ``modules_to_save`` and LoRA are supported. Of a
@@ -242,7 +244,7 @@ def _fused_forward(
     hidden, labels = hidden.to(device), labels.to(device)
     passed = passed_through(model, hook.tail, inputs, result)
     if request.pair_loss is not None:
-        return FusedLMOutput(**request.loss_of_pairs(hidden, head, labels, **hook.settings), **passed)
+        return FusedLMOutput(**request.make_loss(hidden, head, labels, **hook.settings), **passed)
     # Position t predicts the label at t + 1; the last predicts none.
     targets = F.pad(labels[:, 1:], (0, 1), value=hook.ignore_index)
     scored: dict[str, Any] = request.run(hidden, head, targets, **hook.settings)
@@ -279,7 +281,7 @@ def _layout_forward(
     if len(calls) > 1 and any(inputs.get("output_router_logits") for inputs, _ in calls):
         raise fail("output_router_logits", "True with several row_batches", "one, or False")
     passed = passed_through(model, hook.tail, *calls[0]) if len(calls) == 1 else {}
-    make = request.run if request.pair_loss is None else request.loss_of_pairs
+    make = request.run if request.pair_loss is None else request.make_loss
     values: dict[str, Any] = make(hidden, head, on_device, **hook.settings)
     return FusedLMOutput(**values, **passed)
 

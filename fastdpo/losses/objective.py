@@ -11,6 +11,7 @@ here, itself and its ``nll_term``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +68,9 @@ class Objective:
         return any(not term.spec.is_nll for term in self.terms)
 
     @property
-    def is_sum_over_pairs(self) -> bool:
-        """Whether each pair's share of the loss depends on that pair alone, given the counts to divide by."""
-        return self.inputs is PairLogps and all(term.spec.scope in ("pair", "token") for term in self.terms)
+    def is_sum_over_rows(self) -> bool:
+        """Whether each row's share of the loss depends on that row alone, given the counts to divide by."""
+        return all(term.spec.scope in ("pair", "token") for term in self.terms)
 
     @property
     def is_plain_sigmoid(self) -> bool:
@@ -165,28 +166,34 @@ class Objective:
         """
         return self.total(pair).to(pair.logps_like.dtype)
 
-    def total(self, pair: Batch) -> Tensor:
-        """``loss`` before it is rounded, in fp64: shares of a batch add up to the whole of it."""
+    def total(self, pair: Batch, divisors: Sequence[float | Tensor] | None = None) -> Tensor:
+        """``loss`` before it is rounded, in fp64: shares of a batch add up to the whole of it.
+
+        ``divisors``: those of the whole batch, where ``pair`` is a share; None: of ``pair``.
+        """
+        divisors = self.divisors(pair) if divisors is None else divisors
+        terms = list(zip(self.terms, divisors, strict=True))
         # One of weight 0 is left out: it need not be finite.
-        terms = [term for term in self.terms if term.weight != 0] or self.terms
-        first, *others = (term.weight * self._mean(term, pair) for term in terms)
+        terms = [(term, divisor) for term, divisor in terms if term.weight != 0] or terms
+        first, *others = (term.weight * (self._sum(term, pair) / divisor) for term, divisor in terms)
         return sum(others, first)
 
-    def _mean(self, term: LossTerm, pair: Batch) -> Tensor:
-        """One loss summed over the batch in fp64 and divided by what its scope asks for."""
-        if term.spec.scope == "token":
-            assert isinstance(pair, PairLogps)  # build_objective mixes no kinds, and sft is the only one
-            counts, divisor = pair.nll_count, self.num_tokens
-        else:
-            counted = term.spec.counted
-            counts = pair.is_scored if counted is None else pair.is_scored & counted(pair)
-            divisor = self.num_pairs
+    def divisors(self, pair: Batch) -> list[float | Tensor]:
+        """What each term's sum over the rows is divided by: a count that was given, or the batch's own."""
+        return [self._divisor(term, pair) for term in self.terms]
+
+    def _divisor(self, term: LossTerm, pair: Batch) -> float | Tensor:
+        given = self.num_tokens if term.spec.scope == "token" else self.num_pairs
+        return _counts(term, pair).sum().clamp(min=1) if given is None else given
+
+    def _sum(self, term: LossTerm, pair: Batch) -> Tensor:
+        """One loss summed over the batch, in fp64."""
         # What does not count is taken out before the loss sees it: behind it, 0 times a NaN would be NaN.
         weights = self.per_pair.get("pair_weights", 1.0)
-        keep = (counts > 0) & (weights != 0)
+        keep = (_counts(term, pair) > 0) & (weights != 0)
         seen = (pair if term.spec.uses_reference else pair.without_reference()).emptied(keep)
         losses = weights * term.spec.function(seen, **_of_rows(term.arguments, keep))  # (P,)
-        return masked_sum(losses, keep) / (counts.sum().clamp(min=1) if divisor is None else divisor)
+        return masked_sum(losses, keep)
 
     def rewards(self, pair: PairLogps) -> tuple[Tensor, Tensor]:
         """Implicit rewards of the chosen and of the rejected answers, detached, ``(P,)`` each.
@@ -248,6 +255,15 @@ class Objective:
         lead = next((term for term in self.terms if term.spec.default_beta is not None), self.terms[0])
         default = DEFAULT_BETA if lead.spec.default_beta is None else lead.spec.default_beta
         return lead, self.per_pair.get("beta", default)
+
+
+def _counts(term: LossTerm, pair: Batch) -> Tensor:
+    """``(P,)``, what each row counts: 0 or 1, or its NLL tokens for a loss of scope ``token``."""
+    if term.spec.scope == "token":
+        assert isinstance(pair, PairLogps)  # build_objective mixes no kinds, and sft is the only one
+        return pair.nll_count
+    counted = term.spec.counted
+    return pair.is_scored if counted is None else pair.is_scored & counted(pair)
 
 
 def _of_rows(arguments: dict[str, Any], keep: Tensor) -> dict[str, Any]:

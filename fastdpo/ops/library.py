@@ -316,7 +316,7 @@ def head_call(
     needs_weight: bool = True,
     needs_bias: bool = False,
     ref_hidden: Tensor | None = None,
-    pair_rows: Sequence[int] = (0,),
+    loss_rows: Sequence[int] = (0,),
 ) -> HeadCall:
     """The call that both passes make the same way, so that they agree on every chunk."""
     num_tokens = index.shape[0]
@@ -338,7 +338,7 @@ def head_call(
         workspace_mib=run.workspace_mib,
         cache_mib=run.cache_mib,
         num_multiprocessors=num_multiprocessors(hidden.device),
-        pair_rows=pair_rows,
+        loss_rows=loss_rows,
         needs_bias=needs_bias,
         lean_kernel=lean_kernel(backend, run.compute_dtype),
         joins_chunks=True,

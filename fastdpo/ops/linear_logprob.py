@@ -177,7 +177,7 @@ def settle_mode(
     run: Execution,
     *,
     entropy_requires_grad: bool = False,
-    has_pair_loss: bool = False,
+    has_row_loss: bool = False,
 ) -> str:
     """The mode that runs for these inputs: what of them needs a gradient, and what the workspace holds."""
     if head.adapter is not None:
@@ -191,7 +191,7 @@ def settle_mode(
         needs_bias=has_grad and head.bias is not None and head.bias.requires_grad,
         entropy_requires_grad=entropy_requires_grad,
         cache_mib=run.cache_mib,
-        has_pair_loss=has_pair_loss,
+        has_row_loss=has_row_loss,
         holds_a_row=holds_a_chunk_row(head.weight.shape[0], logits_dtype.itemsize, run.workspace_mib),
     )
     if mode == "lean" and logits_dtype == torch.bfloat16:

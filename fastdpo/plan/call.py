@@ -17,9 +17,9 @@ from fastdpo.plan.plan import Plan, ranges
 from fastdpo.plan.schedule import (
     GROUP_ROWS,
     MIB,
-    PairGroup,
+    RowGroup,
     chunk_and_block_rows,
-    group_pairs,
+    group_loss_rows,
     leading_dim,
 )
 
@@ -41,7 +41,7 @@ def make_plan(
     workspace_mib: int = 512,
     cache_mib: int = 1024,
     num_multiprocessors: int = 0,
-    pair_rows: Sequence[int] = (0,),
+    loss_rows: Sequence[int] = (0,),
     needs_bias: bool = False,
     lean_kernel: str = "torch",
     joins_chunks: bool = False,
@@ -52,8 +52,8 @@ def make_plan(
 ) -> Plan:
     """The plan for a mode that ``resolve_mode`` has settled; sizes in elements, budgets in MiB.
 
-    ``num_multiprocessors``: of the GPU, 0 for a CPU. ``pair_rows``: for ``pairs``, pair p fills labelled rows
-    ``[pair_rows[p], pair_rows[p + 1])``. ``lean_kernel``: of ``plan_lean.LEAN_KERNELS``.
+    ``num_multiprocessors``: of the GPU, 0 for a CPU. ``loss_rows``: for ``pairs``, row r of the loss
+    fills labelled rows ``[loss_rows[r], loss_rows[r + 1])``. ``lean_kernel``: of ``plan_lean.LEAN_KERNELS``.
     ``joins_chunks``: whether D may stay in the workspace for several chunks. ``hidden_bytes`` and
     ``weight_bytes``: of an element of these and of their gradients; None: as of the operands.
     ``copies_weight``: whether products need the weight in another dtype, and all of it at once.
@@ -90,11 +90,11 @@ def make_plan(
     )
     d_row_bytes = leading_dim(vocab_size) * operand_bytes  # padded, as rows of logits are
     cached = _cached_rows(num_tokens, rows, num_kept * d_row_bytes, cache_mib) if mode == "cache" else 0
-    groups: tuple[PairGroup, ...] = ()
+    groups: tuple[RowGroup, ...] = ()
     if mode == "pairs":
-        groups = group_pairs(pair_rows, min(GROUP_ROWS, cache_mib * MIB // d_row_bytes))
+        groups = group_loss_rows(loss_rows, min(GROUP_ROWS, cache_mib * MIB // d_row_bytes))
     group_rows = max((group.stop - group.start for group in groups if not group.is_recomputed), default=0)
-    # In pieces of what is recomputed at a time: the rest of a batch, or a pair that is too long.
+    # In pieces of what is recomputed at a time: the rest of a batch, or a row of the loss that is too long.
     again = [group.stop - group.start for group in groups if group.is_recomputed]
     if mode in ("cache", "recompute") and cached < num_tokens:
         again = [num_tokens - cached]

@@ -35,7 +35,7 @@ def explain_plan(
     cache_mib: int = 1024,
     num_multiprocessors: int = 0,
 ) -> Plan:
-    """Print and return what ``linear_logprob``, or ``fused_dpo_loss``, will do for N labelled tokens.
+    """Print and return what ``linear_logprob``, or a function with a loss, will do for N labelled tokens.
 
     Args:
         num_tokens: N, labelled tokens only.
@@ -45,8 +45,9 @@ def explain_plan(
             GPU to be Triton.
         hidden_requires_grad, weight_requires_grad, bias_requires_grad, entropy_requires_grad: what needs a
             gradient.
-        pair_lengths: for ``fused_dpo_loss`` with a loss per pair: the labelled tokens of each pair, both
-            answers together, N in all. None: for ``linear_logprob``.
+        pair_lengths: for ``fused_dpo_loss`` and ``fused_preference_loss`` with a loss that is a sum over
+            pairs, answers, lists or steps: the labelled tokens of each of these, N in all, a pair's both
+            answers together. None: for ``linear_logprob``.
         logits_bytes: 4 for fp32 logits, 2 with ``logits_dtype="bf16"``, 8 for fp64.
         operand_bytes: bytes of one element of the products' operands: 2 for bf16 and fp16 on a GPU; 4
             for fp32, and for 16-bit inputs on a CPU, which are upcast; 8 for fp64.
@@ -74,7 +75,7 @@ def explain_plan(
         needs_bias=bias_requires_grad,
         entropy_requires_grad=entropy_requires_grad,
         cache_mib=cache_mib,
-        has_pair_loss=pair_lengths is not None,
+        has_row_loss=pair_lengths is not None,
         holds_a_row=holds_a_chunk_row(vocab_size, logits_bytes, workspace_mib),
     )
     if settled == "lean" and logits_bytes == 2:
@@ -100,7 +101,7 @@ def explain_plan(
         workspace_mib=workspace_mib,
         cache_mib=cache_mib,
         num_multiprocessors=num_multiprocessors,
-        pair_rows=tuple(accumulate(pair_lengths or (), initial=0)),
+        loss_rows=tuple(accumulate(pair_lengths or (), initial=0)),
         needs_bias=bias_requires_grad,
         lean_kernel=kernel,
         joins_chunks=True,

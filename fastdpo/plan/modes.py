@@ -14,21 +14,23 @@ def resolve_mode(
     needs_bias: bool = False,
     entropy_requires_grad: bool = False,
     cache_mib: int = 1024,
-    has_pair_loss: bool = False,
+    has_row_loss: bool = False,
     holds_a_row: bool = True,
 ) -> str:
     """The mode that runs, from the one asked for and what needs a gradient.
 
     Without any gradient to compute every mode is ``score``: the modes differ in the backward pass only.
-    ``has_pair_loss``: the loss is known to the call and each pair's share of it depends on that pair alone.
+    ``has_row_loss``: the loss is known to the call and each row's share of it depends on that row alone: on a
+    pair, an answer, a list or a step.
 
     Raises:
         ValueError: the mode asked for cannot give the gradients needed, or is not supported.
     """
-    if mode == "pairs" and not has_pair_loss:
+    if mode == "pairs" and not has_row_loss:
         raise ValueError(
-            "mode: 'pairs' needs fused_dpo_loss, losses of scope 'pair' or 'token' that pass no gradient to "
-            "their own arguments, and operands other than float16; use 'auto' or 'cache'"
+            "mode: 'pairs' needs fused_dpo_loss or fused_preference_loss, losses of scope 'pair' or 'token' "
+            "that pass no gradient to their own arguments, and operands other than float16; use 'auto' or "
+            "'cache'"
         )
     # Not `score` without gradients: a reference must get the bits of its policy, and as little memory.
     if mode == "lean" or (mode == "auto" and not holds_a_row):
@@ -40,7 +42,7 @@ def resolve_mode(
         if entropy_requires_grad or (trains_head and cache_mib == 0):
             return "recompute"
         if trains_head:
-            return "pairs" if has_pair_loss else "cache"
+            return "pairs" if has_row_loss else "cache"
         return "stash"
     if mode == "score":
         raise ValueError("mode: got 'score', which has no backward pass, but an input requires a gradient")

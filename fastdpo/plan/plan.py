@@ -9,7 +9,7 @@ from fastdpo.plan.schedule import (
     CHUNK_ROWS_MULTIPLE,
     MIB,
     WANTED_CHUNK_ROWS,
-    PairGroup,
+    RowGroup,
     gpu_choices,
     hidden_grad_piece,
     hidden_scratch_bytes,
@@ -19,7 +19,7 @@ from fastdpo.plan.waves import Waves, hidden_grad_parts, hidden_grad_waves, logi
 
 _KEPT = {
     "cache": "D for the backward pass",
-    "pairs": "D of one group of pairs, until its gradient is known",
+    "pairs": "D of one group of pairs, or of other rows of the loss, until its gradient is known",
     "lean": "the fp32 sum of dhidden in the backward pass",
 }
 
@@ -46,7 +46,7 @@ class Plan:
     score_rows: int  # of `lean`: rows at a time in its forward pass
     score_slab: int  # and vocabulary entries; 0 with a kernel that stores no logits
     peak_bytes: int  # the most that is allocated at once, gradients included: see `fastdpo.plan.memory`
-    groups: tuple[PairGroup, ...]  # of mode `pairs`
+    groups: tuple[RowGroup, ...]  # of mode `pairs`
     group_rows: int  # of the longest of them that is not recomputed: the buffer for its D
     operand_bytes: int  # of an element of the products' operands
     num_multiprocessors: int  # of the GPU; 0 for a CPU
@@ -141,8 +141,8 @@ def plan_text(plan: Plan) -> str:
     if plan.mode == "pairs":
         again = sum(group.is_recomputed for group in plan.groups)
         lines.append(
-            f"groups        {len(plan.groups)} of whole pairs, up to {plan.group_rows} rows; "
-            f"{again} pairs too long for that are recomputed"
+            f"groups        {len(plan.groups)} of whole pairs, or lists, up to {plan.group_rows} rows; "
+            f"{again} too long for that are recomputed"
         )
     return "\n".join(lines)
 

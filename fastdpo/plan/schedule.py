@@ -20,8 +20,8 @@ LEADING_DIM_MULTIPLE = 64
 CHUNK_ROWS_MULTIPLE = 128
 # Below this a product no longer hides the reading of W on an H200 (DESIGN section 3); smaller still works.
 WANTED_CHUNK_ROWS = 512
-# Rows of D that mode `pairs` holds at most before they become a part of dweight: enough that adding up
-# dweight is cheap beside its product (a sixth of it at 512 rows, a fiftieth at 4096).
+# Labelled rows of D that mode `pairs` holds at most before they become a part of dweight: enough that adding
+# dweight up is cheap beside its product (a sixth of it at 512 rows, a fiftieth at 4096).
 GROUP_ROWS = 4096
 
 # What is within a hundredth of the fastest is as good, and may take less memory.
@@ -170,29 +170,32 @@ def _even_share(num_tokens: int, limit: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True)
-class PairGroup:
-    """Whole pairs ``[first_pair, last_pair)`` that fill labelled rows ``[start, stop)`` of mode ``pairs``."""
+class RowGroup:
+    """Rows of a loss (pairs, answers, lists, steps), whole, as mode ``pairs`` takes them together.
 
-    first_pair: int
-    last_pair: int
+    Rows ``[first_row, last_row)`` of the loss fill labelled rows ``[start, stop)`` of hidden.
+    """
+
+    first_row: int
+    last_row: int
     start: int
     stop: int
-    is_recomputed: bool = False  # a pair longer than the buffer of D: its rows are computed twice
+    is_recomputed: bool = False  # one that is longer than the buffer of D: it is computed twice
 
 
-def group_pairs(pair_rows: Sequence[int], capacity: int) -> tuple[PairGroup, ...]:
-    """Pairs in order, as few groups of at most ``capacity`` rows as that takes, about equally long.
+def group_loss_rows(loss_rows: Sequence[int], capacity: int) -> tuple[RowGroup, ...]:
+    """A loss's rows in order, as few groups of at most ``capacity`` labelled rows as that takes, even ones.
 
     Args:
-        pair_rows: ``(P + 1,)``, pair p fills labelled rows ``[pair_rows[p], pair_rows[p + 1])``.
-        capacity: rows of D that fit; a pair longer than that is a group of its own, to be recomputed.
+        loss_rows: row r of the loss fills labelled rows ``[loss_rows[r], loss_rows[r + 1])``.
+        capacity: rows of D that fit; what is longer than that is a group of its own, to be recomputed.
     """
-    groups = _fill_groups(pair_rows, capacity)
+    groups = _fill_groups(loss_rows, capacity)
     # The smallest capacity that needs no more groups: the buffer is as long as the longest of them.
     low, high = 1, max(capacity, 1)
     while low < high:
         middle = (low + high) // 2
-        candidate = _fill_groups(pair_rows, middle)
+        candidate = _fill_groups(loss_rows, middle)
         if len(candidate) <= len(groups) and _recomputed_rows(candidate) == _recomputed_rows(groups):
             high, groups = middle, candidate
         else:
@@ -200,19 +203,19 @@ def group_pairs(pair_rows: Sequence[int], capacity: int) -> tuple[PairGroup, ...
     return tuple(groups)
 
 
-def _fill_groups(pair_rows: Sequence[int], capacity: int) -> list[PairGroup]:
-    groups: list[PairGroup] = []
+def _fill_groups(loss_rows: Sequence[int], capacity: int) -> list[RowGroup]:
+    groups: list[RowGroup] = []
     first = 0
-    num_pairs = len(pair_rows) - 1
-    while first < num_pairs:
+    num_rows = len(loss_rows) - 1
+    while first < num_rows:
         last = first + 1
-        is_recomputed = pair_rows[last] - pair_rows[first] > capacity
-        while not is_recomputed and last < num_pairs and pair_rows[last + 1] - pair_rows[first] <= capacity:
+        is_recomputed = loss_rows[last] - loss_rows[first] > capacity
+        while not is_recomputed and last < num_rows and loss_rows[last + 1] - loss_rows[first] <= capacity:
             last += 1
-        groups.append(PairGroup(first, last, pair_rows[first], pair_rows[last], is_recomputed))
+        groups.append(RowGroup(first, last, loss_rows[first], loss_rows[last], is_recomputed))
         first = last
     return groups
 
 
-def _recomputed_rows(groups: Sequence[PairGroup]) -> int:
+def _recomputed_rows(groups: Sequence[RowGroup]) -> int:
     return sum(group.stop - group.start for group in groups if group.is_recomputed)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastdpo.functional import pairs as functional
+from fastdpo.functional import path as functional
 from fastdpo.functional.pairs import dpo_loss_from_logps, fused_dpo_loss, shift_labels
 from fastdpo.ops.linear_logprob import indexed_logprob
 from fastdpo.testing import assert_close_to_fp64

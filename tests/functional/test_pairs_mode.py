@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdpo import Execution, LMHead, explain_plan
 from fastdpo.losses import LOSSES, PairLogps
-from fastdpo.ops.paired_loss import paired_loss_op
+from fastdpo.ops.grouped_loss import grouped_loss_op
 from tests.functional.pair_cases import (  # noqa: F401  (a fixture)
     HIDDEN,
     LENGTHS,
@@ -204,21 +204,21 @@ def test_only_what_needs_a_gradient(leaf: str) -> None:
 
 
 def test_opcheck() -> None:
-    from fastdpo.functional import pairs as functional
+    from fastdpo.functional import path as functional
 
     recorded: list[tuple[Any, ...]] = []
 
     def record(*args: Any) -> Any:
         recorded.append(args)
-        return paired_loss_op(*args)
+        return grouped_loss_op(*args)
 
     pairs = make_pairs(lengths=((2, 3), (1, 4)), vocab=101)
     hidden, head = pairs.leaves()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastdpo.ops.paired_loss.paired_loss_op", record)
+        patch.setattr("fastdpo.ops.grouped_loss.grouped_loss_op", record)
         run(pairs, hidden, head, mode("pairs"))
     assert functional and recorded
-    torch.library.opcheck(paired_loss_op, recorded[0])
+    torch.library.opcheck(grouped_loss_op, recorded[0])
 
 
 def test_torch_compile_sees_one_graph() -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from fastdpo import (
     LOSSES,
     LinearLogprobOutput,
+    PackedLayout,
+    TokenLayout,
     fused_preference_loss,
     linear_logprob,
     preference_loss_from_logps,
@@ -154,6 +156,30 @@ def test_entropy_is_a_mean_over_tokens() -> None:
     torch.testing.assert_close(half.metrics["entropy"], found[targets != IGNORED].mean())
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed", "tokens"])
+@pytest.mark.parametrize("name", ["kto", "sdpo", "direct_advantage", "nash_md"])
+def test_nothing_waits_for_the_device(name: str, layout: str) -> None:
+    """Meta tensors have no values: reading one raises. Numbers of lists and of segments are the caller's."""
+    where: dict[str, Any] = {"device": "meta"}
+    shape = (4, 6) if layout == "padded" else (24,)
+    ids = torch.zeros(24, dtype=torch.int64, **where)
+    packed = PackedLayout(torch.zeros(5, dtype=torch.int32, **where))
+    layouts = {"packed": packed, "tokens": TokenLayout(ids, ids, ids, (6, 6, 6, 6))}
+    floats, rows = torch.zeros(shape, **where).requires_grad_(), torch.zeros(4, **where)
+    given: dict[str, Any] = {
+        "kto": {"is_desirable": rows > 0, "kl": rows.sum()},
+        "sdpo": {"group_ids": ids[:4], "scores": rows, "num_groups": 2, "max_candidates": 2},
+        "direct_advantage": {"segment_ids": ids.view(shape), "num_segments": 4, "advantages": rows},
+        "nash_md": {"win_rates": rows},
+    }[name]
+    out = preference_loss_from_logps(
+        LinearLogprobOutput(floats, entropy=floats), floats == 0, loss_type=name, ref_logps=floats,
+        token_weights=floats, layout=layouts.get(layout), num_rows=rows.sum(), **given,
+    )  # fmt: skip
+    assert out.loss.is_meta and all(value.is_meta for value in out.metrics.values())
+    assert torch.autograd.grad(out.loss, floats)[0].shape == shape
+
+
 LOGPS, MASK = LinearLogprobOutput(-torch.rand(4, 6)), torch.ones(4, 6, dtype=torch.bool)
 KTO = {
     "loss_type": "kto",
@@ -178,7 +204,10 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     (KTO | {"ref_logps": torch.zeros(5)}, "ref_logps: got shape (5,), wanted (4,) or (4, 6)"),
     (KTO | {"kl": None}, "kl: got None, wanted a value for kto"),
     (KTO | {"gamma": 1.0}, "gamma: got an option that kto does not have"),
-    (KTO | {"token_weights": torch.ones(4, 6)}, "ref_logps: got shape (4,), wanted (4, 6)"),
+    (
+        KTO | {"token_weights": torch.ones(4, 6)},
+        "ref_logps (with token_weights): got shape (4,), wanted (4, 6)",
+    ),
     (TDPO | {"forward_kl": None}, "forward_kl: got None, wanted a value for tdpo1"),
     (TDPO | {"forward_kl": torch.zeros(4)}, "forward_kl: got shape (4,), wanted (4, 6)"),
     (TDPO | {"ref_logps": None}, "ref_logps: got no reference"),

@@ -14,7 +14,7 @@ import fastdpo.plan.call
 from fastdpo import explain_plan
 from fastdpo.plan.call import MAX_LOW_PRECISION_GROUPS, make_plan
 from fastdpo.plan.modes import resolve_mode
-from fastdpo.plan.schedule import MIB, chunk_and_block_rows, group_pairs, leading_dim
+from fastdpo.plan.schedule import MIB, chunk_and_block_rows, group_loss_rows, leading_dim
 
 
 @pytest.mark.parametrize(
@@ -154,20 +154,20 @@ def test_blocks_are_chunks_in_order(num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_groups_hold_whole_pairs_in_order(seed: int) -> None:
+def test_groups_hold_whole_rows_in_order(seed: int) -> None:
     generator = random.Random(seed)
     lengths = [generator.choice([0, generator.randint(1, 90)]) for _ in range(generator.randint(0, 40))]
     capacity = generator.randint(0, 80)
     bounds = list(accumulate(lengths, initial=0))
-    groups = group_pairs(bounds, capacity)
-    assert [pair for group in groups for pair in range(group.first_pair, group.last_pair)] == [
+    groups = group_loss_rows(bounds, capacity)
+    assert [row for group in groups for row in range(group.first_row, group.last_row)] == [
         *range(len(lengths))
     ]
     for group in groups:
-        assert (group.start, group.stop) == (bounds[group.first_pair], bounds[group.last_pair])
+        assert (group.start, group.stop) == (bounds[group.first_row], bounds[group.last_row])
         length = group.stop - group.start
         assert group.is_recomputed == (length > capacity)
-        assert not group.is_recomputed or group.last_pair == group.first_pair + 1
+        assert not group.is_recomputed or group.last_row == group.first_row + 1
     # No more of them than one after the other, each as full as can be.
     kept, room, wanted = 0, -1, 0
     for length in lengths:
@@ -180,7 +180,7 @@ def test_groups_hold_whole_pairs_in_order(seed: int) -> None:
 
 def test_groups_are_about_equally_long() -> None:
     """20 pairs of 100 rows for a buffer of 1900: two groups of 1000, not 1900 and 100."""
-    groups = group_pairs(range(0, 2001, 100), 1900)
+    groups = group_loss_rows(range(0, 2001, 100), 1900)
     assert [group.stop - group.start for group in groups] == [1000, 1000]
 
 
@@ -190,7 +190,7 @@ def test_pairs_of_the_headline_size(pair_length: int, logits_bytes: int) -> None
     """Llama-3-8B, 16384 tokens: three passes, dweight of few enough groups to stay bf16, 2.65 GiB in all."""
     plan = make_plan(
         "pairs", 16384, 4096, 128256, needs_weight=True, num_multiprocessors=132, joins_chunks=True,
-        logits_bytes=logits_bytes, pair_rows=[*range(0, 16384, pair_length), 16384],
+        logits_bytes=logits_bytes, loss_rows=[*range(0, 16384, pair_length), 16384],
     )  # fmt: skip
     assert plan.gemm_passes == 3 and plan.gemm_passes_backward == 0
     assert plan.weight_grad_groups == len(plan.groups) <= MAX_LOW_PRECISION_GROUPS
@@ -203,7 +203,7 @@ def test_a_smaller_cache_does_not_make_pairs_lighter() -> None:
     """768 MiB of D are 6 groups, one too many for bf16: dweight in fp32, D and logits are 3.3 GiB."""
     plan = make_plan(
         "pairs", 16384, 4096, 128256, needs_weight=True, num_multiprocessors=132, joins_chunks=True,
-        pair_rows=range(0, 16385, 512), cache_mib=768,
+        loss_rows=range(0, 16385, 512), cache_mib=768,
     )  # fmt: skip
     assert plan.weight_grad_groups == 6 and plan.weight_sum_bytes == 4 * 4096 * 128256
     # Once the sum is whole, D and the logits, 1253 MiB, are given back before it is cast to 1002 MiB.
@@ -239,8 +239,5 @@ def test_the_plan_imports_no_torch() -> None:
     tree = ast.parse(Path(fastdpo.plan.call.__file__).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    ours = {
-        f"fastdpo.{name}"
-        for name in ("plan_lean", "plan_memory", "plan_modes", "plan_text", "schedule", "waves")
-    }
+    ours = {f"fastdpo.plan.{name}" for name in ("lean", "memory", "modes", "plan", "schedule")}
     assert modules <= {"__future__", "collections.abc", "dataclasses", "itertools"} | ours

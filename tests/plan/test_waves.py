@@ -24,9 +24,9 @@ SIZES = [
 
 def plan_of(size: Size, mode: str, num_multiprocessors: int) -> Plan:
     needs = {"needs_hidden": mode != "score", "needs_weight": mode in ("pairs", "recompute")}
-    pair_rows = range(0, size.num_labelled + 1, 2 * size.answer_length) if mode == "pairs" else (0,)
+    loss_rows = range(0, size.num_labelled + 1, 2 * size.answer_length) if mode == "pairs" else (0,)
     return make_plan(
-        mode, size.num_labelled, size.hidden_size, size.vocab_size, pair_rows=pair_rows,
+        mode, size.num_labelled, size.hidden_size, size.vocab_size, loss_rows=loss_rows,
         num_multiprocessors=num_multiprocessors, joins_chunks=True, **needs,
     )  # fmt: skip
 

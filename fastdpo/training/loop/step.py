@@ -11,15 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fastdpo.functional.pairs import METRIC_STATISTICS, dpo_loss_from_logps
-from fastdpo.functional.row_loss import (
+from fastdpo.functional.kinds import (
     DATA,
     divergence_outputs,
     divergence_settings,
     needs_token_logps,
     teacher_combination,
 )
-from fastdpo.functional.rows import preference_loss_from_logps
+from fastdpo.functional.pairs import METRIC_STATISTICS, dpo_loss_from_logps
+from fastdpo.functional.preference import preference_loss_from_logps
 from fastdpo.losses.aggregate import sequence_sums
 from fastdpo.losses.build import build_objective
 from fastdpo.losses.gather import gather_pairs

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastdpo.kernels.contract import RowOutputs
 from fastdpo.ops import checks
+from fastdpo.ops.grouped_chunks import GroupLoss, grouped_chunks
 from fastdpo.ops.library import OPTIONS_SCHEMA, CallOptions, backward_op, empty_output, head_call
 from fastdpo.ops.linear_logprob import call_options, flat_rows
-from fastdpo.ops.paired_chunks import GroupLoss, paired_chunks
 from fastdpo.ops.scaling import scaled
 from fastdpo.types import Execution, LinearLogprobOutput, LMHead
 
@@ -44,23 +44,23 @@ def recording_gradients() -> Iterator[None]:
 
 
 @torch.library.custom_op(
-    "fastdpo::paired_loss",
+    "fastdpo::grouped_loss",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor token_index, str index_kind, "
-    "Tensor? ref_hidden, Tensor pair_rows, str loss_key, str loss_parameters, Tensor[] loss_tensors, "
+    "Tensor? ref_hidden, Tensor loss_rows, str loss_key, str loss_parameters, Tensor[] loss_tensors, "
     "str statistics, bool needs_hidden, bool needs_weight, bool needs_bias, "
     f"{OPTIONS_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def paired_loss_op(
+def grouped_loss_op(
     hidden: Tensor,  # (M, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (N,)
-    token_index: Tensor,  # (N,), pair by pair
+    token_index: Tensor,  # (N,), row by row of the loss
     index_kind: str,  # one of PER_TOKEN
     ref_hidden: Tensor | None,  # (M, H)
-    pair_rows: Tensor,  # (P + 1,) on the host: pair p has tokens [pair_rows[p], pair_rows[p + 1])
+    loss_rows: Tensor,  # on the host: row r of the loss has tokens [loss_rows[r], loss_rows[r + 1])
     loss_key: str,
     loss_parameters: str,
     loss_tensors: list[Tensor],
@@ -73,27 +73,17 @@ def paired_loss_op(
     """The loss ``()``, six results ``(N,)`` (those not asked for ``(0,)``), the reference's log-probabilities
     ``(N,)``, dL/dlogp ``(N,)``, dhidden, dweight and dbias (``(0,)`` where not needed)."""
     run = CallOptions(*options)
-    call = head_call(
-        hidden,
-        weight,
-        bias,
-        labels,
-        token_index,
-        index_kind,
-        run,
-        needs_hidden=needs_hidden,
-        needs_weight=needs_weight,
-        ref_hidden=ref_hidden,
-        pair_rows=pair_rows.tolist(),
-    )
+    needs: dict[str, Any] = {
+        "needs_hidden": needs_hidden, "needs_weight": needs_weight, "needs_bias": needs_bias,
+    }  # fmt: skip
+    rows = (hidden, weight, bias, labels, token_index, index_kind)
+    call = head_call(*rows, run, **needs, ref_hidden=ref_hidden, loss_rows=loss_rows.tolist())
     with torch.amp.autocast(hidden.device.type, enabled=False):
-        results = paired_chunks(
+        results = grouped_chunks(
             call,
             tuple(filter(None, statistics.split(","))),
             GROUP_LOSSES[loss_key](loss_parameters, loss_tensors),
-            needs_hidden=needs_hidden,
-            needs_weight=needs_weight,
-            needs_bias=needs_bias,
+            **needs,
         )
 
     def or_empty(value: Tensor | None, name: str = "logps") -> Tensor:
@@ -105,7 +95,7 @@ def paired_loss_op(
     return (results.loss, *tokens, ref_logps, results.token_grads, *map(or_empty, grads))
 
 
-@paired_loss_op.register_fake
+@grouped_loss_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, bias, labels = arguments[:4]
     ref_hidden = arguments[6]
@@ -165,36 +155,24 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tup
 def _compute_again(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by recomputation, from dL/dlogp; with a graph whose second derivative raises."""
     hidden, weight, bias, labels, token_index, logps, lse, token_grads = ctx.saved_tensors
+    rows = (hidden, weight, bias, labels, token_index, ctx.index_kind, logps, lse, hidden.new_empty(0), None)
+    options = ctx.options._replace(run_mode="recompute")
     grads: tuple[Tensor, Tensor, Tensor] = backward_op(
-        token_grads * grad_loss,
-        None,
-        None,
-        hidden,
-        weight,
-        bias,
-        labels,
-        token_index,
-        ctx.index_kind,
-        logps,
-        lse,
-        hidden.new_empty(0),
-        None,
-        *ctx.needs,
-        *ctx.options._replace(run_mode="recompute"),
+        token_grads * grad_loss, None, None, *rows, *ctx.needs, *options
     )
     return grads
 
 
-paired_loss_op.register_autograd(_backward, setup_context=_setup_context)
+grouped_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def paired_loss(
+def grouped_loss(
     hidden: Tensor,
     head: LMHead,
     labels: Tensor,
     token_index: Tensor,
     index_kind: str,
-    pair_rows: Tensor,
+    loss_rows: Tensor,
     loss: tuple[str, str, list[Tensor]],
     *,
     ref_hidden: Tensor | None = None,
@@ -204,28 +182,19 @@ def paired_loss(
     """Mode ``pairs``: the loss ``()``, differentiable, and what ``indexed_logprob`` gives, detached.
 
     Args:
-        hidden, head, labels, token_index, index_kind, ref_hidden: as for ``indexed_logprob``, pair by pair.
-        pair_rows: ``(P + 1,)`` int64 on the host, where each pair's tokens begin.
+        hidden, head, labels, token_index, index_kind, ref_hidden: as for ``indexed_logprob``.
+        loss_rows: ``(rows + 1,)`` int64 on the host, where the tokens of each row of the loss begin.
         loss: a key of ``GROUP_LOSSES``, and its parameters and tensors.
     """
     checks.check_inputs(hidden, head)
     wanted = checks.check_outputs(outputs, False)
     run = checks.check_execution(execution)
-    loss_output, *results = paired_loss_op(
-        flat_rows(hidden),
-        head.weight,
-        head.bias,
-        labels,
-        token_index,
-        index_kind,
-        None if ref_hidden is None else flat_rows(ref_hidden.detach()),
-        pair_rows,
-        *loss,
-        ",".join(wanted),
-        hidden.requires_grad,
-        head.weight.requires_grad,
-        head.bias is not None and head.bias.requires_grad,
-        *call_options(hidden, head, run, "pairs"),
+    own = (flat_rows(hidden), head.weight, head.bias)
+    needs = (tensor is not None and tensor.requires_grad for tensor in (hidden, head.weight, head.bias))
+    ref_rows = None if ref_hidden is None else flat_rows(ref_hidden.detach())
+    options = call_options(hidden, head, run, "pairs")
+    loss_output, *results = grouped_loss_op(
+        *own, labels, token_index, index_kind, ref_rows, loss_rows, *loss, ",".join(wanted), *needs, *options
     )
     tokens = dict(zip(RowOutputs._fields, results, strict=False))
     named = {name: tokens[name] for name in wanted}
