@@ -107,7 +107,8 @@ def test_slabs_make_a_row_kernel(case: RowCase, implementation: str):
     if case.vocab == 1 and implementation == "triton" and case.softcap is not None:
         pytest.skip("D is exactly 0 only where lse comes from the same tanh; here torch made it")
     data = make_data(case)
-    widths = (None,) if case.in_place else (None, 64, 7)
+    # Odd ones of a long row are few: each is two score of launches.
+    widths = (None,) if case.in_place else (None, 64, 7 if case.vocab < 100 else 67)
     for width in widths[:2] if IS_INTERPRETED else widths:
         kernel = kernel_in_slabs(implementation, width)
         results = run(kernel, case, data, DEVICE if implementation == "triton" else "cpu")
