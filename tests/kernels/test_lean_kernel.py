@@ -107,7 +107,8 @@ def test_slabs_make_a_row_kernel(case: RowCase, implementation: str):
     if case.vocab == 1 and implementation == "triton" and case.softcap is not None:
         pytest.skip("D is exactly 0 only where lse comes from the same tanh; here torch made it")
     data = make_data(case)
-    widths = (None,) if case.in_place else (None, 64, 7)
+    # Odd ones of a long row are few: each is two score of launches.
+    widths = (None,) if case.in_place else (None, 64, 7 if case.vocab < 100 else 67)
     for width in widths[:2] if IS_INTERPRETED else widths:
         kernel = kernel_in_slabs(implementation, width)
         results = run(kernel, case, data, DEVICE if implementation == "triton" else "cpu")
@@ -174,7 +175,8 @@ def test_slabs_give_the_labels_gradient_where_p_rounds_to_one(implementation: st
     data = make_data(case)
     others = set_margins(data.logits, data.labels)
     for width in (None, 300):
-        results = run(kernel_in_slabs(implementation, width), case, data)
+        device = DEVICE if implementation == "triton" else "cpu"
+        results = run(kernel_in_slabs(implementation, width), case, data, device)
         logps = results.statistics["logps"].double()
         assert ((logps - (-others).log1p()).abs() <= 1e-5 * others).all(), logps
         got = results.d.gather(1, data.labels[:, None])[:, 0].double()
