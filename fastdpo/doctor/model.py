@@ -64,7 +64,7 @@ def trainer_sections(trainer: Any) -> dict[str, Lines]:
         how = (trainer.model, head, _execution_of(trainer))
         kind: dict[str, Any] = {
             # With gold answers the loss waits for log-probabilities.
-            "has_pair_loss": bool(getattr(trainer.args, "makes_pair_loss", False))
+            "has_pair_loss": bool(getattr(trainer.args, "makes_loss_in_head", False))
             and not getattr(trainer.train_dataset, "has_gold", False),
             "divergences": _divergences_of(trainer, head),
         }

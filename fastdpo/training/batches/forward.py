@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdpo.integrations.fused_output import FusedLMOutput, HeadStates, Teachers, require_states
 from fastdpo.integrations.model import require_fused_output
 from fastdpo.training.batches.batch import Batch, Padded
-from fastdpo.types import DPOLossOutput, LinearLogprobOutput
+from fastdpo.types import DPOLossOutput, LinearLogprobOutput, PreferenceLossOutput
 
 
 class Scorable(Protocol):
@@ -35,11 +35,12 @@ def token_logps(
     return LinearLogprobOutput(fused.logps, **{name: getattr(fused, name) for name in statistics})
 
 
-def fused_pair_loss(model: nn.Module, batch: Scorable, **arguments: Any) -> DPOLossOutput:
-    """The loss of pairs, made inside the model's forward so that the head is used once.
+def fused_loss(model: nn.Module, batch: Scorable, **arguments: Any) -> DPOLossOutput | PreferenceLossOutput:
+    """The loss of a batch, made inside the model's forward so that the head is used once.
 
     Args:
-        arguments: of ``fused_dpo_loss``.
+        arguments: of ``fused_dpo_loss``, or where ``loss_type`` is of another kind of
+            ``fused_preference_loss``.
 
     Raises:
         TypeError: the model is not patched.

@@ -46,8 +46,8 @@ class StepValues:
     num_pairs: int | None = None
 
 
-# Of a batch, its log-probabilities per token, and what the reference has of it.
-GetValues: TypeAlias = Callable[[Batch, Tensor, Tensor | None], StepValues]
+# Of a batch, its log-probabilities per token where they are there already, and what the reference has of it.
+GetValues: TypeAlias = Callable[[Batch, Tensor | None, Tensor | None], StepValues]
 
 
 class LossState:
@@ -90,16 +90,17 @@ class LossState:
             with _evaluating(policy):
                 self._take([self._scores_ahead(policy, batch) for batch in batches])
 
-    def values(self, batch: Batch, logps: Tensor, ref_logps: Tensor | None) -> StepValues:
+    def values(self, batch: Batch, logps: Tensor | None, ref_logps: Tensor | None) -> StepValues:
         """What the next micro-batch of the step gets, which is ``batch``."""
         if self._is_waiting:
+            assert logps is not None  # losses that wait for them are made of them
             self._is_waiting = False
             self._take([self._scores(batch, logps.detach(), ref_logps)])
         return self._queue.popleft() if self._queue else self.frozen(batch, logps, ref_logps)
 
-    def frozen(self, batch: Batch, logps: Tensor, ref_logps: Tensor | None) -> StepValues:
+    def frozen(self, batch: Batch, logps: Tensor | None, ref_logps: Tensor | None) -> StepValues:
         """What evaluation gets: everything as it stands, and every pair with the beta of the settings."""
-        device = logps.device
+        device = batch.rows.device
         named = {}
         if self.kl is not None:
             named["kl"] = self.kl.value.to(device)

@@ -26,7 +26,7 @@ from fastdpo.losses.gather import gather_pairs
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.weights import wpo_weights
 from fastdpo.training.batches.batch import Batch
-from fastdpo.training.batches.forward import divergence_logps, fused_pair_loss, token_logps
+from fastdpo.training.batches.forward import divergence_logps, fused_loss, token_logps
 from fastdpo.training.batches.pair_tokens import LossTokens, loss_tokens
 from fastdpo.training.loop.loss_state import GetValues, StepValues
 from fastdpo.training.loop.metrics import MetricSums
@@ -57,7 +57,7 @@ def local_counts(batches: Sequence[Batch], device: torch.device, *, nll_on_promp
     return counts
 
 
-def no_values(batch: Batch, logps: Tensor, ref_logps: Tensor | None) -> StepValues:
+def no_values(batch: Batch, logps: Tensor | None, ref_logps: Tensor | None) -> StepValues:
     """For losses that carry nothing from step to step."""
     return StepValues()
 
@@ -87,11 +87,34 @@ def batch_loss(
     ref_logps = reference.logps(policy, batch)
     if batch.kind.is_paired:
         return _pair_loss(model, batch, ref_logps, counts, args, values, over_ranks=over_ranks)
-    token = token_logps(model, batch, statistics=("entropy",))
-    state = values(batch, token.logps, ref_logps).named
-    arguments = {**_row_arguments(batch, counts, args), **state}
-    result = preference_loss_from_logps(token, batch.mask, ref_logps=ref_logps, **arguments)
-    return result._replace(metrics=result.metrics | {name: value.clone() for name, value in state.items()})
+    return _row_loss(model, batch, ref_logps, counts, args, values)
+
+
+def _row_loss(
+    model: nn.Module,
+    batch: Batch,
+    ref_logps: Tensor | None,
+    counts: BatchCounts,
+    args: PreferenceConfig,
+    values: GetValues,
+) -> PreferenceLossOutput:
+    """The loss of answers, lists, steps or samples; made inside the model's forward where it can be."""
+    arguments = _row_arguments(batch, counts, args)
+    if args.makes_loss_in_head:
+        state = values(batch, None, ref_logps).named
+        del arguments["layout"]  # the patched model settles it
+        if ref_logps is not None and ref_logps.shape == batch.mask.shape and batch.layout is None:
+            # The reference stands where a token is, and is wanted where it is predicted.
+            ref_logps = ref_logps.roll(-1, 1)
+        result: Any = fused_loss(model, batch, ref_logps=ref_logps, **arguments, **state)
+    else:
+        token = token_logps(model, batch, statistics=("entropy",))
+        state = values(batch, token.logps, ref_logps).named
+        arguments |= state
+        result = preference_loss_from_logps(token, batch.mask, ref_logps=ref_logps, **arguments)
+    named = {name: value.clone() for name, value in state.items()}
+    found: PreferenceLossOutput = result._replace(metrics=result.metrics | named)
+    return found
 
 
 def _row_arguments(batch: Batch, counts: BatchCounts, args: PreferenceConfig) -> dict[str, Any]:
@@ -161,7 +184,7 @@ def _pair_loss(
     waits = is_gathered or args.use_weighting or args.dynamic_beta is not None
     if tokens.fit_the_head and not waits:
         arguments = _pair_arguments(batch, counts, args, StepValues())
-        found = fused_pair_loss(model, batch, **tokens.for_the_head(ref_logps), **arguments)
+        found: Any = fused_loss(model, batch, **tokens.for_the_head(ref_logps), **arguments)
         return _of_answers(found)
     statistics = (*METRIC_STATISTICS, *(["log_sum_sq_probs"] if args.use_weighting else []))
     token = tokens.score(model, statistics)

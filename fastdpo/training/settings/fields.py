@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from fastdpo.losses import DivergencePairLogps, LossSpec, PairLogps, find_loss
+from fastdpo.losses import DivergencePairLogps, LossSpec, find_loss
 from fastdpo.losses.token_batches import TokenDivergences
 from fastdpo.training.settings.choices import TRAINING_MODES
 from fastdpo.training.settings.data_fields import DataSettings
@@ -239,13 +239,16 @@ class SettingFields(DataSettings, TrainingArguments):
         return any(loss.uses_reference for loss in self.losses)
 
     @property
-    def makes_pair_loss(self) -> bool:
-        """Whether the head's call makes the loss itself, so that a trained head runs in mode ``pairs``."""
-        is_one_call = self.dynamic_beta is None and not self.gather_batch_losses and not self.fp16
-        is_one_call = is_one_call and not self.use_weighting
-        is_one_call = is_one_call and not (self.nll_on_prompt and self.batch_layout != "padded")
-        specs = self.losses
-        return is_one_call and all(s.inputs is PairLogps and s.scope in ("pair", "token") for s in specs)
+    def makes_loss_in_head(self) -> bool:
+        """Whether the head's call makes the loss itself, so that a trained head runs in mode ``pairs``.
+
+        So it is where all that losses are told is known before their log-probabilities, of sums over rows.
+        """
+        waits = self.dynamic_beta is not None or self.gather_batch_losses or self.use_weighting or self.fp16
+        waits = waits or any("reward_shift" in spec.needs for spec in self.losses)
+        waits = waits or bool(self.nll_on_prompt and self.batch_layout != "padded")
+        is_sum = all(spec.scope in ("pair", "token") for spec in self.losses)
+        return is_sum and not waits and not self.needs_divergences
 
     @property
     def needs_divergences(self) -> bool:

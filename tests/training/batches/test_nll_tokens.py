@@ -113,8 +113,8 @@ def test_orpos_default_is_its_papers(make_args: MakeArgs) -> None:
     assert make_args(loss_type="orpo", nll_on_prompt=False).nll_on_prompt is False
     assert make_args(loss_type="cpo", nll_on_prompt=True).nll_on_prompt is True
     assert make_args(loss_type="orpo", loss_options={"nll_weight": 0.0}).nll_on_prompt is False
-    assert make_args(loss_type="orpo").makes_pair_loss
-    assert not make_args(loss_type="orpo", batch_layout="packed").makes_pair_loss
+    assert make_args(loss_type="orpo").makes_loss_in_head
+    assert not make_args(loss_type="orpo", batch_layout="packed").makes_loss_in_head
 
 
 def everything(model: nn.Module, pairs: Sequence[Any]) -> Tensor:

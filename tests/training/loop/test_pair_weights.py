@@ -316,10 +316,10 @@ def test_the_flags() -> None:
     words = ["--model", "m", "--dataset", "d", "--output_dir", "o", "--use_cpu"]
     config = parse_train([*words, "--ld_alpha", "0.3", "--use_weighting", "--wpo_max_weight", "1"]).config
     assert (config.ld_alpha, config.use_weighting, config.wpo_max_weight) == (0.3, True, 1.0)
-    assert not config.makes_pair_loss
+    assert not config.makes_loss_in_head
     plain = parse_train(words).config
-    assert (plain.ld_alpha, plain.use_weighting) == (None, False) and plain.makes_pair_loss
-    assert parse_train([*words, "--ld_alpha", "0.3"]).config.makes_pair_loss  # still in one call
+    assert (plain.ld_alpha, plain.use_weighting) == (None, False) and plain.makes_loss_in_head
+    assert parse_train([*words, "--ld_alpha", "0.3"]).config.makes_loss_in_head  # still in one call
 
 
 def test_scored_rows_say_how_they_were_weighted(model_dir: Path, tmp_path: Path) -> None:  # noqa: F811
