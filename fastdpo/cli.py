@@ -100,7 +100,7 @@ def _command(argv: list[str]) -> tuple[str, list[str]]:
 
 def train(argv: Sequence[str]) -> None:
     """``fastdpo train``."""
-    from fastdpo.training.loop.setup import check_output_dir
+    from fastdpo.training.loop.folders import check_output_dir
     from fastdpo.training.loop.trainer import PreferenceTrainer
     from fastdpo.training.settings.command_line import parse_train
 
@@ -226,7 +226,7 @@ def diagnose(argv: Sequence[str], *, debug: bool = False) -> int:
 def _diagnose_run(argv: Sequence[str], *, debug: bool) -> int:
     """What ``fastdpo train`` would run, from the trainer that it would train."""
     from fastdpo.doctor.diagnosis import Diagnosis, doctor
-    from fastdpo.training.loop.setup import check_output_dir
+    from fastdpo.training.loop.folders import check_output_dir
     from fastdpo.training.loop.trainer import PreferenceTrainer
     from fastdpo.training.settings.command_line import parse_train
 

@@ -30,6 +30,11 @@ def sentence(rng: random.Random, words: int) -> str:
 
 @pytest.fixture(scope="session")
 def trained_bpe() -> str:
+    return bpe_text()
+
+
+def bpe_text() -> str:
+    """A byte-level BPE of these words, as ``tokenizers`` writes it."""
     rng = random.Random(0)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,11 +53,12 @@ def trained_bpe() -> str:
 def make_tokenizer(trained_bpe: str) -> Callable[..., PreTrainedTokenizerFast]:
     """A tokenizer that adds no special token by itself; keyword arguments as of the class."""
 
-    def make(**changes: Any) -> PreTrainedTokenizerFast:
-        settings = {"pad_token": "<pad>", "eos_token": "<eos>", "chat_template": CHAT_TEMPLATE, **changes}
-        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(trained_bpe), **settings)
+    return lambda **changes: made_tokenizer(trained_bpe, **changes)
 
-    return make
+
+def made_tokenizer(bpe: str, **changes: Any) -> PreTrainedTokenizerFast:
+    settings = {"pad_token": "<pad>", "eos_token": "<eos>", "chat_template": CHAT_TEMPLATE, **changes}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe), **settings)
 
 
 @pytest.fixture

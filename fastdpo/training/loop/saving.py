@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from fastdpo.training.loop.evaluation import EvaluatingTrainer
+from fastdpo.training.loop.folders import find_checkpoint, warn_of_unfinished
 from fastdpo.training.loop.progress import load_progress, save_progress
 from fastdpo.training.loop.reference_sync import load_reference, save_reference
 from fastdpo.training.loop.run_record import has_own_card, settings_of, write_card, write_settings
 from fastdpo.training.loop.same_run import check_same_run, write_run
-from fastdpo.training.loop.setup import find_checkpoint, warn_of_unfinished
 
 logger = logging.getLogger(__name__)
 

@@ -33,6 +33,7 @@ from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import check_fit
 from fastdpo.training.data.row_numbers import row_list
 from fastdpo.training.loop.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
+from fastdpo.training.loop.folders import check_output_dir, clear_output_dir, is_unused
 from fastdpo.training.loop.largest_batch import try_before_scoring
 from fastdpo.training.loop.loss_state import LossState
 from fastdpo.training.loop.metrics import MetricSums
@@ -47,14 +48,7 @@ from fastdpo.training.loop.offload import offloaded_activations
 from fastdpo.training.loop.over_optimisation import OverOptimisationMonitor
 from fastdpo.training.loop.reference_sync import sync_reference
 from fastdpo.training.loop.saving import SavingTrainer
-from fastdpo.training.loop.setup import (
-    check_machine,
-    check_output_dir,
-    check_pairs,
-    clear_output_dir,
-    is_unused,
-    prepare_pairs,
-)
+from fastdpo.training.loop.setup import check_machine, check_pairs, prepare_pairs
 from fastdpo.training.loop.step import (
     BatchCounts,
     bad_rows,
