@@ -111,9 +111,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     name = request.param
     if IS_INTERPRETED and name == "triton" and HAS_GPU:
         pytest.skip("TRITON_INTERPRET=1 is set on a machine with a GPU")
-    module = importlib.import_module(
-        "fastdpo.definitions.logprob" if name == "reference" else f"fastdpo.kernels.{name}"
-    )
+    module = importlib.import_module(f"fastdpo.kernels.{name}")
     device = "cuda" if name == "cuda" or (name == "triton" and HAS_GPU) else "cpu"
     if reason := module.unavailable_reason(torch.device(device)):
         pytest.skip(f"{name}: {reason}")

@@ -94,9 +94,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
         return Backend(name, "cpu", request.getfixturevalue("emulator"))
     if IS_INTERPRETED and name == "triton" and HAS_GPU:
         pytest.skip("TRITON_INTERPRET=1 is set on a machine with a GPU")
-    module: Any = importlib.import_module(
-        "fastdpo.kernels.sequence_reference" if name == "reference" else f"fastdpo.kernels.sequence_{name}"
-    )
+    module: Any = importlib.import_module(f"fastdpo.kernels.sequence_{name}")
     device = "cuda" if name == "cuda" or (name == "triton" and HAS_GPU) else "cpu"
     if reason := module.unavailable_reason(torch.device(device)):
         pytest.skip(f"{name}: {reason}")
