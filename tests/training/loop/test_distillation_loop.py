@@ -290,7 +290,7 @@ def test_what_is_refused(make_args: MakeArgs, tokenizer: Any) -> None:
         ({"reference": "none"}, "reference: got 'none', but aligndistil needs one"),
         ({"backend": "cuda"}, "backend: got 'cuda' with aligndistil"),
         ({"loss_type": ["aligndistil", "tdpo1"]}, "wanted losses of one kind of data"),
-        ({"margin_column": "m"}, "margin: got a value, wanted None"),
+        ({"margin_column": "m"}, "margin_column: got a value, wanted None"),
         ({"loss_options": {"teacher_mode": "kd"}}, "teacher_mode: got 'kd', wanted one of aligndistil"),
     ):
         with pytest.raises(ValueError, match=message):
