@@ -41,7 +41,7 @@ check: setup  ## lint, formatting, types, layers
 test: check  ## everything that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS)
 
-quick: setup  ## two minutes: one case of each test, planted bugs, and all of what changed
+quick: setup  ## less than half of the time: one case of each test, planted bugs, and what changed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --quick -n $(WORKERS)
 
 test-gpu: setup  ## the tests that need a GPU, in .venv

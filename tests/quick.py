@@ -1,4 +1,4 @@
-"""``pytest --quick``: a meaningful answer in two minutes (`make quick`).
+"""``pytest --quick``: a meaningful answer in less than half of the time (`make quick`).
 
 What is slow by nature is left out, and of every other test function one case is run: its first, which is the
 smallest where it matters. Tests that plant bugs are run whole, and so are those of the rooms that a change
@@ -16,7 +16,7 @@ from tests import ROOT
 
 SLOW = ("slow", "distributed", "network", "gpu")
 WHOLE = ("test_tolerances_have_teeth.py", "test_layers.py")
-# Rooms whose every change touches too much to run all of its tests in two minutes.
+# Rooms of more tests than this are not run whole.
 _AT_MOST = 400
 
 
