@@ -1,8 +1,8 @@
 """``pytest --quick``: a meaningful answer in less than half of the time (`make quick`).
 
-What is slow by nature is left out, and of every other test function one case is run: its first, which is the
-smallest where it matters. Tests that plant bugs are run whole, and so are those of the rooms that a change
-touches: what differs from the last commit, or in a clean checkout the last commit itself.
+What is slow by nature is left out, and of every other test function one case is run: its first. Tests
+that plant bugs are run whole, and so are those of the rooms that a change touches: what differs from the
+last commit, or in a clean checkout the last commit itself.
 """
 
 from __future__ import annotations

@@ -279,7 +279,7 @@ class RowDataset(torch.utils.data.Dataset[Row]):
 
     # Reference log-probabilities: one for each answer, piece or token, then the mismatched answers' sums
 
-    @property
+    @cached_property
     def reference_rows(self) -> Ragged:
         """How many numbers of the reference each row has; the values are of no interest."""
         counts = self.answers.counts.clamp(max=2) if self.kind.is_paired else self.answers.counts

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastdpo.training.data.arrow import cache_folder
 from fastdpo.training.data.records import COMPRESSIONS, READERS
+from fastdpo.training.settings.hub import looks_like_path
 
 _TABLES = (".parquet", ".arrow")
 FILE_SUFFIXES = (*READERS, *_TABLES)
@@ -23,7 +24,7 @@ def files_of(name: str, split: str) -> list[Path]:
         return _of_folder(path, split)
     found = [path] if path.is_file() else [Path(match) for match in glob.glob(str(path), recursive=True)]
     found = sorted(file for file in found if file.is_file())
-    if not found and (looks_like_path(name) or path.exists()):
+    if not found and (looks_like_files(name) or path.exists()):
         raise ValueError(f"dataset: no such file or directory: {name}")
     for file in found:
         suffixes(file)
@@ -56,10 +57,10 @@ def suffixes(path: Path) -> tuple[str, str]:
     return suffix, compression
 
 
-def looks_like_path(name: str) -> bool:
-    """Whether a name can be no id of the hub."""
+def looks_like_files(name: str) -> bool:
+    """Whether a name is that of files, and no id of the hub."""
     is_file = any(suffix in FILE_SUFFIXES for suffix in Path(name.lower()).suffixes[-2:])
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or is_file or glob.has_magic(name)
+    return looks_like_path(name) or is_file or glob.has_magic(name)
 
 
 def _of_folder(folder: Path, split: str) -> list[Path]:

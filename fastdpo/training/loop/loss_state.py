@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.losses.controllers import BetaController, KLEstimate, RunningMean
-from fastdpo.training.batches.batch import Batch
+from fastdpo.training.batches.batch import Batch, mapped
 from fastdpo.training.batches.forward import sequence_logps, token_logps
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.reference.sources import Reference
@@ -134,11 +134,11 @@ class LossState:
             for batch in batches:
                 if batch.is_filler:
                     continue
-                moved = batch.to(device)
-                assert moved.mismatched is not None
-                reference = self.reference.mismatched_logps(policy, moved)
-                ratios = sequence_logps(policy, moved.mismatched) - reference
-                parts.append(torch.stack([moved.rows.double(), ratios.double()], 1))
+                # Only what is used goes to the device: the batch itself may be large.
+                mismatched = mapped(batch.mismatched, lambda tensor: tensor.to(device))
+                reference = self.reference.mismatched_logps(policy, mismatched, batch.ref_mismatched_logps)
+                ratios = sequence_logps(policy, mismatched) - reference
+                parts.append(torch.stack([batch.rows.to(device, torch.float64), ratios.double()], 1))
         seen, _ = self._gathered(torch.cat(parts))
         ratios = seen[:, 1].float()
         if bool(ratios.isfinite().all()) and self.kl is not None:

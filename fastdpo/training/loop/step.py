@@ -103,7 +103,7 @@ def _row_loss(
     if args.makes_loss_in_head:
         state = values(batch, None, ref_logps).named
         del arguments["layout"]  # the patched model settles it
-        if ref_logps is not None and ref_logps.shape == batch.mask.shape and batch.layout is None:
+        if ref_logps is not None and ref_logps.dim() == 2:  # per token, of padded sequences
             # The reference stands where a token is, and is wanted where it is predicted.
             ref_logps = ref_logps.roll(-1, 1)
         result: Any = fused_loss(model, batch, ref_logps=ref_logps, **arguments, **state)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastdpo.integrations.fused_output import HeadStates, Teachers
 from fastdpo.integrations.head_adapter import has_adapter
 from fastdpo.integrations.lm_head import head_module, unwrap
-from fastdpo.training.batches.batch import Batch
+from fastdpo.training.batches.batch import Batch, Padded
 from fastdpo.training.batches.forward import head_states, sequence_logps
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.row import LD_COLUMN
@@ -173,13 +173,12 @@ class Reference:
         return self._run(reference_values, policy, batch)
 
     @torch.no_grad()
-    def mismatched_logps(self, policy: nn.Module, batch: Batch) -> Tensor:
-        """``(R,)`` of each prompt with the answer it is mismatched with."""
-        assert batch.mismatched is not None
+    def mismatched_logps(self, policy: nn.Module, mismatched: Padded, given: Tensor | None) -> Tensor:
+        """``(R,)`` of each prompt with a mismatched answer; ``given`` is what the data has of them."""
         if self.kind == "precomputed":
-            assert batch.ref_mismatched_logps is not None
-            return batch.ref_mismatched_logps
-        return self._run(sequence_logps, policy, batch.mismatched)
+            assert given is not None
+            return given.to(mismatched.labels.device)
+        return self._run(sequence_logps, policy, mismatched)
 
     @torch.no_grad()
     def states(self, policy: nn.Module, batch: Batch) -> HeadStates:

@@ -256,6 +256,8 @@ def test_scores_are_in_the_order_of_the_data(make_args: MakeArgs, tokenizer: Any
     scores = score_dataset(trainer.model, data, collator, batch_size=4, device=device)
     whole = sequence_logps(trainer.model, collator([data[i] for i in range(9)])).view(2, 9).T.flatten()
     torch.testing.assert_close(scores, whole, rtol=1e-5, atol=1e-5)
+    # What each batch's scores are put by is made once, not of all rows again for every batch.
+    assert data.reference_rows is data.reference_rows
     parts = [
         score_dataset(trainer.model, data, collator, batch_size=4, device=device, rank=rank, num_ranks=2)
         for rank in range(2)
