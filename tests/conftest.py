@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import random
@@ -58,6 +59,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    _leave_out_of_collections()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections() -> None:
+    _leave_out_of_collections()
+
+
+def _leave_out_of_collections() -> None:
+    """What is here now is looked at by no later `gc.collect`.
+
+    Every trainer ends with one. With the modules of torch, transformers and TRL it takes longer than a
+    tiny run itself; of what a test makes, all is still found.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
