@@ -263,8 +263,14 @@ def test_nothing_labelled_gives_zeros() -> None:
     assert not any(value.any() for value in run(case, operands(case)))
 
 
-@pytest.mark.parametrize("kind", INDEX_KINDS)
-@pytest.mark.parametrize("mode", ["score", "cache", "recompute"])
+# Every kind and every mode twice; tests/ops/test_library.py has their pairs, of the code that both ops share.
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *((kind, "cache") for kind in INDEX_KINDS),
+        *(("given", "score"), ("tokens", "score"), ("found", "recompute"), ("repeated", "recompute")),
+    ],
+)
 def test_opcheck(kind: str, mode: str) -> None:
     case = make_case(batch=2, length=12, hidden_size=8, vocab=20, dtype=torch.float32)
     tensors = operands(case)

@@ -143,21 +143,30 @@ def test_large_loss_scales() -> None:
     torch.testing.assert_close(*grads, rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["found", "given", "repeated"])
-@pytest.mark.parametrize(
-    ("mode", "outputs", "logps_grad"),
-    [
-        ("stash", "jsd", True),
-        ("cache", "forward_kl", True),
-        ("recompute", "reverse_kl,forward_kl", True),
-        ("stash", "forward_kl,logps,ref_logps", True),
-        ("cache", "forward_kl,logps", True),
-        ("stash", "reverse_kl,logps", False),
-        ("cache", "reverse_kl,logps,ref_logps", False),
-    ],
+ASKED = (
+    ("stash", "jsd", True),
+    ("cache", "forward_kl", True),
+    ("recompute", "reverse_kl,forward_kl", True),
+    ("stash", "forward_kl,logps,ref_logps", True),
+    ("cache", "forward_kl,logps", True),
+    ("stash", "reverse_kl,logps", False),
+    ("cache", "reverse_kl,logps,ref_logps", False),
 )
-@pytest.mark.parametrize("num_teachers", [1, 2])
-def test_opcheck(kind: str, mode: str, outputs: str, logps_grad: bool, num_teachers: int) -> None:
+
+
+# Each kind with one teacher and with two, with and without a gradient of logps, and with the modes; the
+# backward op, always of mode recompute, has its pairs of these as well.
+@pytest.mark.parametrize(
+    ("kind", "asked", "num_teachers"),
+    [
+        (("found", "given", "repeated")[(i + num_teachers) % 3], asked, num_teachers)
+        for i, asked in enumerate(ASKED)
+        for num_teachers in (1, 2)
+    ],
+    ids=str,
+)
+def test_opcheck(kind: str, asked: tuple[str, str, bool], num_teachers: int) -> None:
+    mode, outputs, logps_grad = asked
     h = torch.randn(12, 8, requires_grad=True)
     w, b = (t.requires_grad_(mode != "stash") for t in (torch.randn(20, 8), torch.randn(20)))
     labels = torch.randint(20, (12,)).masked_fill(torch.arange(12) % 3 == 0, -100)
@@ -207,7 +216,9 @@ def test_opcheck(kind: str, mode: str, outputs: str, logps_grad: bool, num_teach
     torch.library.opcheck(torch.ops.fastdpo.token_divergence_backward.default, args)
 
 
-def test_compile_without_a_graph_break() -> None:
+# Inductor alone checks the strides that fake kernels promise, and compiles for seconds.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_without_a_graph_break(backend: str) -> None:
     torch._dynamo.reset()
     case = make_divergence_case("plain")
 
@@ -218,7 +229,7 @@ def test_compile_without_a_graph_break() -> None:
 
     results = []
     with fresh_inductor_cache():  # a cached graph has the strides of the fake kernel that it was made with
-        for function in (loss, torch.compile(loss, fullgraph=True)):
+        for function in (loss, torch.compile(loss, fullgraph=True, backend=backend)):
             h, w = case.policy.hidden.clone().requires_grad_(), case.policy.weight.clone().requires_grad_()
             function(h, w).backward()
             results.append((h.grad, w.grad))

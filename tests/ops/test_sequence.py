@@ -34,9 +34,17 @@ def tokens(dtype: torch.dtype = FP32, *, has_nan: bool = True) -> tuple[Tensor, 
     return values, weights, mask
 
 
-@pytest.mark.parametrize("has_mask", [False, True])
-@pytest.mark.parametrize("has_weights", [False, True])
-@pytest.mark.parametrize(("dtype", "name"), [(FP32, "cpu"), (FP32, "reference"), (FP64, "auto")])
+@pytest.mark.parametrize(
+    ("dtype", "name", "has_weights", "has_mask"),
+    [
+        (FP32, "cpu", False, False),
+        (FP32, "cpu", True, True),
+        (FP32, "reference", False, True),
+        (FP32, "reference", True, False),
+        (FP64, "auto", False, True),
+        (FP64, "auto", True, False),
+    ],
+)
 def test_opcheck(dtype: torch.dtype, name: str, has_weights: bool, has_mask: bool) -> None:
     name = backend_or_skip(name, dtype)
     # NaN is not equal to itself, as opcheck would have it.
@@ -119,14 +127,16 @@ def test_sequence_ids(lengths: tuple[int, ...]) -> None:
         assert ids.dtype == torch.int64 and ids.tolist() == wanted
 
 
-def test_compile_without_a_graph_break() -> None:
+# Inductor alone checks the strides that fake kernels promise, and compiles for seconds.
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_without_a_graph_break(compiler: str) -> None:
     """Whole graph, forward and backward, for batches of any size; the same numbers as eager."""
     torch._dynamo.reset()
 
     def loss(values: Tensor, offsets: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
         return sequence_sums(2 * values, offsets, weights=weights, mask=mask).square().sum()
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
     for lengths in ((3, 0, 5), (30, 1, 7, 8, 0)):
         offsets = torch.tensor([0, *lengths]).cumsum(0)
         values, weights = torch.randn(2, sum(lengths))
@@ -151,7 +161,8 @@ def test_compile_does_not_recompile_for_every_batch() -> None:
     assert counter.frame_count <= 2  # the first, and one with dynamic shapes
 
 
-def test_compile_takes_part_in_a_loss() -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_takes_part_in_a_loss(compiler: str) -> None:
     """The gradient reaches what the values were made of, with NaN outside the mask kept out of it."""
     torch._dynamo.reset()
     values, _, mask = tokens(has_nan=False)
@@ -160,7 +171,7 @@ def test_compile_takes_part_in_a_loss() -> None:
     def loss(s: Tensor) -> Tensor:
         return sequence_sums((s * values).where(mask, math.nan), OFFSETS, mask=mask).sum()
 
-    torch.compile(loss, fullgraph=True)(scale).backward()
+    torch.compile(loss, fullgraph=True, backend=compiler)(scale).backward()
     torch.testing.assert_close(scale.grad, values.where(mask, 0).sum(), rtol=1e-6, atol=0)
 
 
