@@ -1,6 +1,6 @@
 """Thirty steps of every TRL trainer, with the patch and without: the same losses and metrics, on real data.
 
-The other files run each option for three steps, where a drift would not show. Each test prints its largest
+The other files run each option for two steps, where a drift would not show. Each test prints its largest
 difference (``pytest -s``), in the measure of `trl_runs.METRIC_TOLERANCE`.
 """
 

@@ -124,11 +124,13 @@ def test_adapters(tmp_path: Path) -> None:
     assert all("lora" in name for name in ours.grads)
 
 
+@pytest.mark.slow
 def test_curves_of_thirty_steps(tmp_path: Path) -> None:
     ours, _ = compare(tmp_path, max_steps=30)
     assert len(ours.losses) == 30 and ours.losses[0] > ours.losses[-1] + 0.01
 
 
+@pytest.mark.slow
 def test_curves_on_real_pairs(preference_rows: list[dict[str, Any]], tmp_path: Path) -> None:
     rows = [
         {"prompt": row["prompt"][-1]["content"]}

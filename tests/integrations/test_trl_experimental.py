@@ -98,8 +98,15 @@ def test_tpo(changes: dict[str, Any], tmp_path: Path) -> None:
     compare("tpo", tmp_path, **changes)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "cohere", "phi", "llama-tied"])
-@pytest.mark.parametrize("kind", list(TRAINERS))
+# A head goes the same way in all three, so each trainer has two of the four.
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        *(("cpo", "gemma2"), ("cpo", "phi")),
+        *(("orpo", "cohere"), ("orpo", "llama-tied")),
+        *(("tpo", "gemma2"), ("tpo", "phi")),
+    ],
+)
 def test_softcap_scale_bias_and_tied_heads(kind: str, family: str, tmp_path: Path) -> None:
     compare(kind, tmp_path, family=family)
 
@@ -150,8 +157,11 @@ def step(trainer: Any, wrapped: Any) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
+@pytest.mark.parametrize(
+    "wrapper", ["DDP", "compiled, run eagerly", pytest.param("compiled", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", list(TRAINERS))
-def test_inside_a_wrapper(kind: str, tmp_path: Path) -> None:
+def test_inside_a_wrapper(kind: str, wrapper: str, tmp_path: Path) -> None:
     """The model that calls go through is DDP's or torch.compile's; what is inside is patched for the call."""
     torch.manual_seed(0)
     expected_loss, expected = step(trainer := make_trainer(kind, tmp_path), trainer.model)
@@ -168,12 +178,15 @@ def test_inside_a_wrapper(kind: str, tmp_path: Path) -> None:
         for name, grad in expected.items():
             runs.assert_gradient(grads[name], grad, name)
 
+    if wrapper == "DDP":
+        with process_group(str(tmp_path / "store")):
+            check(torch.nn.parallel.DistributedDataParallel)
+        return
     try:
-        check(lambda model: torch.compile(model, backend="aot_eager"))
+        with torch.compiler.set_stance("force_eager" if "eager" in wrapper else "default"):
+            check(lambda model: torch.compile(model, backend="aot_eager"))
     finally:
         torch.compiler.reset()
-    with process_group(str(tmp_path / "store")):
-        check(torch.nn.parallel.DistributedDataParallel)
 
 
 def test_the_differing_metric_is_that_of_the_answers_tokens(tmp_path: Path) -> None:
@@ -273,7 +286,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def assert_own(ours: runs.Run, theirs: runs.Run) -> None:
     """To the bit, metrics included."""
-    assert ours.losses == theirs.losses and len(ours.losses) > 2
+    assert ours.losses == theirs.losses and len(ours.losses) > 1
     assert all(torch.equal(ours.grads[name], grad) for name, grad in theirs.grads.items())
 
 

@@ -47,8 +47,18 @@ def test_kto(changes: dict[str, Any], tmp_path: Path) -> None:
     compare(make_trainer)
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss_type": "dft"}, {"completion_only_loss": False}], ids=str)
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize(
+    ("changes", "family"),
+    [
+        ({}, "llama"),
+        ({}, "mixtral"),
+        ({"loss_type": "dft"}, "gemma2"),
+        ({"loss_type": "dft"}, "mixtral"),
+        ({"completion_only_loss": False}, "llama"),
+        ({"completion_only_loss": False}, "gemma2"),
+    ],
+    ids=str,
+)
 def test_sft(changes: dict[str, Any], family: str, tmp_path: Path) -> None:
     def make_trainer() -> SFTTrainer:
         return SFTTrainer(
