@@ -11,8 +11,7 @@ pytest.importorskip("peft")
 
 def test_the_committed_tables_are_the_generators() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert render(text) == text, "run python -m tests.integrations.tables"
     changed = text.replace("| gemma2 |", "| gemma22 |")
-    assert changed != text and render(changed) == text
+    assert changed != text and render(changed) == text, "run python -m tests.integrations.tables"
     with pytest.raises(ValueError, match="<!-- families:begin -->"):
         render("no markers")

@@ -49,12 +49,15 @@ def test_gradient_checkpointing_changes_no_bit(use_reentrant: bool) -> None:
     assert all(torch.equal(grad, checkpointed.grads[name]) for name, grad in plain.grads.items())
 
 
-def test_compiled_models() -> None:
+@pytest.mark.parametrize("stance", ["force_eager", pytest.param("default", marks=pytest.mark.slow)])
+def test_compiled_models(stance: str) -> None:
+    """The module around the model alone, and what is traced and made of it."""
     model = make_model("gemma2", num_hidden_layers=1)
     expected = expected_step(model, BATCH)
     compiled = torch.compile(patch_model(model), backend="aot_eager")
     try:
-        ours = run_step(compiled, BATCH, fused_logps)
+        with torch.compiler.set_stance(stance):
+            ours = run_step(compiled, BATCH, fused_logps)
     finally:
         torch.compiler.reset()
     assert_step_close(ours, expected, renamed=lambda name: f"_orig_mod.{name}")
@@ -200,7 +203,7 @@ def _process(rank: int, world: int, store: str, model: nn.Module, results: str) 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ddp_averages_the_gradients_of_its_processes(world: int, tmp_path: Path) -> None:
     model = make_model()
     expected = expected_step(model, BATCH)
