@@ -83,7 +83,7 @@ def kept_records(path: Path, suffix: str, compression: str) -> tuple[KeptRows, S
             features=features,
             cache_dir=cache_folder(),
             gen_kwargs={"path": path, "suffix": suffix, "compression": compression},
-            fingerprint=_fingerprint(path, suffix + compression),
+            fingerprint=file_fingerprint(path, suffix + compression),
         ),
     )
     # Without gaps the last row's number is how many there are.
@@ -149,7 +149,8 @@ def _examples(path: Path, suffix: str, compression: str) -> Iterator[dict[str, A
         yield {"number": number, "text": text}
 
 
-def _fingerprint(path: Path, ending: str) -> str:
+def file_fingerprint(path: Path, ending: str) -> str:
+    """Says which rows those of a file are: another one where the file changes."""
     state = path.stat()
     told = (_FORMAT, os.fspath(path.resolve()), ending, state.st_size, state.st_mtime_ns, state.st_ino)
     return hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest()
@@ -158,7 +159,7 @@ def _fingerprint(path: Path, ending: str) -> str:
 def _made(path: Path, make: Callable[[], Any]) -> Any:
     """What ``make`` makes of a file. Raises ValueError with what is wrong, not with what broke of it."""
     try:
-        with _bars(path.stat().st_size >= _LARGE):
+        with bars(path.stat().st_size >= _LARGE):
             return make()
     except Exception as error:
         cause: Any = error
@@ -171,7 +172,7 @@ def _made(path: Path, make: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def _bars(wanted: bool) -> Iterator[None]:
+def bars(wanted: bool) -> Iterator[None]:
     """The bars of ``datasets``, or none of them."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

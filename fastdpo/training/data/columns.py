@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastdpo.training.data.prompts import repeats_prompt
@@ -73,7 +73,12 @@ def select_columns(source: RowSource, names: Mapping[str, str], ignored: Sequenc
     ]:
         if column not in found:
             raise ValueError(f"{setting}: got {column!r}, wanted one of the columns {', '.join(found)}")
-    return RowSource(_SelectedRows(source.rows, names, ignored), source.numbers, source.name)
+    selected = f"{source.fingerprint} {sorted(names.items())} {sorted(ignored)}"
+    return replace(
+        source,
+        rows=_SelectedRows(source.rows, names, ignored),
+        fingerprint=None if source.fingerprint is None else selected,
+    )
 
 
 class _SelectedRows(Sequence[Mapping[str, Any]]):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.training.data.chunks import Chunks
 from fastdpo.training.data.mismatched import mismatched_rows
 from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.report import DataReport
@@ -28,7 +29,8 @@ class RowDataset(torch.utils.data.Dataset[Row]):
 
     Args:
         kind: of the data.
-        tokens: all token ids, int32, row after row: prompt, then its answers.
+        tokens: all token ids, int32, row after row: prompt, then its answers; in chunks where they are
+            memory-mapped.
         starts, prompt_lengths: ``(R,)`` int64, where a row begins in ``tokens``, and its prompt's length.
         answers: the answers' lengths.
         rows: ``(R,)`` int64, the row of the file that each came from.
@@ -49,7 +51,7 @@ class RowDataset(torch.utils.data.Dataset[Row]):
     def __init__(
         self,
         kind: DataKind,
-        tokens: Tensor,
+        tokens: Tensor | Chunks,
         starts: Tensor,
         prompt_lengths: Tensor,
         answers: Ragged,
@@ -60,7 +62,7 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         pieces: Ragged | None = None,
         has_mismatched: bool = False,
         max_length: int | None = None,
-        scored: Tensor | None = None,
+        scored: Tensor | Chunks | None = None,
         made_with: str = "",
     ) -> None:
         counts = (prompt_lengths, answers.values, answers.counts)
@@ -74,10 +76,12 @@ class RowDataset(torch.utils.data.Dataset[Row]):
             raise ValueError(
                 "kto: got one row, wanted at least two: its reference point comes from other rows' answers"
             )
-        self.kind, self.tokens, self.starts, self.prompt_lengths = kind, tokens, starts, prompt_lengths
+        self.kind, self.starts, self.prompt_lengths = kind, starts, prompt_lengths
+        self.tokens = tokens if isinstance(tokens, Chunks) else Chunks([tokens])
+        self.scored = Chunks([scored]) if isinstance(scored, Tensor) else scored
         self.answers, self.rows, self.numbers, self.report = answers, rows, dict(numbers), report
         self.pieces, self.has_mismatched, self.max_length = pieces, has_mismatched, max_length
-        self.scored, self.made_with = scored, made_with
+        self.made_with = made_with
 
     @classmethod
     def of_pairs(
@@ -115,7 +119,7 @@ class RowDataset(torch.utils.data.Dataset[Row]):
             self._mismatched(index) if self.has_mismatched else None,
         )
 
-    def _parts(self, values: Tensor, index: int) -> list[Tensor]:
+    def _parts(self, values: Chunks, index: int) -> list[Tensor]:
         """Of numbers per token those of a row's prompt and answers."""
         start = int(self.starts[index])
         sizes = [int(self.prompt_lengths[index]), *self.answers[index].tolist()]
@@ -146,8 +150,7 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         before = self.answers.values.cumsum(0) - self.answers.values
         in_row = before - before[self.answers.offsets[:-1]].repeat_interleave(self.answers.counts)
         starts = (self.starts + self.prompt_lengths).repeat_interleave(self.answers.counts) + in_row
-        counts = torch.cat([torch.zeros(1, dtype=torch.int64), self.scored.cumsum(0)])
-        return Ragged(counts[starts + self.answers.values] - counts[starts], self.answers.offsets)
+        return Ragged(self.scored.sums(starts, self.answers.values), self.answers.offsets)
 
     @property
     def num_labelled(self) -> Tensor:
@@ -273,7 +276,7 @@ class RowDataset(torch.utils.data.Dataset[Row]):
             found.append(token_digest(torch.cat([prompt, *answers]), [*sizes, *pieces], scored))
         return found
 
-    def _judged(self, values: Tensor, index: int) -> list[Tensor]:
+    def _judged(self, values: Chunks, index: int) -> list[Tensor]:
         parts = self._parts(values, index)
         return parts[:3] if self.kind.is_paired else parts
 

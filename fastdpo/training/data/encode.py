@@ -13,7 +13,6 @@ the cut go with their numbers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +21,9 @@ from torch import Tensor
 
 from fastdpo.training.data.columns import Survey, check_prompt_column, survey
 from fastdpo.training.data.dataset import RowDataset
+from fastdpo.training.data.encoded import EncodedRows, encoded_rows
 from fastdpo.training.data.formats import RowReader, Wanted
-from fastdpo.training.data.maker import LeftOut, MadeRow, RowMaker
+from fastdpo.training.data.maker import PER_ANSWER, RowMaker
 from fastdpo.training.data.processes import made_in_order
 from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.references import RowReferences
@@ -33,9 +33,6 @@ from fastdpo.training.data.texts import TextReader
 from fastdpo.training.data.tokens import RowTokenizer, short_hash
 from fastdpo.training.settings.encoding import EncodingOptions
 from fastdpo.training.settings.row_checks import BadRow, Finding
-
-# Numbers of which a row has one for each answer or piece.
-PER_ANSWER = ("scores", "advantages")
 
 
 def encode_rows(
@@ -59,7 +56,7 @@ def encode_rows(
 
 
 class _RowEncoder:
-    """Collects the rows of one data set, batch by batch. Arguments as of ``encode_rows``."""
+    """Makes one data set and its report. Arguments as of ``encode_rows``."""
 
     def __init__(
         self,
@@ -82,99 +79,84 @@ class _RowEncoder:
             cuts_echoes=self.found.prompts_repeated,
         )
         self.reader = RowReader(texts, wanted, options.columns)
-        self.tokenizer, self.made_with = RowTokenizer(tokenizer), made_with(options, tokenizer)
+        self.tokenizer, self.made_with = tokenizer, made_with(options, tokenizer)
         self.references = RowReferences(source.name, options.references) if options.references else None
-        self.tokens: list[Tensor] = []
-        self.rows: list[int] = []
-        self.sizes: list[tuple[int, list[int], tuple[int, ...]]] = []  # prompt, answers, pieces
-        self.numbers: dict[str, list[Any]] = defaultdict(list)
-        self.report = DataReport(source.name, len(source), 0, unit=self.kind.unit)
-        self._masks: dict[int, Tensor] = {}
         self._skipped: dict[str, list[int]] = defaultdict(list)
         self._noted: dict[str, list[int]] = defaultdict(list)
         self._details: dict[str, str] = {}
-        self._truncated = self._unscored = 0
 
     def run(self) -> RowDataset:
         """Encode all rows. Raises ValueError, as ``encode_rows``."""
-        maker = RowMaker(self.reader.render, self.tokenizer, self.options, self.kind)
-        made = made_in_order(maker, self.source, self.options.processes, show=self.options.show_progress)
-        # Rows are gone through once more only where something is read of them here.
-        rows = None if self.references is None else iter(self.source)
-        for parts in made:
-            if self.references is not None and rows is not None:
-                self.references.expect(*next(rows))
-            for part in parts:
-                self._take(part)
-        used = ("prompt", "tools", "chat_template_kwargs", *self.reader.used(self.found.names))
-        used = (*used, *self.options.columns.values(), *self.options.references)
-        self.report = self._finished(self.found.unused(used))
-        dataset = self._dataset()
+        options, source = self.options, self.source
+        maker = RowMaker(self.reader.render, RowTokenizer(self.tokenizer), options, self.kind)
+        rows = encoded_rows(
+            lambda: made_in_order(maker, source, options.processes, show=options.show_progress), self._told()
+        )
+        for number, finding in rows.left_out:
+            self._count(self._skipped[finding.message], number, finding)
+        places = torch.arange(len(rows.numbers))
+        if self.references is not None:
+            places = self._with_reference(self.references, rows)
+        report = self._report(rows, places)
+        dataset = self._dataset(rows, report)
+        if len(places) < len(dataset):
+            dataset = dataset.subset(places)
         return dataset if self.references is None else self.references.added_to(dataset)
 
-    def _dataset(self) -> RowDataset:
-        lengths = torch.tensor([len(row) for row in self.tokens])
-        prompts, answers, pieces = zip(*self.sizes, strict=True)
+    def _told(self) -> str | None:
+        """All that decides on the rows' tokens and numbers, in words; None where not all of it has a name."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if self.source.fingerprint is None or backend is None:
+            return None
+        options = replace(
+            self.options, processes=None, show_progress=False, references=(), on_bad_row="", max_bad_rows=None
+        )
+        texts = self.reader.texts
+        words = (
+            self.source.fingerprint, self.source.name, options, self.wanted, texts.has_prompts,
+            texts.cuts_echoes, self.made_with, type(self.tokenizer).__name__,
+            self.tokenizer.special_tokens_map, backend.to_str(),
+        )  # fmt: skip
+        return "\n".join(map(str, words))
+
+    def _dataset(self, rows: EncodedRows, report: DataReport) -> RowDataset:
         return RowDataset(
             self.kind,
-            torch.cat(self.tokens),
-            lengths.cumsum(0) - lengths,
-            torch.tensor(prompts),
-            Ragged.of_lists(answers, torch.int64),
-            torch.tensor(self.rows),
+            rows.tokens,
+            rows.starts,
+            rows.prompts,
+            rows.answers,
+            rows.numbers,
             {
                 name: Ragged.of_lists(values, torch.float32) if name in PER_ANSWER else torch.tensor(values)
-                for name, values in self.numbers.items()
+                for name, values in rows.values.items()
             },
-            self.report,
-            pieces=Ragged.of_lists(pieces, torch.int64) if self.kind.has_pieces else None,
+            report,
+            pieces=rows.pieces if self.kind.has_pieces else None,
             has_mismatched=self.wanted.has_mismatched,
             max_length=self.options.max_length,
-            scored=self._scored(),
+            scored=rows.scored if rows.num_unscored.any() else None,
             made_with=self.made_with,
         )
 
-    def _take(self, made: MadeRow | LeftOut) -> None:
-        """Keep a row, or count it as left out."""
-        if isinstance(made, LeftOut):
-            self._leave_out(*made)
-            return
-        if self.references is not None:
-            tokens = made.tokens
-            counts = {
-                "answer": len(tokens.answers),
-                "piece": len(tokens.pieces),
-                "token": tokens.num_scored[0],
-            }
+    def _with_reference(self, references: RowReferences, rows: EncodedRows) -> Tensor:
+        """Places of the rows whose reference can be used, and is taken; the others are left out."""
+        for number, row in self.source:
+            references.expect(number, row)
+        scored = rows.answers.sums() - rows.num_unscored
+        counts = {"answer": rows.answers.counts, "piece": rows.pieces.counts, "token": scored}
+        kept = []
+        for place, (number, num_scored, count) in enumerate(
+            zip(rows.numbers.tolist(), scored.tolist(), counts[self.kind.reference_per].tolist(), strict=True)
+        ):
             try:
-                self.references.check(made.number, sum(tokens.num_scored))
+                references.check(number, num_scored)
             except BadRow as bad:
-                self._leave_out(made.number, bad.finding)
-                return
-            self.references.take(made.number, counts[self.kind.reference_per])
-        self._note(made.number, made.findings)
-        self._keep(made)
-
-    def _keep(self, made: MadeRow) -> None:
-        row = made.tokens
-        if row.scored is not None:
-            self._masks[len(self.rows)] = row.flat_scored()
-            self._unscored += sum(map(len, row.answers)) - sum(row.num_scored)
-        self._truncated += made.is_cut
-        self.tokens.append(row.flat())
-        self.rows.append(made.number)
-        self.sizes.append((len(row.prompt), list(map(len, row.answers)), row.pieces))
-        for name, value in made.numbers.items():
-            if row.pieces and name in PER_ANSWER:
-                value = value[: len(row.pieces)]  # type: ignore[index]
-            self.numbers[name].append(value)
-
-    def _leave_out(self, row: int, finding: Finding) -> None:
-        self._count(self._skipped[finding.message], row, finding)
-
-    def _note(self, row: int, findings: Iterable[Finding]) -> None:
-        for finding in findings:
-            self._count(self._noted[finding.check], row, finding)
+                self._count(self._skipped[bad.finding.message], number, bad.finding)
+                continue
+            references.take(number, count)
+            kept.append(place)
+        return torch.tensor(kept, dtype=torch.int64)
 
     def _count(self, rows: list[int], row: int, finding: Finding) -> None:
         if rows[-1:] != [row]:  # a pair taken apart may fail a check twice
@@ -182,24 +164,32 @@ class _RowEncoder:
         if finding.detail:
             self._details.setdefault(finding.message, finding.detail)
 
-    def _finished(self, unused: Sequence[str]) -> DataReport:
+    def _report(self, rows: EncodedRows, places: Tensor) -> DataReport:
         """What became of the rows. Raises ValueError where too little is left, or nothing may be left out."""
-        report = replace(
-            self.report,
-            kept=len(set(self.rows)),
+        kept = set(rows.numbers[places].tolist())
+        for number, finding in rows.found:
+            if number in kept:
+                self._count(self._noted[finding.check], number, finding)
+        used = ("prompt", "tools", "chat_template_kwargs", *self.reader.used(self.found.names))
+        used = (*used, *self.options.columns.values(), *self.options.references)
+        report = DataReport(
+            self.source.name,
+            len(self.source),
+            len(kept),
             skipped=dict(self._skipped),
             found=dict(self._noted),
             details=self._details,
-            duplicates=len(self.tokens) - len({row.numpy().tobytes() for row in self.tokens}),
-            parts=len(self.rows),
-            unused=unused,
-            truncated=self._truncated,
-            unscored=self._unscored,
+            truncated=int(rows.is_cut[places].sum()),
+            duplicates=len(places) - len(rows.digests[places].unique()),
+            unit=self.kind.unit,
+            parts=len(places),
+            unscored=int(rows.num_unscored[places].sum()),
+            unused=self.found.unused(used),
         )
         limit = self.options.max_bad_rows
         if report.skipped and self.options.on_bad_row == "error":
             raise ValueError(f"{report} (on_bad_row='error')")
-        if not self.tokens:
+        if not kept:
             raise ValueError(f"{report}: no {report.unit.removesuffix('s')} left")
         if limit is not None and report.share_skipped > limit:
             raise ValueError(
@@ -207,17 +197,6 @@ class _RowEncoder:
                 "see to the reasons, or allow more with max_bad_rows"
             )
         return report
-
-    def _scored(self) -> Tensor | None:
-        """Of all tokens, which are scored; None where all of the answers' are."""
-        if not self._masks:
-            return None
-        masks = []
-        for place, tokens in enumerate(self.tokens):
-            whole = torch.ones(len(tokens), dtype=torch.bool)
-            whole[: self.sizes[place][0]] = False
-            masks.append(self._masks.get(place, whole))
-        return torch.cat(masks)
 
 
 def made_with(options: EncodingOptions, tokenizer: Any) -> str:

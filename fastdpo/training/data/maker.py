@@ -1,6 +1,6 @@
 """Rows to token ids, each by itself: rendered, tokenised, split, cut.
 
-Nothing is counted or kept here, so it may run in other processes (``row_processes.py``).
+Nothing is counted or kept here, so it may run in other processes (``processes.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from fastdpo.training.settings.encoding import EncodingOptions
 from fastdpo.training.settings.kinds import DataKind
 from fastdpo.training.settings.row_checks import CHECKS, BadRow, Finding
 
+# Numbers of which a row has one for each answer or piece.
+PER_ANSWER = ("scores", "advantages")
 Render: TypeAlias = Callable[[Mapping[str, Any], int], Iterable[RowTexts | BadRow]]
 
 
@@ -109,7 +111,13 @@ class RowMaker:
         row = self._cut_into(RowTokens(prompt, answers), ends)
         kept = self._within_max_length(row)
         findings = (*texts.findings, *self._named(kept, is_merged))
-        return MadeRow(texts.row, kept, texts.numbers, findings, kept.size < row.size)
+        numbers: Any = texts.numbers
+        if kept.pieces:
+            count = len(kept.pieces)
+            numbers = {
+                name: value[:count] if name in PER_ANSWER else value for name, value in numbers.items()
+            }
+        return MadeRow(texts.row, kept, numbers, findings, kept.size < row.size)
 
     def _cut_into(self, row: RowTokens, ends: list[list[int]]) -> RowTokens:
         """The row with its pieces, or with what is scored of its answers."""

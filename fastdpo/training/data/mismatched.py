@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
+from fastdpo.training.data.chunks import Chunks
 
-def mismatched_rows(tokens: Tensor, starts: Tensor, prompt_lengths: Tensor) -> Tensor:
+
+def mismatched_rows(tokens: Chunks, starts: Tensor, prompt_lengths: Tensor) -> Tensor:
     """``(R,)``: for each row the last one before it, round the end, with another prompt.
 
     As the data have it, not as a batch has it: the same however rows are cut into batches. TRL turns the
     answers of each batch by one, which is this where all rows are one batch and no prompt comes twice.
     """
     prompts = [
-        tokens[start : start + size].numpy().tobytes()
+        hashlib.blake2b(tokens[start : start + size].numpy().tobytes(), digest_size=16).digest()
         for start, size in zip(starts.tolist(), prompt_lengths.tolist(), strict=True)
     ]
     count = len(prompts)

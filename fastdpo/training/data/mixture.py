@@ -42,7 +42,9 @@ def joined(parts: Sequence[RowSource], name: str, weights: Sequence[float] | Non
         return parts[0]
     files = [file_index(part.name) for part in parts]
     numbers = _Joined([part.numbers for part in parts], counts, lambda place, n: number_in(files[place], n))
-    return RowSource(_Joined([part.rows for part in parts], counts), numbers, name)
+    prints = [part.fingerprint for part in parts]
+    fingerprint = None if None in prints else f"{prints} {counts}"
+    return RowSource(_Joined([part.rows for part in parts], counts), numbers, name, fingerprint)
 
 
 def joined_streams(

@@ -66,7 +66,7 @@ def fitting_pad_id(pad_token_id: int, models: Sequence[nn.Module]) -> int:
 
 
 def _check_ids(dataset: RowDataset, name: str, size: int) -> None:
-    if int(dataset.tokens.max()) < size:
+    if dataset.tokens.largest() < size:
         return
     found: dict[int, int] = {}
     for row, (start, end) in zip(dataset.rows.tolist(), dataset.row_bounds.tolist(), strict=True):

@@ -48,6 +48,12 @@ class Ragged:
         """The rows named, in that order."""
         return Ragged.of_counts(self.values[self.places(rows)], self.counts[rows])
 
+    def parted(self) -> tuple[Tensor, Ragged]:
+        """Of rows of at least one number the first ``(R,)``, and the others."""
+        is_first = torch.zeros(len(self.values), dtype=torch.bool)
+        is_first[self.offsets[:-1]] = True
+        return self.values[is_first], Ragged.of_counts(self.values[~is_first], self.counts - 1)
+
     def sums(self) -> Tensor:
         """``(R,)``."""
         total = torch.cat([self.values.new_zeros(1), self.values.cumsum(0)])

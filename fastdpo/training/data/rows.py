@@ -11,11 +11,18 @@ NumberedRows = Iterator[tuple[int, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class RowSource:
-    """Raw rows, their numbers for messages (from 1), and the name of the place they come from."""
+    """Raw rows that are at hand.
+
+    Args:
+        numbers: of the rows, for messages; from 1.
+        name: of the place they come from.
+        fingerprint: says which rows these are; None where nothing does but they themselves.
+    """
 
     rows: Sequence[Mapping[str, Any]]
     numbers: Sequence[int]
     name: str
+    fingerprint: str | None = None
 
     def __iter__(self) -> NumberedRows:
         return zip(self.numbers, self.rows, strict=True)
@@ -40,9 +47,9 @@ class RowStream:
         return self.start()
 
 
-def numbered(rows: Sequence[Mapping[str, Any]], name: str) -> RowSource:
+def numbered(rows: Sequence[Mapping[str, Any]], name: str, fingerprint: str | None = None) -> RowSource:
     """Rows counted from 1."""
-    return RowSource(rows, range(1, len(rows) + 1), name)
+    return RowSource(rows, range(1, len(rows) + 1), name, fingerprint)
 
 
 def counted(rows: Callable[[], Iterable[Mapping[str, Any]]], name: str) -> RowStream:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from fastdpo.training.data.arrow import cache_folder, kept_records, table_rows, table_stream
+from fastdpo.training.data.arrow import cache_folder, file_fingerprint, kept_records, table_rows, table_stream
 from fastdpo.training.data.files import check_no_split, files_of, suffixes
 from fastdpo.training.data.mixture import joined, joined_streams
 from fastdpo.training.data.records import READERS, records
@@ -116,9 +116,10 @@ def _as_asked(source: RowSource | RowStream, streaming: bool) -> RowSource | Row
 
 def _rows_of(path: Path) -> RowSource:
     suffix, compression = suffixes(path)
+    fingerprint = file_fingerprint(path, suffix + compression)
     if suffix in READERS:
-        return RowSource(*kept_records(path, suffix, compression), str(path))
-    return numbered(table_rows(path, suffix), str(path))
+        return RowSource(*kept_records(path, suffix, compression), str(path), fingerprint)
+    return numbered(table_rows(path, suffix), str(path), fingerprint)
 
 
 def _stream_of(path: Path) -> RowStream:
@@ -163,7 +164,8 @@ def _in_memory(source: Any, split: str, name: str, streaming: bool) -> RowSource
     if hasattr(source, "iloc") and hasattr(source, "to_dict"):
         source = _FrameRows(source)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, str | bytes):
-        return _as_asked(numbered(source, name), streaming)
+        # Of `datasets`: of all that made it.
+        return _as_asked(numbered(source, name, getattr(source, "_fingerprint", None)), streaming)
     is_iterable = hasattr(source, "__iter__") and not hasattr(source, "__next__")
     if streaming and is_iterable:
         return counted(lambda: source, name)

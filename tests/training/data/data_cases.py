@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastdpo.training.data.dataset import RowDataset
@@ -41,10 +42,16 @@ def row_of(kind: str, prompt: Any, answer: Any, other: Any, **more: Any) -> dict
 
 
 def encode(
-    kind: str, rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, mismatched: bool = False, **options: Any
+    kind: str,
+    rows: Sequence[Mapping[str, Any]] | Path,
+    tokenizer: Any,
+    *,
+    mismatched: bool = False,
+    **options: Any,
 ) -> RowDataset:
-    """The rows as the losses of a kind have them."""
-    source, how = read_rows(list(rows)), EncodingOptions(**options)
+    """The rows, or those of a file, as the losses of a kind have them."""
+    source = read_rows(rows if isinstance(rows, Path) else list(rows))
+    how = EncodingOptions(**options)
     if kind == "pairs":
         return encode_rows(source, tokenizer, how)
     name = "unpaired" if kind == "pair taken apart" else kind

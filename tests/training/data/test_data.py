@@ -157,13 +157,14 @@ def test_the_fingerprint_sees_tokens_boundaries_and_order():
     bounds = torch.cat([pairs.row_bounds[:, :1], torch.tensor(pairs.sizes(torch.arange(4)))], 1).cumsum(1)
     moved = bounds.clone()
     moved[1, 1] += 1  # the prompt ends one token later
-    other = pairs.tokens.clone()
+    tokens = pairs.tokens[0 : len(pairs.tokens)]
+    other = tokens.clone()
     other[-1] += 1
     prints = {
         pairs.fingerprint(),
         pairs.subset([0, 1, 2]).fingerprint(),
         pairs.subset([1, 0, 2, 3]).fingerprint(),
-        RowDataset.of_pairs(pairs.tokens, moved, pairs.rows, {}, pairs.report).fingerprint(),
+        RowDataset.of_pairs(tokens, moved, pairs.rows, {}, pairs.report).fingerprint(),
         RowDataset.of_pairs(other, bounds, pairs.rows, {}, pairs.report).fingerprint(),
     }
     assert len(prints) == 5
