@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +20,14 @@ from benchmarks.compiled import (
     triton_kernels,
 )
 from fastdpo.kernels import native
+from tests import ROOT
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, CompiledKernel]]:
     """The kernels of a family of `benchmarks.compiled` for an architecture, by case.
 
-    The family "library" is all of those in CUDA C++.
+    The family "library" is all of those in CUDA C++, and "few rows" `FEW_ROWS` of Triton's row kernel.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -43,12 +46,34 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], d
     return kernels_of
 
 
+# Of the row kernel enough for every run of the tests: the family "few rows", compiled in seconds.
+FEW_ROWS = ("score", "D in place, statistics")
+_COMPILE_FEW = """
+import sys
+from benchmarks import compile_row, compiled
+
+arch, *names = sys.argv[1:]
+compile_row.CASES = {name: compile_row.CASES[name] for name in names}
+compiled.main(["row", arch])
+"""
+
+
 def _compile(family: str, architecture: str, cache: Path) -> list[CompiledKernel]:
     if family != "library":
         pytest.importorskip("triton")
-        return triton_kernels(family, [int(architecture.removeprefix("sm_"))], cache)
+        arch = int(architecture.removeprefix("sm_"))
+        return _few_rows(arch, cache) if family == "few rows" else triton_kernels(family, [arch], cache)
     if (problem := native.cuda_problem()) is not None:
         pytest.skip(problem)
     if find_cuobjdump() is None:
         pytest.skip("needs the cuobjdump of CUDA or of triton")
     return library_kernels()
+
+
+def _few_rows(arch: int, cache: Path) -> list[CompiledKernel]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-c", _COMPILE_FEW, str(arch), *FEW_ROWS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return from_json(done.stdout)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks.compiled import CompiledKernel, find_cuobjdump, library_architectures
+from benchmarks.compiled import CompiledKernel, find_cuobjdump, library_architectures, run_cuobjdump
 from fastdpo.kernels import native
 
 # What this extension was built for; without CUDA one that the fixture skips.
@@ -24,12 +25,18 @@ Kernels = dict[str, CompiledKernel]
 
 @pytest.fixture(params=CUDA_ARCHITECTURES)
 def kernels(request: pytest.FixtureRequest, compiled: Callable[[str, str], Kernels]) -> Kernels:
+    """With their instructions, of which the extension has 36 MB of text: ten seconds."""
     found = compiled("library", request.param)
     return {name: kernel for name, kernel in found.items() if kernel.family == "row"}
 
 
-@pytest.mark.skipif(native.cuda_problem() is not None, reason=str(native.cuda_problem()))
-@pytest.mark.skipif(find_cuobjdump() is None, reason="needs the cuobjdump of CUDA or of triton")
+needs_the_library = pytest.mark.skipif(
+    native.cuda_problem() is not None or find_cuobjdump() is None,
+    reason=str(native.cuda_problem() or "needs the cuobjdump of CUDA or of triton"),
+)
+
+
+@needs_the_library
 def test_the_extension_has_the_code_that_it_says() -> None:
     """Machine code for every family that nvcc 13 knows, and PTX for what is between them and to come."""
     machine, ptx = library_architectures(Path(str(native._C.__file__)))
@@ -41,22 +48,38 @@ def test_the_extension_has_the_code_that_it_says() -> None:
         assert BUILT_FOR == ("sm_80", "sm_90a", "sm_100", "sm_120", "compute_100")
 
 
+@needs_the_library
+def test_no_kernel_has_a_stack_and_rows_take_few_registers() -> None:
+    """As the library's own tables of resources have it, of every kernel and architecture."""
+    text = run_cuobjdump("--dump-resource-usage", Path(str(native._C.__file__)))
+    found = re.findall(r"Function (\w+):\s*\n.*?REG:(\d+).*?STACK:(\d+).*?LOCAL:(\d+)", text)
+    row_kernels = [name for name, *_ in found if "row_kernel" in name]
+    assert len(row_kernels) == NUM_KERNELS * len(CUDA_ARCHITECTURES)
+    for name, registers, stack, local in found:
+        assert (int(stack), int(local)) == (0, 0), name
+        granted = -(-int(registers) // 8) * 8
+        assert name not in row_kernels or granted * THREADS <= REGISTERS_PER_MULTIPROCESSOR, name
+
+
 def writes_d(name: str) -> bool:
     return "D" in name.split(", ")
 
 
+@pytest.mark.slow
 def test_no_spills_and_no_local_memory(kernels: Kernels) -> None:
     assert len(kernels) == NUM_KERNELS
     for name, kernel in kernels.items():
         assert kernel.spilled_bytes == 0 and kernel.count(r"(LDL|STL)(\..*)?") == 0, name
 
 
+@pytest.mark.slow
 def test_registers_allow_two_blocks_on_a_multiprocessor(kernels: Kernels) -> None:
     for name, kernel in kernels.items():
         granted = -(-kernel.registers // 8) * 8
         assert granted * THREADS <= REGISTERS_PER_MULTIPROCESSOR, (name, kernel.registers)
 
 
+@pytest.mark.slow
 def test_memory_is_accessed_16_bytes_at_a_time(kernels: Kernels) -> None:
     """Logits by asynchronous copies past L1, those that do not fit on chip by loads, D by stores."""
     for name, kernel in kernels.items():
@@ -69,6 +92,7 @@ def test_memory_is_accessed_16_bytes_at_a_time(kernels: Kernels) -> None:
         assert kernel.count(r"(LD|ST)(\.E.*)?") == 0, name
 
 
+@pytest.mark.slow
 def test_clusters_only_where_there_are_clusters(kernels: Kernels) -> None:
     """From sm_90 on sums go to the other blocks' shared memory (STAS), each with barriers of its own."""
     for name, kernel in kernels.items():

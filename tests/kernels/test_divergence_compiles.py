@@ -9,6 +9,9 @@ import pytest
 from benchmarks.compile_divergence import CASES, CompileCase
 from benchmarks.compiled import ARCHITECTURES, CompiledKernel
 
+# Triton takes half a minute for an architecture; `test_triton_compiles.py` has a few that are quick.
+pytestmark = pytest.mark.slow
+
 REGISTERS_PER_SM = 65536
 Kernels = dict[str, CompiledKernel]
 

@@ -9,6 +9,9 @@ import pytest
 from benchmarks.compile_lean import CASES, FP32, SLAB_CASES
 from benchmarks.compiled import ARCHITECTURES, CompiledKernel
 
+# Triton takes half a minute for an architecture; `test_triton_compiles.py` has a few that are quick.
+pytestmark = pytest.mark.slow
+
 REGISTERS_PER_SM = 65536
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # sm_80's table serves sm_86 and sm_89 too
 TENSOR_CORES = {80: r"HMMA\..*", 90: r"HGMMA\..*", 100: r"UTC\w*MMA.*"}

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.compiled import ARCHITECTURES, CompiledKernel
 
 
+@pytest.mark.slow  # four seconds of Triton for each architecture
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids="sm_{}".format)
 def test_accesses_are_wide_and_begin_after_a_look_at_the_factor(
     arch: int, compiled: Callable[[str, str], dict[str, CompiledKernel]]

@@ -9,6 +9,10 @@ import pytest
 from benchmarks.compiled import ARCHITECTURES, CompiledKernel
 from tests.kernels.test_cuda_compiles import CUDA_ARCHITECTURES
 
+# Ten seconds for each architecture and for the machine code of the extension, which `test_triton_compiles.py`
+# and `test_cuda_compiles.py` have something quick of.
+pytestmark = pytest.mark.slow
+
 REGISTERS_PER_SM = 65536
 SHARED_BYTES_PER_BLOCK = 48 * 1024  # what every GPU gives without asking
 # kTeamThreads and kPairThreads of csrc/cuda/sequence.cuh

@@ -18,14 +18,19 @@ Kernels = dict[str, CompiledKernel]
 
 @pytest.fixture(params=ARCHITECTURES, ids="sm_{}".format)
 def kernels(request: pytest.FixtureRequest, compiled: Callable[[str, str], Kernels]) -> Kernels:
-    return compiled("row", f"sm_{request.param}")
+    """Which takes Triton most of a minute."""
+    found = compiled("row", f"sm_{request.param}")
+    assert found.keys() == CASES.keys()
+    return found
 
 
+@pytest.mark.slow
 def test_nothing_spills(kernels: Kernels) -> None:
     for name, kernel in kernels.items():
         assert kernel.spilled_bytes == 0 and kernel.count(r"(LDL|STL)\b.*") == 0, (name, kernel)
 
 
+@pytest.mark.slow
 def test_blocks_fit_on_a_multiprocessor(kernels: Kernels) -> None:
     for name, kernel in kernels.items():
         blocks = kernel.facts["blocks_per_sm"]
@@ -33,9 +38,10 @@ def test_blocks_fit_on_a_multiprocessor(kernels: Kernels) -> None:
         assert kernel.shared_bytes <= SHARED_BYTES_PER_BLOCK, (name, kernel)
 
 
+@pytest.mark.slow
 def test_logits_are_read_16_bytes_at_a_time(kernels: Kernels) -> None:
-    for name, case in CASES.items():
-        kernel = kernels[name]
+    for name, kernel in kernels.items():
+        case = CASES[name]
         assert kernel.count(r"LDG\..*\.128") > 0, (name, kernel)
         # The label, its logit, its exact logit, its bias and three coefficients; in each pass over a ragged
         # row, what is left after its whole groups.
@@ -44,9 +50,10 @@ def test_logits_are_read_16_bytes_at_a_time(kernels: Kernels) -> None:
         assert kernel.count(r"LDG\b(?!.*\.128).*") <= allowed, (name, kernel)
 
 
+@pytest.mark.slow
 def test_d_is_written_16_bytes_at_a_time(kernels: Kernels) -> None:
-    for name, case in CASES.items():
-        kernel = kernels[name]
+    for name, kernel in kernels.items():
+        case = CASES[name]
         narrow = 6 if case.has_statistics else 2  # the row's outputs
         if case.d_dtype is None:
             assert kernel.count(r"STG\b.*") == narrow, (name, kernel)
@@ -61,31 +68,52 @@ def rest_accesses(case: CompileCase) -> int:
     return 1 if case.vocab % 8 else 0
 
 
+@pytest.mark.slow
 def test_pass_two_has_tiles_on_their_way(kernels: Kernels) -> None:
     """Three go from step to step, or two beside coefficients: one at hand, the others not waited for yet."""
-    for name, case in CASES.items():
+    for name, kernel in kernels.items():
+        case = CASES[name]
         if case.d_dtype is not None and not name.startswith("one "):
-            assert kernels[name].facts["tiles_carried"] == (2 if case.has_coeffs else 3), name
+            assert kernel.facts["tiles_carried"] == (2 if case.has_coeffs else 3), name
 
 
+@pytest.mark.slow
 def test_sums_are_taken_in_one_order_whatever_is_asked_for(kernels: Kernels) -> None:
     """Layouts decide which thread adds what; equal ones make logp and lse the same bits in every mode."""
     layouts: dict[Any, dict[str, list[str]]] = {}
-    for name, case in CASES.items():
-        reductions = kernels[name].facts["reductions"]  # those over an axis of one element add nothing
+    for name, kernel in kernels.items():
+        case = CASES[name]
+        reductions = kernel.facts["reductions"]  # those over an axis of one element add nothing
         found = {shape: each for shape, each in reductions.items() if not shape.endswith("x1")}
         assert len(found) == 2 and all(len(each) == 1 for each in found.values()), (name, found)
         assert layouts.setdefault((case.vocab, case.logits_dtype, case.is_heavy), found) == found, name
-    assert len(layouts) < len(CASES)
+    assert len(layouts) < len(kernels)
 
 
+@pytest.mark.slow
 def test_in_place_every_store_of_d_waits_for_all_loads(kernels: Kernels) -> None:
     """Without the barrier a thread overwrites logits its neighbours have yet to read, now and then."""
-    for name, case in CASES.items():
-        kernel = kernels[name]
+    for name, kernel in kernels.items():
+        case = CASES[name]
         assert (kernel.facts["tile_stores"] > 0) == (case.d_dtype is not None), (name, kernel)
         halves = 2 if case.d_dtype == FP32 else 1  # of a tile, stored one after the other
         assert halves * kernel.facts["barriers"] == case.in_place * kernel.facts["tile_stores"], (
             name,
             kernel,
         )
+
+
+def test_two_of_them_in_seconds(compiled: Callable[[str, str], Kernels]) -> None:
+    """All of the above, in one test: another process of pytest would only wait for the compiler."""
+    kernels = compiled("few rows", "sm_90")
+    assert len(kernels) == 2
+    for check in (
+        test_nothing_spills,
+        test_blocks_fit_on_a_multiprocessor,
+        test_logits_are_read_16_bytes_at_a_time,
+        test_d_is_written_16_bytes_at_a_time,
+        test_pass_two_has_tiles_on_their_way,
+        test_sums_are_taken_in_one_order_whatever_is_asked_for,
+        test_in_place_every_store_of_d_waits_for_all_loads,
+    ):
+        check(kernels)
