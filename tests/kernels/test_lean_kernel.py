@@ -337,6 +337,7 @@ class TestTritonLogprobs:
 
 
 @pytest.mark.skipif(RUNS_TRITON, reason="Triton runs in this process")
+@pytest.mark.slow
 def test_triton_under_the_interpreter():
     pytest.importorskip("triton")
     run_interpreted(__file__, at_least=len(SLAB_CASES) + 2 * len(HEADS) + 1)

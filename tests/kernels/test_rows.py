@@ -320,6 +320,7 @@ def test_no_rows(backend: Backend):
 
 
 @pytest.mark.skipif(IS_INTERPRETED or HAS_GPU, reason="Triton runs in this process")
+@pytest.mark.slow
 def test_triton_under_the_interpreter():
     pytest.importorskip("triton")
     run_interpreted(__file__, at_least=len(INTERPRETED_CASES) + 1, chosen="triton")

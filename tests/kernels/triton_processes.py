@@ -8,14 +8,14 @@ import subprocess
 import sys
 
 
-def run_interpreted(file: str, *, at_least: int, chosen: str | None = None) -> None:
-    """Run a test file under Triton's interpreter.
+def run_interpreted(*tests: str, at_least: int, chosen: str | None = None) -> None:
+    """Run files of tests, or tests by their names, under Triton's interpreter.
 
     Args:
         at_least: how many of its tests have to pass, so that a choice of none does not.
         chosen: an expression for ``-k``.
     """
-    command = [sys.executable, "-m", "pytest", file, "-q", "-W", "ignore::RuntimeWarning"]
+    command = [sys.executable, "-m", "pytest", *tests, "-q", "-W", "ignore::RuntimeWarning"]
     command += ["-p", "no:cacheprovider", *(() if chosen is None else ("-k", chosen))]
     result = subprocess.run(
         command,

@@ -103,6 +103,7 @@ def test_which_backend_runs() -> None:
 
 
 @pytest.mark.skipif(IS_INTERPRETED or torch.cuda.is_available(), reason="Triton runs in this process")
+@pytest.mark.slow
 def test_triton_under_the_interpreter() -> None:
     pytest.importorskip("triton")
     # The kernel's own tests have the rest: here it is what the op hands it.

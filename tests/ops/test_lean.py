@@ -386,6 +386,7 @@ def test_bf16_logits_are_refused() -> None:
 
 
 @pytest.mark.skipif(IS_INTERPRETED or torch.cuda.is_available(), reason="Triton runs in this process")
+@pytest.mark.slow
 def test_triton_under_the_interpreter() -> None:
     pytest.importorskip("triton")
     # Every other test of fp32 takes the same path as under `reference`.
