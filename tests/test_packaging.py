@@ -94,6 +94,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], 
     return names, folder / "wheel"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_sdist_carries_all_that_a_build_needs(distributions: tuple[list[str], Path]):
     names, _ = distributions
@@ -104,6 +105,7 @@ def test_sdist_carries_all_that_a_build_needs(distributions: tuple[list[str], Pa
     assert not [name for name in names if name.endswith(".so")]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_wheel_carries_the_extension_and_the_types(distributions: tuple[list[str], Path]):
     _, wheel = distributions

@@ -19,8 +19,8 @@ from fastdpo.losses.aggregate import (
 )
 from fastdpo.losses.weights import search_soft_labels, semantic_weights, wpo_weights
 from tests.losses.test_trl_parity import (
-    BATCHES,
     BETA,
+    TRL_BATCHES,
     needs_trl,
     on_grid,
     random_tokens,
@@ -205,7 +205,7 @@ def test_search_soft_labels() -> None:
 @needs_trl
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "apo_zero"])
 def test_ld_equals_installed_trl(name: str) -> None:
-    for seed in range(BATCHES):
+    for seed in range(TRL_BATCHES):
         token, mask, _ = random_tokens(seed)
         generator = torch.Generator().manual_seed(seed)
         ref = (token.logps.detach() + on_grid(torch.randn(6, 12, generator=generator))).where(mask, 0)
@@ -225,7 +225,7 @@ def test_ld_equals_installed_trl(name: str) -> None:
 @needs_trl
 @pytest.mark.parametrize("name", ["sigmoid", "ipo", "sppo_hard"])
 def test_wpo_equals_installed_trl(name: str) -> None:
-    for seed in range(BATCHES):
+    for seed in range(TRL_BATCHES):
         token, mask, ref = random_tokens(seed)
         want, _ = trl_trainer_loss(name, token, mask, ref, use_weighting=True)
         statistics: Any = token.log_sum_sq_probs

@@ -15,7 +15,7 @@ from fastdpo.losses.aggregate import sequence_sums
 from fastdpo.losses.controllers import KLEstimate
 from fastdpo.losses.metrics import unpaired_metrics
 from fastdpo.losses.unpaired import kto_kl
-from tests.losses.test_trl_parity import BATCHES, BETA, needs_trl, on_grid, random_tokens
+from tests.losses.test_trl_parity import BETA, TRL_BATCHES, needs_trl, on_grid, random_tokens
 
 WEIGHTS = {"desirable_weight": 1.25, "undesirable_weight": 0.5}
 
@@ -62,7 +62,7 @@ def trl_kto(
 @pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
 @pytest.mark.parametrize("kinds", ["both", "desirable", "undesirable"])
 def test_installed_trl(name: str, kinds: str) -> None:
-    for seed in range(BATCHES):
+    for seed in range(TRL_BATCHES):
         token, mask, ref = random_tokens(seed)
         generator = torch.Generator().manual_seed(seed)
         label = torch.rand(6, generator=generator) < 0.5

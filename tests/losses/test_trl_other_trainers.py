@@ -14,7 +14,7 @@ from fastdpo.losses import LOSSES, PairLogps, build_objective
 from fastdpo.losses.heads import bradley_terry
 from fastdpo.losses.metrics import pair_metrics
 from tests.losses.common import random_pair
-from tests.losses.test_trl_parity import BATCHES, BETA, EPS, GAMMA, needs_trl
+from tests.losses.test_trl_parity import BETA, EPS, GAMMA, TRL_BATCHES, needs_trl
 
 
 def cpo_trainer(**settings: Any) -> Any:
@@ -67,7 +67,7 @@ def test_installed_trl_cpo(name: str, loss_type: str, alpha: float) -> None:
     options = {"gamma": GAMMA, "alpha": alpha} if is_mean else {}
     if name != "simpo":
         options["nll_weight"] = nll_weight
-    for seed in range(BATCHES):
+    for seed in range(TRL_BATCHES):
         pair = random_pair(LOSSES[name], seed=seed, dtype=torch.float32)
         if alpha:  # TRL goes through exp(logp), whose gradient is infinite from about -60 nats a token
             pair = replace(
@@ -97,7 +97,7 @@ def test_installed_trl_orpo() -> None:
         accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
     )
     trainer.odds_ratio_loss = lambda *logps: ORPOTrainer.odds_ratio_loss(trainer, *logps)
-    for seed in range(BATCHES):
+    for seed in range(TRL_BATCHES):
         pair = random_pair(LOSSES["orpo"], seed=seed, dtype=torch.float32)
         # TRL's NLL is of prompt and answer: sums and counts of its own.
         pair = replace(pair, nll_sum=2.5 - 1.5 * pair.chosen, nll_tokens=pair.chosen_tokens + 9)
@@ -131,7 +131,7 @@ def test_installed_trl_tpo(name: str, loss_type: str) -> None:
         _metrics=defaultdict(lambda: defaultdict(list)),
         _total_train_tokens=0,
     )
-    for seed in range(BATCHES):
+    for seed in range(TRL_BATCHES):
         generator = torch.Generator().manual_seed(seed)
         logits = 2 * torch.randn(9, 8, 5, generator=generator)
         ids = torch.randint(0, 5, (9, 8), generator=generator)
@@ -157,7 +157,7 @@ def test_installed_trl_cpo_with_other_losses(loss_type: str) -> None:
     from trl.experimental.cpo import CPOTrainer
 
     trainer = cpo_trainer(loss_type=loss_type, cpo_alpha=0.7)
-    for seed in range(BATCHES):
+    for seed in range(TRL_BATCHES):
         pair = random_pair(LOSSES["cpo"], seed=seed, dtype=torch.float32)
         logps = (pair.chosen, pair.rejected)
         if loss_type == "ipo":
@@ -184,7 +184,7 @@ def test_installed_trl_reward_model(centering: float | None, with_margin: bool) 
         _metrics=defaultdict(lambda: defaultdict(list)),
         _total_train_tokens=0,
     )
-    for seed in range(BATCHES):
+    for seed in range(TRL_BATCHES):
         generator = torch.Generator().manual_seed(seed)
         rewards = 3 * torch.randn(8, 1, generator=generator)
         margin = torch.rand(4, generator=generator) if with_margin else None

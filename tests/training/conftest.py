@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,26 +113,27 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
     ]
 
 
+def quick_args(folder: Path, **changes: Any) -> PreferenceConfig:
+    """Settings for a run on the CPU into ``folder`` that is over in a second."""
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "reference_cache_dir": str(folder.with_name("reference")),
+        **changes,
+    }
+    return PreferenceConfig(**settings)
+
+
 @pytest.fixture
 def make_args(tmp_path: Path) -> Callable[..., PreferenceConfig]:
-    """Settings for a run on the CPU that is over in a second."""
-
-    def make(**changes: Any) -> PreferenceConfig:
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "per_device_train_batch_size": 4,
-            "max_steps": 4,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "reference_cache_dir": str(tmp_path / "reference"),
-            **changes,
-        }
-        return PreferenceConfig(**settings)
-
-    return make
+    """Settings as above, into the folder of the test."""
+    return partial(quick_args, tmp_path / "run")
 
 
 @pytest.fixture
@@ -143,4 +145,8 @@ def curves() -> None:
 def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than training does here."""
     if "curves" not in request.fixturenames:
-        monkeypatch.setattr("fastdpo.training.loop.callbacks.draw_curves", lambda *_: True)
+        draw_none(monkeypatch)
+
+
+def draw_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdpo.training.loop.callbacks.draw_curves", lambda *_: True)

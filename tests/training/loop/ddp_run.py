@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -309,6 +310,7 @@ def interrupt_and_resume(folder: Path, prefix: str, **changes: Any) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # each trainer ends with a collection, which needs not look at what was imported
     run(Path(sys.argv[1]), per_device=2, accumulate=2)
     resume_scoring(Path(sys.argv[1]))
     for case in BUDGETS:

@@ -64,7 +64,7 @@ def _turns(count: int) -> list[Any]:
 
 
 def _of(kind: str) -> Callable[[int], list[Any]]:
-    return lambda count: rows_of(kind, count)
+    return lambda count: rows_of(kind, count, characters=200)
 
 
 _BOTH = ("precomputed", "adapter")

@@ -19,19 +19,23 @@ LOSS_OF_KIND = {
 }
 
 
-def real_rows(name: str, count: int) -> list[dict[str, Any]]:
+# What attention costs grows with the square of it.
+CHARACTERS = 80
+
+
+def real_rows(name: str, count: int, characters: int = CHARACTERS) -> list[dict[str, Any]]:
     path = SHARED_DATA / name
     if not path.exists():
         pytest.skip(f"no {path.name}: the real preference data are not here")
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [shortened(json.loads(line)) for line in lines[:count]]
+    return [shortened(json.loads(line), characters) for line in lines[:count]]
 
 
-def shortened(row: dict[str, Any]) -> dict[str, Any]:
-    """The last question and 200 characters of each text: the models here are small, and the tests short."""
+def shortened(row: dict[str, Any], characters: int) -> dict[str, Any]:
+    """The last question, and the first characters of each text: models here are small, and tests short."""
 
     def text(value: Any) -> str:
-        return (value if isinstance(value, str) else value[-1]["content"])[:200]
+        return (value if isinstance(value, str) else value[-1]["content"])[:characters]
 
     def messages(role: str, value: Any) -> list[dict[str, str]]:
         return [{"role": role, "content": text(value)}]
@@ -40,11 +44,11 @@ def shortened(row: dict[str, Any]) -> dict[str, Any]:
     return {name: messages(roles[name], value) if name in roles else value for name, value in row.items()}
 
 
-def rows_of(kind: str, count: int) -> list[dict[str, Any]]:
+def rows_of(kind: str, count: int, characters: int = CHARACTERS) -> list[dict[str, Any]]:
     """Real rows in the format of a kind of data."""
     if kind == "unpaired":
-        return real_rows("unpaired_en.jsonl", count)
-    pairs = real_rows("preference_en.jsonl", count)
+        return real_rows("unpaired_en.jsonl", count, characters)
+    pairs = real_rows("preference_en.jsonl", count, characters)
     return [_as_kind(kind, pair, place) for place, pair in enumerate(pairs)]
 
 

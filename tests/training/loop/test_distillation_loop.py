@@ -24,6 +24,7 @@ from fastdpo.training.reference.sources import Reference
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.types import PreferenceLossOutput
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
+from tests.training.loop.accumulation import assert_accumulation_changes_nothing
 from tests.training.loop.kinds_data import real_rows
 from tests.training.loop.test_trainer import KeepGradients
 
@@ -197,32 +198,12 @@ def test_pairs_are_their_chosen_answers(make_args: MakeArgs, tokenizer: Any) -> 
 
 
 def test_accumulation_changes_nothing(make_args: MakeArgs, tokenizer: Any, tmp_path: Path) -> None:
-    """7 answers in micro-batches of any size: gradients and metrics of a step are the same."""
     rows = [{**row, "w": 0.5 + i % 3} for i, row in enumerate(make_rows(7))]
-    results = []
-    for batch, accumulate, layout in ((8, 1, "padded"), (4, 2, "padded"), (1, 8, "padded"), (3, 3, "packed")):
-        kept = KeepGradients()
-        args = make_args(
-            output_dir=str(tmp_path / f"{batch}"),
-            batch_layout=layout,
-            pair_weight_column="w",
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulate,
-            max_steps=1,
-            max_grad_norm=0.0,
-            **DISTIL,
-        )
-        made_trainer(args, rows, tokenizer, callbacks=[kept]).train()
-        results.append((kept.steps[0], read_metrics(args.output_dir)[0]))
-    (whole, whole_log), *others = results
-    largest = max(gradient.abs().max().item() for gradient in whole.values())
-    for step, log in others:
-        for parameter, gradient in whole.items():
-            # As in test_kinds: 2e-6 of the largest.
-            torch.testing.assert_close(step[parameter], gradient, rtol=0, atol=2e-6 * max(largest, 1.0))
-        assert log.keys() == whole_log.keys()
-        for metric in log:
-            assert log[metric] == pytest.approx(whole_log[metric], rel=2e-5, abs=2e-6), metric
+
+    def make(args: PreferenceConfig, kept: KeepGradients) -> PreferenceTrainer:
+        return made_trainer(args, rows, tokenizer, callbacks=[kept])
+
+    assert_accumulation_changes_nothing(make_args, make, tmp_path, pair_weight_column="w", **DISTIL)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,11 @@ from tests.training.loop.ddp_run import (
     run_budget,
     run_state,
 )
+
+
+def of_two_ranks(test: Any) -> Any:
+    """Two processes are started once for all of these."""
+    return pytest.mark.slow(pytest.mark.distributed(test))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.distributed
+@of_two_ranks
 def test_two_ranks_train_as_one(two_ranks: Path, tmp_path: Path):
     """2 ranks x 2 pairs x 2 micro-batches against 8 pairs at once; of 7 pairs to evaluate one is repeated."""
     run(tmp_path, per_device=8, accumulate=1)
@@ -78,7 +84,7 @@ def test_two_ranks_train_as_one(two_ranks: Path, tmp_path: Path):
         assert entry == pytest.approx(wanted_entry, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.distributed
+@of_two_ranks
 @pytest.mark.parametrize("name", BUDGETS)
 def test_two_ranks_with_a_token_budget_train_as_one(two_ranks: Path, tmp_path: Path, name: str):
     """Batches of unlike numbers of pairs, and one of none, against all pairs at once in a padded batch."""
@@ -96,7 +102,7 @@ def test_two_ranks_with_a_token_budget_train_as_one(two_ranks: Path, tmp_path: P
         assert entry == pytest.approx(wanted_entry, rel=1e-5, abs=size)
 
 
-@pytest.mark.distributed
+@of_two_ranks
 @pytest.mark.parametrize("name", STATES)
 def test_two_ranks_carry_the_same_from_step_to_step(two_ranks: Path, tmp_path: Path, name: str):
     """Other data than pairs, and losses that look at a whole step: against the step in one micro-batch."""
@@ -140,14 +146,14 @@ def test_a_batch_that_is_not_gathered_would_show(name: str):
     assert (parts - whole).abs().max() > 1e-4
 
 
-@pytest.mark.distributed
+@of_two_ranks
 def test_each_rank_keeps_its_part_of_the_progress(two_ranks: Path):
     states = sorted(path.name for path in (two_ranks / "run" / "checkpoint-2").glob("preference_state_*"))
     assert states == ["preference_state_0.json", "preference_state_1.json"]
     assert len(list((two_ranks / "reference").iterdir())) == 2  # training and evaluation pairs, scored once
 
 
-@pytest.mark.distributed
+@of_two_ranks
 def test_two_ranks_go_on_with_an_interrupted_scoring(two_ranks: Path):
     """Of 24 pairs each rank has three batches of four; two were done before the interruption."""
     folder = two_ranks / "scoring"
@@ -158,7 +164,7 @@ def test_two_ranks_go_on_with_an_interrupted_scoring(two_ranks: Path):
     assert [path.suffix for path in (folder / "cache").iterdir()] == [".npz"]
 
 
-@pytest.mark.distributed
+@of_two_ranks
 @pytest.mark.skipif(not CPU_RANKS_CAN_RESUME, reason="transformers before 5.23 cannot resume ranks on a CPU")
 @pytest.mark.parametrize("prefix", ["", "packed_"])
 def test_two_ranks_resume_as_if_nothing_had_happened(two_ranks: Path, prefix: str):

@@ -27,6 +27,7 @@ from fastdpo.training.settings.config import PreferenceConfig
 from tests.integrations.tiny import make_model
 from tests.training.batches.layout_cases import PAIRS, ROW_CASES, make_batch, make_pairs
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
+from tests.training.loop.accumulation import assert_accumulation_changes_nothing
 from tests.training.loop.kinds_data import real_rows
 from tests.training.loop.test_trainer import KeepGradients
 
@@ -194,31 +195,11 @@ def test_the_loss_falls_on_real_rows(make_args: MakeArgs, tokenizer: Any, name: 
 
 @pytest.mark.parametrize("name", ["tdpo1", "tdpo2"])
 def test_accumulation_changes_nothing(make_args: MakeArgs, tokenizer: Any, tmp_path: Path, name: str) -> None:
-    """7 pairs in micro-batches of any size: gradients and metrics of a step are the same."""
-    results = []
-    for batch, accumulate, layout in ((8, 1, "padded"), (4, 2, "padded"), (1, 8, "padded"), (3, 3, "packed")):
-        kept = KeepGradients()
-        args = make_args(
-            output_dir=str(tmp_path / f"{batch}"),
-            loss_type=name,
-            batch_layout=layout,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulate,
-            max_steps=1,
-            max_grad_norm=0.0,
-        )
-        made_trainer(args, make_rows(7), tokenizer, callbacks=[kept], ref_model=tiny_llama(2)).train()
-        results.append((kept.steps[0], read_metrics(args.output_dir)[0]))
-    (whole, whole_log), *others = results
-    assert whole_log["kl/chosen"] > 1 and whole_log["kl/rejected"] > 1
-    largest = max(gradient.abs().max().item() for gradient in whole.values())
-    for gradients, log in others:
-        for parameter, gradient in whole.items():
-            # As in test_kinds: 2e-6 of the largest.
-            torch.testing.assert_close(gradients[parameter], gradient, rtol=0, atol=2e-6 * max(largest, 1.0))
-        assert log.keys() == whole_log.keys()
-        for metric in log:
-            assert log[metric] == pytest.approx(whole_log[metric], rel=2e-5, abs=2e-6), metric
+    def make(args: PreferenceConfig, kept: KeepGradients) -> PreferenceTrainer:
+        return made_trainer(args, make_rows(7), tokenizer, callbacks=[kept], ref_model=tiny_llama(2))
+
+    log = assert_accumulation_changes_nothing(make_args, make, tmp_path, loss_type=name)
+    assert log["kl/chosen"] > 1 and log["kl/rejected"] > 1
 
 
 def test_references_agree(make_args: MakeArgs, tokenizer: Any, tmp_path: Path) -> None:

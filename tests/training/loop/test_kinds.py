@@ -25,6 +25,7 @@ from fastdpo.training.settings.kinds import KINDS, kind_of
 from fastdpo.types import PreferenceLossOutput
 from tests.losses.test_trl_parity import needs_trl
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
+from tests.training.loop.accumulation import assert_accumulation_changes_nothing
 from tests.training.loop.kinds_data import LOSS_OF_KIND, rows_of
 from tests.training.loop.test_trainer import KeepGradients
 
@@ -43,7 +44,8 @@ def test_the_loss_falls_on_real_rows(make_args: MakeArgs, tokenizer: Any, kind: 
     args = make_args(
         loss_type=LOSS_OF_KIND[kind], max_steps=12, learning_rate=2e-3, per_device_train_batch_size=8
     )
-    rows = rows_of(kind, 8)
+    # Nash-MD's is a policy gradient's, whose value may rise as well: here it falls on longer answers.
+    rows = rows_of(kind, 8, characters=200 if kind == "samples" else 80)
     trainer = made_trainer(args, rows, tokenizer, eval_dataset=rows)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -156,32 +158,12 @@ def test_accumulation_changes_nothing(make_args: MakeArgs, tokenizer: Any, tmp_p
         k for k in NAMES if LOSS_OF_KIND[k] == name
     )
     rows = rows_of(kind, 7)
-    results = []
-    for batch, accumulate, layout in ((8, 1, "padded"), (4, 2, "padded"), (1, 8, "padded"), (3, 3, "packed")):
-        kept = KeepGradients()
-        args = make_args(
-            output_dir=str(tmp_path / f"{batch}"),
-            loss_type=name,
-            batch_layout=layout,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulate,
-            max_steps=1,
-            max_grad_norm=0.0,
-            seed=3,
-        )
-        options = {} if name == "ddo_rm" else {"ref_model": tiny_llama(2)}
-        trainer = made_trainer(args, rows, tokenizer, callbacks=[kept], **options)
-        trainer.train()
-        results.append((kept.steps[0], read_metrics(args.output_dir)[0]))
-    (whole, whole_log), *others = results
-    largest = max(gradient.abs().max().item() for gradient in whole.values())
-    for gradients, log in others:
-        for parameter, gradient in whole.items():
-            # As in test_trainer, but gradients here are of any size: 2e-6 of the largest.
-            torch.testing.assert_close(gradients[parameter], gradient, rtol=0, atol=2e-6 * max(largest, 1.0))
-        assert log.keys() == whole_log.keys()
-        for metric in log:
-            assert log[metric] == pytest.approx(whole_log[metric], rel=2e-5, abs=2e-6), metric
+    options = {} if name == "ddo_rm" else {"ref_model": tiny_llama(2)}
+
+    def make(args: PreferenceConfig, kept: KeepGradients) -> PreferenceTrainer:
+        return made_trainer(args, rows, tokenizer, callbacks=[kept], **options)
+
+    assert_accumulation_changes_nothing(make_args, make, tmp_path, loss_type=name, seed=3)
 
 
 @pytest.mark.parametrize("kind", NAMES)

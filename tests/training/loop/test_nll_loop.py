@@ -105,9 +105,9 @@ def test_an_evaluation_is_the_loss_of_all_its_pairs(
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
-def test_the_loss_falls_on_real_data(make_args: MakeArgs, tokenizer: Any, layout: str, settings: Any) -> None:
+# Steps of each setting in each layout are compared above.
+@pytest.mark.parametrize(("settings", "layout"), zip(SETTINGS, LAYOUTS, strict=True), ids=IDS)
+def test_the_loss_falls_on_real_data(make_args: MakeArgs, tokenizer: Any, settings: Any, layout: str) -> None:
     rows = real_rows("preference_en.jsonl", 8)
     if settings["loss_type"] == "tpo":
         rows = [{**row, "reference": row["chosen"][:1]} for row in rows]

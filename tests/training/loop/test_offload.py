@@ -41,8 +41,14 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING, ids=["plain", "checkpointed", "reentrant"])
+@pytest.mark.parametrize(
+    ("family", "checkpointing"),
+    [
+        *(("llama", given) for given in CHECKPOINTING),
+        *zip(("qwen2", "gemma2", "gpt2"), CHECKPOINTING, strict=True),
+    ],
+    ids=["plain", "checkpointed", "reentrant", "qwen2", "gemma2-checkpointed", "gpt2-reentrant"],
+)
 def test_the_same_bits_in_every_layout(family: str, checkpointing: dict[str, Any] | None, packed: list[Any]):
     model = patch_model(make_model(family)).train()
     disable_dropout(model)

@@ -53,9 +53,11 @@ def in_two(model: Any, batch: Any, args: PreferenceConfig) -> DPOLossOutput:
     )
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prompt"])
-@pytest.mark.parametrize(("trained", "passes"), [(True, 3), (False, 2)])
-def test_passes(layout: str, trained: bool, passes: int) -> None:
+@pytest.mark.parametrize(
+    ("trained", "passes", "layout"),
+    [(True, 3, "padded"), (True, 3, "packed"), (True, 3, "shared_prompt"), (False, 2, "shared_prompt")],
+)
+def test_passes(trained: bool, passes: int, layout: str) -> None:
     """A trained head takes three products, though D does not fit into the cache: two calls take more."""
     model = make_model("llama", vocab_size=VOCAB)
     model.lm_head.weight.requires_grad_(trained)
@@ -90,14 +92,16 @@ def rows_of(kind: str) -> list[Row]:
     return rows
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prompt"])
+# Each kind, and each layout twice: `test_kinds` has the values of all of them together.
 @pytest.mark.parametrize(
-    ("kind", "name"),
+    ("kind", "name", "layout"),
     [
-        ("unpaired", "kto"),
-        ("listwise", "plackett_luce"),
-        ("steps", "direct_advantage"),
-        ("samples", "nash_md"),
+        ("unpaired", "kto", "padded"),
+        ("unpaired", "kto", "shared_prompt"),
+        ("listwise", "plackett_luce", "packed"),
+        ("steps", "direct_advantage", "packed"),
+        ("steps", "direct_advantage", "shared_prompt"),
+        ("samples", "nash_md", "padded"),
     ],
 )
 def test_other_kinds_take_three_products_too(kind: str, name: str, layout: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,14 @@ from transformers import TrainerCallback
 from fastdpo.training.loop.callbacks import METRICS_FILE
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
-from tests.training.conftest import make_rows, read_metrics, tiny_llama
+from tests.training.conftest import (
+    draw_none,
+    made_tokenizer,
+    make_rows,
+    quick_args,
+    read_metrics,
+    tiny_llama,
+)
 
 MakeArgs = Callable[..., PreferenceConfig]
 # Saved in the middle of a logging interval and of an epoch (20 pairs, 6 a step), under dropout.
@@ -69,6 +78,20 @@ def make_trainer(args: PreferenceConfig, tokenizer: Any, use_lora: bool, *callba
     )
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(trained_bpe: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """What runs logged, and their weights. Several are compared to one: saving changes none of them."""
+
+    @functools.cache
+    def run(use_lora: bool, changes: tuple[tuple[str, Any], ...]) -> tuple[Any, dict[str, torch.Tensor]]:
+        args = quick_args(tmp_path_factory.mktemp("whole") / "run", **{**SETTINGS, **dict(changes)})
+        trainer = make_trainer(args, made_tokenizer(trained_bpe), use_lora)
+        trainer.train()
+        return read_metrics(args.output_dir or ""), trainer.model.state_dict()
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("how", "use_lora", "changes"),
     [
@@ -95,12 +118,13 @@ def make_trainer(args: PreferenceConfig, tokenizer: Any, use_lora: bool, *callba
     ],
 )
 def test_the_curve_is_that_of_the_uninterrupted_run(
-    make_args: MakeArgs, tokenizer: Any, tmp_path: Path, how: str, use_lora: bool, changes: dict[str, Any]
-):
+    make_args: MakeArgs, tokenizer: Any, tmp_path: Path, how: str, use_lora: bool, changes: dict[str, Any],
+    uninterrupted: Callable[..., tuple[Any, Any]],
+):  # fmt: skip
     settings = {**SETTINGS, **changes}
-    whole = make_args(output_dir=str(tmp_path / "whole"), **settings)
-    straight = make_trainer(whole, tokenizer, use_lora)
-    straight.train()
+    logs, weights = uninterrupted(
+        use_lora, tuple(item for item in changes.items() if item[0] != "save_steps")
+    )
 
     parts = make_args(output_dir=str(tmp_path / "parts"), **settings)
     interrupted = make_trainer(parts, tokenizer, use_lora, Interrupt(how))
@@ -117,9 +141,9 @@ def test_the_curve_is_that_of_the_uninterrupted_run(
     resumed = make_trainer(make_args(output_dir=parts.output_dir, **settings), tokenizer, use_lora)
     resumed.train(resume_from_checkpoint=True)
 
-    assert read_metrics(parts.output_dir) == read_metrics(whole.output_dir)
-    assert [e["step"] for e in read_metrics(parts.output_dir)] == [2, 4, 4, 6, 8, 8]
-    for name, value in straight.model.state_dict().items():
+    assert read_metrics(parts.output_dir) == logs
+    assert [e["step"] for e in logs] == [2, 4, 4, 6, 8, 8]
+    for name, value in weights.items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
 
 
@@ -149,12 +173,20 @@ INTERRUPTED = {
 }
 
 
-@pytest.fixture
-def interrupted(make_args: MakeArgs, tokenizer: Any) -> Path:
+@pytest.fixture(scope="module")
+def interrupted_once(trained_bpe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 4 steps with a checkpoint at step 2."""
-    args = make_args(**INTERRUPTED)
-    make_trainer(args, tokenizer, True).train()
-    return Path(args.output_dir or "")
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        draw_none(monkeypatch)
+        make_trainer(quick_args(folder, **INTERRUPTED), made_tokenizer(trained_bpe), True).train()
+    return folder
+
+
+@pytest.fixture
+def interrupted(make_args: MakeArgs, interrupted_once: Path) -> Path:
+    """A copy of it, where the settings of a test look for it."""
+    return Path(shutil.copytree(interrupted_once, make_args().output_dir or ""))
 
 
 def resume(
