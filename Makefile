@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test quick test-gpu test-llama-factory gpu demo bench bench-repeat tables evidence clean
+.PHONY: help setup check test test-slow quick test-gpu test-llama-factory gpu demo bench bench-repeat tables evidence clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -38,10 +38,13 @@ check: setup  ## lint, formatting, types, layers
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_layers.py
 
-test: check  ## everything that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS)
+test: check  ## every capability, on a machine without a GPU: minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow' -n $(WORKERS)
 
-quick: setup  ## less than half of the time: one case of each test, planted bugs, and what changed
+test-slow: setup  ## what is slow by nature: several processes, the demo, distributions, long curves, recorded runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not gpu' -n $(WORKERS)
+
+quick: setup  ## about two minutes: one case of each test, planted bugs, and what changed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --quick -n $(WORKERS)
 
 test-gpu: setup  ## the tests that need a GPU, in .venv

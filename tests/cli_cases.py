@@ -19,6 +19,8 @@ from tests.training.conftest import (  # noqa: F401  (fixtures)
 )
 
 REAL_PAIRS = SHARED_DATA / "preference_en.jsonl"
+# What every command line has to have.
+BASE = ("--model", "m", "--dataset", "d", "--use_cpu")
 
 
 @pytest.fixture
