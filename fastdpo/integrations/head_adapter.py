@@ -34,16 +34,22 @@ def has_adapter(head: Any) -> bool:
     return hasattr(head, "base_layer")
 
 
-def check_adapter_layer(model: nn.Module, layer: Any) -> None:
-    """Refuse every layer around a head but PEFT's LoRA ``Linear``, and what would not run inside it."""
-    kind = type(layer)
+def check_adapter_layer(model: nn.Module, layer: Any, *, may_have_hooks: bool) -> None:
+    """Refuse every layer around a head but PEFT's LoRA ``Linear``, and what would not run inside it.
+
+    Args:
+        may_have_hooks: an engine's, which run where the layer is called.
+    """
+    kind = next(k for k in type(layer).__mro__ if not k.__qualname__.startswith("FSDP"))
     if (kind.__module__, kind.__qualname__) != _LORA_LINEAR:
         refuse(
             model,
             f"its head carries {kind.__module__}.{kind.__qualname__}; of the adapters of a head only LoRA on "
             "a floating-point nn.Linear is supported. Leave lm_head out of target_modules",
         )
-    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+    parts = [layer, *layer.lora_A.values(), *layer.lora_B.values()]
+    has_hooks = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    if (has_hooks and not may_have_hooks) or "forward" in vars(layer):
         refuse(model, "the LoRA layer of its head has forward hooks or a forward of its own. Remove them")
 
 
@@ -73,8 +79,8 @@ def read_adapter(model: nn.Module, layer: Any) -> HeadAdapter | None:
         )
     down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     for part, module in (("lora_A", down), ("lora_B", up)):
-        if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
-            refuse(model, f"{part} of its head is no plain nn.Linear, or has hooks")
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+            refuse(model, f"{part} of its head is no plain nn.Linear")
         if module.bias is not None:
             refuse(model, f"{part} of its head has a bias (lora_bias=True). Train the head's LoRA without it")
     if type(dropout) is nn.Dropout and dropout.training:

@@ -9,13 +9,22 @@ leaves out one or both, and shifts labels by one. What differs is refused, with 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastdpo.integrations.engines import (
+    ZERO3,
+    bare,
+    call_through,
+    check_precision,
+    engine_around,
+    engine_of_head,
+)
 from fastdpo.integrations.head_adapter import (
     check_adapter_layer,
     has_adapter,
@@ -25,6 +34,7 @@ from fastdpo.integrations.head_adapter import (
 )
 from fastdpo.integrations.probe import Probe, refuse
 from fastdpo.integrations.virtual_tokens import check_virtual_tokens, is_peft
+from fastdpo.ops.checks import fail
 from fastdpo.types import LMHead
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")  # DDP and DeepSpeed, torch.compile, FSDP1
@@ -131,11 +141,57 @@ def wrappers_and_model(model: Any) -> list[Any]:
 
 
 def current_head(model: Any, tail: ModelTail) -> LMHead:
-    """The head as it is now: no tensor is kept from one call to the next."""
-    linear, layer = find_linear(model), head_module(model)
+    """The head as it is now: no tensor is kept from one call to the next.
+
+    Raises:
+        ValueError: as `find_linear`, or its weight is not whole here.
+    """
+    return _read(model, find_linear(model), head_module(model), tail)
+
+
+def _read(model: Any, linear: nn.Linear, layer: Any, tail: ModelTail) -> LMHead:
+    _check_whole(model, linear.weight)
     adapter = read_adapter(model, layer) if has_adapter(layer) else None
     logits: dict[str, Any] = {"logit_scale": tail.logit_scale, "softcap": tail.softcap}
     return LMHead(linear.weight, bias=linear.bias, adapter=adapter, **logits)
+
+
+def call_head(
+    model: Any,
+    tail: ModelTail,
+    hidden: Tensor,
+    run: Callable[[Tensor, LMHead], dict[str, Any]],
+    arguments: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """``run(hidden, head)``, both on one device, where the weights of the head are whole.
+
+    Args:
+        arguments: of ``pair_loss``, which mixed precision must not have touched.
+
+    Raises:
+        ValueError: as `current_head`, or an engine's mixed precision would round what comes or goes.
+    """
+    linear, layer = find_linear(model), head_module(model)
+    engine = engine_of_head(_parts(model))
+    if engine is None:
+        head = current_head(model, tail)
+        # With device_map the backbone may end on another device.
+        if head.weight.is_meta and not hidden.is_meta:
+            raise fail("model", "a head whose weight is offloaded", "its weight on a device")
+        check_precision(model, head.weight.dtype, arguments)
+        return run(hidden.to(head.weight.device), head)
+    chain = [layer]
+    if engine == ZERO3 and has_adapter(layer):  # gathers for each module what is its own
+        names = [] if layer.disable_adapters else [n for n in layer.active_adapters if n in layer.lora_A]
+        chain += [part[name] for name in names for part in (layer.lora_A, layer.lora_B)]
+        chain.append(layer.base_layer)
+
+    def inside(states: Tensor) -> dict[str, Any]:
+        head = _read(model, linear, layer, tail)
+        check_precision(model, head.weight.dtype, arguments)
+        return run(states, head)
+
+    return call_through(model.get_output_embeddings(), chain, hidden, inside)
 
 
 def logit_transform(model: Any) -> tuple[float, float | None]:
@@ -159,30 +215,43 @@ def logit_transform(model: Any) -> tuple[float, float | None]:
 
 def head_module(model: Any) -> Any:
     """The module that makes the logits: an ``nn.Linear``, or PEFT's layer around one."""
-    head = model.get_output_embeddings()
-    if head is None:
+    parts = _parts(model)
+    return bare(parts[-2] if len(parts) > 1 and has_adapter(bare(parts[-2])) else parts[-1])
+
+
+def _parts(model: Any) -> list[Any]:
+    """The head from outside to inside: what the model calls, what PEFT put there, the ``nn.Linear``."""
+    parts = [model.get_output_embeddings()]
+    if parts[0] is None:
         refuse(model, "it has no output embeddings, so no logits over a vocabulary")
-    return trained_copy(head) if is_trained_copy(head) else head
+    if is_trained_copy(bare(parts[-1])):
+        parts.append(trained_copy(bare(parts[-1])))
+    if has_adapter(bare(parts[-1])):
+        parts.append(bare(parts[-1]).base_layer)
+    return parts
 
 
 def find_linear(model: Any) -> nn.Linear:
     """The ``nn.Linear`` whose product the logits are, or that LoRA adds to.
 
     Raises:
-        ValueError: no head, or one that does more than ``weight @ h + bias`` or whose weight is not whole.
+        ValueError: no head, or one that does more than ``weight @ h + bias``, is quantised, or split by no
+            engine that is known.
     """
-    head = head_module(model)
+    head, engine = head_module(model), engine_of_head(_parts(model))
     if has_adapter(head):
-        check_adapter_layer(model, head)
-        head = head.base_layer
+        check_adapter_layer(model, head, may_have_hooks=engine is not None)
+        head = bare(head.base_layer)
     name = f"its head ({type(head).__name__})"
-    if isinstance(weight := getattr(head, "weight", None), Tensor):
+    # Read as an attribute, a weight under ZeRO-3 would be gathered here, and stay so.
+    weight = head._parameters.get("weight") if engine == ZERO3 else getattr(head, "weight", None)
+    if isinstance(weight, Tensor):
         _check_weight(model, weight)
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         refuse(
             model, f"{name} is not a plain nn.Linear. Leave the head out of the quantisation, if that is why"
         )
-    if head._forward_hooks or head._forward_pre_hooks:
+    if engine is None and (head._forward_hooks or head._forward_pre_hooks):
         refuse(model, f"{name} has forward hooks, which would never run. Remove them")
     if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
         refuse(model, f"{name} has a forward of its own instead of its class's")
@@ -190,15 +259,29 @@ def find_linear(model: Any) -> nn.Linear:
 
 
 def _check_weight(model: nn.Module, weight: Any) -> None:
-    if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") or weight.dim() != 2 or 0 in weight.shape:
-        refuse(
-            model,
-            f"the weight of its head is sharded ({type(weight).__name__} of shape {tuple(weight.shape)}); "
-            "not supported by this version. Leave the head out of the sharding, or use ZeRO-2 or DDP",
-        )
+    if hasattr(weight, "ds_id"):
+        return  # is gathered by ZeRO-3
+    if hasattr(weight, "device_mesh") or weight.dim() != 2 or 0 in weight.shape:
+        if engine_around(model) is None:
+            _refuse_shard(model, weight)
+        return  # is gathered by FSDP
     if is_traceable_wrapper_subclass(weight) or not weight.dtype.is_floating_point:
         kind = f"{type(weight).__name__}, {weight.dtype}"
         refuse(model, f"the weight of its head is quantised ({kind}). Leave the head out of the quantisation")
+
+
+def _check_whole(model: nn.Module, weight: Any) -> None:
+    if hasattr(weight, "device_mesh") or weight.dim() != 2 or 0 in weight.shape:
+        _refuse_shard(model, weight)
+
+
+def _refuse_shard(model: nn.Module, weight: Any) -> NoReturn:
+    refuse(
+        model,
+        f"the weight of its head is sharded here ({type(weight).__name__} of shape {tuple(weight.shape)}). "
+        "FSDP2, FSDP1 and ZeRO-3 gather it in a call of the wrapped model; other shards are not supported by "
+        "this version",
+    )
 
 
 def examine(model: Any) -> ModelTail:

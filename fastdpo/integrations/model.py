@@ -24,6 +24,7 @@ from fastdpo.integrations.fused_output import FusedLMOutput as FusedLMOutput
 from fastdpo.integrations.fused_output import HeadStates, ScoreRequest, Teachers
 from fastdpo.integrations.lm_head import (
     ModelTail,
+    call_head,
     current_head,
     examine,
     unwrap,
@@ -79,10 +80,16 @@ def patch_model(
     (``is_desirable``, ``group_ids``, ``row_weights`` ...), and rows are answers, lists or steps. The head may
     then run in mode ``pairs``, which it cannot where the loss is made of what the model returned.
 
-    Patch before ``accelerator.prepare``; before or after DDP, torch.compile and PEFT. Adapters of the
-    backbone are part of it; of what PEFT does to a head, ``modules_to_save`` and LoRA are supported. Of a
-    model with PEFT's virtual tokens (prompt, prefix and P-tuning) the results are of the caller's own tokens,
-    the first of which is not scored here either; patch it after they were added, or again.
+    Patch before ``accelerator.prepare``; before or after DDP, FSDP2, FSDP1, DeepSpeed, torch.compile and
+    PEFT; then call the wrapped model. A head that an engine shards is gathered, and its gradient reduced, by
+    the engine: the op runs in the head's own call. Under FSDP's 16-bit mixed precision ``pair_loss`` is a
+    `types.MappingProxyType`, as the tensors of a dict would be cast, and the policy's ``output_dtype`` is
+    None or float32.
+
+    Adapters of the backbone are part of it; of what PEFT does to a head, ``modules_to_save`` and LoRA are
+    supported. Of a model with PEFT's virtual tokens (prompt, prefix and P-tuning) the results are of the
+    caller's own tokens, the first of which is not scored here either; patch it after they were added, or
+    again.
 
     Args:
         model: a causal language model of transformers, or a PEFT, DDP or compiled wrapper around one.
@@ -240,18 +247,22 @@ def _fused_forward(
     # Also the last virtual token's, which predicts the first own one: without an adapter nothing does.
     hidden, labels = hidden[:, num_virtual:], labels[:, num_virtual:]
 
-    head, device = _head_for(model, hidden)
-    hidden, labels = hidden.to(device), labels.to(device)
     passed = passed_through(model, hook.tail, inputs, result)
-    if request.pair_loss is not None:
-        return FusedLMOutput(**request.make_loss(hidden, head, labels, **hook.settings), **passed)
     # Position t predicts the label at t + 1; the last predicts none.
     targets = F.pad(labels[:, 1:], (0, 1), value=hook.ignore_index)
-    scored: dict[str, Any] = request.run(hidden, head, targets, **hook.settings)
+
+    def run(states: Tensor, head: LMHead) -> dict[str, Any]:
+        if request.pair_loss is not None:
+            return request.make_loss(states, head, labels.to(states.device), **hook.settings)
+        return request.run(states, head, targets.to(states.device), **hook.settings)
+
+    scored = call_head(model, hook.tail, hidden, run, request.pair_loss)
+    if request.pair_loss is not None:
+        return FusedLMOutput(**scored, **passed)
     return FusedLMOutput(
         # From where a token is predicted to where it stands; the last column, never scored, comes first.
         **{name: value.roll(1, dims=1) for name, value in scored.items()},
-        logps_mask=(targets != hook.ignore_index).roll(1, dims=1),
+        logps_mask=(targets != hook.ignore_index).roll(1, dims=1).to(scored["logps"].device),
         **passed,
     )
 
@@ -271,19 +282,22 @@ def _layout_forward(
     if arguments.get("labels") is not None:
         raise fail("labels", "a value together with token_layout", "one of the two")
     calls = _backbone_calls(model, hook.tail, arguments, row_batches, are_packed=True)
-    hidden, head, device = _all_positions(model, calls, num_virtual)
-    on_device = TokenLayout(
-        layout.token_index.to(device, torch.int64),
-        layout.target_ids.to(device),
-        layout.sequence_ids.to(device, torch.int64),
-        layout.lengths,
-    )
+    hidden = _all_positions(calls, num_virtual)
     if len(calls) > 1 and any(inputs.get("output_router_logits") for inputs, _ in calls):
         raise fail("output_router_logits", "True with several row_batches", "one, or False")
     passed = passed_through(model, hook.tail, *calls[0]) if len(calls) == 1 else {}
     make = request.run if request.pair_loss is None else request.make_loss
-    values: dict[str, Any] = make(hidden, head, on_device, **hook.settings)
-    return FusedLMOutput(**values, **passed)
+
+    def run(states: Tensor, head: LMHead) -> dict[str, Any]:
+        on_device = TokenLayout(
+            layout.token_index.to(states.device, torch.int64),
+            layout.target_ids.to(states.device),
+            layout.sequence_ids.to(states.device, torch.int64),
+            layout.lengths,
+        )
+        return make(states, head, on_device, **hook.settings)
+
+    return FusedLMOutput(**call_head(model, hook.tail, hidden, run, request.pair_loss), **passed)
 
 
 def _head_states(
@@ -297,10 +311,11 @@ def _head_states(
     if arguments.get("labels") is not None:
         raise fail("labels", "a value together with return_states", "return_logps=True with it")
     calls = _backbone_calls(model, hook.tail, arguments, row_batches, are_packed=row_batches is not None)
-    hidden, head, device = _all_positions(model, calls, num_virtual)
+    head = current_head(model, hook.tail)
+    hidden = _all_positions(calls, num_virtual)
     if row_batches is None:
-        hidden = calls[0][1].last_hidden_state[:, num_virtual:].to(device)
-    return HeadStates(hidden, head)
+        hidden = calls[0][1].last_hidden_state[:, num_virtual:]
+    return HeadStates(hidden.to(head.weight.device), head)
 
 
 def _backbone_calls(
@@ -337,10 +352,8 @@ def _check_packed(call: Mapping[str, Any]) -> None:
         raise fail("attention_mask", "a 2-D mask together with position_ids and token_layout", wanted)
 
 
-def _all_positions(
-    model: Any, calls: Sequence[tuple[dict[str, Any], Any]], num_virtual: int
-) -> tuple[Tensor, LMHead, torch.device]:
-    """``(M, H)``: the caller's positions of all calls one after the other, where the head is."""
+def _all_positions(calls: Sequence[tuple[dict[str, Any], Any]], num_virtual: int) -> Tensor:
+    """``(M, H)``: the caller's positions of all calls one after the other."""
     states = [result.last_hidden_state[:, num_virtual:] for _, result in calls]  # (R, T, H) each
     for (inputs, _), rows in zip(calls, states, strict=True):
         if "input_ids" in inputs and rows.shape[:-1] != inputs["input_ids"].shape:
@@ -351,8 +364,7 @@ def _all_positions(
                 "one row for each, which token_layout counts",
             )
     flat = [rows.flatten(0, -2) for rows in states]
-    head, device = _head_for(model, flat[0])
-    return (flat[0] if len(flat) == 1 else torch.cat(flat)).to(device), head, device
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -367,11 +379,3 @@ def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:
         refuse(inner, "PEFT adds virtual tokens to its input, which is more than its backbone is given here")
     states: Tensor = run_backbone(inner, type(inner)._fastdpo_hook.tail, inputs)[1].last_hidden_state
     return states
-
-
-def _head_for(model: Any, hidden: Tensor) -> tuple[LMHead, torch.device]:
-    """The head, and its device: with device_map the backbone may end on another."""
-    head = current_head(model, type(model)._fastdpo_hook.tail)
-    if head.weight.is_meta and not hidden.is_meta:
-        raise fail("model", "a head whose weight is offloaded", "its weight on a device")
-    return head, head.weight.device

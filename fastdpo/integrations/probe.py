@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fastdpo.integrations.engines import weight_shape, without_hooks
+
 # Arguments of a forward that concern the logits or the loss, not the backbone.
 HEAD_ARGUMENTS = frozenset({"labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "return_dict"})
 
@@ -100,8 +102,9 @@ class Probe:
         self.has_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self.names = {n for n, p in parameters.items() if n != "self" and p.kind is p.POSITIONAL_OR_KEYWORD}
 
-        device = torch.device("cpu") if linear.weight.is_meta else linear.weight.device
-        vocab, hidden_size = linear.weight.shape
+        weight = linear._parameters["weight"]
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        vocab, hidden_size = weight_shape(linear)
         self.hidden = torch.linspace(-2, 3, _NUM_POSITIONS * hidden_size, device=device)
         self.hidden = self.hidden.view(1, _NUM_POSITIONS, hidden_size)
         rows = torch.tensor(_ROW_SCALES, device=device)
@@ -127,7 +130,9 @@ class Probe:
             return self.raw.clone()
 
         stand_ins = {module: backbone_forward(module) for module in self.backbones}
-        with _forwards_replaced({**stand_ins, self.head: head_forward}), torch.no_grad():
+        modules = [*stand_ins, self.head, self.linear]
+        replaced = _forwards_replaced({**stand_ins, self.head: head_forward})
+        with without_hooks(modules), replaced, torch.no_grad():
             output = type(self.model).forward(self.model, **{**self.defaults, **arguments})
         if len(calls) != 1 or len(head_inputs) > 1:
             seen = f"{len(calls)} calls of what may be its backbone and {len(head_inputs)} of its head"

@@ -344,20 +344,8 @@ def test_a_dtensor_head_is_refused() -> None:
 
 @pytest.mark.distributed
 @pytest.mark.usefixtures("process_group")
-def test_a_head_that_is_sharded_later_is_refused_at_the_call() -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    model = patch_model(make_model())
-    fully_shard(model.lm_head)
-    fully_shard(model)
-    ids = torch.arange(3, 9)[None]
-    with pytest.raises(ValueError, match="sharded.*Leave the head out of the sharding"):
-        model(input_ids=ids, labels=ids, return_logps=True)
-
-
-@pytest.mark.distributed
-@pytest.mark.usefixtures("process_group")
-def test_a_head_that_is_whole_during_the_forward_is_used() -> None:
+@pytest.mark.parametrize("has_own_unit", [False, True])
+def test_a_head_that_an_engine_gathers_is_used(has_own_unit: bool) -> None:
     from torch.distributed.fsdp import fully_shard
 
     model, batch = make_model(), make_batch()
@@ -365,10 +353,51 @@ def test_a_head_that_is_whole_during_the_forward_is_used() -> None:
     patch_model(model)
     for layer in model.model.layers:
         fully_shard(layer)
-    fully_shard(model)  # the head belongs to the root, which gathers it for its own forward
+    if has_own_unit:
+        fully_shard(model.lm_head)
+    fully_shard(model)
     ours = run_step(model, batch, fused_logps)
     whole = {name: grad.full_tensor() for name, grad in ours.grads.items()}
     assert_step_close(ours._replace(grads=whole), expected)
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("process_group")
+def test_what_mixed_precision_would_round_is_refused() -> None:
+    from types import MappingProxyType
+
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    ids = torch.arange(3, 9).expand(2, -1)
+    asked = {"loss_type": "sigmoid", "ref_logps": torch.tensor([-20.3, -20.7])}
+    call = {"input_ids": ids, "labels": ids, "return_logps": True}
+    rounding, exact = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=dtype)
+        for dtype in (torch.bfloat16, None)
+    )
+    model = fully_shard(patch_model(make_model()), mp_policy=rounding)
+    with pytest.raises(
+        ValueError, match=r"output_dtype: got torch\.bfloat16.*replace\(policy, output_dtype=None"
+    ):
+        model(**call)
+    model = fully_shard(patch_model(make_model()), mp_policy=exact)
+    with pytest.raises(ValueError, match="pair_loss: got ref_logps in torch.bfloat16.*MappingProxyType"):
+        model(**call, pair_loss=asked)
+    out = model(**call, pair_loss=MappingProxyType(asked))
+    assert out.pair_loss.ref_chosen_logps.item() == torch.tensor(-20.3).item()
+    assert model(**call).logps.dtype == torch.float32
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("process_group")
+def test_a_call_past_the_engine_is_refused() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = patch_model(make_model())
+    fully_shard(model.lm_head)
+    fully_shard(model)
+    with pytest.raises(ValueError, match="weight of its head is sharded here.*DTensor"):
+        LMHead.from_model(model)
 
 
 def test_importing_lm_head_imports_neither_transformers_nor_peft() -> None:

@@ -1,0 +1,167 @@
+"""The head of a model that an engine shards (FSDP2, FSDP1, ZeRO-3): the fused op inside the head's own call.
+
+An engine gathers a module's weight for that module's call, gathers it again for its backward pass, and
+reduces its gradient there, by hooks on the module. So the op runs where the logits would be made: the head's
+``forward`` is replaced for one call, and the head is called. Nothing is gathered by hand.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.ops.checks import fail
+
+FSDP1, FSDP2, ZERO3 = "FSDP1", "FSDP2", "ZeRO-3"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_16_BIT = (torch.bfloat16, torch.float16)
+
+
+def bare(module: Any) -> Any:
+    """The module inside FSDP1's wrapper, where it is a unit of its own."""
+    return module._modules.get("_fsdp_wrapped_module", module)
+
+
+def engine_of_head(parts: Sequence[nn.Module]) -> str | None:
+    """Who gathers the head's weight for the head's own call; None where it is whole without one.
+
+    Args:
+        parts: the head, from what the model calls for the logits to the ``nn.Linear`` inside.
+    """
+    if any(bare(part) is not part for part in parts):
+        return FSDP1
+    # The dict, not the attribute: what is read of a partitioned module is gathered for the module that reads.
+    if any(hasattr(weight, "ds_id") for part in parts for weight in part._parameters.values()):
+        return ZERO3
+    return FSDP2 if any(map(_is_fsdp2, parts)) else None
+
+
+def engine_around(model: nn.Module) -> str | None:
+    """Whose units a model has, FSDP1's or FSDP2's, wherever its head belongs."""
+    for module in model.modules():
+        if bare(module) is not module:
+            return FSDP1
+        if _is_fsdp2(module):
+            return FSDP2
+    return None
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def weight_shape(linear: Any) -> torch.Size:
+    """``(V, H)``, also of a weight that is partitioned."""
+    shape = linear._parameters["weight"].shape
+    return shape if len(shape) == 2 else torch.Size((linear.out_features, linear.in_features))
+
+
+def check_precision(model: Any, dtype: torch.dtype, arguments: Mapping[str, Any] | None) -> None:
+    """Raise ValueError for what an engine's mixed precision would round on its way in or out.
+
+    Args:
+        dtype: of the weight as the engine gathers it.
+        arguments: of ``pair_loss``: engines cast the tensors of dicts, which a call is given or returns.
+    """
+    engine = engine_around(model) if dtype in _16_BIT else None
+    if engine is None:
+        return
+    if type(arguments) is dict:
+        rounded = [n for n, value in arguments.items() if isinstance(value, Tensor) and value.dtype == dtype]
+        if rounded:
+            raise fail(
+                "pair_loss",
+                f"{', '.join(rounded)} in {dtype}: {engine} casts the tensors of a dict",
+                "types.MappingProxyType(arguments), which it leaves alone",
+            )
+    for policy in _policies_around(model) if engine == FSDP2 else ():
+        if policy.output_dtype in _16_BIT:
+            raise fail(
+                "MixedPrecisionPolicy.output_dtype",
+                f"{policy.output_dtype}, in which log-probabilities and losses would be rounded",
+                "None or torch.float32; accelerate's plugin has the policy as mixed_precision_policy, and "
+                "dataclasses.replace(policy, output_dtype=None) mends it",
+            )
+
+
+def _policies_around(model: Any) -> Iterator[Any]:
+    """FSDP2's mixed precision of the model and of the root around it, which round what a call returns."""
+    own = (getattr(module, "_get_fsdp_state", lambda: None)() for module in model.modules())
+    states = {id(state): state for known in own if known for state in known._state_ctx.all_states or [known]}
+    for state in states.values():
+        if state._is_root or model in state._modules:
+            yield state._mp_policy
+
+
+def call_through(
+    outer: nn.Module, chain: Sequence[nn.Module], hidden: Tensor, run: Callable[[Tensor], dict[str, Any]]
+) -> dict[str, Any]:
+    """``run(hidden)`` inside the call of the head.
+
+    Args:
+        outer: what the model calls for the logits.
+        chain: the modules whose weights ``run`` reads, each called by the one before it.
+
+    Returns:
+        What ``run`` returned: its tensors bear the engine's hooks for the backward pass.
+    """
+    found: list[dict[str, Any]] = []
+
+    def innermost(states: Tensor) -> dict[str, Any]:
+        # An engine's hook on a view would be lost where somebody changes it in place.
+        found.append({name: _whole(value) for name, value in run(states).items()})
+        # A dict of tensors, which every engine looks into.
+        return {name: value for name, value in found[0].items() if isinstance(value, Tensor)}
+
+    with _calling(chain, innermost):
+        returned = outer(hidden)
+    # FSDP hooks the tensors in place, and may return rounded copies; ZeRO-3 hooks those that it returns.
+    if any(hasattr(weight, "ds_id") for part in chain for weight in part._parameters.values()):
+        found[0].update(returned)
+        if "pair_loss" in found[0]:
+            found[0]["pair_loss"] = found[0]["pair_loss"]._replace(loss=returned["loss"])
+    return found[0]
+
+
+def _whole(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value._is_view() else value
+
+
+@contextmanager
+def _calling(chain: Sequence[nn.Module], innermost: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Each module's forward calls the next; the last one's is ``innermost``."""
+    following: list[Callable[[Tensor], Any]] = [*chain[1:], innermost]
+    own: list[Any] = [vars(module).get("forward") for module in chain]
+    try:
+        for module, forward in zip(chain, following, strict=True):
+            # Past nn.Module's own setter, which engines watch.
+            vars(module)["forward"] = _calls(forward)
+        yield
+    finally:
+        for module, forward in zip(chain, own, strict=True):
+            vars(module).pop("forward")
+            if forward is not None:
+                vars(module)["forward"] = forward
+
+
+def _calls(following: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    return lambda hidden: following(hidden)
+
+
+@contextmanager
+def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Calls of modules that reach no engine: nothing is gathered for a stand-in, nor takes it for a root."""
+    kept = [(module, name, vars(module)[name]) for module in dict.fromkeys(modules) for name in _HOOKS]
+    try:
+        for module, name, hooks in kept:
+            vars(module)[name] = type(hooks)()
+        yield
+    finally:
+        for module, name, hooks in kept:
+            vars(module)[name] = hooks

@@ -1,0 +1,119 @@
+"""One rank: a patched model under FSDP2 and FSDP1 beside one process; a JSON line for each case."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from fastdpo import Execution, patch_model
+from tests.distributed.cases import FSDP
+from tests.distributed.problem import (
+    PAIRS,
+    Collectives,
+    batch,
+    dpo,
+    part,
+    print_results,
+    tiny,
+    truth,
+    worst_error,
+)
+
+_WORLD = 2
+
+
+def _fsdp2(model: Any, unit: str) -> Any:
+    """``model`` under FSDP2, its head in the root's unit, in one of its own, or in one with the last norm."""
+    mesh = init_device_mesh("cpu", (_WORLD,))
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh)
+    head = base.get_output_embeddings()
+    if unit == "own":
+        fully_shard(head, mesh=mesh)
+    elif unit == "tail":  # as accelerate has it
+        is_tied = head.weight is base.model.embed_tokens.weight if isinstance(head, nn.Linear) else False
+        parts = [base.model.norm, *([base.model.embed_tokens] if is_tied else []), head]
+        fully_shard(parts, mesh=mesh, reshard_after_forward=False)
+    return fully_shard(model, mesh=mesh)
+
+
+def _fsdp1(model: Any, unit: str) -> Any:
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    head = base.get_output_embeddings()
+
+    def is_unit(module: nn.Module) -> bool:
+        return isinstance(module, LlamaDecoderLayer) or (unit == "own" and module is head)
+
+    policy = functools.partial(lambda_auto_wrap_policy, lambda_fn=is_unit)
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
+def _gradients(model: Any) -> dict[str, Tensor]:
+    if not isinstance(model, FullyShardedDataParallel):
+        found: Any = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return {name: grad.full_tensor() for name, grad in found.items()}
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        return {
+            name.replace("_fsdp_wrapped_module.", ""): parameter.grad.clone()
+            for name, parameter in model.module.named_parameters()
+            if parameter.grad is not None and parameter.requires_grad
+        }
+
+
+def _case(
+    engine: str,
+    unit: str,
+    how: str,
+    *,
+    labels: int = PAIRS,
+    mode: str = "auto",
+    accumulates: bool = False,
+    is_late: bool = False,
+    checkpointing: bool = False,
+    **model: Any,
+) -> dict[str, Any]:
+    base, whole = tiny(**model), batch(without_labels_from=labels)
+    execution = Execution(mode=mode)
+    expected = truth(base, whole, how)
+    ours = copy.deepcopy(base)
+    if not is_late:
+        patch_model(ours, execution=execution)
+    ours = {"FSDP2": _fsdp2, "FSDP1": _fsdp1}[engine](ours, unit)
+    if is_late:
+        patch_model(ours, execution=execution)
+    if checkpointing:
+        ours.gradient_checkpointing_enable()
+        ours.train()
+    mine = [0, 1] if dist.get_rank() == 0 else [2, 3]
+    errors: list[float] = []
+    calls: Any = {}
+    for _ in range(2):  # the second step finds what the first one left
+        ours.zero_grad()
+        total = torch.zeros(())
+        with Collectives() as counted:
+            for pairs in [[i] for i in mine] if accumulates else [mine]:
+                loss = dpo(ours, part(whole, pairs), how)
+                (loss * _WORLD).backward()
+                total = total + loss.detach()
+        calls = dict(counted.calls)
+        errors.append(worst_error(total, _gradients(ours), expected))
+    return {"error": max(errors), "calls": calls}
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    print_results(FSDP, _case)
+    dist.destroy_process_group()

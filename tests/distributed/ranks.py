@@ -1,0 +1,72 @@
+"""Several processes on this machine, over gloo on loopback, with a time limit."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests import ROOT
+
+
+def run_ranks(module: str, *arguments: str, world: int = 2, seconds: float = 240) -> list[str]:
+    """Run ``python -m module arguments`` as ``world`` ranks; what each printed.
+
+    Raises:
+        AssertionError: a rank failed, or was not done in time; with what the ranks printed. None is left.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        logs = [Path(folder) / f"{rank}.log" for rank in range(world)]
+        ranks = [_start(module, arguments, rank, world, port, logs[rank]) for rank in range(world)]
+        try:
+            end = time.monotonic() + seconds
+            while any(rank.poll() is None for rank in ranks):
+                is_late = time.monotonic() > end
+                if is_late or any(
+                    rank.poll() for rank in ranks
+                ):  # the others would wait for the one that failed
+                    break
+                time.sleep(0.05)
+            codes = [rank.poll() for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        printed = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
+    assert codes == [0] * world, "\n".join(
+        f"rank {rank}: {'killed, not done in time' if code is None else f'exit code {code}'}\n{text[-4000:]}"
+        for rank, (code, text) in enumerate(zip(codes, printed, strict=True))
+    )
+    return printed
+
+
+def _start(
+    module: str, arguments: tuple[str, ...], rank: int, world: int, port: int, log: Path
+) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )

@@ -1,0 +1,65 @@
+"""A patched model under FSDP2, FSDP1 and ZeRO on two ranks: the loss and the gradients of one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import Any
+
+import pytest
+
+from tests.distributed.cases import FSDP, ZERO
+from tests.distributed.ranks import run_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+# fp32: the loss, and the largest error of any gradient over the gradient's largest number.
+_TOLERANCE = 2e-6
+# Gathers of a step of units beside the head's: the two layers forward and backward, and the root's.
+_BESIDE = 5
+
+
+def _results(module: str) -> dict[str, Any]:
+    printed = run_ranks(module, seconds=500)
+    lines = [json.loads(line) for line in printed[0].splitlines() if line.startswith('{"case"')]
+    return {line.pop("case"): line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def fsdp() -> dict[str, Any]:
+    return _results("tests.distributed.fsdp_run")
+
+
+@pytest.fixture(scope="module")
+def zero() -> dict[str, Any]:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed (make test-deepspeed)")
+    return _results("tests.distributed.zero_run")
+
+
+@pytest.mark.parametrize("name", FSDP)
+def test_fsdp_gives_what_one_process_gives(fsdp: dict[str, Any], name: str):
+    found = fsdp[name]
+    assert "raised" not in found, found["raised"]
+    assert found["error"] < _TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "gathers"),
+    [
+        ("FSDP2 root logps", 0),  # with the root's other weights
+        ("FSDP2 own loss", 2),  # for the forward and for the backward pass
+        ("FSDP2 tail packed", 1),  # kept in between
+        ("FSDP2 own logps, frozen head", 2),
+    ],
+)
+def test_fsdp2_gathers_the_head_once_a_direction(fsdp: dict[str, Any], name: str, gathers: int):
+    assert fsdp[name]["calls"]["_allgather_base_"] == _BESIDE + gathers
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_gives_what_one_process_gives(zero: dict[str, Any], name: str):
+    found = zero[name]
+    assert "raised" not in found, found["raised"]
+    assert found["error"] < _TOLERANCE
+    # The head is not held while the layers run.
+    assert found["head"] == ("NOT_AVAILABLE" if name.startswith("ZeRO-3") else "whole")
