@@ -92,6 +92,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_what_triton_really_stumbles_over(tmp_path: Path) -> None:
     (tmp_path / "file").touch()  # no folder can be made in it, not even by root
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -21,10 +21,11 @@ def count_passes(
     with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
         run()  # type: ignore[operator]
     flop = 0
-    for event in profile.events():
-        if event.name in PRODUCTS:
-            first = PRODUCTS[event.name]
-            left, right = [shape for shape in event.input_shapes if len(shape) == 2][first : first + 2]
+    # Not `profile.events()`, which makes a tree of all of them, for seconds.
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() in PRODUCTS:
+            first = PRODUCTS[event.name()]
+            left, right = [shape for shape in event.shapes() if len(shape) == 2][first : first + 2]
             if of_size is not None and of_size not in (*left, *right):
                 continue
             flop += 2 * left[0] * left[1] * right[1]

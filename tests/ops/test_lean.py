@@ -341,7 +341,7 @@ def test_values_of_blocks_of_rows(dtype: torch.dtype, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("weight", [False, True])
-@pytest.mark.parametrize(("num_tokens", "vocab"), [(512, 4096), (4096, 4096), (512, 65536), (1, 1 << 18)])
+@pytest.mark.parametrize(("num_tokens", "vocab"), [(512, 4096), (2048, 4096), (512, 16384), (1, 1 << 18)])
 def test_no_tensor_passes_the_workspace(num_tokens: int, vocab: int, weight: bool) -> None:
     """Whatever N and V are, nothing but inputs, their gradients and dhidden's sum is larger than 1 MiB.
 
