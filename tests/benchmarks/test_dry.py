@@ -155,6 +155,7 @@ def test_mistakes_that_only_a_gpu_shows_are_found(name: str, tmp_path: Path) -> 
     assert done.returncode == 1 and said in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 def test_a_short_dry_run_launches_every_kind_of_kernel(tmp_path: Path) -> None:
     """The head at tiny sizes: contenders of ours and a peer, and what they ask of Triton."""
     pytest.importorskip("triton")

@@ -52,6 +52,7 @@ def option(command: list[str], name: str) -> str | None:
     return command[command.index(name) + 1] if name in command else None
 
 
+@pytest.mark.slow  # processes that start processes: once with all that a part has, once to go on
 def test_a_part_goes_on_in_its_own_file(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +198,7 @@ sys.modules["peft"] = None
 """
 
 
+@pytest.mark.slow  # pytest three times, in processes of their own
 def test_tests_that_were_cut_off_go_on_where_they_stopped(tmp_path: Path) -> None:
     """By SIGKILL, which leaves no word: outcomes are on disk by then, and who was under way is tried last."""
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")

@@ -51,7 +51,7 @@ def run_pytest(
         "pytest",
         *words,
         "-k",
-        CHOSEN,
+        chosen,
         f"--benchmark-json={folder / 'out.json'}",
     ]
     # What a test-runner above this one put there would be taken for this one's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,7 +73,23 @@ def test_files_of_two_versions_need_not_agree(tmp_path: Path, capsys: pytest.Cap
     assert not agree and "1 not timed in both" in said
 
 
-def test_the_suites_are_run_twice_and_compared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+class InThisProcess:
+    """``subprocess.Popen`` of `benchmarks.run`, without the seconds that importing torch takes."""
+
+    def __init__(self, command: list[str]) -> None:
+        assert command[1:3] == ["-m", "benchmarks.run"]
+        self._words = command[3:]
+
+    def wait(self) -> int:
+        return run.main(self._words)
+
+
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_suites_are_run_twice_and_compared(
+    apart: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not apart:
+        monkeypatch.setattr(repeat, "subprocess", SimpleNamespace(Popen=InThisProcess))
     words = ["row", "--device", "cpu", "--preset", "tiny", "--repeats", "5", "--results", str(tmp_path)]
     code = repeat.main([*words, "--contenders", "cpu", "reference"])
     shown = capfd.readouterr().out

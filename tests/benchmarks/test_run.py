@@ -282,6 +282,7 @@ def test_peak_memory_of_a_cpu_is_that_of_the_run() -> None:
     assert 60 < peak < 100
 
 
+@pytest.mark.slow  # `test_a_wrong_kernel_has_no_peak_memory` starts such processes in every run
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
     """32 MiB of logits in fp32 per copy: full logits need several, ours a budget."""
     size = Size("tiny", 1024, torch.float32, vocab=8000)

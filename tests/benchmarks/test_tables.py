@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu, run, tables
+from benchmarks import gpu, memory, run, tables
 from benchmarks.head_tables import PEER_TARGETS
 from benchmarks.op import METHODS
 from benchmarks.plots import PLOTS, check_plots, memory_data, plot_files, write_plots
@@ -205,8 +205,18 @@ def test_a_readme_without_markers_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert readme.read_text() == "no markers" and list(tmp_path.iterdir()) == [readme]
 
 
-def test_one_command_gives_json_tables_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow  # four suites, and all plots six times
+def test_one_command_gives_json_tables_and_plots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
+    methods = {method.name: method for method in METHODS}
+    # Not in a process of its own for each: `test_a_wrong_kernel_has_no_peak_memory` has these.
+    monkeypatch.setattr(
+        memory,
+        "_in_a_process",
+        lambda size, task, device, name: memory.measure(methods[name], size, task, device),
+    )
     left_out = [m.name for m in METHODS if m.name not in ("fastdpo-cpu", "torch", "cce")]
     brief = ["--device", "cpu", "--preset", "tiny", "--repeats", "2", "--tasks", "stash", "pairs"]
     words = ["op", "row", "accuracy", "memory", *brief, "--without", *left_out]
