@@ -23,15 +23,18 @@ from fastdpo.kernels import native
 from tests import ROOT
 
 
+def folder_of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, CompiledKernel]]:
     """The kernels of a family of `benchmarks.compiled` for an architecture, by case.
 
     The family "library" is all of those in CUDA C++, and "few rows" `FEW_ROWS` of Triton's row kernel.
     """
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # that of all workers
+    folder = folder_of_all_workers(tmp_path_factory)
 
     def kernels_of(family: str, architecture: str) -> dict[str, CompiledKernel]:
         name = family if family == "library" else f"{family}-{architecture}"

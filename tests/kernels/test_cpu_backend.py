@@ -187,19 +187,31 @@ WITHOUT_EXTENSION = """
 import sys
 sys.modules["fastdpo._C"] = None
 import torch
-from fastdpo.kernels import cpu
+from fastdpo.kernels import cpu, divergence_cpu
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
-x, y = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64)
-try:
-    cpu.row_kernel(x, y, LogitTransform(), RowOutputs(torch.empty(3), torch.empty(3)))
-except RuntimeError as error:
-    assert str(error) == cpu.unavailable_reason()
-    print(error)
+from fastdpo.kernels.divergence import DivergenceOutputs
+x, y, plain = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64), LogitTransform()
+for module, run in (
+    (cpu, lambda: cpu.row_kernel(x, y, plain, RowOutputs(torch.empty(3), torch.empty(3)))),
+    (
+        divergence_cpu,
+        lambda: divergence_cpu.divergence_kernel(x, (x.clone(),), y, (plain,) * 2, DivergenceOutputs()),
+    ),
+):
+    try:
+        run()
+    except RuntimeError as error:
+        assert str(error) == module.unavailable_reason()
+        print(error)
 """
 
 
 def test_without_the_extension_the_reason_names_the_remedy():
+    """Of the kernels of rows and of divergences."""
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, check=True
     )
-    assert re.search(r"fastdpo\._C is not built.*: install fastdpo where .* compiler", result.stdout)
+    reasons = result.stdout.splitlines()
+    assert len(reasons) == 2
+    for reason in reasons:
+        assert re.search(r"fastdpo\._C is not built.*: install fastdpo where .* compiler", reason)

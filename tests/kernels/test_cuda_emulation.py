@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdpo.kernels.contract import LogitTransform, RowOutputs
 from fastdpo.types import TOKEN_STATISTICS
+from tests.kernels.conftest import folder_of_all_workers
 from tests.kernels.emulation import ADA, AMPERE, HOPPER, SMALL_AMPERE, SMALL_HOPPER, TILE, Emulator, Limits
 from tests.kernels.row_cases import (
     MARGINS,
@@ -61,7 +62,7 @@ SPREADS = [("hopper", 1000), ("small-hopper", 16400), ("small-ampere", 8001)]
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    return Emulator(tmp_path_factory.mktemp("emulation"))
+    return Emulator(folder_of_all_workers(tmp_path_factory))
 
 
 def results_of(

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import mmap
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -227,26 +225,3 @@ def test_another_device_is_refused() -> None:
     assert "got cuda" in str(divergence_cpu.unavailable_reason(torch.device("cuda")))
     with pytest.raises(RuntimeError, match="got meta"):
         divergence_cpu.divergence_kernel(**_chunk(logits=torch.empty(3, 8, device="meta")))
-
-
-WITHOUT_EXTENSION = """
-import sys
-sys.modules["fastdpo._C"] = None
-import torch
-from fastdpo.kernels import divergence_cpu
-from fastdpo.kernels.contract import LogitTransform
-from fastdpo.kernels.divergence import DivergenceOutputs
-x, y = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64)
-try:
-    divergence_cpu.divergence_kernel(x, (x.clone(),), y, (LogitTransform(),) * 2, DivergenceOutputs())
-except RuntimeError as error:
-    assert str(error) == divergence_cpu.unavailable_reason()
-    print(error)
-"""
-
-
-def test_without_the_extension_the_reason_names_the_remedy() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, check=True
-    )
-    assert "fastdpo._C is not built" in result.stdout

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastdpo.kernels import sequence_cpu
 from fastdpo.kernels.sequence import SequenceKernels, SigmoidOutputs, SigmoidTerms
+from tests.kernels.conftest import folder_of_all_workers
 from tests.kernels.emulation.sequence import SequenceEmulator
 from tests.kernels.sequence_cases import (
     LENGTHS,
@@ -84,7 +85,7 @@ class Backend:
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> SequenceEmulator:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    return SequenceEmulator(tmp_path_factory.mktemp("emulation"))
+    return SequenceEmulator(folder_of_all_workers(tmp_path_factory))
 
 
 @pytest.fixture(params=BACKENDS)

@@ -8,6 +8,7 @@ model, speed.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import shutil
 import subprocess
 from pathlib import Path
@@ -83,15 +84,27 @@ class _RowArgs(ctypes.Structure):
     ]
 
 
+def compiled(source: Path, folder: Path) -> Path:
+    """A shared library in a folder, made once for all processes that ask for it there.
+
+    Raises:
+        CalledProcessError: it does not compile.
+    """
+    compiler = shutil.which("g++")
+    assert compiler is not None, "the caller has looked for g++"
+    library = folder / f"{source.stem}.so"
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            subprocess.run([compiler, *FLAGS, "-o", str(library), str(source)], check=True)
+    return library
+
+
 class Emulator:
     """The compiled emulation; raises CalledProcessError where the kernel's source does not compile."""
 
     def __init__(self, folder: Path) -> None:
-        compiler = shutil.which("g++")
-        assert compiler is not None, "the caller has looked for g++"
-        library = folder / "row_kernel.so"
-        subprocess.run([compiler, *FLAGS, "-o", str(library), str(SOURCE)], check=True)
-        self._library = ctypes.CDLL(str(library))
+        self._library = ctypes.CDLL(str(compiled(SOURCE, folder)))
         self._library.run.restype = ctypes.c_char_p
 
     def plan(self, vocab: int, limits: Limits) -> RowPlan:

@@ -7,8 +7,6 @@ run at the same time see of each other, only a GPU can show.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.kernels.sequence import SigmoidOutputs, SigmoidTerms
-from tests.kernels.emulation import FLAGS
+from tests.kernels.emulation import compiled
 
 SOURCE = Path(__file__).with_name("sequence.cpp")
 
@@ -41,11 +39,7 @@ class SequenceEmulator:
     """``fastdpo.kernels.sequence.SequenceKernels`` on fibers; each call rolls the dice that a GPU would."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
-        compiler = shutil.which("g++")
-        assert compiler is not None, "the caller has looked for g++"
-        library = folder / "sequence.so"
-        subprocess.run([compiler, *FLAGS, "-o", str(library), str(SOURCE)], check=True)
-        self._library = ctypes.CDLL(str(library))
+        self._library = ctypes.CDLL(str(compiled(SOURCE, folder)))
         self._library.run_sums.restype = self._library.run_pairs.restype = ctypes.c_char_p
         self.seed = seed
         self.counter = torch.zeros(1, dtype=torch.int32)
