@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import seed_worker
 
 from fastdpo.training.data.dataset import RowDataset
+from fastdpo.training.data.row import Row
 from fastdpo.training.data.row_numbers import row_list
 from fastdpo.training.settings.config import PreferenceConfig
 
@@ -51,21 +52,36 @@ class TokenBudget:
             ValueError: a pair that alone is larger than the budget; names its row.
         """
         sizes = dataset.batch_tokens(self.layout)
-        is_padded = self.layout == "padded"
-        counts = dataset.num_sequences if is_padded else None
-        if is_padded:
+        counts = dataset.num_sequences if self.is_padded else None
+        if self.is_padded:
             sizes = -(-sizes // self.multiple_of) * self.multiple_of
         costs = sizes if counts is None else sizes * counts
         largest = int(costs.argmax())
         cost = int(costs[largest])
         if cost > self.tokens:
-            raise ValueError(
-                f"max_tokens_per_batch: got {self.tokens}, wanted at least {cost}: what "
-                f"{row_list([int(dataset.rows[largest])])} takes in the layout {self.layout!r} "
-                "(or a smaller max_length)"
-            )
+            raise ValueError(self.refusal(cost, row_list([int(dataset.rows[largest])])))
         sequences = None if counts is None else counts.tolist()
         return TokenBudgetSampler(sizes.tolist(), self.tokens, sequences=sequences, **options)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a batch costs its number of sequences times the longest of them."""
+        return self.layout == "padded"
+
+    def of_row(self, row: Row) -> tuple[int, int]:
+        """Tokens that a row adds to a batch, of a padded one those of its longest sequence; its sequences."""
+        answers = [len(answer.ids) for answer in row.answers]
+        if self.is_padded:
+            longest = len(row.prompt) + max(answers)
+            return -(-longest // self.multiple_of) * self.multiple_of, len(answers)
+        return len(row.prompt) * (len(answers) if self.layout == "packed" else 1) + sum(answers), len(answers)
+
+    def refusal(self, cost: int, row: str) -> str:
+        """What is said of a row that alone costs more than the budget."""
+        return (
+            f"max_tokens_per_batch: got {self.tokens}, wanted at least {cost}: what {row} takes in the "
+            f"layout {self.layout!r} (or a smaller max_length)"
+        )
 
     def cut(self, dataset: RowDataset, order: Tensor) -> list[Tensor]:
         """Pairs in the order given, cut into batches."""
@@ -232,7 +248,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
 
 @dataclass(frozen=True)
-class _Collate:
+class FillingCollator:
     """``collator``, and ``filler`` marked as such in place of no pairs."""
 
     collator: Any
@@ -259,7 +275,7 @@ def budget_dataloader(
     return DataLoader(
         dataset,
         batch_sampler=training_sampler(dataset, budget, args),
-        collate_fn=_Collate(collator, dataset[int(dataset.batch_tokens(budget.layout).argmin())]),
+        collate_fn=FillingCollator(collator, dataset[int(dataset.batch_tokens(budget.layout).argmin())]),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,

@@ -44,14 +44,19 @@ def survey(source: RowSource) -> Survey:
     prompts = repeated = 0
     row: Any
     for number, row in source:
-        if not isinstance(row, Mapping):
-            kind = type(row).__name__
-            raise ValueError(f"{row_place(source.name, number)}: got {kind}, wanted an object with columns")
+        check_object(row, source.name, number)
         names |= dict.fromkeys(row)
         filled |= {name for name in row if name not in filled and row[name] is not None}
         prompts += row.get("prompt") is not None
         repeated += repeats_prompt(row)
     return Survey(tuple(names), frozenset(filled), 2 * repeated >= prompts > 0)
+
+
+def check_object(row: Any, source: str, number: int) -> None:
+    """Raise ValueError for a row without columns."""
+    if not isinstance(row, Mapping):
+        kind = type(row).__name__
+        raise ValueError(f"{row_place(source, number)}: got {kind}, wanted an object with columns")
 
 
 def select_columns(source: RowSource, names: Mapping[str, str], ignored: Sequence[str]) -> RowSource:
@@ -76,32 +81,40 @@ def select_columns(source: RowSource, names: Mapping[str, str], ignored: Sequenc
     selected = f"{source.fingerprint} {sorted(names.items())} {sorted(ignored)}"
     return replace(
         source,
-        rows=_SelectedRows(source.rows, names, ignored),
+        rows=_SelectedRows(source.rows, ColumnSelection(names, ignored)),
         fingerprint=None if source.fingerprint is None else selected,
     )
+
+
+@dataclass(frozen=True)
+class ColumnSelection:
+    """Gives a row's columns other names, and leaves some out. Arguments as of ``select_columns``."""
+
+    names: Mapping[str, str]
+    ignored: Sequence[str]
+
+    def __call__(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self.names and not self.ignored:
+            return row
+        hidden = {*self.ignored, *self.names, *self.names.values()}
+        kept = {name: value for name, value in row.items() if name not in hidden}
+        return kept | {name: row[column] for name, column in self.names.items() if column in row}
 
 
 class _SelectedRows(Sequence[Mapping[str, Any]]):
     """Rows under other names, made when they are asked for."""
 
-    def __init__(
-        self, rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], ignored: Sequence[str]
-    ) -> None:
-        self.rows, self.names = rows, names
-        self.hidden = {*ignored, *names, *names.values()}
+    def __init__(self, rows: Sequence[Mapping[str, Any]], selected: ColumnSelection) -> None:
+        self.rows, self.selected = rows, selected
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        return map(self._selected, self.rows)
+        return map(self.selected, self.rows)
 
     def __getitem__(self, place: Any) -> Any:
-        return self._selected(self.rows[place])
-
-    def _selected(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in row.items() if name not in self.hidden}
-        return kept | {name: row[column] for name, column in self.names.items() if column in row}
+        return self.selected(self.rows[place])
 
 
 def check_prompt_column(found: Survey, source: str, *, may_be_shared: bool) -> None:

@@ -13,7 +13,8 @@ the cut go with their numbers.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,45 +53,101 @@ def encode_rows(
         ValueError: a row of the wrong shape, a tokenizer that lacks what the rows need, a bad row
             under ``on_bad_row="error"``, more of them than ``max_bad_rows``, or no row left.
     """
-    return _RowEncoder(source, tokenizer, options, wanted or Wanted(), found).run()
+    wanted = wanted or Wanted()
+    return RowEncoder(source.name, tokenizer, options, wanted, found or survey(source)).whole(source)
 
 
-class _RowEncoder:
-    """Makes one data set and its report. Arguments as of ``encode_rows``."""
+@dataclass(frozen=True)
+class RowEncoder:
+    """Tokenises rows in one way: all of a source, or one part of a stream after the other.
 
-    def __init__(
-        self,
-        source: RowSource,
-        tokenizer: Any,
-        options: EncodingOptions,
-        wanted: Wanted,
-        found: Survey | None,
-    ) -> None:
-        self.source, self.options, self.wanted, self.kind = source, options, wanted, wanted.kind
-        self.found = survey(source) if found is None else found
+    Args:
+        name: of the place that the rows come from.
+        found: which columns they have.
+    """
+
+    name: str
+    tokenizer: Any
+    options: EncodingOptions
+    wanted: Wanted
+    found: Survey
+
+    @cached_property
+    def maker(self) -> RowMaker:
+        """Makes token ids of rows."""
+        return RowMaker(self.reader.render, RowTokenizer(self.tokenizer), self.options, self.wanted.kind)
+
+    @cached_property
+    def reader(self) -> RowReader:
+        """Reads their texts. Raises ValueError where there is no prompt, but a column that sounds like it."""
         may_be_shared = {"chosen", "rejected"} <= set(self.found.names)
-        check_prompt_column(self.found, source.name, may_be_shared=may_be_shared)
+        check_prompt_column(self.found, self.name, may_be_shared=may_be_shared)
         texts = TextReader(
-            source.name,
-            tokenizer,
-            options.assistant_only,
+            self.name,
+            self.tokenizer,
+            self.options.assistant_only,
             # Where no row has one it is what two answers share, or misses.
             has_prompts="prompt" in self.found.filled or not may_be_shared,
             cuts_echoes=self.found.prompts_repeated,
         )
-        self.reader = RowReader(texts, wanted, options.columns)
-        self.tokenizer, self.made_with = tokenizer, made_with(options, tokenizer)
-        self.references = RowReferences(source.name, options.references) if options.references else None
+        return RowReader(texts, self.wanted, self.options.columns)
+
+    @cached_property
+    def made_with(self) -> str:
+        """What beside the rows' texts decides on the tokens, in words."""
+        return made_with(self.options, self.tokenizer)
+
+    def whole(self, source: RowSource) -> RowDataset:
+        """All rows of a source. Raises ValueError, as ``encode_rows``."""
+        dataset, report = self.part(source)
+        if dataset is None:
+            raise ValueError(f"{report}: no {report.unit.removesuffix('s')} left")
+        check_share(report, report.share_skipped, self.options.max_bad_rows)
+        return dataset
+
+    def part(self, source: RowSource) -> tuple[RowDataset | None, DataReport]:
+        """Some rows, or None where nothing is left of them, and what became of them.
+
+        Raises:
+            ValueError: as ``encode_rows``, but for too few rows that are left.
+        """
+        return _Encoding(self, source).run()
+
+    def told(self, source: RowSource) -> str | None:
+        """All that decides on the rows' tokens and numbers, in words; None where not all of it has a name."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if source.fingerprint is None or backend is None:
+            return None
+        options = replace(
+            self.options, processes=None, show_progress=False, references=(), on_bad_row="", max_bad_rows=None
+        )
+        texts = self.reader.texts
+        words = (
+            source.fingerprint, source.name, options, self.wanted, texts.has_prompts,
+            texts.cuts_echoes, self.made_with, type(self.tokenizer).__name__,
+            self.tokenizer.special_tokens_map, backend.to_str(),
+        )  # fmt: skip
+        return "\n".join(map(str, words))
+
+
+class _Encoding:
+    """Makes one data set and its report."""
+
+    def __init__(self, encoder: RowEncoder, source: RowSource) -> None:
+        self.encoder, self.source = encoder, source
+        self.options, self.kind, self.reader = encoder.options, encoder.wanted.kind, encoder.reader
+        columns = self.options.references
+        self.references = RowReferences(source.name, columns) if columns else None
         self._skipped: dict[str, list[int]] = defaultdict(list)
         self._noted: dict[str, list[int]] = defaultdict(list)
         self._details: dict[str, str] = {}
 
-    def run(self) -> RowDataset:
-        """Encode all rows. Raises ValueError, as ``encode_rows``."""
-        options, source = self.options, self.source
-        maker = RowMaker(self.reader.render, RowTokenizer(self.tokenizer), options, self.kind)
+    def run(self) -> tuple[RowDataset | None, DataReport]:
+        """Encode all rows. Raises ValueError, as ``RowEncoder.part``."""
+        options, source, maker = self.options, self.source, self.encoder.maker
         rows = encoded_rows(
-            lambda: made_in_order(maker, source, options.processes, show=options.show_progress), self._told()
+            lambda: made_in_order(maker, source, options.processes, show=options.show_progress),
+            self.encoder.told(source),
         )
         for number, finding in rows.left_out:
             self._count(self._skipped[finding.message], number, finding)
@@ -98,26 +155,14 @@ class _RowEncoder:
         if self.references is not None:
             places = self._with_reference(self.references, rows)
         report = self._report(rows, places)
+        if report.skipped and options.on_bad_row == "error":
+            raise ValueError(f"{report} (on_bad_row='error')")
+        if not len(places):
+            return None, report
         dataset = self._dataset(rows, report)
         if len(places) < len(dataset):
             dataset = dataset.subset(places)
-        return dataset if self.references is None else self.references.added_to(dataset)
-
-    def _told(self) -> str | None:
-        """All that decides on the rows' tokens and numbers, in words; None where not all of it has a name."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if self.source.fingerprint is None or backend is None:
-            return None
-        options = replace(
-            self.options, processes=None, show_progress=False, references=(), on_bad_row="", max_bad_rows=None
-        )
-        texts = self.reader.texts
-        words = (
-            self.source.fingerprint, self.source.name, options, self.wanted, texts.has_prompts,
-            texts.cuts_echoes, self.made_with, type(self.tokenizer).__name__,
-            self.tokenizer.special_tokens_map, backend.to_str(),
-        )  # fmt: skip
-        return "\n".join(map(str, words))
+        return (dataset if self.references is None else self.references.added_to(dataset)), report
 
     def _dataset(self, rows: EncodedRows, report: DataReport) -> RowDataset:
         return RowDataset(
@@ -133,10 +178,10 @@ class _RowEncoder:
             },
             report,
             pieces=rows.pieces if self.kind.has_pieces else None,
-            has_mismatched=self.wanted.has_mismatched,
+            has_mismatched=self.encoder.wanted.has_mismatched,
             max_length=self.options.max_length,
             scored=rows.scored if rows.num_unscored.any() else None,
-            made_with=self.made_with,
+            made_with=self.encoder.made_with,
         )
 
     def _with_reference(self, references: RowReferences, rows: EncodedRows) -> Tensor:
@@ -165,14 +210,14 @@ class _RowEncoder:
             self._details.setdefault(finding.message, finding.detail)
 
     def _report(self, rows: EncodedRows, places: Tensor) -> DataReport:
-        """What became of the rows. Raises ValueError where too little is left, or nothing may be left out."""
+        found = self.encoder.found
         kept = set(rows.numbers[places].tolist())
         for number, finding in rows.found:
             if number in kept:
                 self._count(self._noted[finding.check], number, finding)
-        used = ("prompt", "tools", "chat_template_kwargs", *self.reader.used(self.found.names))
+        used = ("prompt", "tools", "chat_template_kwargs", *self.reader.used(found.names))
         used = (*used, *self.options.columns.values(), *self.options.references)
-        report = DataReport(
+        return DataReport(
             self.source.name,
             len(self.source),
             len(kept),
@@ -184,19 +229,17 @@ class _RowEncoder:
             unit=self.kind.unit,
             parts=len(places),
             unscored=int(rows.num_unscored[places].sum()),
-            unused=self.found.unused(used),
+            unused=found.unused(used),
         )
-        limit = self.options.max_bad_rows
-        if report.skipped and self.options.on_bad_row == "error":
-            raise ValueError(f"{report} (on_bad_row='error')")
-        if not kept:
-            raise ValueError(f"{report}: no {report.unit.removesuffix('s')} left")
-        if limit is not None and report.share_skipped > limit:
-            raise ValueError(
-                f"{report}: {report.share_skipped:.0%} of the rows left out, wanted {limit:.0%} at most: "
-                "see to the reasons, or allow more with max_bad_rows"
-            )
-        return report
+
+
+def check_share(report: Any, share: float, limit: float | None) -> None:
+    """Raise ValueError where more rows than ``limit``, a share of them, are left out."""
+    if limit is not None and share > limit:
+        raise ValueError(
+            f"{report}: {share:.0%} of the rows left out, wanted {limit:.0%} at most: "
+            "see to the reasons, or allow more with max_bad_rows"
+        )
 
 
 def made_with(options: EncodingOptions, tokenizer: Any) -> str:

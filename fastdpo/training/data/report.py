@@ -50,9 +50,14 @@ class DataReport:
         return not (self.skipped or self.found or self.duplicates)
 
     @property
+    def num_skipped(self) -> int:
+        """Rows of which something is left out."""
+        return len({row for rows in self.skipped.values() for row in rows})
+
+    @property
     def share_skipped(self) -> float:
         """Of the rows, those of which something is left out."""
-        return len({row for rows in self.skipped.values() for row in rows}) / max(self.rows, 1)
+        return self.num_skipped / max(self.rows, 1)
 
     def __str__(self) -> str:
         line = f"{self.source}: {self.kept} of {self.rows} {self.unit} kept"
