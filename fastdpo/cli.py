@@ -21,7 +21,8 @@ import fastdpo
 
 if TYPE_CHECKING:
     from fastdpo.training.data.dataset import RowDataset
-    from fastdpo.training.data.source import RowSource
+    from fastdpo.training.data.source import RowSource, RowStream
+    from fastdpo.training.data.stream import StreamDataset
     from fastdpo.training.settings.command_line import DataArguments, RunArguments
     from fastdpo.training.settings.config import PreferenceConfig
 
@@ -265,14 +266,24 @@ def _diagnose_run(argv: Sequence[str], *, debug: bool) -> int:
 
 def _load_pairs(
     data: DataArguments, tokenizer: Any, config: PreferenceConfig, *, reads_reference: bool
-) -> tuple[RowSource, RowDataset, RowDataset | None]:
-    """The rows of ``--dataset``, and the pairs to train and to evaluate on."""
+) -> tuple[Any, Any, RowDataset | None]:
+    """The rows of ``--dataset``, and the pairs to train, which may be a stream, and to evaluate on."""
     from fastdpo.training.data.dataset import split_rows
     from fastdpo.training.data.source import read_rows
+    from fastdpo.training.data.stream import StreamDataset
     from fastdpo.training.loop.setup import tokenized_pairs
+    from fastdpo.training.loop.stream import prepare_stream
 
-    source = read_rows(data.dataset, split=data.dataset_split, weights=data.dataset_weights)
-    pairs = tokenized_pairs(source, tokenizer, config, reads_reference=reads_reference)
+    source: RowSource | RowStream
+    pairs: RowDataset | StreamDataset
+    if data.dataset_streaming:
+        source = read_rows(
+            data.dataset, split=data.dataset_split, weights=data.dataset_weights, streaming=True
+        )
+        pairs = prepare_stream(source, tokenizer, config, reads_reference=reads_reference)
+    else:
+        source = read_rows(data.dataset, split=data.dataset_split, weights=data.dataset_weights)
+        pairs = tokenized_pairs(source, tokenizer, config, reads_reference=reads_reference)
     if data.eval_dataset is not None:
         eval_rows = read_rows(data.eval_dataset, split=data.eval_dataset_split or "test")
         if data.eval_dataset_split is not None and eval_rows.name == source.name:
@@ -282,7 +293,7 @@ def _load_pairs(
             )
         held_out = tokenized_pairs(eval_rows, tokenizer, config, reads_reference=reads_reference)
         return source, pairs, held_out
-    if data.held_out:
+    if data.held_out and not isinstance(pairs, StreamDataset):
         return source, *split_rows(pairs, data.held_out, seed=config.data_seed or config.seed)
     return source, pairs, None
 

@@ -65,7 +65,7 @@ def trainer_sections(trainer: Any) -> dict[str, Lines]:
         kind: dict[str, Any] = {
             # With gold answers the loss waits for log-probabilities.
             "has_pair_loss": bool(getattr(trainer.args, "makes_loss_in_head", False))
-            and not getattr(trainer.train_dataset, "has_gold", False),
+            and not getattr(_known(trainer), "has_gold", False),
             "divergences": _divergences_of(trainer, head),
         }
         with _autocast_of(trainer):
@@ -203,7 +203,7 @@ def _trainer_lines(trainer: Any) -> Lines:
 
 def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, list[int], int | None]:
     """The longest row and the largest batch; the labelled tokens of that batch's rows, and of that row."""
-    dataset = trainer.train_dataset
+    dataset = _known(trainer)
     sizes = _row_sizes(dataset)
     if not sizes:
         found = "none found in the trainer's train_dataset: no largest batch to plan for"
@@ -245,6 +245,11 @@ def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, list[int], in
         logits = positions * head.weight.shape[0] * 4
         lines.append(("logits avoided", f"{_mib(logits)} in fp32 ({what})"))
     return lines, largest, int(labelled[longest])
+
+
+def _known(trainer: Any) -> Any:
+    """The rows to train on; of a stream those that it begins with."""
+    return getattr(trainer.train_dataset, "head", trainer.train_dataset)
 
 
 def _row_name(dataset: Any, place: int) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastdpo.integrations.lm_head import head_module, unwrap, wrappers_and_model
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens
 from fastdpo.training.data.dataset import RowDataset
+from fastdpo.training.data.row import Row
 from fastdpo.training.data.row_numbers import row_of
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.row_checks import CHECKS
@@ -28,24 +29,30 @@ _TABLES = re.compile(
 _OF_OTHERS = re.compile(r"vision|visual|image|audio")
 
 
-def check_fit(data: Any, models: Mapping[str, nn.Module | None], args: PreferenceConfig) -> None:
+def check_fit(
+    data: Any, models: Mapping[str, nn.Module | None], args: PreferenceConfig, *, warns: bool = True
+) -> None:
     """Look for what models lack, before the first step.
 
     Args:
         data: rows, or several by name, or none.
         models: by what they are in messages.
+        warns: of more positions than a model was made for.
 
     Raises:
         ValueError: token ids, or positions, that a model does not have; names the row and both sizes.
     """
     if isinstance(data, Mapping):
         for dataset in data.values():
-            check_fit(dataset, models, args)
+            check_fit(dataset, models, args, warns=warns)
     elif data is not None:
         for name, model in models.items():
             if model is not None:
                 _check_ids(data, name, vocabulary_size(model))
-                _check_positions(data, name, model, args.pad_to_multiple_of or 1)
+                longest = sequence_lengths(data).argmax()
+                number, length = int(data.rows[longest]), int(sequence_lengths(data)[longest])
+                row = row_of(data.report.source, number)
+                check_positions(row, length, name, model, args.pad_to_multiple_of or 1, warns=warns)
 
 
 def vocabulary_size(model: nn.Module) -> int:
@@ -83,20 +90,20 @@ def _check_ids(dataset: RowDataset, name: str, size: int) -> None:
         )
 
 
-def _check_positions(dataset: RowDataset, name: str, model: nn.Module, multiple_of: int) -> None:
-    lengths = sequence_lengths(dataset)
-    place = int(lengths.argmax())
+def check_positions(
+    row: str, longest: int, name: str, model: nn.Module, multiple_of: int, *, warns: bool = True
+) -> None:
+    """Hold the longest sequence of ``row``, in tokens, to the positions of a model. Raises ValueError."""
     in_front = sum(_num_virtual_tokens(wrapper) for wrapper in wrappers_and_model(model))
-    longest = int(lengths[place])
     needed = -(-longest // multiple_of) * multiple_of + in_front
-    row = f"{row_of(dataset.report.source, int(dataset.rows[place]))} has {longest} tokens"
+    row = f"{row} has {longest} tokens"
     if needed > longest:
         row += f", {needed} with padding to a multiple of {multiple_of} and {in_front} virtual tokens"
     table, known = position_table(model), _known_positions(model)
     if table is not None and needed > table:
         check = CHECKS["positions"]
         raise ValueError(f"{name}: {check.message}: {row}; wanted {table} at most. {check.remedy}")
-    if known is not None and needed > known:
+    if warns and known is not None and needed > known:
         logger.warning(
             "%s: %s, more than the %d that its configuration says it was made for (max_position_embeddings)",
             name,
@@ -141,3 +148,30 @@ def position_table(model: nn.Module) -> int | None:
     if not sizes:
         return None
     return min([*sizes, known] if known is not None else sizes)
+
+
+class StreamFit:
+    """Holds what a stream gives to the models, as it comes.
+
+    Args:
+        models: by what they are in messages.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module | None], args: PreferenceConfig) -> None:
+        self.models, self.args = models, args
+        self._longest = 0
+
+    def check_part(self, part: RowDataset) -> None:
+        """Raise ValueError for token ids, or positions, that a model does not have."""
+        check_fit(part, self.models, self.args, warns=False)
+
+    def check_row(self, row: Row, source: str) -> None:
+        """Raise ValueError where a row's prompt with its mismatched answer needs more positions."""
+        length = 0 if row.mismatched is None else len(row.prompt) + len(row.mismatched.ids)
+        if length <= self._longest:
+            return
+        self._longest = length
+        for name, model in self.models.items():
+            if model is not None:
+                place, multiple_of = row_of(source, row.number), self.args.pad_to_multiple_of or 1
+                check_positions(place, length, name, model, multiple_of, warns=False)

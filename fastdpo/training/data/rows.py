@@ -68,3 +68,12 @@ def counted(rows: Callable[[], Iterable[Mapping[str, Any]]], name: str) -> RowSt
             raise ValueError(f"{name}: no rows")
 
     return RowStream(start, name)
+
+
+def is_stream(data: Any) -> bool:
+    """Whether rows can be gone through, but not counted: a ``RowStream``, a ``datasets.IterableDataset``; or
+    splits whose ``train`` is one."""
+    if isinstance(data, Mapping):
+        return "train" in data and is_stream(data["train"])
+    is_countable = hasattr(data, "__len__") or hasattr(data, "__next__")
+    return isinstance(data, RowStream) or (hasattr(data, "__iter__") and not is_countable)

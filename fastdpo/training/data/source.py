@@ -110,7 +110,10 @@ def _as_asked(source: RowSource | RowStream, streaming: bool) -> RowSource | Row
     if streaming and isinstance(source, RowSource):
         return RowStream(source.__iter__, source.name)
     if not streaming and isinstance(source, RowStream):
-        raise ValueError(f"dataset: got {source.name}, a stream, wanted rows that can be counted")
+        raise ValueError(
+            f"dataset: got {source.name}, a stream, wanted rows that can be counted: a stream is trained on, "
+            "as train_dataset, and neither evaluated on nor scored"
+        )
     return source
 
 
@@ -169,7 +172,7 @@ def _in_memory(source: Any, split: str, name: str, streaming: bool) -> RowSource
     is_iterable = hasattr(source, "__iter__") and not hasattr(source, "__next__")
     if streaming and is_iterable:
         return counted(lambda: source, name)
-    hint = "; a stream is read with streaming=True, but not trained on yet" if is_iterable else ""
+    hint = "; a stream is trained on, as train_dataset, and read with streaming=True" if is_iterable else ""
     if hasattr(source, "__next__"):
         hint = "; what can be gone through once is no source of rows, streaming or not"
     kind = type(source).__name__

@@ -9,6 +9,7 @@ import torch
 
 from fastdpo.ops.backends import resolve_backend, resolve_divergence_backend
 from fastdpo.training.batches.layouts import layout_of
+from fastdpo.training.data.stream import known_rows
 from fastdpo.training.settings.config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
@@ -23,15 +24,24 @@ def announce(trainer: Any, resumed_from: str | None) -> None:
         logger.warning("no output_dir is given: what this run writes goes into %s", args.output_dir)
     unit = dataset.report.unit
     logger.info(
-        "training on %d %s of %s, %s tokens: %d steps of %s; %s, reference %s",
-        len(dataset), unit, dataset.report.source, f"{int(dataset.batch_tokens('packed').sum()):,}",
-        state.max_steps, _batch(args, unit), _losses(args), trainer.reference.kind,
+        "training on %s: %d steps of %s; %s, reference %s",
+        _data(dataset), state.max_steps, _batch(args, unit), _losses(args), trainer.reference.kind,
     )  # fmt: skip
     logger.info(
         "on %s, backend %s, layout %s, %s; into %s",
         _device(trainer), _backend(trainer), layout_of(trainer.data_collator), _precision(trainer),
         args.output_dir,
     )  # fmt: skip
+
+
+def _data(dataset: Any) -> str:
+    """How many rows of what; of a stream, of those that it begins with."""
+    rows = known_rows(dataset)
+    tokens = f"{int(rows.batch_tokens('packed').sum()):,} tokens"
+    unit, source = rows.report.unit, rows.report.source
+    if rows is dataset:
+        return f"{len(rows)} {unit} of {source}, {tokens}"
+    return f"a stream of {unit}, {source}, whose first {len(rows)} have {tokens}"
 
 
 def _batch(args: PreferenceConfig, unit: str) -> str:

@@ -41,7 +41,7 @@ class BaseTrainer(Trainer):
 
     # Data, of the trainer itself
 
-    def _prepare_data(self, data: Any, *, may_be_many: bool = False) -> Any:
+    def _prepare_data(self, data: Any, *, may_be_many: bool = False, may_stream: bool = False) -> Any:
         raise NotImplementedError
 
     def _with_reference(self, data: Any) -> Any:

@@ -17,6 +17,7 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.row import WRITTEN_COLUMNS
+from fastdpo.training.data.stream import known_rows
 from fastdpo.training.loop.run_record import settings_of
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.steps import COLUMN_FIELDS
@@ -84,13 +85,21 @@ def check_same_run(trainer: Any, folder: Path) -> None:
         if then.get(part) != now[part]:
             differences = _differences(then.get(part), now[part])
             if part == "data":
+                kinds = [" of a stream" * bool(run["data"].get("is_stream")) for run in (then, now)]
                 is_text = then["data"].get("hash") != now["data"].get("hash")
                 others = "or other tokens" if is_text else "with other labels, scores or other numbers"
-                differences = f"{then['data'].get('rows')} rows -> {now['data'].get('rows')}, {others}"
+                differences = f"{then['data'].get('rows')} rows{kinds[0]} -> "
+                differences += f"{now['data'].get('rows')}{kinds[1]}, {others}"
             raise ValueError(
                 f"resume_from_checkpoint: {folder} is of {what}: {differences}; wanted the same, or a new "
                 "run from its weights, with the checkpoint's folder as the model"
             )
+    if now["data"].get("is_stream"):
+        logger.info(
+            "resuming on a stream, which is read again up to where the run was: its first %d rows are those "
+            "of the checkpoint, and the others are taken on trust",
+            now["data"]["rows"],
+        )
     changed = _differences(then.get("settings"), now["settings"])
     if changed:
         logger.warning("resuming with other settings than the checkpoint's: %s", changed)
@@ -120,14 +129,18 @@ def _description(trainer: Any) -> dict[str, Any]:
 
 
 def _data(trainer: Any) -> dict[str, Any]:
-    """How many rows, and hashes: of tokens (texts, template, tokenizer, ``max_length``), and of numbers."""
-    dataset = trainer.train_dataset
+    """How many rows, and hashes: of tokens (texts, template, tokenizer, ``max_length``), and of numbers.
+
+    Of a stream those that it begins with, which are all that can be held to each other.
+    """
+    dataset = known_rows(trainer.train_dataset)
     if dataset is None:
         return {}
     # Once a run: of many rows it takes a while.
     if trainer.data_hash is None:
         trainer.data_hash = dataset.fingerprint()
-    return {"rows": len(dataset), "hash": trainer.data_hash, "numbers": _numbers_hash(dataset)}
+    found = {"rows": len(dataset), "hash": trainer.data_hash, "numbers": _numbers_hash(dataset)}
+    return found if dataset is trainer.train_dataset else {**found, "is_stream": True}
 
 
 def _numbers_hash(dataset: RowDataset) -> str:

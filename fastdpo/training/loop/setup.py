@@ -12,7 +12,7 @@ from fastdpo.losses.ranges import FINITE, PROBABILITY, check_range
 from fastdpo.losses.registry import RANGES
 from fastdpo.training.data.columns import select_columns, survey
 from fastdpo.training.data.dataset import RowDataset
-from fastdpo.training.data.encode import encode_rows
+from fastdpo.training.data.encode import RowEncoder
 from fastdpo.training.data.formats import Wanted
 from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.references import reference_columns
@@ -49,13 +49,17 @@ def tokenized_pairs(
         reads_reference: the reference's log-probabilities are taken from the rows, where they have some and
             the settings let them; not where a model is given for it.
     """
-    dataset = _encode(source, tokenizer, args, reads_reference)
+    encoder, source = row_encoder(source, tokenizer, args, reads_reference)
+    dataset = encoder.whole(source)
     report = dataset.report
     logger.log(logging.INFO if report.is_clean else logging.WARNING, "%s", report)
     return dataset
 
 
-def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig, reads_reference: bool) -> RowDataset:
+def row_encoder(
+    source: RowSource, tokenizer: Any, args: PreferenceConfig, reads_reference: bool
+) -> tuple[RowEncoder, RowSource]:
+    """What tokenises rows as the settings say, and the rows with the columns that they name."""
     source = select_columns(source, args.column_names, args.ignore_columns or ())
     found = survey(source)
     wanted = replace(wanted_data(args), gold_column=gold_column(args, found.filled))
@@ -71,7 +75,7 @@ def _encode(source: RowSource, tokenizer: Any, args: PreferenceConfig, reads_ref
             source=source.name,
         )
         options = replace(options, references=columns)
-    return encode_rows(source, tokenizer, options, wanted, found)
+    return RowEncoder(source.name, tokenizer, options, wanted, found), source
 
 
 def wanted_data(args: PreferenceConfig) -> Wanted:
@@ -92,17 +96,10 @@ def check_pairs(dataset: RowDataset, args: PreferenceConfig) -> None:
         ValueError: the data are of another kind than the losses', or do not carry every number that these and
             the settings need.
     """
+    check_part(dataset, args)
     wanted = wanted_data(args)
-    if dataset.kind != wanted.kind:
-        names = ", ".join(args.loss_type)
-        raise ValueError(f"dataset: got tokenised {dataset.kind}, wanted {wanted.kind} for {names}")
-    _check_numbers(dataset, args, wanted)
     if dataset.kind.is_paired:
-        _check_empty_parts(dataset)
         check_gold(args, has_gold=dataset.has_gold)
-        check_weighted_reference(dataset, args)
-    if wanted.scores is not None and "scores" in dataset.numbers:
-        _check_scores(dataset, wanted.scores)
     is_part = REFERENCE in dataset.numbers and not dataset.has_reference
     if is_part and dataset.has_mismatched and args.reference == "auto":
         raise ValueError(
@@ -113,6 +110,20 @@ def check_pairs(dataset: RowDataset, args: PreferenceConfig) -> None:
     if dataset.has_mismatched != wanted.has_mismatched:
         got, meant = ("with", "without") if dataset.has_mismatched else ("without", "with")
         raise ValueError(f"dataset: got rows {got} mismatched answers, wanted them {meant}")
+
+
+def check_part(dataset: RowDataset, args: PreferenceConfig) -> None:
+    """``check_pairs`` of what each row has by itself, as of a part of a stream's rows."""
+    wanted = wanted_data(args)
+    if dataset.kind != wanted.kind:
+        names = ", ".join(args.loss_type)
+        raise ValueError(f"dataset: got tokenised {dataset.kind}, wanted {wanted.kind} for {names}")
+    _check_numbers(dataset, args, wanted)
+    if dataset.kind.is_paired:
+        _check_empty_parts(dataset)
+        check_weighted_reference(dataset, args)
+    if wanted.scores is not None and "scores" in dataset.numbers:
+        _check_scores(dataset, wanted.scores)
 
 
 def _check_numbers(dataset: RowDataset, args: PreferenceConfig, wanted: Wanted) -> None:

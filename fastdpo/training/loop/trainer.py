@@ -29,9 +29,12 @@ from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.budget import budget_dataloader
 from fastdpo.training.batches.collate import pad_token_id
 from fastdpo.training.batches.layouts import choose_collator, like_length_sampler, token_budget
+from fastdpo.training.batches.stream import stream_dataloader
 from fastdpo.training.data.dataset import RowDataset
-from fastdpo.training.data.model_fit import check_fit
+from fastdpo.training.data.model_fit import StreamFit, check_fit
 from fastdpo.training.data.row_numbers import row_list
+from fastdpo.training.data.rows import is_stream
+from fastdpo.training.data.stream import StreamDataset, known_rows
 from fastdpo.training.loop.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.loop.folders import check_output_dir, clear_output_dir, is_unused
 from fastdpo.training.loop.largest_batch import try_before_scoring
@@ -58,6 +61,7 @@ from fastdpo.training.loop.step import (
     row_rewards,
     with_margins,
 )
+from fastdpo.training.loop.stream import check_stream_reference, prepare_stream, report_stream
 from fastdpo.training.reference.precompute import PrecomputedReference
 from fastdpo.training.reference.sources import (
     Reference,
@@ -71,6 +75,7 @@ from fastdpo.training.settings.batches import check_own_collator, check_own_mask
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.fields import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE
 from fastdpo.training.settings.steps import monitor_options
+from fastdpo.training.settings.stream import check_no_stream_settings, check_stream_settings
 from fastdpo.types import PreferenceLossOutput
 
 logger = logging.getLogger(__name__)
@@ -88,7 +93,8 @@ class PreferenceTrainer(SavingTrainer):
             (``patch_model``), which changes none of its other uses.
         args: the settings.
         train_dataset, eval_dataset: whatever ``read_rows`` reads (a path, rows, a ``datasets.Dataset``),
-            or a ``RowDataset``; ``eval_dataset`` may be a dict of several.
+            or a ``RowDataset``; ``eval_dataset`` may be a dict of several. ``train_dataset`` may be a stream
+            (``read_rows(..., streaming=True)``, a ``datasets.IterableDataset``), with ``max_steps``.
         processing_class: the model's tokenizer, or a processor that has it; not needed with a path or id as
             ``model``, nor when all data is tokenised already.
         ref_model: the reference, or its path or id, where it is not the policy as it is now; frozen, patched.
@@ -142,13 +148,14 @@ class PreferenceTrainer(SavingTrainer):
         self.told, self.has_ref_model = {}, ref_model is not None
         if args.learning_rate is None:
             args.learning_rate = ADAPTER_LEARNING_RATE if is_adapter_model(policy) else FULL_LEARNING_RATE
-        train_dataset = self._prepare_data(train_dataset)
-        check_own_masks(data_collator, train_dataset)
+        train_dataset = self._prepare_data(train_dataset, may_stream=True)
+        check_own_masks(data_collator, known_rows(train_dataset))
         eval_dataset = self._prepare_data(eval_dataset, may_be_many=True)
         self._has_given_reference = train_dataset is not None and train_dataset.has_reference
         kind = choose_reference(
             args, policy, has_ref_model=ref_model is not None, has_columns=self._has_given_reference
         )
+        check_stream_reference(train_dataset, kind)
         ref_model = reference_model(kind, policy, ref_model)
         for patched in (policy, ref_model):
             if patched is not None:
@@ -192,10 +199,10 @@ class PreferenceTrainer(SavingTrainer):
         models = [model for model in (self.model, ref_model, teacher) if model is not None]
         size = common_vocabulary(models, self._tokenizer) if self.args.needs_divergences else None
         self._models = {"model": self.model, "ref_model": ref_model, "teacher_model": teacher}
-        for data in (self.train_dataset, self.eval_dataset):
+        pairs: Any = known_rows(self.train_dataset)
+        for data in (pairs, self.eval_dataset):
             check_fit(data, self._models, self.args)
         self.reference = Reference(kind, ref_model, teacher=teacher, vocab_size=size)
-        pairs: Any = self.train_dataset
         self.data_collator = data_collator or choose_collator(
             models, self.args, pad_token_id(self._tokenizer), pairs, self.accelerator
         )
@@ -208,7 +215,11 @@ class PreferenceTrainer(SavingTrainer):
 
     # Data
 
-    def _prepare_data(self, data: Any, *, may_be_many: bool = False) -> Any:
+    def _prepare_data(self, data: Any, *, may_be_many: bool = False, may_stream: bool = False) -> Any:
+        if may_stream and (isinstance(data, StreamDataset) or is_stream(data)):
+            return self._prepare_stream(data)
+        if may_stream and data is not None:
+            check_no_stream_settings(self.args)
         if may_be_many and isinstance(data, Mapping):
             return {name: self._prepare_data(item) for name, item in data.items()}
         dataset = prepare_pairs(data, self._tokenizer, self.args, reads_reference=not self.has_ref_model)
@@ -218,9 +229,17 @@ class PreferenceTrainer(SavingTrainer):
             check_fit(dataset, self._models, self.args)
         return dataset
 
+    def _prepare_stream(self, data: Any) -> StreamDataset:
+        if not isinstance(data, StreamDataset):
+            data = prepare_stream(data, self._tokenizer, self.args, reads_reference=not self.has_ref_model)
+        check_stream_settings(self.args)
+        check_pairs(data.head, self.args)
+        dataset: StreamDataset = data
+        return dataset
+
     def _with_reference(self, data: Any) -> Any:
         """``data`` with its precomputed log-probabilities, where the reference is one that needs them."""
-        if self._precomputed is None or data is None:
+        if self._precomputed is None or data is None or isinstance(data, StreamDataset):
             return data
         if isinstance(data, Mapping):
             return {name: self._with_reference(item) for name, item in data.items()}
@@ -236,6 +255,9 @@ class PreferenceTrainer(SavingTrainer):
     def get_train_dataloader(self) -> Any:
         """As ``Trainer.get_train_dataloader``, with batches of so many tokens where the settings say so."""
         budget = token_budget(self.args, self.data_collator)
+        if isinstance(self.train_dataset, StreamDataset):
+            fit = StreamFit(self._models, self.args)
+            return stream_dataloader(self.train_dataset, budget, self.data_collator, self.args, fit)
         if budget is None or self.train_dataset is None:
             return super().get_train_dataloader()
         pairs: Any = self.train_dataset
@@ -278,6 +300,7 @@ class PreferenceTrainer(SavingTrainer):
             if self._precomputed is not None:
                 self._precomputed.model_will_change()
             output: TrainOutput = super().train(self.resumed_from, trial, ignore_keys_for_eval)
+        report_stream(self.train_dataset)
         return output
 
     def get_batch_samples(
@@ -368,4 +391,6 @@ class PreferenceTrainer(SavingTrainer):
 
     def step_ended(self) -> None:
         """After each optimiser step."""
+        if isinstance(self.train_dataset, StreamDataset):
+            self.state.epoch = self.train_dataset.epoch  # transformers takes all of its steps for one
         sync_reference(self)

@@ -43,6 +43,12 @@ def parse_score(argv: Sequence[str]) -> tuple[RunArguments, Path | None]:
     if config.needs_divergences:
         names = ", ".join(config.loss_type)
         raise ArgumentError(f"--loss_type: got {names}, which has no use for reference log-probabilities")
+    if any(isinstance(part, DataArguments) and part.dataset_streaming for part in run):
+        raise ArgumentError(
+            "--dataset_streaming: got true, wanted rows at hand: scores are kept by the rows' places, and a "
+            "stream has as many as are asked for; or train with --reference copy or adapter, which score "
+            "each batch when it comes"
+        )
     arguments = RunArguments(*run)
     return arguments, extra.checked_path(arguments.data)
 

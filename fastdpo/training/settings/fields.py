@@ -122,6 +122,12 @@ class SettingFields(DataSettings, TrainingArguments):
         ),
     )
 
+    shuffle_buffer_size: int = field(
+        default=1000,
+        metadata=_help(
+            "Of a stream: rows held, from which chance picks the next one; 0 or 1 for the stream's order."
+        ),
+    )
     dataset_num_proc: int | None = field(
         default=None,
         metadata=_help("Processes that tokenise. Default: one for every few thousand rows, up to the cores."),

@@ -34,6 +34,7 @@ _LEAST = {
     "ref_model_sync_steps": 1,
     "save_total_limit": 1,
     "dataset_num_proc": 1,
+    "shuffle_buffer_size": 0,
     "workspace_mib": 1,
     "cache_mib": 0,
     "dataloader_num_workers": 0,

@@ -23,6 +23,8 @@ ALIASES = {
     "datasets": "dataset",
     "dataset_train_split": "dataset_split",
     "dataset_test_split": "eval_dataset_split",
+    "streaming": "dataset_streaming",
+    "buffer_size": "shuffle_buffer_size",
     "preprocessing_num_workers": "dataset_num_proc",
     "precompute_ref_batch_size": "reference_batch_size",
     "activation_offloading": "offload_activations",
@@ -46,7 +48,6 @@ _QUANTISED = "quantised weights are not supported by this version"
 UNSUPPORTED = {
     "load_in_4bit": _QUANTISED,
     "load_in_8bit": _QUANTISED,
-    "dataset_streaming": "streams are read by read_rows(streaming=True), but not trained on by this version",
     "generate_during_eval": "generations are not supported by this version",
     "is_encoder_decoder": "encoder-decoders are not supported by this version",
     "ignore_bias_buffers": "DDP's buffers are those of the model",
@@ -227,6 +228,8 @@ ELSEWHERE = {
     "overwrite": "overwrite_output_dir",
     "num_proc": "dataset_num_proc",
 }
+# Settings of the command line that are an argument in Python.
+_IN_PYTHON = {"dataset_streaming": "in Python, train_dataset=read_rows(..., streaming=True)"}
 _SWITCH = Hint(bool | None)
 
 
@@ -285,6 +288,8 @@ def _share(name: str, value: Any) -> Any:
 
 def hint_for(name: str, known: Collection[str], prefix: str = "") -> str:
     """``; ...``: what to do about a name that is none of ``known``, which are shown with ``prefix``."""
+    if name in _IN_PYTHON:
+        return f"; {_IN_PYTHON[name]}"
     if name in ELSEWHERE:
         text = ELSEWHERE[name]
         return f"; use {prefix}{text}" if text in known else f"; {text}"

@@ -12,6 +12,7 @@ from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.hub import check_push, check_there, has_splits, is_adapter, looks_like_path
 from fastdpo.training.settings.own_losses import IMPORTED
 from fastdpo.training.settings.sources import names_of, read_parts
+from fastdpo.training.settings.stream import check_stream_settings
 from fastdpo.training.settings.values import not_default, settle
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -127,6 +128,13 @@ class DataArguments:
             "allows without a repeat. Default: all rows of all."
         ),
     )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata=_help(
+            "Read rows while they are trained on, and keep none, for data that do not fit on the disk; with "
+            "max_steps."
+        ),
+    )
     eval_dataset: str | list[str] | None = field(
         default=None, metadata=_help("As dataset, for evaluation; of several all rows.")
     )
@@ -154,6 +162,11 @@ class DataArguments:
         settle(self)
         if self.eval_dataset is None and self.eval_dataset_split is not None:
             self.eval_dataset = self.dataset
+        if self.held_out and self.dataset_streaming:
+            raise ArgumentError(
+                "--held_out: got a value with --dataset_streaming, wanted --eval_dataset: which rows a "
+                "stream has is not known, so none can be held out of it"
+            )
         if self.held_out and self.eval_dataset is not None:
             raise ArgumentError("--held_out and --eval_dataset: give one of the two")
         named = None if self.dataset_split == "train" else self.dataset_split
@@ -275,6 +288,8 @@ class RunArguments:
         for name, value in (("model", self.model.model), ("dataset", self.data.dataset)):
             if not value:
                 raise ArgumentError(f"--{name} is required")
+        if self.data.dataset_streaming:
+            check_stream_settings(self.config)
         losses, teacher = ", ".join(self.config.loss_type), self.model.teacher_model
         if self.config.needs_teacher and teacher is None:
             raise ArgumentError(f"--teacher_model is required for {losses}, which distils it")
