@@ -227,6 +227,7 @@ def diagnose(argv: Sequence[str], *, debug: bool = False) -> int:
 def _diagnose_run(argv: Sequence[str], *, debug: bool) -> int:
     """What ``fastdpo train`` would run, from the trainer that it would train."""
     from fastdpo.doctor.diagnosis import Diagnosis, doctor
+    from fastdpo.training.data.stream import known_rows
     from fastdpo.training.loop.folders import check_output_dir
     from fastdpo.training.loop.trainer import PreferenceTrainer
     from fastdpo.training.settings.command_line import parse_train
@@ -239,7 +240,9 @@ def _diagnose_run(argv: Sequence[str], *, debug: bool) -> int:
     except ValueError as error:
         refused.append(str(error))
     parts = _load_run(arguments)
-    lines.append(("dataset", str(parts["train_dataset"].report)))
+    rows = known_rows(parts["train_dataset"])
+    begins = "" if rows is parts["train_dataset"] else "a stream, which begins with "
+    lines.append(("dataset", f"{begins}{rows.report}"))
     if parts["eval_dataset"] is not None:
         lines.append(("evaluation", f"{len(parts['eval_dataset'])} of {parts['eval_dataset'].report.source}"))
     with tempfile.TemporaryDirectory() as folder:

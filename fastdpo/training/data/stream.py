@@ -66,7 +66,7 @@ class StreamDataset:
     num_rows: int | None = field(default=None, init=False)
     """Of a pass, without those left out; None until one has come to the end."""
     report: StreamReport | DataReport = field(init=False)
-    """Of the pass that is read, so far; before the first the head's."""
+    """Of the first pass, so far; before it the head's."""
 
     def __post_init__(self) -> None:
         self.report = self.head.report
@@ -103,7 +103,9 @@ class StreamDataset:
             yield row
 
     def _tokenised(self, fit: StreamFit | None) -> Iterator[Row]:
-        report = self.report = StreamReport(self.stream.name, self.head.report.unit)
+        report = StreamReport(self.stream.name, self.head.report.unit)
+        if self.num_rows is None:
+            self.report = report
         said, next_word = 0, 2 * HEAD_ROWS
         for source in self._parts():
             part, found = self._encoder.part(source)

@@ -148,6 +148,12 @@ def test_rows_are_forgotten(make_args: MakeArgs, tokenizer: Any):
     assert source.read <= 3000 + 100 + stream.PART_ROWS
 
 
+def test_rows_hold_no_others(short_parts: None, make_args: MakeArgs, tokenizer: Any):
+    for row in stream_of(rows_of_kind("unpaired", 9), tokenizer, make_args(loss_type="kto")).rows():
+        tensors = [row.prompt, row.answers[0].ids, *([] if (s := row.answers[0].scored) is None else [s])]
+        assert all(x.untyped_storage().nbytes() == x.nbytes for x in tensors)
+
+
 def bad_rows(count: int, every: int) -> list[dict[str, Any]]:
     rows = make_rows(count)
     return [{**row, "chosen": ""} if k % every == 0 else row for k, row in enumerate(rows, 1)]

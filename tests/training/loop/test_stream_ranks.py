@@ -23,6 +23,7 @@ from tests.training.loop.ddp_run import CPU_RANKS_CAN_RESUME, KeepGradients, Sto
 # Two ranks take the batches of one process in turn: a step of theirs is one of twice as many micro-batches.
 CASES: dict[str, dict[str, Any]] = {
     "rows": {"shuffle_buffer_size": 5},
+    "accumulated": {"shuffle_buffer_size": 5, "accumulate": 2},
     "budget": {
         "train_sampling_strategy": "sequential",
         "batch_layout": "shared_prompt",
@@ -35,7 +36,9 @@ CASES: dict[str, dict[str, Any]] = {
 PACKED = {"batch_layout": "packed", "max_tokens_per_batch": 150, "shuffle_buffer_size": 8}
 
 
-def made(folder: Path, name: str, *callbacks: Any, data: Any = None, **changes: Any) -> PreferenceTrainer:
+def made(
+    folder: Path, name: str, *callbacks: Any, data: Any = None, accumulate: int = 1, **changes: Any
+) -> PreferenceTrainer:
     is_alone = "WORLD_SIZE" not in os.environ
     settings = {
         "max_steps": 3,
@@ -49,7 +52,7 @@ def made(folder: Path, name: str, *callbacks: Any, data: Any = None, **changes: 
         use_cpu=True,
         ddp_backend=None if is_alone else "gloo",
         per_device_train_batch_size=2,
-        gradient_accumulation_steps=2 if is_alone else 1,
+        gradient_accumulation_steps=accumulate * (2 if is_alone else 1),
         learning_rate=1e-3,
         max_bad_rows=0.3,
         disable_tqdm=True,

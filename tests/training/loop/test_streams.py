@@ -208,7 +208,7 @@ def test_bad_rows_are_reported_at_the_end(
     assert "(rows 11, 14)" in said[-1]
     for changes, text in (
         ({"max_bad_rows": 0.05}, "13% of the rows left out, wanted 5% at most"),
-        ({"on_bad_row": "error"}, r"\(row 11\) \(on_bad_row='error'\)"),
+        ({"on_bad_row": "error"}, r"\(rows 11, 14\) \(on_bad_row='error'\)"),
     ):
         args = make_args(**changes, train_sampling_strategy="sequential", overwrite_output_dir=True)
         with pytest.raises(ValueError, match=text):
@@ -338,7 +338,12 @@ def test_the_command_line(flags: list[str], tmp_path: Path, capsys: pytest.Captu
     words[words.index(str(tmp_path / "run"))] = str(tmp_path / "other")
     assert main(["doctor", *words]) == 0
     out = capsys.readouterr().out
-    assert "8 of 8 pairs kept" in out and "longest pair" in out and "refused" in out
+    assert (
+        "a stream, which begins with" in out
+        and "8 of 8 pairs kept" in out
+        and "longest pair" in out
+        and "refused" in out
+    )
     assert not (tmp_path / "other").exists()
 
 
