@@ -26,6 +26,7 @@ from fastdpo.types import (
     TeacherCombination,
     TokenDivergenceOutput,
     TokenLayout,
+    VocabShard,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ __all__ = [
     "Teachers",
     "TokenDivergenceOutput",
     "TokenLayout",
+    "VocabShard",
     "doctor",
     "dpo_loss_from_logps",
     "explain_plan",

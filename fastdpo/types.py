@@ -41,6 +41,25 @@ class HeadAdapter(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class VocabShard:
+    """Which part of the vocabulary a rank's head has: rows ``start`` to ``start + V_r`` of the whole weight.
+
+    Hidden states and labels are the same on all ranks of the group, as under tensor parallelism. The first
+    use of a shard holds those of all ranks against each other, in one exchange: keep it from call to call.
+
+    Args:
+        start: the first entry of the vocabulary that this rank has.
+        vocab_size: of all ranks together.
+        group: of the ranks that have parts; None: all ranks.
+    """
+
+    start: int
+    vocab_size: int
+    group: Any = None
+    checked: set[Any] = field(default_factory=set, init=False, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
 class LMHead:
     """All there is to know of a language-model head.
 
@@ -56,8 +75,9 @@ class LMHead:
         temperature: positive and finite.
         adapter: LoRA on the head, a `HeadAdapter` or ``(A (r, H), B (V, r), scale)``; added to
             ``weight @ h + bias`` before scale and cap. The sum ``weight + scale * B @ A`` is never made.
-        vocab_parallel: a process group over which V is split; not supported by this version, the
-            ops refuse it.
+        vocab_parallel: where the weight is a shard of the vocabulary, `VocabShard`: weight ``(V_r, H)``, bias
+            ``(V_r,)``, and ``B`` of LoRA ``(V_r, r)``. The ops then give all ranks what the whole head gives,
+            the same bits, and each its own part of the weight's gradient.
     """
 
     weight: Tensor
@@ -66,7 +86,7 @@ class LMHead:
     softcap: float | None = field(default=None, kw_only=True)
     temperature: float = field(default=1.0, kw_only=True)
     adapter: HeadAdapter | tuple[Tensor, Tensor, float] | None = field(default=None, kw_only=True)
-    vocab_parallel: Any = field(default=None, kw_only=True)
+    vocab_parallel: VocabShard | None = field(default=None, kw_only=True)
 
     # Filled in by `fastdpo.integrations.lm_head`, the only place that knows model classes.
     _read_model: ClassVar[Callable[[Any], LMHead] | None] = None

@@ -89,7 +89,7 @@ def reference_head(
     """The reference's head: the one given, else the policy's. Of one with an adapter the caller has to say
     which is meant: the reference of such a policy is nearly always the plain head."""
     if ref_lm_head is not None:
-        return as_head(ref_lm_head, name, takes_adapter=True)
+        return as_head(ref_lm_head, name, takes_all=True)
     if ref_hidden is not None and head.adapter is not None:
         raise fail(name, "None with an adapter on lm_head", "the reference's head (without it, say)")
     return head

@@ -168,7 +168,7 @@ def loss_of_states(
         teachers: what else losses with divergences are told; None for all others.
     """
     objective, layout, weights = data.objective, data.layout, data.token_weights
-    run, head = op_checks.check_execution(execution), op_checks.as_head(lm_head, takes_adapter=True)
+    run, head = op_checks.check_execution(execution), op_checks.as_head(lm_head, takes_all=True)
     checks.check_not_in_layout(layout, labels=labels, nll_labels=data.nll)
     like = checks.check_batch("labels", labels, layout, INT_DTYPES, in_pairs=data.in_pairs)
     if isinstance(layout, TokenLayout):
@@ -311,4 +311,6 @@ def _settle_mode(run: Execution, hidden: Tensor, head: LMHead, given: Data) -> s
     # fp16 gradients are too small before a loss scaler has had its say, which comes with the backward pass.
     is_fp16 = op_checks.resolve_dtypes(hidden, head.weight, run)[0] == torch.float16
     has_row_loss = given.objective.is_sum_over_rows and not is_fp16 and not is_differentiated
+    # Ranks with parts of the vocabulary would have to meet after every group.
+    has_row_loss = has_row_loss and head.vocab_parallel is None
     return settle_mode(hidden, head, run, has_row_loss=has_row_loss)

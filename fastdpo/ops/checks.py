@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from fastdpo.ops.shard_check import check_shard
 from fastdpo.types import (
     BACKENDS,
     DEFAULT_TOPK,
@@ -33,10 +34,11 @@ def fail(name: str, got: object, wanted: str) -> ValueError:
     return ValueError(f"{name}: got {got}, wanted {wanted}")
 
 
-def as_head(lm_head: object, name: str = "lm_head", *, takes_adapter: bool = False) -> LMHead:
+def as_head(lm_head: object, name: str = "lm_head", *, takes_all: bool = False) -> LMHead:
     """An `LMHead` from one, from a ``(V, H)`` tensor, or from an ``nn.Linear``; validated.
 
-    ``takes_adapter``: whether what the head is for computes an adapter; refused where it would be ignored.
+    ``takes_all``: whether what the head is for computes an adapter, and a shard of the vocabulary; refused
+    where they would be ignored.
     """
     if isinstance(lm_head, LMHead):
         head = lm_head
@@ -48,8 +50,12 @@ def as_head(lm_head: object, name: str = "lm_head", *, takes_adapter: bool = Fal
         raise TypeError(
             f"{name}: got {type(lm_head).__name__}, wanted an LMHead, a (V, H) tensor or an nn.Linear"
         )
+    if head.vocab_parallel is not None:
+        if not takes_all:
+            raise ValueError(f"{name}.vocab_parallel: a shard of the vocabulary is not supported here")
+        check_shard(head)  # before what may fail on one rank alone
     if head.adapter is not None:
-        if not takes_adapter:
+        if not takes_all:
             raise ValueError(f"{name}.adapter: LoRA on the head is not supported here; merge it first")
         head = replace(head, adapter=_as_adapter(head.adapter, f"{name}.adapter"))
     _check_head(head, name)
@@ -67,6 +73,7 @@ def is_same_head(head: LMHead, other: LMHead) -> bool:
     return (
         head.adapter is None
         and other.adapter is None
+        and head.vocab_parallel is other.vocab_parallel
         and head.weight is other.weight
         and head.bias is other.bias
         and (head.logit_scale, head.softcap, head.temperature)
@@ -76,10 +83,11 @@ def is_same_head(head: LMHead, other: LMHead) -> bool:
 
 def _check_head(head: LMHead, name: str) -> None:
     weight = head.weight
-    if head.vocab_parallel is not None:
-        raise ValueError(f"{name}.vocab_parallel: a sharded vocabulary is not supported by this version")
     if hasattr(weight, "device_mesh"):
-        raise ValueError(f"{name}.weight: got a DTensor, wanted a plain tensor; pass weight.full_tensor()")
+        raise ValueError(
+            f"{name}.weight: got a DTensor, wanted a plain tensor; weight.to_local() with a VocabShard as "
+            "vocab_parallel is a part of the vocabulary"
+        )
     if weight.dim() != 2 or 0 in weight.shape:
         raise fail(f"{name}.weight", f"shape {tuple(weight.shape)}", "(V, H); gather a sharded weight first")
     if weight.dtype not in COMPUTE_DTYPES:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdpo.ops import checks
 from fastdpo.ops.adapted import adapted_results, settle_adapted_mode
 from fastdpo.ops.library import CallOptions, forward_op
+from fastdpo.ops.vocab_parallel import sharded_logprob
 from fastdpo.plan.modes import resolve_mode, settled_run
 from fastdpo.plan.schedule import holds_a_chunk_row
 from fastdpo.types import (
@@ -84,7 +85,7 @@ def linear_logprob(
     targets, token_index, index_kind = labelled_rows(hidden, labels, token_index, reads_values=check_labels)
     output, _ = indexed_logprob(
         hidden,
-        checks.as_head(lm_head, takes_adapter=True),
+        checks.as_head(lm_head, takes_all=True),
         targets,
         token_index,
         index_kind,
@@ -142,6 +143,22 @@ def indexed_logprob(
         The output, and the log-probabilities of ``ref_hidden`` (the shape of ``hidden``, the same head) or
         None: chunk after chunk right behind the policy's, without a gradient.
     """
+    if head.vocab_parallel is not None:
+        return sharded_logprob(
+            indexed_logprob,
+            hidden,
+            head,
+            labels,
+            token_index,
+            index_kind,
+            ref_hidden=ref_hidden,
+            ignore_index=ignore_index,
+            outputs=outputs,
+            entropy_requires_grad=entropy_requires_grad,
+            check_labels=check_labels,
+            grad_weight_out=grad_weight_out,
+            execution=execution,
+        )
     checks.check_inputs(hidden, head)
     wanted = checks.check_outputs(outputs, entropy_requires_grad, has_topk=True)
     k = checks.check_topk(topk, wanted, head.weight.shape[0])

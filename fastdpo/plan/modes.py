@@ -29,8 +29,8 @@ def resolve_mode(
     if mode == "pairs" and not has_row_loss:
         raise ValueError(
             "mode: 'pairs' needs fused_dpo_loss or fused_preference_loss, losses of scope 'pair' or 'token' "
-            "that pass no gradient to their own arguments, and operands other than float16; use 'auto' or "
-            "'cache'"
+            "that pass no gradient to their own arguments, operands other than float16, and a head that is "
+            "whole; use 'auto' or 'cache'"
         )
     # Not `score` without gradients: a reference must get the bits of its policy, and as little memory.
     if mode == "lean" or (mode == "auto" and not holds_a_row):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 # Unit of the head: the root's, one of its own, or one with the last norm (tail), as accelerate has it.
 FSDP: dict[str, dict[str, Any]] = {
     f"{engine} {unit} {how}{extra}": {"engine": engine, "unit": unit, "how": how, **options}
@@ -50,4 +52,57 @@ ZERO: dict[str, dict[str, Any]] = {
         (3, "loss", ", LoRA on the head", {"adapter": "head"}),
         (3, "loss", ", head trained whole", {"adapter": "saved"}),
     ]
+}
+
+VOCABULARY_SHARDS: dict[str, dict[str, Any]] = {
+    name: options
+    for name, options in [
+        ("score", {"size": 61, "how": "logps", "trained": "nothing", "outputs": "lse"}),
+        ("stash", {"size": 61, "how": "logps", "mode": "stash", "trained": "hidden"}),
+        ("cache, bias and cap", {"size": 67, "how": "logps", "mode": "cache", "bias": True, "softcap": 3.0}),
+        ("cache, gradient of lse", {"size": 67, "how": "logps", "mode": "cache", "outputs": "lse"}),
+        (
+            "recompute, entropy",
+            {"size": 61, "how": "logps", "outputs": "lse,entropy", "temperature": 0.8, "softcap": 4.0},
+        ),
+        ("lean, head trained", {"size": 61, "how": "logps", "mode": "lean", "bias": True}),
+        (
+            "lean, head frozen",
+            {"size": 61, "how": "logps", "mode": "lean", "trained": "hidden", "softcap": 2.0},
+        ),
+        (
+            "statistics",
+            {
+                "size": 61,
+                "how": "logps",
+                "mode": "cache",
+                "logit_scale": 0.5,
+                "outputs": "lse,entropy,log_sum_sq_probs,mean_logit,is_top1",
+            },
+        ),
+        ("rows that predict several tokens", {"size": 61, "how": "layout", "bias": True}),
+        ("LoRA on the head", {"size": 61, "how": "logps", "adapter": True, "trained": "hidden"}),
+        ("the loss", {"size": 61, "how": "loss"}),
+        (
+            "fp32",
+            {"size": 3001, "how": "logps", "dtype": "float32", "outputs": "lse,entropy", "mode": "cache"},
+        ),
+        ("fp32, the loss", {"size": 3001, "how": "loss", "dtype": "float32", "bias": True, "softcap": 20.0}),
+        ("bf16", {"size": 3001, "how": "logps", "dtype": "bfloat16"}),
+        ("bf16, head frozen", {"size": 3001, "how": "logps", "dtype": "bfloat16", "trained": "hidden"}),
+    ]
+}
+
+# Of two ranks, whose parts are rows 0 to 29 and 30 to 60.
+MISTAKES: dict[str, dict[str, Any]] = {
+    "overlap": {"starts": (0, 29)},
+    "gap": {"starts": (0, 31), "sizes": (30, 30)},
+    "too few": {"sizes": (30, 30)},
+    "nothing": {"starts": (0, 0), "sizes": (0, 61)},
+    "another size": {"second": {"vocab_size": 62}},
+    "another scale": {"second": {"logit_scale": 2.0}},
+    "a bias": {"second": {"bias": True}},
+    "another dtype": {"second": {"dtype": torch.float64}},
+    "other labels": {"labels_differ": True, "check_labels": True},
+    "top-k": {"outputs": ("topk_mass",)},
 }

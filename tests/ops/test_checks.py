@@ -60,7 +60,6 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "adapter on another device": (adapted(WEIGHT[:3].to("meta"), WEIGHT[:, :3], 1.0), "adapter.lora_a.*meta"),
     "adapter scaled by nan": (adapted(WEIGHT[:3], WEIGHT[:, :3], float("nan")), "adapter.scale"),
     "adapter dropping all": (adapted(WEIGHT[:3], WEIGHT[:, :3], 1.0, 1.0), "adapter.dropout.*1.0"),
-    "vocab_parallel": ({"head": LMHead(WEIGHT, vocab_parallel=object())}, "vocab_parallel.*not supported"),
     "outputs as a string": ({"outputs": "lse"}, "outputs.*'lse'"),
     "unknown output": ({"outputs": ("lse", "perplexity")}, "outputs.*perplexity.*lse"),
     "k without a top-k output": ({"topk": 3, "outputs": ("lse",)}, r"topk: got 3.*topk_mass"),
@@ -101,6 +100,7 @@ def test_bad_value_is_named(name: str) -> None:
     [
         ({"head": nn.Embedding(V, H)}, "lm_head.*Embedding.*LMHead"),
         ({"head": None}, "lm_head.*NoneType"),
+        ({"head": LMHead(WEIGHT, vocab_parallel=3)}, "vocab_parallel.*int.*VocabShard"),  # type: ignore[arg-type]
         ({"hidden": [[1.0]]}, "hidden.*list.*Tensor"),
         ({"execution": {"mode": "auto"}}, "execution.*dict.*Execution"),
         (

@@ -1,0 +1,188 @@
+"""One rank of a head whose vocabulary is split: beside the whole head; a JSON line for each case."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastdpo import Execution, LMHead, TokenLayout, VocabShard, fused_dpo_loss, linear_logprob
+from fastdpo.testing import assert_close_to_fp64, assert_logps_close
+from fastdpo.types import HeadAdapter
+from tests.distributed.cases import MISTAKES, VOCABULARY_SHARDS
+from tests.distributed.problem import Collectives, print_results
+
+H, N = 24, 45
+
+
+def _whole(dtype: torch.dtype, size: int, *, bias: bool, adapter: bool, **transform: Any) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(size)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=random, dtype=torch.float64) * scale).to(dtype)
+
+    labels = torch.randint(0, size, (3, N // 3), generator=random)
+    labels[0, ::4] = -100
+    lora_dtype = torch.promote_types(dtype, torch.float32)
+    return {
+        "hidden": normal(3, N // 3, H),
+        "weight": normal(size, H, scale=0.4),
+        "bias": normal(size) if bias else None,
+        "lora_a": normal(3, H, scale=0.3).to(lora_dtype) if adapter else None,
+        "lora_b": normal(size, 3, scale=0.3).to(lora_dtype) if adapter else None,
+        "labels": labels,
+        "transform": transform,
+    }
+
+
+def _rows(size: int) -> tuple[int, int]:
+    """This rank's part, of which no two are of one size."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    bounds = [size * k * (k + 1) // (world * (world + 1)) for k in range(world + 1)]
+    return bounds[rank], bounds[rank + 1]
+
+
+def _leaves(of: dict[str, Any], rows: slice, trained: str) -> dict[str, Tensor]:
+    """Copies of the tensors, of which those that are trained require gradients."""
+    found = {}
+    for name in ("hidden", "weight", "bias", "lora_a", "lora_b"):
+        if of[name] is None:
+            continue
+        value = of[name][rows] if name in ("weight", "bias", "lora_b") else of[name]
+        needs = name == "hidden" or name.startswith("lora") or trained == "head"
+        found[name] = value.clone().requires_grad_(needs and trained != "nothing")
+    return found
+
+
+def _head(leaves: dict[str, Tensor], transform: dict[str, Any], shard: VocabShard | None) -> LMHead:
+    adapter = HeadAdapter(leaves["lora_a"], leaves["lora_b"], 0.7) if "lora_a" in leaves else None
+    return LMHead(
+        leaves["weight"], bias=leaves.get("bias"), adapter=adapter, vocab_parallel=shard, **transform
+    )
+
+
+def _results(
+    leaves: dict[str, Tensor], head: LMHead, of: dict[str, Any], how: str, execution: Execution, outputs: Any
+) -> dict[str, Tensor]:
+    """What comes out, and the gradients of a number made of it."""
+    made: dict[str, Tensor] = {}
+    if how == "loss":
+        # A first row of chosen answers, a second of rejected ones.
+        ref = torch.tensor([-30.0, -31.0], dtype=torch.float64)
+        labels = of["labels"][:2]
+        out = fused_dpo_loss(
+            leaves["hidden"][:2], head, labels, ref_logps=ref.to(leaves["hidden"].dtype), execution=execution
+        )
+        made = {"loss": out.loss, "chosen_logps": out.chosen_logps, "entropy": out.metrics["entropy"]}
+        objective = out.loss
+    else:
+        labels = of["labels"]
+        if how == "layout":  # rows that predict several tokens
+            places = torch.tensor([0, 1, 1, 5, 30, 30, 30, 44])
+            labels = TokenLayout(places, of["labels"].flatten()[7:15].clamp(min=0), torch.zeros_like(places))
+        names = tuple(filter(None, outputs.split(",")))
+        out = linear_logprob(
+            leaves["hidden"], head, labels, outputs=names, execution=execution,
+            entropy_requires_grad="entropy" in names and execution.mode in ("auto", "recompute"),
+        )  # fmt: skip
+        made = {name: value for name, value in out._asdict().items() if value is not None}
+        weights = torch.linspace(-1, 1, out.logps.numel(), dtype=torch.float64).view(out.logps.shape)
+        terms = [value for value in (out.logps, out.lse, out.entropy) if value is not None]
+        objective = sum((term.double() * weights / (k + 1)).sum() for k, term in enumerate(terms))
+    if isinstance(objective, Tensor) and objective.requires_grad:
+        objective.backward()
+    grads = {f"grad {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {**{name: value.detach() for name, value in made.items()}, **grads}
+
+
+def _case(
+    size: int,
+    how: str,
+    dtype: str = "float64",
+    mode: str = "auto",
+    trained: str = "head",
+    outputs: str = "",
+    bias: bool = False,
+    adapter: bool = False,
+    workspace_mib: int = 512,
+    **transform: Any,
+) -> dict[str, Any]:
+    kind = getattr(torch, dtype)
+    of = _whole(kind, size, bias=bias, adapter=adapter, **transform)
+    start, stop = _rows(size)
+    execution = Execution(mode=mode, workspace_mib=workspace_mib)
+    mine = _leaves(of, slice(start, stop), trained)
+    with Collectives() as counted:
+        ours = _results(
+            mine, _head(mine, of["transform"], VocabShard(start, size)), of, how, execution, outputs
+        )
+    whole = _leaves(of, slice(0, size), trained)
+    eager = _results(whole, _head(whole, of["transform"], None), of, how, execution, outputs)
+    exact = {
+        **of,
+        **{k: v.double() for k, v in of.items() if isinstance(v, Tensor) and v.is_floating_point()},
+    }
+    exact_leaves = _leaves(exact, slice(0, size), trained)
+    truth = _results(
+        exact_leaves, _head(exact_leaves, of["transform"], None), exact, how, Execution(mode=mode), outputs
+    )
+    assert ours.keys() == truth.keys(), f"{ours.keys()} instead of {truth.keys()}"
+    for name, value in ours.items():
+        is_split = name.removeprefix("grad ") in ("weight", "bias", "lora_b") and name.startswith("grad")
+        wanted, near = (of[name][start:stop] if is_split else of[name] for of in (truth, eager))
+        if name == "is_top1":
+            assert torch.equal(value, wanted), name
+        elif kind == torch.float64:
+            torch.testing.assert_close(value, wanted, rtol=1e-11, atol=1e-11)
+        elif name == "logps":
+            assert_logps_close(value, wanted, kind)
+        elif value.dim():
+            assert_close_to_fp64(value, wanted, near, name=name)
+        else:
+            torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
+    return {"calls": dict(counted.calls), "sent": dict(counted.sent), "same": _is_same_everywhere(ours)}
+
+
+def _is_same_everywhere(ours: dict[str, Tensor]) -> bool:
+    """Whether what is the same on all ranks is so to the bit."""
+    for name, value in ours.items():
+        if name in ("grad weight", "grad bias", "grad lora_b"):
+            continue
+        first = value.double().contiguous().clone()
+        dist.broadcast(first, 0)
+        if not torch.equal(first, value.double()):
+            return False
+    return True
+
+
+def _mistake(
+    starts: tuple[int, ...] = (0, 30),
+    sizes: tuple[int, ...] = (30, 31),
+    second: dict[str, Any] | None = None,
+    labels_differ: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """What a rank is told of heads that are not one; ``second``: how that of rank 1 differs."""
+    rank = dist.get_rank()
+    changed = dict(second or {}) if rank else {}
+    size = changed.pop("vocab_size", 61)
+    bias = torch.zeros(sizes[rank]) if changed.pop("bias", False) else None
+    weight = torch.randn(sizes[rank], H).to(changed.pop("dtype", torch.float32))
+    head = LMHead(weight, bias=bias, vocab_parallel=VocabShard(starts[rank], size), **changed)
+    labels = torch.arange(4) + rank * labels_differ
+    try:
+        linear_logprob(torch.randn(4, H), head, labels, **options)
+    except (ValueError, TypeError) as error:
+        return {"said": str(error)}
+    return {"said": None}
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    print_results(VOCABULARY_SHARDS, _case)
+    if dist.get_world_size() == 2:
+        print_results(MISTAKES, _mistake)
+    dist.destroy_process_group()
