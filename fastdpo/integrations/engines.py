@@ -1,12 +1,14 @@
-"""The head of a model that an engine shards (FSDP2, FSDP1, ZeRO-3): the fused op inside the head's own call.
+"""The head of a model that an engine splits: the fused op inside the head's own call, or on its shard.
 
-An engine gathers a module's weight for that module's call, gathers it again for its backward pass, and
-reduces its gradient there, by hooks on the module. So the op runs where the logits would be made: the head's
-``forward`` is replaced for one call, and the head is called. Nothing is gathered by hand.
+FSDP2, FSDP1 and ZeRO-3 gather a module's weight for that module's call, gather it again for its backward
+pass, and reduce its gradient there, by hooks on the module. So the op runs where the logits would be made:
+the head's ``forward`` is replaced for one call, and the head is called. Nothing is gathered by hand. Tensor
+parallelism leaves each rank its rows of the head, which the op takes as they are (`VocabShard`).
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.ops.checks import fail
+from fastdpo.types import VocabShard
 
 FSDP1, FSDP2, ZERO3 = "FSDP1", "FSDP2", "ZeRO-3"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -60,6 +63,36 @@ def weight_shape(linear: Any) -> torch.Size:
     """``(V, H)``, also of a weight that is partitioned."""
     shape = linear._parameters["weight"].shape
     return shape if len(shape) == 2 else torch.Size((linear.out_features, linear.in_features))
+
+
+def is_split_by_vocabulary(weight: Any) -> bool:
+    """Whether a weight is a DTensor whose rows are split over the one dimension of its mesh."""
+    placements: Any = getattr(weight, "placements", ())
+    return len(placements) == 1 and bool(placements[0].is_shard(0))
+
+
+def is_tensor_parallel(forward: Any) -> bool:
+    """Whether a module's own forward is what transformers' ``tp_plan`` put there."""
+    return getattr(forward, "__qualname__", "").startswith("TensorParallelLayer.")
+
+
+def vocab_shard(linear: nn.Module) -> VocabShard | None:
+    """Which rows of a head this rank has, under tensor parallelism; None of one that is whole."""
+    weight: Any = linear.weight
+    if not is_split_by_vocabulary(weight):
+        return None
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, (start, *_) = compute_local_shape_and_global_offset(
+        weight.shape, weight.device_mesh, weight.placements
+    )
+    return _kept_shard(start, weight.shape[0], weight.device_mesh.get_group())
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_shard(start: int, vocab_size: int, group: Any) -> VocabShard:
+    """One for all calls: its first use takes an exchange of the ranks."""
+    return VocabShard(start, vocab_size, group)
 
 
 def check_precision(model: Any, dtype: torch.dtype, arguments: Mapping[str, Any] | None) -> None:

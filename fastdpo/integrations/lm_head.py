@@ -24,6 +24,9 @@ from fastdpo.integrations.engines import (
     check_precision,
     engine_around,
     engine_of_head,
+    is_split_by_vocabulary,
+    is_tensor_parallel,
+    vocab_shard,
 )
 from fastdpo.integrations.head_adapter import (
     check_adapter_layer,
@@ -150,10 +153,17 @@ def current_head(model: Any, tail: ModelTail) -> LMHead:
 
 
 def _read(model: Any, linear: nn.Linear, layer: Any, tail: ModelTail) -> LMHead:
-    _check_whole(model, linear.weight)
+    weight: Any = linear.weight
+    bias: Any = linear.bias
+    shard = vocab_shard(linear)
+    if shard is not None:
+        weight, bias = (None if value is None else value.to_local() for value in (weight, bias))
+    _check_whole(model, weight)
     adapter = read_adapter(model, layer) if has_adapter(layer) else None
+    if shard is not None and adapter is not None:
+        refuse(model, "its head is split over ranks by vocabulary and carries LoRA. Leave lm_head out of one")
     logits: dict[str, Any] = {"logit_scale": tail.logit_scale, "softcap": tail.softcap}
-    return LMHead(linear.weight, bias=linear.bias, adapter=adapter, **logits)
+    return LMHead(weight, bias=bias, adapter=adapter, vocab_parallel=shard, **logits)
 
 
 def call_head(
@@ -253,7 +263,8 @@ def find_linear(model: Any) -> nn.Linear:
         )
     if engine is None and (head._forward_hooks or head._forward_pre_hooks):
         refuse(model, f"{name} has forward hooks, which would never run. Remove them")
-    if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
+    is_known = hasattr(head, "_hf_hook") or is_tensor_parallel(vars(head).get("forward"))
+    if "forward" in vars(head) and not is_known:
         refuse(model, f"{name} has a forward of its own instead of its class's")
     return head
 
@@ -262,9 +273,9 @@ def _check_weight(model: nn.Module, weight: Any) -> None:
     if hasattr(weight, "ds_id"):
         return  # is gathered by ZeRO-3
     if hasattr(weight, "device_mesh") or weight.dim() != 2 or 0 in weight.shape:
-        if engine_around(model) is None:
+        if engine_around(model) is None and not is_split_by_vocabulary(weight):
             _refuse_shard(model, weight)
-        return  # is gathered by FSDP
+        return  # is gathered by FSDP, or used as a shard
     if is_traceable_wrapper_subclass(weight) or not weight.dtype.is_floating_point:
         kind = f"{type(weight).__name__}, {weight.dtype}"
         refuse(model, f"the weight of its head is quantised ({kind}). Leave the head out of the quantisation")
@@ -279,8 +290,8 @@ def _refuse_shard(model: nn.Module, weight: Any) -> NoReturn:
     refuse(
         model,
         f"the weight of its head is sharded here ({type(weight).__name__} of shape {tuple(weight.shape)}). "
-        "FSDP2, FSDP1 and ZeRO-3 gather it in a call of the wrapped model; other shards are not supported by "
-        "this version",
+        "FSDP2, FSDP1 and ZeRO-3 gather it in a call of the wrapped model; a DTensor whose rows are split "
+        "over one mesh dimension is used as it is; other shards are not supported",
     )
 
 

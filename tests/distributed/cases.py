@@ -106,3 +106,11 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "other labels": {"labels_differ": True, "check_labels": True},
     "top-k": {"outputs": ("topk_mass",)},
 }
+
+TENSOR_PARALLEL: dict[str, dict[str, Any]] = {
+    "log-probabilities": {"how": "logps"},
+    "the loss": {"how": "loss"},
+    "packed, tied": {"how": "packed", "tied": True},
+    "and FSDP2": {"how": "loss", "data": 2},
+    "and FSDP2, tied": {"how": "packed", "data": 2, "tied": True},
+}
