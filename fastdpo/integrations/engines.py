@@ -65,10 +65,16 @@ def weight_shape(linear: Any) -> torch.Size:
     return shape if len(shape) == 2 else torch.Size((linear.out_features, linear.in_features))
 
 
-def is_split_by_vocabulary(weight: Any) -> bool:
-    """Whether a weight is a DTensor whose rows are split over the one dimension of its mesh."""
+def is_split_by_vocabulary(model: nn.Module, weight: Any) -> bool:
+    """Whether a weight is a DTensor whose rows are split over the one dimension of its mesh.
+
+    Not over one of FSDP2's, whose ranks have other data: those rows are a shard to gather.
+    """
     placements: Any = getattr(weight, "placements", ())
-    return len(placements) == 1 and bool(placements[0].is_shard(0))
+    if len(placements) != 1 or not placements[0].is_shard(0):
+        return False
+    groups = (group for state in _fsdp2_states(model) for group in state._fsdp_param_groups)
+    return all(weight.device_mesh != group.mesh_info.mesh for group in groups)
 
 
 def is_tensor_parallel(forward: Any) -> bool:
@@ -76,10 +82,10 @@ def is_tensor_parallel(forward: Any) -> bool:
     return getattr(forward, "__qualname__", "").startswith("TensorParallelLayer.")
 
 
-def vocab_shard(linear: nn.Module) -> VocabShard | None:
+def vocab_shard(model: nn.Module, linear: nn.Module) -> VocabShard | None:
     """Which rows of a head this rank has, under tensor parallelism; None of one that is whole."""
     weight: Any = linear.weight
-    if not is_split_by_vocabulary(weight):
+    if not is_split_by_vocabulary(model, weight):
         return None
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -125,11 +131,17 @@ def check_precision(model: Any, dtype: torch.dtype, arguments: Mapping[str, Any]
 
 def _policies_around(model: Any) -> Iterator[Any]:
     """FSDP2's mixed precision of the model and of the root around it, which round what a call returns."""
-    own = (getattr(module, "_get_fsdp_state", lambda: None)() for module in model.modules())
-    states = {id(state): state for known in own if known for state in known._state_ctx.all_states or [known]}
+    own = list(_fsdp2_states(model))
+    states = {id(state): state for known in own for state in known._state_ctx.all_states or [known]}
     for state in states.values():
         if state._is_root or model in state._modules:
             yield state._mp_policy
+
+
+def _fsdp2_states(model: nn.Module) -> Iterator[Any]:
+    """What FSDP2 knows of each of a model's units."""
+    states = (getattr(module, "_get_fsdp_state", lambda: None)() for module in model.modules())
+    return (state for state in states if state is not None)
 
 
 def call_through(

@@ -155,7 +155,7 @@ def current_head(model: Any, tail: ModelTail) -> LMHead:
 def _read(model: Any, linear: nn.Linear, layer: Any, tail: ModelTail) -> LMHead:
     weight: Any = linear.weight
     bias: Any = linear.bias
-    shard = vocab_shard(linear)
+    shard = vocab_shard(model, linear)
     if shard is not None:
         weight, bias = (None if value is None else value.to_local() for value in (weight, bias))
     _check_whole(model, weight)
@@ -273,7 +273,7 @@ def _check_weight(model: nn.Module, weight: Any) -> None:
     if hasattr(weight, "ds_id"):
         return  # is gathered by ZeRO-3
     if hasattr(weight, "device_mesh") or weight.dim() != 2 or 0 in weight.shape:
-        if engine_around(model) is None and not is_split_by_vocabulary(weight):
+        if engine_around(model) is None and not is_split_by_vocabulary(model, weight):
             _refuse_shard(model, weight)
         return  # is gathered by FSDP, or used as a shard
     if is_traceable_wrapper_subclass(weight) or not weight.dtype.is_floating_point:

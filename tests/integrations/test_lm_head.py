@@ -332,14 +332,19 @@ def process_group(tmp_path: Any) -> Iterator[None]:
 
 @pytest.mark.distributed
 @pytest.mark.usefixtures("process_group")
-def test_a_dtensor_head_is_refused() -> None:
+def test_a_dtensor_head_is_one_whose_rows_are_split() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (1,))
-    model = _with_weight(lambda weight: nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)])))
+    rows, columns = (
+        _with_weight(lambda w, d=d: nn.Parameter(distribute_tensor(w.detach(), mesh, [Shard(d)])))
+        for d in (0, 1)
+    )
+    head = LMHead.from_model(rows)
+    assert head.vocab_parallel is not None and head.vocab_parallel.vocab_size == len(head.weight)
     with pytest.raises(ValueError, match="sharded.*DTensor"):
-        patch_model(model)
+        patch_model(columns)
 
 
 @pytest.mark.distributed
