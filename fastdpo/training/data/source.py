@@ -171,6 +171,8 @@ def _in_memory(source: Any, split: str, name: str, streaming: bool) -> RowSource
         return _as_asked(numbered(source, name, getattr(source, "_fingerprint", None)), streaming)
     is_iterable = hasattr(source, "__iter__") and not hasattr(source, "__next__")
     if streaming and is_iterable:
+        if hasattr(source, "with_format"):  # of `datasets`: likewise
+            source = source.with_format(None)
         return counted(lambda: source, name)
     hint = "; a stream is trained on, as train_dataset, and read with streaming=True" if is_iterable else ""
     if hasattr(source, "__next__"):

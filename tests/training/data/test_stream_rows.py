@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -247,6 +248,13 @@ def test_what_is_a_stream():
         assert not is_stream(other)
 
 
+def test_a_form_of_tensors_is_read_as_rows():
+    rows = [{"prompt": "a", "weight": 0.5}, {"prompt": "b", "weight": 1.5}]
+    tensors = datasets.Dataset.from_list(rows).to_iterable_dataset().with_format("torch")
+    assert list(read_rows(tensors, streaming=True)) == list(enumerate(rows, 1))
+    assert list(read_rows({"train": tensors}, streaming=True)) == list(enumerate(rows, 1))
+
+
 # KTO's mismatched answers
 
 
@@ -268,7 +276,7 @@ def test_mismatched_answers_of_a_stream():
     assert [len(ids) for ids in others("AB", max_length=4, size=6)] == [3, 3]
     with pytest.raises(ValueError, match="kto: got one row"):
         others("A")
-    endless = (answered(1, 1, number) for number in itertools.count(1))
+    endless = (answered(1, 1, number) for number in range(1, 3001))
     with pytest.raises(ValueError, match="1000 rows of one prompt up to row 1001 of data"):
         next(with_mismatched(endless, None, "data"))
 
