@@ -44,6 +44,11 @@ def check_stream_settings(args: SettingFields) -> None:
         value = getattr(value, "value", value)
         if value == refused:
             raise ValueError(f"{name}: got {value!r} with a stream: {reason}")
+    if "shuffle_buffer_size" in given and args.train_sampling_strategy == "sequential":
+        raise ValueError(
+            f"shuffle_buffer_size: got {args.shuffle_buffer_size} with train_sampling_strategy 'sequential', "
+            "wanted one of the two"
+        )
     if args.dataloader_num_workers:
         raise ValueError(
             f"dataloader_num_workers: got {args.dataloader_num_workers} with a stream, wanted 0: rows are "

@@ -266,6 +266,11 @@ def test_own_collators_are_told_of_turns(make_args: MakeArgs, tokenizer: Any):
         ),
         ({"longest_batch_first": True}, "longest_batch_first: got True with a stream"),
         ({"save_strategy": "epoch"}, "save_strategy: got 'epoch' with a stream"),
+        (
+            {"shuffle_buffer_size": 5, "train_sampling_strategy": "sequential"},
+            "shuffle_buffer_size: got 5 with train_sampling_strategy 'sequential'",
+        ),
+        ({"shuffle_buffer_size": -1}, "shuffle_buffer_size: got -1, wanted a whole number from 0"),
         ({"dataloader_num_workers": 2}, "dataloader_num_workers: got 2 with a stream, wanted 0"),
         (
             {"accelerator_config": {"dispatch_batches": True}},
@@ -297,7 +302,8 @@ def test_evaluations_are_of_rows_at_hand(make_args: MakeArgs, tokenizer: Any):
     assert "eval_loss" in curve(trainer)[-1]
 
 
-def test_the_flag_is_none_of_python(make_args: MakeArgs):
+def test_names_of_the_settings(make_args: MakeArgs):
+    assert make_args(buffer_size=5).shuffle_buffer_size == 5
     with pytest.raises(TypeError, match=r"dataset_streaming: .*; in Python, train_dataset=read_rows\("):
         make_args(dataset_streaming=True)
 
