@@ -152,7 +152,7 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
 
 def score(argv: Sequence[str]) -> None:
     """``fastdpo score``: fills the cache for ``train --reference precomputed`` with the same settings."""
-    from accelerate import Accelerator  # type: ignore[import-untyped]
+    from accelerate import Accelerator
 
     from fastdpo.integrations.model import patch_model
     from fastdpo.training.batches.collate import pad_token_id

@@ -114,3 +114,20 @@ TENSOR_PARALLEL: dict[str, dict[str, Any]] = {
     "and FSDP2": {"how": "loss", "data": 2},
     "and FSDP2, tied": {"how": "packed", "data": 2, "tied": True},
 }
+
+# Settings of the loop, beside three steps of eight pairs.
+LOOP: dict[str, dict[str, Any]] = {
+    "copy": {"ref_model": True, "num_eval": 5, "eval_strategy": "steps", "eval_steps": 3},
+    "adapter": {"lora": ("q_proj", "v_proj"), "reference": "adapter"},
+    "LoRA on the head": {"lora": ("q_proj", "lm_head"), "reference": "adapter"},
+    "packed": {"ref_model": True, "batch_layout": "packed"},
+    "shared prompts, own copy": {"batch_layout": "shared_prompt", "reference": "copy"},
+    "dynamic beta": {"ref_model": True, "dynamic_beta": {"rho": 0.3}},
+    "no reference, accumulated": {"loss_type": "simpo"},
+    "KTO": {"loss_type": "kto", "kind": "unpaired", "num_eval": 5, "eval_strategy": "steps", "eval_steps": 3},
+    "lists": {"loss_type": "sdpo", "kind": "listwise", "reference": "copy"},
+    "precomputed": {"reference": "precomputed", "num_eval": 5, "eval_strategy": "steps", "eval_steps": 3},
+    "a rank without rows": {"batch_layout": "packed", "num_train": 3, "max_steps": 1, "budget": 24},
+    "16 bits": {"ref_model": True, "bf16": True},
+    "resumed": {"ref_model": True, "is_resumed": True, "save_strategy": "steps", "save_steps": 2},
+}

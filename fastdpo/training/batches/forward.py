@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -45,7 +46,8 @@ def fused_loss(model: nn.Module, batch: Scorable, **arguments: Any) -> DPOLossOu
     Raises:
         TypeError: the model is not patched.
     """
-    out: Any = _scored(model, batch, pair_loss=arguments).pair_loss
+    # Not a dict, whose tensors FSDP's mixed precision would round.
+    out: Any = _scored(model, batch, pair_loss=MappingProxyType(arguments)).pair_loss
     return out
 
 

@@ -58,13 +58,10 @@ def check_fit(
 def vocabulary_size(model: nn.Module) -> int:
     """Ids that a model has both an embedding and a row of the head for."""
     inner = unwrap(model)
-    return min(len(inner.get_input_embeddings().weight), len(_head_weight(inner)))
-
-
-def _head_weight(model: Any) -> Tensor:
-    head = head_module(model)
-    weight: Tensor = getattr(head, "base_layer", head).weight
-    return weight
+    embedding, head = inner.get_input_embeddings(), head_module(inner)
+    head = getattr(head, "base_layer", head)
+    # Of weights that ZeRO-3 has partitioned the length is 0.
+    return min(len(embedding.weight) or embedding.num_embeddings, len(head.weight) or head.out_features)
 
 
 def fitting_pad_id(pad_token_id: int, models: Sequence[nn.Module]) -> int:

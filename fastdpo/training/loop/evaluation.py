@@ -11,6 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastdpo.training.batches.layouts import padded_collator
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.loop.base import BaseTrainer
+from fastdpo.training.loop.engines import is_split
 from fastdpo.training.loop.over_optimisation import OverOptimisationMonitor
 from fastdpo.training.loop.step import BatchCounts, batch_loss, record, row_rewards, with_margins
 
@@ -113,14 +114,15 @@ class EvaluatingTrainer(BaseTrainer):
         rewards = torch.zeros(inputs.num_rows, width, device=self.accelerator.device)
         loss = rewards.new_zeros(())
         kept = self._rows_without_repeats(len(rewards))
-        if kept > 0:
-            batch = inputs.first(kept)
+        if kept > 0 or is_split(self.accelerator):  # then the other ranks wait for this one's forward pass
+            batch = inputs.first(max(kept, 1))
             counts = self._eval_counts or self._count([batch])
             # The unwrapped model: ranks may have unlike numbers of batches, and DDP's forward waits for all.
             with self.compute_loss_context_manager():
                 result = batch_loss(
                     self.model, self.model, batch, counts, self.args, self.reference, self.loss_state.frozen
                 )
+        if kept > 0:
             record(self._sums["eval"], batch, result, nll_on_prompt=bool(self.args.nll_on_prompt))
             # A share of the mean over all rows; scaled so that the mean over rows adds the shares up.
             self._sums["eval"].add_mean("loss", result.loss * (self._eval_rows or kept) / kept, kept)

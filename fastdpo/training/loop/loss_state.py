@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ from fastdpo.losses.controllers import BetaController, KLEstimate, RunningMean
 from fastdpo.training.batches.batch import Batch, mapped
 from fastdpo.training.batches.forward import sequence_logps, token_logps
 from fastdpo.training.data.dataset import RowDataset
+from fastdpo.training.loop.engines import is_split
 from fastdpo.training.reference.sources import Reference
 from fastdpo.training.settings.config import PreferenceConfig
 
@@ -117,8 +118,13 @@ class LossState:
         self._training_kl, self.kl = self.kl, KLEstimate()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         own = range(rank, len(dataset), ranks)
-        starts = range(0, len(own), batch_size)
-        batches = (collator([dataset[i] for i in own[start : start + batch_size]]) for start in starts)
+        most = -(-len(dataset) // ranks)  # of any rank
+        batches = (
+            collator([dataset[i] for i in own[start : start + batch_size]])
+            if start < len(own)
+            else replace(collator([dataset[0]]), is_filler=True)
+            for start in range(0, most, batch_size)
+        )
         self._update_kl(policy, batches)
 
     def end_evaluation(self) -> None:
@@ -132,12 +138,14 @@ class LossState:
         parts = [torch.zeros(0, 2, dtype=torch.float64, device=device)]
         with _evaluating(policy):
             for batch in batches:
-                if batch.is_filler:
+                if batch.is_filler and not is_split(self.accelerator):
                     continue
                 # Only what is used goes to the device: the batch itself may be large.
                 mismatched = mapped(batch.mismatched, lambda tensor: tensor.to(device))
                 reference = self.reference.mismatched_logps(policy, mismatched, batch.ref_mismatched_logps)
                 ratios = sequence_logps(policy, mismatched) - reference
+                if batch.is_filler:
+                    continue
                 parts.append(torch.stack([batch.rows.to(device, torch.float64), ratios.double()], 1))
         seen, _ = self._gathered(torch.cat(parts))
         ratios = seen[:, 1].float()
@@ -146,7 +154,7 @@ class LossState:
 
     @torch.no_grad()
     def _scores_ahead(self, policy: nn.Module, batch: Batch) -> Tensor:
-        if batch.is_filler:
+        if batch.is_filler and not is_split(self.accelerator):
             return torch.zeros(0, 2, dtype=torch.float64, device=self.accelerator.device)
         batch = batch.to(self.accelerator.device)
         return self._scores(batch, token_logps(policy, batch).logps, self.reference.logps(policy, batch))

@@ -180,10 +180,8 @@ def _check_scores(dataset: RowDataset, rules: ScoreRules) -> None:
         )
 
 
-def check_machine(args: PreferenceConfig, *, is_sharded: bool) -> None:
-    """Raise ValueError for a way to use several GPUs that this version does not support."""
-    if is_sharded:
-        raise ValueError("FSDP and DeepSpeed are not supported by this version: use one process a GPU (DDP)")
+def check_machine(args: PreferenceConfig) -> None:
+    """Raise ValueError for several GPUs in one process."""
     if args.n_gpu > 1:
         raise ValueError(
             f"got {args.n_gpu} GPUs in one process, wanted one: start with `accelerate launch` or "

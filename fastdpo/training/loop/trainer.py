@@ -36,6 +36,7 @@ from fastdpo.training.data.row_numbers import row_list
 from fastdpo.training.data.rows import is_stream
 from fastdpo.training.data.stream import StreamDataset, known_rows
 from fastdpo.training.loop.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
+from fastdpo.training.loop.engines import on_device, settle_engine, split_frozen
 from fastdpo.training.loop.folders import check_output_dir, clear_output_dir, is_unused
 from fastdpo.training.loop.largest_batch import try_before_scoring
 from fastdpo.training.loop.loss_state import LossState
@@ -180,7 +181,8 @@ class PreferenceTrainer(SavingTrainer):
             ],
             optimizers=optimizers,
         )
-        check_machine(args, is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        check_machine(args)
+        settle_engine(args, self.accelerator)
         self.model_accepts_loss_kwargs = True  # what transformers < 5.23 reads for loss_is_scaled_for_ga
         self._set_reference(kind, ref_model, teacher_model, data_collator)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
@@ -192,20 +194,19 @@ class PreferenceTrainer(SavingTrainer):
         self, kind: str, ref_model: nn.Module | None, teacher: nn.Module | None, data_collator: Any
     ) -> None:
         is_base = ref_model is None and is_adapter_model(self.model) and is_fresh_adapter(self.model)
-        if ref_model is not None:
-            ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        if teacher is not None:
-            teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        ref_model, teacher = (on_device(self.accelerator, frozen) for frozen in (ref_model, teacher))
         models = [model for model in (self.model, ref_model, teacher) if model is not None]
         size = common_vocabulary(models, self._tokenizer) if self.args.needs_divergences else None
         self._models = {"model": self.model, "ref_model": ref_model, "teacher_model": teacher}
         pairs: Any = known_rows(self.train_dataset)
         for data in (pairs, self.eval_dataset):
             check_fit(data, self._models, self.args)
-        self.reference = Reference(kind, ref_model, teacher=teacher, vocab_size=size)
         self.data_collator = data_collator or choose_collator(
             models, self.args, pad_token_id(self._tokenizer), pairs, self.accelerator
         )
+        # Only now: before, each rank looks at whole models by itself.
+        ref_model, teacher = (split_frozen(self.accelerator, frozen) for frozen in (ref_model, teacher))
+        self.reference = Reference(kind, ref_model, teacher=teacher, vocab_size=size)
         self._precomputed: PrecomputedReference | None = None
         if kind == "precomputed":
             scorer = self.model if ref_model is None else ref_model

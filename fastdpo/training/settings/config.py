@@ -16,6 +16,7 @@ from fastdpo.losses import build_objective
 from fastdpo.training.settings.batches import check_batches, check_loader
 from fastdpo.training.settings.data import check_data_settings
 from fastdpo.training.settings.encoding import EncodingOptions
+from fastdpo.training.settings.engines import check_engine, told_engine
 from fastdpo.training.settings.fields import SettingFields
 from fastdpo.training.settings.kinds import kind_of
 from fastdpo.training.settings.loop import check_installed, check_loop, check_sharding
@@ -43,7 +44,11 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
         resume: Any = self.resume_from_checkpoint
         self.resume_from_checkpoint = {True: "true", False: None}.get(resume, resume)
         self.debug = "" if self.debug is None else self.debug
+        fsdp: Any = self.fsdp
+        self.fsdp = {True: "true", False: None}.get(fsdp, fsdp)
         settle(self)
+        fsdp = self.fsdp
+        self.fsdp = {"true": True, "false": None}.get(str(fsdp).lower(), fsdp)
         self.given = not_default(self)
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
@@ -55,6 +60,7 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
         check_data_settings(self)
         check_batches(self)
         super().__post_init__()
+        check_engine(self, *told_engine(self))
         check_loader(self)
         check_installed(self)
         self._settled = plain_values(self)

@@ -39,7 +39,6 @@ _LEAST = {
     "cache_mib": 0,
     "dataloader_num_workers": 0,
 }
-_SHARDED = "not supported by this version: use one process a GPU (DDP)"
 # Settings of TrainingArguments that this trainer cannot honour: the value each needs, and why.
 _FIXED: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, "the collator decides what reaches the model"),
@@ -56,12 +55,12 @@ _FIXED: dict[str, tuple[Any, str]] = {
 
 def check_sharding(args: SettingFields) -> None:
     """Raise ValueError for a way to share a model among GPUs, before its files are looked at."""
-    for name in ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"):
-        value: Any = getattr(args, name, None)
-        is_nothing = not value or (isinstance(value, str) and value.lower() in NOTHING)
-        # Of no FSDP at all transformers < 5.23 leaves a dict of zeros.
-        if not is_nothing and not (isinstance(value, dict) and not any(value.values())):
-            raise ValueError(f"{name}: got {value!r}, wanted none: {_SHARDED}")
+    value: Any = getattr(args, "parallelism_config", None)
+    if value and not (isinstance(value, str) and value.lower() in NOTHING):
+        raise ValueError(
+            f"parallelism_config: got {value!r}, wanted none: the loop has DDP, FSDP2 and DeepSpeed; tensor "
+            "parallelism is the hook's alone in this version"
+        )
 
 
 def check_loop(args: SettingFields) -> None:

@@ -1,0 +1,92 @@
+"""The loop under FSDP2 and DeepSpeed: which of them runs, what it takes, and frozen models split alike."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdpo.training.settings.engines import check_engine
+
+
+def engine_of(accelerator: Any) -> str | None:
+    """``FSDP1``, ``FSDP2``, or ``ZeRO-0`` to ``ZeRO-3``; None of one process, or DDP."""
+    state = accelerator.state
+    if getattr(state, "deepspeed_plugin", None) is not None:
+        return f"ZeRO-{state.deepspeed_plugin.zero_stage}"
+    if getattr(state, "fsdp_plugin", None) is not None and "FSDP" in str(accelerator.distributed_type):
+        return "FSDP2" if accelerator.is_fsdp2 else "FSDP1"
+    return None
+
+
+def is_split(accelerator: Any) -> bool:
+    """Whether every forward pass is an exchange of the ranks, which all have to make alike."""
+    return engine_of(accelerator) in ("FSDP2", "ZeRO-3")
+
+
+def settle_engine(args: Any, accelerator: Any) -> None:
+    """Hold a run to what its engine can do, and the engine to what log-probabilities need.
+
+    accelerate has FSDP2 round what a model returns to 16 bits, and reduce gradients in them: here neither.
+
+    Raises:
+        ValueError: a setting that does not go with the engine; says what to write instead.
+    """
+    engine = engine_of(accelerator)
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    kind = str(getattr(plugin, "state_dict_type", "")) if engine == "FSDP2" else ""
+    check_engine(args, engine, kind)
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
+    if engine == "FSDP2" and getattr(policy, "output_dtype", None) is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
+
+
+def on_device(accelerator: Any, model: nn.Module | None) -> nn.Module | None:
+    """A reference or a teacher where it is used; one that will be split stays where it is."""
+    if model is None or is_split(accelerator):
+        return model
+    prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
+    return prepared
+
+
+def split_frozen(accelerator: Any, model: nn.Module | None) -> nn.Module | None:
+    """A reference or a teacher split as the policy is, so that each rank holds its part."""
+    if model is None or not is_split(accelerator):
+        return model
+    return (_sharded if engine_of(accelerator) == "FSDP2" else _partitioned)(accelerator, model)
+
+
+def _sharded(accelerator: Any, model: nn.Module) -> nn.Module:
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import FSDPModule
+
+    accelerator.state.fsdp_plugin.set_auto_wrap_policy(model)
+    sharded: nn.Module = fsdp2_prepare_model(accelerator, model).eval()
+    for module in sharded.modules():
+        # Units that keep their weights for the backward pass would keep them for good: there is none.
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(True, recurse=False)
+    return sharded
+
+
+def _partitioned(accelerator: Any, model: nn.Module) -> nn.Module:
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    config["zero_optimization"] = {
+        name: value
+        for name, value in config["zero_optimization"].items()
+        if not name.startswith("offload_optimizer")
+    }
+    # Without training DeepSpeed asks for them all the same.
+    config["train_micro_batch_size_per_gpu"] = config["gradient_accumulation_steps"] = 1
+    config["train_batch_size"] = accelerator.num_processes
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()  # returns nothing
+    partitioned: nn.Module = engine
+    return partitioned

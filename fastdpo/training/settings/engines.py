@@ -1,0 +1,54 @@
+"""What goes with the engines that split a model over ranks, and what does not."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fastdpo.training.settings.fields import SettingFields
+
+_DIVERGENCES = "{losses}, with divergences from a model whose head would have to be whole beside the policy's"
+
+
+def told_engine(args: Any) -> tuple[str | None, str]:
+    """The engine that settings or ``accelerate launch`` name, and FSDP2's kind of checkpoints."""
+    if getattr(args, "hf_deepspeed_config", None) is not None:
+        stage = args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0)
+        return f"ZeRO-{stage}", ""
+    plugin: Any = getattr(args, "fsdp_plugin_args", None)
+    if plugin:
+        return f"FSDP{plugin.get('fsdp_version', 2)}", str(plugin.get("state_dict_type", ""))
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
+        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}", os.environ.get("FSDP_STATE_DICT_TYPE", "")
+    return None, ""
+
+
+def check_engine(args: SettingFields, engine: str | None, state_dict_type: str = "") -> None:
+    """Raise ValueError for settings that an engine cannot honour, before a model is loaded or trained."""
+    if engine == "FSDP1":
+        raise ValueError(
+            "fsdp: got version 1, which transformers gives up, wanted FSDP2: fsdp_config={'version': 2}, or "
+            "fsdp_version: 2 in accelerate's file"
+        )
+    if "SHARDED" in state_dict_type:
+        raise ValueError(
+            "fsdp_config: got state_dict_type 'SHARDED_STATE_DICT', with which save_model writes no model "
+            "that can be loaded, wanted 'FULL_STATE_DICT'"
+        )
+    if engine not in ("FSDP2", "ZeRO-3"):
+        return
+    losses = ", ".join(args.loss_type)
+    refused = {
+        f"loss_type: got {_DIVERGENCES.format(losses=losses)}": getattr(args, "needs_divergences", False),
+        "sync_ref_model: got True, whose steps mix whole models": args.sync_ref_model,
+    }
+    for what, is_asked in refused.items():
+        if is_asked:
+            raise ValueError(f"{what}; wanted none under {engine}, or ZeRO-2 or DDP")
+    if engine == "ZeRO-3" and args.longest_batch_first:
+        if "longest_batch_first" in getattr(args, "given", {}):
+            raise ValueError(
+                "longest_batch_first: got True under ZeRO-3, whose gradients are reduced in every backward "
+                "pass; wanted False"
+            )
+        args.longest_batch_first = False  # the default on a GPU

@@ -1,0 +1,185 @@
+"""``PreferenceTrainer`` as one of several ranks under an engine, or alone; what came of it in files.
+
+python -m tests.distributed.loop_run FOLDER ENGINE     # fsdp2, zero2, zero3; each case of LOOP
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
+
+from fastdpo.training.loop.trainer import PreferenceTrainer
+from fastdpo.training.settings.config import PreferenceConfig
+from tests.distributed.cases import LOOP
+from tests.training.conftest import tiny_llama
+from tests.training.loop.ddp_run import answers, pairs
+
+_DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+    "gradient_clipping": "auto",
+    "zero_force_ds_cpu_optimizer": False,
+    "zero_allow_untested_optimizer": True,
+}
+
+
+def _engine_settings(engine: str | None) -> dict[str, Any]:
+    if engine == "fsdp2":
+        layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True, **layers}}
+    if engine is not None and engine.startswith("zero"):
+        zero = {
+            "stage": int(engine[-1]),
+            "stage3_param_persistence_threshold": 0,
+            "overlap_comm": False,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
+        return {"deepspeed": {**_DEEPSPEED, "zero_optimization": zero}}
+    return {}
+
+
+def _settings(folder: Path, engine: str | None, **changes: Any) -> PreferenceConfig:
+    alone = engine is None
+    usual: dict[str, Any] = {"save_strategy": "no", "loss_type": "sigmoid", "max_steps": 3}
+    usual["gradient_accumulation_steps"] = 1 if alone else 2
+    args = PreferenceConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        ddp_backend=None if alone else "gloo",
+        per_device_train_batch_size=8 if alone else 2,
+        per_device_eval_batch_size=4 if alone else 2,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-3,
+        logging_steps=1,
+        disable_tqdm=True,
+        longest_batch_first=False,
+        report_to="none",
+        seed=1,
+        **{
+            "save_strategy": "no",
+            "loss_type": "sigmoid",
+            "max_steps": 3,
+            "gradient_accumulation_steps": 1 if alone else 2,
+            **changes,
+        },
+        **_engine_settings(engine),
+    )
+    if not alone:
+        args.device  # noqa: B018  makes the state, which has these engines on GPUs only
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        PartialState._shared_state["device"] = torch.device("cpu")
+        AcceleratorState._shared_state.clear()
+    return args
+
+
+class StopAfterSaving(TrainerCallback):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str, Any]:
+    """Losses, evaluations and weights; after three steps of eight pairs, where a case does not say more."""
+    case = dict(case)
+    num_eval, lora = case.pop("num_eval", 0), case.pop("lora", ())
+    is_resumed, has_ref_model = case.pop("is_resumed", False), case.pop("ref_model", False)
+    kind, num_train, budget = case.pop("kind", None), case.pop("num_train", 24), case.pop("budget", None)
+    if budget is not None and engine is not None:
+        case |= {"max_tokens_per_batch": budget, "gradient_accumulation_steps": 3}
+    if case.get("reference") == "precomputed":
+        case["reference_cache_dir"] = str(folder.parent / "reference")
+
+    def rows(count: int, seed: int) -> Any:
+        return pairs(count, seed) if kind is None else answers(kind, count, seed)
+
+    def trainer() -> PreferenceTrainer:
+        args = _settings(folder, engine, **case)
+        peft_config = None
+        if lora:
+            from peft import LoraConfig
+
+            peft_config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=list(lora))
+        torch.manual_seed(7)
+        return PreferenceTrainer(
+            tiny_llama(1),
+            args,
+            train_dataset=rows(num_train, 0),
+            eval_dataset=rows(num_eval, 1) if num_eval else None,
+            ref_model=tiny_llama(2) if has_ref_model else None,
+            peft_config=peft_config,
+        )
+
+    made = trainer()
+    if is_resumed and engine is not None:
+        made.add_callback(StopAfterSaving())
+        made.train()
+        made = trainer()
+        made.train(resume_from_checkpoint=True)
+    else:
+        made.train()
+    history = made.state.log_history
+    names = ("eval_loss", "eval_rewards/margins")
+    found = {
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "evaluations": [[entry[n] for n in names if n in entry] for entry in history if names[0] in entry],
+        "weights": _weights(made),
+    }
+    if engine is not None and not lora:
+        made.save_model(str(folder / "final"))
+    return found
+
+
+def _weights(trainer: PreferenceTrainer) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            found[name] = parameter.detach().full_tensor()
+        elif hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                found[name] = parameter.detach().clone()
+        else:
+            found[name] = parameter.detach().clone()
+    return found
+
+
+def main(folder: Path, engine: str, names: list[str]) -> None:
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    if engine.startswith("zero"):
+        import deepspeed.comm.torch
+
+        deepspeed.comm.torch.build_shm_op = lambda: None  # a build of minutes; gloo does without
+    for name, case in LOOP.items():
+        if names and name not in names:
+            continue
+        place = folder / f"{engine} {name}"
+        try:
+            found: Any = run_case(place / "run", engine, case)
+        except Exception:
+            found = traceback.format_exc()[-3000:]
+            print(engine, name, found, flush=True)
+        if os.environ["RANK"] == "0":
+            place.mkdir(parents=True, exist_ok=True)
+            torch.save(found, place / "found.pt")
+        gc.collect()
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

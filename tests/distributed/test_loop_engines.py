@@ -1,0 +1,80 @@
+"""``PreferenceTrainer`` under FSDP2 and DeepSpeed on two ranks: the curves and weights of one process."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.distributed.cases import LOOP
+from tests.distributed.loop_run import run_case
+from tests.distributed.ranks import run_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+ENGINES = ("fsdp2", "zero2", "zero3")
+# As the files of one process have them.
+_SAVED = {"config.json", "model.safetensors", "settings.yaml", "README.md"}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("alone")
+    names = ("save_strategy", "save_steps")
+    cases = {name: {k: v for k, v in case.items() if k not in names} for name, case in LOOP.items()}
+    return {name: run_case(folder / name / "run", None, case) for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of the engines' runs."""
+    folders = {}
+    for engine in ENGINES:
+        if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+            continue
+        folders[engine] = tmp_path_factory.mktemp(engine)
+        run_ranks("tests.distributed.loop_run", str(folders[engine]), engine, seconds=400)
+    return folders
+
+
+@pytest.mark.parametrize("name", LOOP)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_trains_as_one_process(engine: str, name: str, ran: dict[str, Path], alone: dict[str, Any]):
+    if engine not in ran:
+        pytest.skip("needs deepspeed (make test-deepspeed)")
+    found, wanted = torch.load(ran[engine] / f"{engine} {name}" / "found.pt"), alone[name]
+    assert not isinstance(found, str), found
+    # Of 16 bits what is rounded differs: whole weights, or a product's operands.
+    loss = 2e-2 if name == "16 bits" else 1e-5
+    assert found["losses"] == pytest.approx(wanted["losses"], abs=loss)
+    assert len(found["evaluations"]) == len(wanted["evaluations"])
+    for ours, theirs in zip(found["evaluations"], wanted["evaluations"], strict=True):
+        assert ours == pytest.approx(theirs, abs=loss)
+    assert found["weights"].keys() == wanted["weights"].keys()
+    if name == "16 bits":
+        return
+    for key, value in wanted["weights"].items():
+        torch.testing.assert_close(found["weights"][key], value, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_losses_are_not_rounded_to_16_bits(engine: str, ran: dict[str, Path]):
+    if engine not in ran:
+        pytest.skip("needs deepspeed (make test-deepspeed)")
+    losses = torch.load(ran[engine] / f"{engine} 16 bits" / "found.pt")["losses"]
+    assert any(loss != torch.tensor(loss).bfloat16().item() for loss in losses)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_saved_loads(engine: str, ran: dict[str, Path]):
+    if engine not in ran:
+        pytest.skip("needs deepspeed (make test-deepspeed)")
+    folder = ran[engine] / f"{engine} resumed" / "run" / "final"
+    assert {path.name for path in folder.iterdir()} >= _SAVED
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    weights = torch.load(ran[engine] / f"{engine} resumed" / "found.pt")["weights"]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
