@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slow quick test-gpu test-llama-factory gpu demo bench bench-repeat tables evidence clean
+.PHONY: help setup check test test-slow quick test-gpu test-deepspeed test-llama-factory gpu demo bench bench-repeat tables evidence clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,14 @@ quick: setup  ## about two minutes: one case of each test, planted bugs, and wha
 
 test-gpu: setup  ## the tests that need a GPU, in .venv
 	$(BIN)/python -m pytest -m gpu
+
+# DeepSpeed's own setup asks for a torch that is there, so it comes after the others.
+$(BIN)/.deepspeed: $(READY)
+	$(PIP) install --quiet --no-build-isolation --no-deps $$(sed -nE 's/^ *"((deepspeed|hjson|py-cpuinfo|msgpack|einops)==[^"]*)",/\1/p' pyproject.toml)
+	@touch $@
+
+test-deepspeed: setup $(BIN)/.deepspeed  ## what needs DeepSpeed: the hook and the loop under ZeRO, on the CPU, over gloo
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed
 
 # LLaMA-Factory wants older libraries than everything else here, so it has an environment of its own.
 LLAMA_FACTORY := .venv-llama-factory

@@ -195,9 +195,11 @@ def _trainer_lines(trainer: Any) -> Lines:
         lines.append(("loss", losses if isinstance(losses, str) else ", ".join(losses)))
     precision = [name for name in ("bf16", "fp16") if getattr(args, name, False)]
     lines.append(("autocast", precision[0] if precision else "off"))
-    for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+    for name, engine in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
         if getattr(trainer, name, False):
-            lines.append(("refused", "a sharded head: keep lm_head whole (DDP, or ZeRO-2)"))
+            lines.append(("engine", engine))
+            if _is_trl(trainer):
+                lines.append(("refused", "a sharded head in TRL's trainers: keep it whole (DDP, or ZeRO-2)"))
     return lines
 
 

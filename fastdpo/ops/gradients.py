@@ -193,14 +193,11 @@ def row_coeff(call: HeadCall, grads: TokenGrads, start: int, stop: int) -> Tenso
 def label_row_coeff(call: HeadCall, outputs: RowOutputs, grads: TokenGrads, start: int, stop: int) -> Tensor:
     """The factor of the label's one-hot that a gradient of lse brings: (s / tau) g_lse cf_y."""
     assert grads.lse is not None
-    labels = call.labels[start:stop]
-    # A label outside the vocabulary, as of another rank's shard, has no one-hot.
-    is_own = (labels >= 0) & (labels < call.plan.vocab_size)
-    coeff = (grads.lse[start:stop] * call.transform.grad_scale).where(is_own, 0)
-    if call.transform.softcap is None:
-        return coeff
-    factor = cap_factor(call, slice_outputs(outputs, start, stop))
-    return torch.where(is_own, coeff * factor, 0)
+    coeff = grads.lse[start:stop] * call.transform.grad_scale
+    if call.transform.softcap is not None:
+        coeff = coeff * cap_factor(call, slice_outputs(outputs, start, stop))
+    # A label outside the vocabulary, as one of another rank's shard is, has no one-hot.
+    return coeff.masked_fill_(call.safe_labels(start, stop) != call.labels[start:stop], 0)
 
 
 def cap_factor(call: HeadCall, outputs: RowOutputs) -> Tensor | float:

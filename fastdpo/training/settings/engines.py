@@ -10,6 +10,34 @@ from fastdpo.training.settings.fields import SettingFields
 _DIVERGENCES = "{losses}, with divergences from a model whose head would have to be whole beside the policy's"
 
 
+def name_engine(args: SettingFields) -> None:
+    """``engine`` in the words of transformers.
+
+    Raises:
+        ValueError: beside it ``fsdp``, ``fsdp_config`` or ``deepspeed``, which it stands for.
+    """
+    if args.engine is None:
+        return
+    given = [name for name in ("fsdp", "fsdp_config", "deepspeed") if getattr(args, name)]
+    if given:
+        raise ValueError(f"engine: got {args.engine!r} and {', '.join(given)}, wanted one of the two")
+    settings: Any = args
+    if args.engine == "fsdp2":
+        settings.fsdp, settings.fsdp_config = True, {"version": 2}
+        return
+    stage = int(args.engine.removeprefix("zero"))
+    own = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    settings.deepspeed = {
+        **dict.fromkeys((*names, "gradient_clipping"), "auto"),
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "zero_optimization": {"stage": stage, **own},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
 def told_engine(args: Any) -> tuple[str | None, str]:
     """The engine that settings or ``accelerate launch`` name, and FSDP2's kind of checkpoints."""
     if getattr(args, "hf_deepspeed_config", None) is not None:
@@ -35,6 +63,13 @@ def check_engine(args: SettingFields, engine: str | None, state_dict_type: str =
             "fsdp_config: got state_dict_type 'SHARDED_STATE_DICT', with which save_model writes no model "
             "that can be loaded, wanted 'FULL_STATE_DICT'"
         )
+    if engine is not None and engine.startswith("ZeRO") and args.longest_batch_first:
+        if "longest_batch_first" in getattr(args, "given", {}):
+            raise ValueError(
+                f"longest_batch_first: got True under {engine}, whose backward pass reduces gradients and "
+                "takes steps by itself; wanted False"
+            )
+        args.longest_batch_first = False  # the default on a GPU
     if engine not in ("FSDP2", "ZeRO-3"):
         return
     losses = ", ".join(args.loss_type)
@@ -45,10 +80,3 @@ def check_engine(args: SettingFields, engine: str | None, state_dict_type: str =
     for what, is_asked in refused.items():
         if is_asked:
             raise ValueError(f"{what}; wanted none under {engine}, or ZeRO-2 or DDP")
-    if engine == "ZeRO-3" and args.longest_batch_first:
-        if "longest_batch_first" in getattr(args, "given", {}):
-            raise ValueError(
-                "longest_batch_first: got True under ZeRO-3, whose gradients are reduced in every backward "
-                "pass; wanted False"
-            )
-        args.longest_batch_first = False  # the default on a GPU

@@ -171,6 +171,15 @@ class SettingFields(DataSettings, TrainingArguments):
         ),
     )
 
+    engine: str | None = field(
+        default=None,
+        metadata=_help(
+            "Split the model over the ranks: fsdp2 (torch's), zero2 or zero3 (DeepSpeed's), as fsdp and "
+            "fsdp_config, or deepspeed, do in more words. Default: what these or accelerate's file say, else "
+            "whole models (DDP)."
+        ),
+    )
+
     reference: str = field(
         default="auto",
         metadata=_help(

@@ -16,6 +16,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "on_bad_row": BAD_ROW_POLICIES,
     "batch_layout": ("padded", "packed", "shared_prompt", "auto"),
     "row_arrangement": ("auto", *ARRANGEMENTS),
+    "engine": (None, "fsdp2", "zero2", "zero3"),
     "reference": ("auto", "copy", "adapter", "precomputed", "none"),
     "mode": TRAINING_MODES,
     "backend": BACKENDS,
