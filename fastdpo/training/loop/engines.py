@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdpo.training.settings.engines import check_engine
+from fastdpo.training.settings.engines import check_engine, told_engine
 
 
 def engine_of(accelerator: Any) -> str | None:
@@ -36,6 +36,13 @@ def settle_engine(args: Any, accelerator: Any) -> None:
         ValueError: a setting that does not go with the engine; says what to write instead.
     """
     engine = engine_of(accelerator)
+    told, _ = told_engine(args)
+    if told is not None and told.startswith("FSDP") and engine is None:
+        raise ValueError(
+            f"fsdp: got {told}, which accelerate runs in several processes, one a GPU, and here are "
+            f"{accelerator.num_processes} on {accelerator.device.type}: wanted torchrun or accelerate launch "
+            "on GPUs, or no engine"
+        )
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     kind = str(getattr(plugin, "state_dict_type", "")) if engine == "FSDP2" else ""
     check_engine(args, engine, kind)

@@ -76,6 +76,8 @@ def check_engine(args: SettingFields, engine: str | None, state_dict_type: str =
     refused = {
         f"loss_type: got {_DIVERGENCES.format(losses=losses)}": getattr(args, "needs_divergences", False),
         "sync_ref_model: got True, whose steps mix whole models": args.sync_ref_model,
+        "offload_activations: got True, which would move weights that FSDP2 frees": engine == "FSDP2"
+        and args.offload_activations,
     }
     for what, is_asked in refused.items():
         if is_asked:
