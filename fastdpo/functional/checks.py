@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastdpo.functional.kinds import DIVERGENT, loss_names, needs_token_logps
 from fastdpo.losses.aggregate import check_cu_seqlens
+from fastdpo.losses.batches import DivergencePairLogps
 from fastdpo.losses.inputs import PairLogps
 from fastdpo.losses.objective import Objective
 from fastdpo.losses.reference_combination import COMBINATIONS, ReferenceCombination
@@ -207,3 +209,20 @@ def check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, wanted a Tensor")
     return value
+
+
+def check_sequence_group(
+    group: Any, objective: Objective, layout: PackedLayout | TokenLayout | None, extras: Mapping[str, Any]
+) -> None:
+    """Raise ValueError or TypeError for sequences split over ranks where their sums alone would not do."""
+    if group is None:
+        return
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"sequence_group: got {type(group).__name__}, wanted a process group")
+    if objective.inputs in (TokenLogps, TokenDivergences, DivergencePairLogps):
+        raise fail("sequence_group", "one with losses that look into an answer", "None, or losses of its sum")
+    # How many segments there are must not hang on which of them this rank has tokens of.
+    if isinstance(layout, TokenLayout) and layout.lengths is None:
+        raise fail("layout.lengths", "None with sequence_group", "the tokens of every sequence on this rank")
+    if extras.get("segment_ids") is not None and extras.get("num_segments") is None:
+        raise fail("num_segments", "None with segment_ids and sequence_group", "the number on all ranks")

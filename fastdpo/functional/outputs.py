@@ -70,10 +70,13 @@ class LossResult:
         ref_logps = rows.reference(logps.dtype)
         rewards, metrics = self._rewards(row_logps)
         metrics["num_tokens"] = rows.lengths(logps.dtype).sum()
-        if self.token.entropy is not None:
+        entropy = self.token.entropy
+        if entropy is not None and rows.tokens.group is not None:  # a mean over all ranks' tokens
+            metrics["entropy"] = rows.sums(entropy.detach()).sum() / metrics["num_tokens"].clamp(min=1)
+        elif entropy is not None:
             where = rows.tokens.in_answer
             where = torch.ones_like(logps, dtype=torch.bool) if where is None else where
-            metrics["entropy"] = masked_mean(self.token.entropy.detach(), where)
+            metrics["entropy"] = masked_mean(entropy.detach(), where)
         as_given = self.order.as_given
         return PreferenceLossOutput(
             loss=self.loss,

@@ -50,6 +50,7 @@ def fused_dpo_loss(
     layout: PackedLayout | TokenLayout | None = None,
     shift: bool = True,
     ignore_index: int = -100,
+    sequence_group: Any = None,
     execution: Execution | None = None,
     **loss_options: Any,
 ) -> DPOLossOutput:
@@ -90,6 +91,11 @@ def fused_dpo_loss(
             nothing is shifted, and ``nll_labels`` is refused.
         shift: whether ``labels``, ``nll_labels`` and ``token_weights`` are aligned with the input ids, so
             that a state predicts the next one; False where they are aligned with ``hidden`` already.
+        sequence_group: a process group over which the sequences are split (sequence or context parallelism):
+            each rank has all of them, and its own positions of each. Labels are shifted over the whole
+            sequence before it is split (``shift=False``). Sums and lengths are added up over the ranks before
+            the loss, which is the same on all; gradients are this rank's share, whose sum over the ranks is
+            that of the whole. Mode ``pairs`` runs as ``cache``.
         execution: how to run the head; see ``Execution``.
         loss_options: options of the named losses, as ``label_smoothing``; see ``LOSSES``.
 
@@ -131,7 +137,7 @@ def fused_dpo_loss(
     objective = build_objective(**loss_arguments)
     check_pairs(objective)
     beside = (ref_logps, ref_combination, token_weights, nll_labels)
-    data = Data(objective, loss_arguments, *beside, layout=layout)
+    data = Data(objective, loss_arguments, *beside, layout=layout, sequence_group=sequence_group)
     how = (shift, ignore_index, execution)
     return loss_of_states(hidden, lm_head, labels, data, ref_hidden, ref_lm_head, None, *how).of_pairs()
 

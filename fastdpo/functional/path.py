@@ -54,6 +54,7 @@ class Data:
         objective, loss_arguments: what ``build_objective`` made of which arguments.
         nll: labels, or a mask, of an NLL term.
         extras: what the losses' kind is told beside (``kinds.EXTRAS``), without what is None.
+        sequence_group: the ranks that have parts of the sequences.
     """
 
     objective: Objective
@@ -64,6 +65,7 @@ class Data:
     nll: Tensor | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
     layout: PackedLayout | TokenLayout | None = None
+    sequence_group: Any = None
 
     @property
     def segment_ids(self) -> Tensor | None:
@@ -82,6 +84,7 @@ class Data:
             like: the shape and device of what is per token.
         """
         objective, segment_ids = self.objective, self.segment_ids
+        checks.check_sequence_group(self.sequence_group, objective, self.layout, self.extras)
         check_like("segment_ids", segment_ids, like, INT_DTYPES)
         extras = {name: v for name, v in self.extras.items() if name not in ("segment_ids", "num_segments")}
         if segment_ids is None:
@@ -194,6 +197,7 @@ def loss_of_states(
         if nll_mask is not None:
             tokens = replace(tokens, in_answer=tokens.pick(mask), in_nll=tokens.pick(nll_mask))
         scored = (tokens.pick(targets), tokens.positions, "tokens")
+    tokens = replace(tokens, group=data.sequence_group)
     rows = given.rows(tokens, order, weights, like, torch.promote_types(hidden.dtype, torch.float32))
     if teachers is not None:
         reference = None if ref_hidden is None else (ref_hidden, ref_head)
@@ -263,7 +267,7 @@ def loss_of_logps(
     if segment_ids is not None:
         mask = segment_ids >= 0 if mask is None else mask & (segment_ids >= 0)
     in_answer, in_nll = (None if each is None else tokens.pick(each) for each in (mask, data.nll))
-    tokens = replace(tokens, in_answer=in_answer, in_nll=in_nll)
+    tokens = replace(tokens, in_answer=in_answer, in_nll=in_nll, group=data.sequence_group)
     dtype = torch.promote_types(logps.dtype, torch.float32)
     rows = given.rows(tokens, order, data.token_weights, logps, dtype)
     rows = replace(rows, divergences={name: tokens.pick(value) for name, value in divergences.items()})
@@ -311,6 +315,6 @@ def _settle_mode(run: Execution, hidden: Tensor, head: LMHead, given: Data) -> s
     # fp16 gradients are too small before a loss scaler has had its say, which comes with the backward pass.
     is_fp16 = op_checks.resolve_dtypes(hidden, head.weight, run)[0] == torch.float16
     has_row_loss = given.objective.is_sum_over_rows and not is_fp16 and not is_differentiated
-    # Ranks with parts of the vocabulary would have to meet after every group.
-    has_row_loss = has_row_loss and head.vocab_parallel is None
+    # Ranks with parts of the vocabulary, or of the sequences, would have to meet after every group.
+    has_row_loss = has_row_loss and head.vocab_parallel is None and given.sequence_group is None
     return settle_mode(hidden, head, run, has_row_loss=has_row_loss)

@@ -61,6 +61,7 @@ def fused_preference_loss(
     layout: PackedLayout | TokenLayout | None = None,
     shift: bool = True,
     ignore_index: int = -100,
+    sequence_group: Any = None,
     execution: Execution | None = None,
     **loss_options: Any,
 ) -> PreferenceLossOutput:
@@ -102,6 +103,7 @@ def fused_preference_loss(
         row_weights: at least 0, a number or one per row (a list is one row, and so is a pair).
         token_weights: the labels' shape, aligned with them; weigh the log-probabilities of both models.
         num_rows: what to divide by instead of the batch's own number of rows.
+        sequence_group: as in ``fused_dpo_loss``; not for losses that look into an answer.
         loss_options: options of the named losses; see ``LOSSES``.
 
     Returns:
@@ -144,7 +146,16 @@ def fused_preference_loss(
     check_kind(objective, extras, made_later=DIVERGENCES)
     check_tensor("hidden", hidden)
     check_teachers(objective, hidden, ref_hidden, teacher_hidden, teacher_lm_head, vocab_size, ref_logps)
-    data = Data(objective, loss_arguments, ref_logps, None, token_weights, extras=extras, layout=layout)
+    data = Data(
+        objective,
+        loss_arguments,
+        ref_logps,
+        None,
+        token_weights,
+        extras=extras,
+        layout=layout,
+        sequence_group=sequence_group,
+    )
     teachers = Teachers(teacher_hidden, teacher_lm_head, vocab_size)
     how = (teachers if objective.inputs in DIVERGENT else None, shift, ignore_index, execution)
     return loss_of_states(hidden, lm_head, labels, data, ref_hidden, ref_lm_head, *how).of_rows()

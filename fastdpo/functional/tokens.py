@@ -9,8 +9,10 @@ its rejected one, so that a group of rows, as mode ``pairs`` needs it, is a rang
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -83,6 +85,7 @@ class RowTokens:
         in_answer: ``(N,)`` bool, the tokens that count; None for all.
         in_nll: ``(N,)`` bool, the tokens of an NLL term; None for those that count of the chosen answers.
         host_offsets: ``offsets`` on the host; None: nobody has waited for the device yet.
+        group: the ranks over which the sequences are split, each with its part of the tokens; None: whole.
     """
 
     num_segments: int
@@ -92,6 +95,7 @@ class RowTokens:
     in_answer: Tensor | None = None
     in_nll: Tensor | None = None
     host_offsets: Tensor | None = None
+    group: Any = None
 
     def pick(self, values: Tensor) -> Tensor:
         """A per-token tensor of the caller's in this order, ``(N,)``."""
@@ -101,14 +105,16 @@ class RowTokens:
         """``(S,)``: per-token values summed over each segment's tokens, all or those ``where``."""
         # The op itself: its offsets were made here and need no check.
         sums = sequence_sums_op(values, None, where, self.offsets, self.segment_ids, "auto")
-        return sums if len(sums) == self.num_segments else sums.narrow(0, 0, self.num_segments)
+        sums = sums if len(sums) == self.num_segments else sums.narrow(0, 0, self.num_segments)
+        return sums if self.group is None else _SumOverRanks.apply(sums, self.group)
 
     def lengths(self, where: Tensor | None, dtype: torch.dtype) -> Tensor:
         """``(S,)``: the number of tokens of each segment, all or those ``where``."""
         if where is not None:
             return self.sums(where.to(dtype), None)
         starts, stops = (self.offsets.narrow(0, first, self.num_segments) for first in (0, 1))
-        return (stops - starts).to(dtype)
+        lengths = (stops - starts).to(dtype)
+        return lengths if self.group is None else _SumOverRanks.apply(lengths, self.group)
 
     def loss_rows(self, order: RowOrder) -> tuple[Tensor, Tensor]:
         """On the host: where the rows' tokens begin, and their segments, ``(rows + 1,)`` each."""
@@ -122,6 +128,20 @@ class RowTokens:
         places, offsets = self.segment_ids[rows] - first, self.offsets[first : last + 1] - group.start
         masks = (None if mask is None else mask[rows] for mask in (self.in_answer, self.in_nll))
         return RowTokens(last - first, self.positions[rows], places, offsets, *masks)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of all ranks' values, of which each rank makes the same loss and differentiates its own."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def all_tokens(

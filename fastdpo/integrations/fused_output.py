@@ -198,10 +198,11 @@ class ScoreRequest:
         head: LMHead,
         labels: Tensor | TokenLayout,
         *,
+        shift: bool = True,
         ignore_index: int,
         execution: Execution,
     ) -> dict[str, Any]:
-        """The loss, made where hidden states and head are at hand; labels are not shifted yet."""
+        """The loss, made where hidden states and head are at hand; labels are not shifted yet, or are."""
         asked: Mapping[str, Any] = self.pair_loss or {}
         layout = labels if isinstance(labels, TokenLayout) else None
         fused: Any = (
@@ -212,6 +213,7 @@ class ScoreRequest:
             head,
             labels if isinstance(labels, Tensor) else None,
             layout=layout,
+            shift=shift,
             ignore_index=ignore_index,
             execution=execution,
             **asked,

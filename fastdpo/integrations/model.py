@@ -63,6 +63,9 @@ def patch_model(
     that ``use_cache`` is False unless given: nothing will be generated from a scored sequence. Every call
     without ``return_logps`` is the unpatched model's, to the bit.
 
+    ``shift_labels`` take the place of ``labels`` where these have been shifted already, as for sequences that
+    are split over ranks; results are then aligned with them: entry [b, t] belongs to ``shift_labels[b, t]``.
+
     Instead of labels, ``token_layout`` (a `TokenLayout`) names the rows of the flattened hidden states and
     the tokens they predict; the results are then ``(N,)``. With it, ``row_batches`` may stand in for the
     inputs: a list of their dicts (``input_ids``, ``position_ids``, ``attention_mask`` ...), for each of which
@@ -237,32 +240,39 @@ def _rebuild(original: Any, hook: _Hook) -> Any:
 def _fused_forward(
     model: Any, hook: _Hook, arguments: dict[str, Any], request: ScoreRequest, num_virtual: int
 ) -> FusedLMOutput:
-    labels = arguments.get("labels")
+    # As transformers has it: in the place of labels, aligned with the states already.
+    shifted = arguments.pop("shift_labels", None)
+    labels = arguments.get("labels") if shifted is None else shifted
     if not isinstance(labels, Tensor):
         raise fail("labels", type(labels).__name__, "a (B, T) tensor with return_logps=True")
     inputs, result = run_backbone(model, hook.tail, arguments)
     hidden = result.last_hidden_state
     if labels.shape != hidden.shape[:-1]:
-        raise fail("labels", f"shape {tuple(labels.shape)}", f"{tuple(hidden.shape[:-1])} to match the input")
+        name = "labels" if shifted is None else "shift_labels"
+        raise fail(name, f"shape {tuple(labels.shape)}", f"{tuple(hidden.shape[:-1])} to match the input")
     # Also the last virtual token's, which predicts the first own one: without an adapter nothing does.
     hidden, labels = hidden[:, num_virtual:], labels[:, num_virtual:]
 
     passed = passed_through(model, hook.tail, inputs, result)
     # Position t predicts the label at t + 1; the last predicts none.
-    targets = F.pad(labels[:, 1:], (0, 1), value=hook.ignore_index)
+    targets = F.pad(labels[:, 1:], (0, 1), value=hook.ignore_index) if shifted is None else labels
 
     def run(states: Tensor, head: LMHead) -> dict[str, Any]:
         if request.pair_loss is not None:
-            return request.make_loss(states, head, labels.to(states.device), **hook.settings)
+            how = {"shift": shifted is None, **hook.settings}
+            return request.make_loss(states, head, labels.to(states.device), **how)
         return request.run(states, head, targets.to(states.device), **hook.settings)
 
     scored = call_head(model, hook.tail, hidden, run, request.pair_loss)
     if request.pair_loss is not None:
         return FusedLMOutput(**scored, **passed)
+    mask = (targets != hook.ignore_index).to(scored["logps"].device)
+    if shifted is not None:
+        return FusedLMOutput(**scored, logps_mask=mask, **passed)
     return FusedLMOutput(
         # From where a token is predicted to where it stands; the last column, never scored, comes first.
         **{name: value.roll(1, dims=1) for name, value in scored.items()},
-        logps_mask=(targets != hook.ignore_index).roll(1, dims=1).to(scored["logps"].device),
+        logps_mask=mask.roll(1, dims=1),
         **passed,
     )
 

@@ -138,3 +138,16 @@ LOOP: dict[str, dict[str, Any]] = {
     "16 bits": {"ref_model": True, "bf16": True},
     "resumed": {"ref_model": True, "is_resumed": True, "save_strategy": "steps", "save_steps": 2},
 }
+
+# Losses of sequences that are split over ranks, and how their references and tokens are given.
+SEQUENCES: dict[str, dict[str, Any]] = {
+    "DPO": {"loss_type": "sigmoid", "how": "sums"},
+    "DPO, reference per token": {"loss_type": "sigmoid", "how": "tokens"},
+    "DPO, weighted": {"loss_type": "sigmoid", "how": "weights"},
+    "DPO and NLL": {"loss_type": "sigmoid", "how": "nll"},
+    "rows of tokens": {"loss_type": "ipo", "how": "layout"},
+    "SimPO": {"loss_type": "simpo", "how": "none"},
+    "ORPO": {"loss_type": "orpo", "how": "none"},
+    "KTO": {"loss_type": "kto", "how": "sums"},
+    "lists": {"loss_type": "sdpo", "how": "sums"},
+}

@@ -287,7 +287,7 @@ def test_a_static_cache_fills_as_it_did() -> None:
         ({"logits_to_keep": 1}, ValueError, "logits_to_keep: got int"),
         ({"logits_to_keep": torch.tensor([1])}, ValueError, "logits_to_keep: got Tensor"),
         ({"num_items_in_batch": 4}, ValueError, "num_items_in_batch"),
-        ({"shift_labels": BATCH.labels}, ValueError, "shift_labels"),
+        ({"shift_labels": BATCH.labels[:, 1:]}, ValueError, "shift_labels: got shape"),
         ({"return_dict": False}, ValueError, "return_dict"),
         ({"logps_outputs": "entropy"}, ValueError, "outputs: got 'entropy'"),
         ({"logps_outputs": ("entrophy",)}, ValueError, "outputs: got 'entrophy'"),
