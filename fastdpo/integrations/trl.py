@@ -90,6 +90,9 @@ def patch_trl(*, execution: Execution | None = None, experimental: bool = True) 
     under ZeRO-3 or quantised; for the experimental trainers and TRL 0.24 encoder-decoders and what
     `patch_model` refuses) goes on in TRL's own code, and one line says so and why.
 
+    Under FSDP2 the head is whole where the op runs, in the root's unit or as accelerate wraps it; in a unit
+    of its own TRL gathers it in a way that loses the other ranks' gradients, which raises.
+
     Args:
         execution: how to run the head; see `Execution`.
         experimental: also CPO, ORPO and TPO, which are in ``trl.experimental``, and of TRL 0.24 CPO and ORPO.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -84,8 +85,10 @@ class FusedLogProb:
         A head that is sharded or quantised is left to TRL's function, and one line says so.
 
         Raises:
-            ValueError: unknown outputs, or a value out of range; without TRL's function, such a head.
+            ValueError: unknown outputs, or a value out of range; without TRL's function, such a head; or a
+                trained one that was gathered from shards.
         """
+        _check_reduced(weight)
         outputs = tuple(outputs)
         if unknown := set(outputs) - STATISTICS.keys() - {"log_probs"}:
             raise fail("outputs", sorted(unknown), f"names from {('log_probs', *STATISTICS)}")
@@ -207,6 +210,21 @@ def _check_weight(weight: Any) -> None:
         raise NotSupported(
             f"lm_head.weight: got a {type(weight).__name__} of {weight.dtype}, quantised or sharded; wanted "
             "a plain floating-point tensor; leave lm_head out of the quantisation"
+        )
+
+
+def _check_reduced(weight: Tensor) -> None:
+    """Raise ValueError for ``full_tensor()`` of a shard, whose backward pass adds nothing up over the ranks.
+
+    TRL does that where FSDP2 has the head in a unit of its own, and trains each rank's part of it on that
+    rank's rows alone. In the root's unit, or in one with the last norm (accelerate's), the head is whole.
+    """
+    made_by = "" if weight.grad_fn is None else weight.grad_fn.name()
+    if "ToTorchTensor" in made_by and dist.get_world_size() > 1:
+        raise ValueError(
+            "lm_head.weight: got one that TRL gathered from FSDP2's shards, whose gradient would not be "
+            "added up over the ranks; wanted the head in the root's unit, or frozen: leave it out of the "
+            "modules that FSDP2 wraps by themselves"
         )
 
 

@@ -151,3 +151,10 @@ SEQUENCES: dict[str, dict[str, Any]] = {
     "KTO": {"loss_type": "kto", "how": "sums"},
     "lists": {"loss_type": "sdpo", "how": "sums"},
 }
+
+# The unit that TRL's fused head is in under FSDP2.
+TRL: dict[str, dict[str, Any]] = {
+    f"{unit}, {'patched' if is_patched else 'as it is'}": {"unit": unit, "is_patched": is_patched}
+    for unit in ("root", "tail", "own")
+    for is_patched in (False, True)
+}
