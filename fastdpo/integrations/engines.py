@@ -54,6 +54,11 @@ def engine_around(model: nn.Module) -> str | None:
     return None
 
 
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has split a model's weights, which are whole in its engine's calls alone."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def _is_fsdp2(module: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)

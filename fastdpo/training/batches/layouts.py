@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastdpo.integrations.engines import is_partitioned
 from fastdpo.integrations.lm_head import wrappers_and_model
 from fastdpo.integrations.row_masks import BLOCK_MASKS, RowMasks, backbone_size
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens
@@ -61,6 +62,13 @@ def choose_collator(
     padded = padded_collator(args, pad_token_id)
     if args.batch_layout == "padded":
         return padded
+    if any(map(is_partitioned, models)):
+        if args.batch_layout == "auto":
+            return padded
+        raise ValueError(
+            f"batch_layout: got {args.batch_layout!r} with a model that ZeRO-3 has split over the ranks as "
+            "it was loaded, which cannot be tried before its engine runs: wanted 'padded' or 'auto'"
+        )
     costs = row_costs(models[0])
     layouts: tuple[str, ...] = (
         ("shared_prompt", "packed") if args.batch_layout == "auto" else (args.batch_layout,)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdpo
+from fastdpo.integrations.engines import is_partitioned
 from fastdpo.training.batches.layouts import layout_of, token_budget
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import check_fit
@@ -67,6 +68,11 @@ class PrecomputedReference:
         if dataset.has_reference:
             check_weighted_reference(dataset, self.args)
             return dataset
+        if is_partitioned(self.model):  # whose fingerprint would be that of no weights
+            raise ValueError(
+                "reference: 'precomputed' cannot score with a model that ZeRO-3 has split over the ranks as "
+                "it was loaded: wanted data with its numbers (`fastdpo score --output FILE`), or a ref_model"
+            )
         check_fit(dataset, {"model": self.model}, self.args)
         key = self._key(dataset)
         is_main = self.accelerator.is_main_process

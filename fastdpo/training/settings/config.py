@@ -16,7 +16,7 @@ from fastdpo.losses import build_objective
 from fastdpo.training.settings.batches import check_batches, check_loader
 from fastdpo.training.settings.data import check_data_settings
 from fastdpo.training.settings.encoding import EncodingOptions
-from fastdpo.training.settings.engines import check_engine, name_engine, told_engine
+from fastdpo.training.settings.engines import check_engine, join_ranks, name_engine, told_engine
 from fastdpo.training.settings.fields import SettingFields
 from fastdpo.training.settings.kinds import kind_of
 from fastdpo.training.settings.loop import check_installed, check_loop, check_sharding
@@ -61,7 +61,10 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
         check_batches(self)
         name_engine(self)
         super().__post_init__()
-        check_engine(self, *told_engine(self))
+        engine, kind = told_engine(self)
+        check_engine(self, engine, kind)
+        if engine == "ZeRO-3":
+            join_ranks(self)
         check_loader(self)
         check_installed(self)
         self._settled = plain_values(self)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 from fastdpo.training.settings.fields import SettingFields
 
 _DIVERGENCES = "{losses}, with divergences from a model whose head would have to be whole beside the policy's"
@@ -82,3 +84,18 @@ def check_engine(args: SettingFields, engine: str | None, state_dict_type: str =
     for what, is_asked in refused.items():
         if is_asked:
             raise ValueError(f"{what}; wanted none under {engine}, or ZeRO-2 or DDP")
+
+
+def join_ranks(args: Any) -> None:
+    """Ranks that know of each other before a model is split over them, which under ZeRO-3 is as it is loaded.
+
+    Raises:
+        ValueError: DeepSpeed is not installed.
+    """
+    try:
+        import deepspeed
+    except ImportError:
+        raise ValueError("deepspeed: got ZeRO-3, which needs it: pip install deepspeed") from None
+    _ = args.device
+    if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -1,8 +1,9 @@
-"""An engine that would be ignored is refused."""
+"""An engine that would be ignored is refused, and what a model split by ZeRO-3 as it was loaded cannot do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from fastdpo.training.loop.engines import settle_engine
+from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
+from tests.training.conftest import make_rows, tiny_llama
 
 
 @pytest.mark.parametrize("said", [{"engine": "fsdp2"}, {"fsdp": True}])
@@ -27,3 +30,43 @@ def test_fsdp_where_accelerate_would_not_run_it(
     with pytest.raises(ValueError, match="fsdp: got FSDP2, .* here are 2 on cpu: wanted torchrun"):
         settle_engine(args, of_cpus)
     settle_engine(make_args(), of_cpus)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"reference": "copy"},
+            "reference: got 'copy' of a model that ZeRO-3.* a ref_model",
+        ),
+        (
+            {"loss_type": "simpo", "batch_layout": "packed"},
+            "batch_layout: got 'packed' with a model that ZeRO-3",
+        ),
+    ],
+)
+def test_a_partitioned_model_is_not_looked_into(
+    settings: dict[str, Any], said: str, make_args: Callable[..., PreferenceConfig], tokenizer: Any
+):
+    model = _partitioned()
+    with pytest.raises(ValueError, match=said):
+        PreferenceTrainer(
+            model, make_args(**settings), train_dataset=make_rows(4), processing_class=tokenizer
+        )
+
+
+def test_nothing_is_scored_with_a_partitioned_model(
+    make_args: Callable[..., PreferenceConfig], tokenizer: Any, tmp_path: Path
+):
+    """Its weights are empty, so its fingerprint would be that of any other model's."""
+    args = make_args(reference="precomputed", reference_cache_dir=str(tmp_path / "cache"))
+    trainer = PreferenceTrainer(_partitioned(), args, train_dataset=make_rows(4), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="'precomputed' cannot score with a model that ZeRO-3 has split"):
+        trainer.train()
+
+
+def _partitioned() -> Any:
+    model = tiny_llama()
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # type: ignore[attr-defined]
+    return model
