@@ -4,7 +4,7 @@ The model's class is replaced by a dynamic subclass of the same name, module and
 that whatever looks at the class (deepcopy, pickle, ``save_pretrained``, ``generate``, `Trainer`,
 accelerate's wrapping and unwrapping) finds what it found before. Nothing is stored on the instance: a copy
 of a patched model is a patched model with its own weights. Only ``model(..., return_logps=True)`` takes
-another path; every other call is the original's.
+another path; every other call is the original's, with ``logits="lazy"`` around a head that makes no logits.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ from torch import Tensor, nn
 from fastdpo.integrations.backbone_call import passed_through, run_backbone
 from fastdpo.integrations.fused_output import FusedLMOutput as FusedLMOutput
 from fastdpo.integrations.fused_output import HeadStates, ScoreRequest, Teachers
+from fastdpo.integrations.lazy_call import (
+    LOGITS,
+    ON_MATERIALIZE,
+    call_lazily,
+    check_choice,
+    check_whole_head,
+    wants_lazy,
+)
 from fastdpo.integrations.lm_head import (
     ModelTail,
     call_head,
@@ -44,6 +52,8 @@ class _Hook:
     tail: ModelTail
     execution: Execution
     ignore_index: int
+    logits: str = "real"
+    on_materialize: str = "warn"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -51,7 +61,12 @@ class _Hook:
 
 
 def patch_model(
-    model: nn.Module, *, execution: Execution | None = None, ignore_index: int = -100
+    model: nn.Module,
+    *,
+    execution: Execution | None = None,
+    ignore_index: int = -100,
+    logits: str = "real",
+    on_materialize: str = "warn",
 ) -> nn.Module:
     """Let ``model(input_ids=..., labels=labels, return_logps=True)`` return log-probabilities, not logits.
 
@@ -94,10 +109,18 @@ def patch_model(
     caller's own tokens, the first of which is not scored here either; patch it after they were added, or
     again.
 
+    With ``logits="lazy"`` the logits of ordinary calls are a tensor that is not there: a loop's or trainer's
+    own log-softmax, gather, mask and loss run in the fused op, on the rows that count; see docs/lazy.md.
+
     Args:
         model: a causal language model of transformers, or a PEFT, DDP or compiled wrapper around one.
         execution: how to run the head; see `Execution`.
         ignore_index: the label of tokens that are not scored.
+        logits: ``"real"``; ``"lazy"`` for lazy logits of calls that record gradients or get labels;
+            ``"always_lazy"`` for those of calls without either too (a reference under ``torch.no_grad()``).
+            Calls with a cache, or with ``logits_to_keep``, and compiled ones have real logits in any case.
+        on_materialize: of an operation that needs the real values of lazy logits: ``"warn"``, once a line, or
+            ``"error"``.
 
     Returns:
         ``model`` itself. Patching again with the same options changes nothing.
@@ -115,18 +138,24 @@ def patch_model(
     run = check_execution(execution)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {ignore_index!r}, wanted an int")
+    check_choice("logits", logits, LOGITS)
+    check_choice("on_materialize", on_materialize, ON_MATERIALIZE)
+    choices = (logits, on_materialize)
     *around, inner = wrappers_and_model(model)
     unpatched = [w for w in around if has_virtual_tokens(w) and not is_patched_wrapper(w)]
     for wrapper in unpatched:
         own_forward(wrapper)  # refuses before anything is changed
     if is_patched(inner):
         hook = type(inner)._fastdpo_hook
-        if (hook.execution, hook.ignore_index) != (run, ignore_index):
+        if hook != _Hook(hook.tail, run, ignore_index, *choices):
             raise ValueError("model: got one patched with other options, wanted unpatch_model(model) first")
     else:
         own_forward(inner)
         original: Any = type(inner)
-        exchange_class(inner, _patched_class(original, _Hook(examine(inner), run, ignore_index)))
+        hook = _Hook(examine(inner), run, ignore_index, *choices)
+        if logits != "real":
+            check_whole_head(inner)
+        exchange_class(inner, _patched_class(original, hook))
     for wrapper in unpatched:
         kind: Any = type(wrapper)
         exchange_class(wrapper, patched_wrapper(kind))
@@ -207,7 +236,10 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
                 if value is not None:
                     raise fail(name, "a value", "return_logps=True with it")
             if not return_states:
-                return original.forward(self, *args, **kwargs)
+                if not wants_lazy(hook.logits, {**dict(zip(names, args, strict=False)), **kwargs}):
+                    return original.forward(self, *args, **kwargs)
+                own = functools.partial(original.forward, self, *args, **kwargs)
+                return call_lazily(self, hook.tail, hook.execution, hook.on_materialize, own)
         elif return_states:
             raise fail("return_states", "True with return_logps", "one of the two")
         if repeated := set(names[: len(args)]) & kwargs.keys():

@@ -1,0 +1,126 @@
+"""A call of a patched model's own forward, with lazy logits in the place of the head's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.integrations.engines import engine_around, engine_of_head, is_tensor_parallel
+from fastdpo.integrations.lazy import Memory, Source
+from fastdpo.integrations.lazy_table import lazy_tensor
+from fastdpo.integrations.lm_head import ModelTail, current_head, find_linear, head_module
+from fastdpo.integrations.probe import refuse
+from fastdpo.ops.checks import fail
+from fastdpo.types import Execution, LMHead
+
+LOGITS = ("real", "lazy", "always_lazy")
+ON_MATERIALIZE = ("warn", "error")
+
+_CACHES = ("cache", "past_key_values", "cache_params")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError where ``value`` is none of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise fail(name, repr(value), f"one of {choices}")
+
+
+def check_whole_head(model: Any) -> None:
+    """Refuse a model whose head is whole only inside the head's own call, or never.
+
+    Raises:
+        ValueError: an engine or tensor parallelism has split it.
+    """
+    linear: Any = find_linear(model)
+    parts = [model.get_output_embeddings(), head_module(model), linear]
+    engine = engine_of_head(parts) or engine_around(model)
+    if engine is None and (hasattr(linear.weight, "device_mesh") or is_tensor_parallel(_own(linear))):
+        engine = "tensor parallelism"
+    if engine is not None:
+        refuse(
+            model,
+            f"its head is split by {engine}, and lazy logits are computed after the head's own call, when "
+            "its weight is no longer whole. Use logits='real' with return_logps=True or pair_loss, which run "
+            "inside that call",
+        )
+
+
+def wants_lazy(choice: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether this call gets lazy logits: not generation, not compiled code, nor a plain evaluation.
+
+    Args:
+        choice: one of `LOGITS`.
+        arguments: of the model's forward, by name.
+    """
+    if choice == "real" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    kept = [arguments.get(name) for name in ("logits_to_keep", "num_logits_to_keep")]
+    if any(value is not None and not (isinstance(value, int) and value == 0) for value in kept):
+        return False
+    if arguments.get("use_cache") or any(arguments.get(name) is not None for name in _CACHES):
+        return False
+    return choice == "always_lazy" or torch.is_grad_enabled() or arguments.get("labels") is not None
+
+
+def call_lazily(
+    model: Any, tail: ModelTail, execution: Execution, on_materialize: str, run: Callable[[], Any]
+) -> Any:
+    """``run()``, the model's own forward, with a head that makes lazy logits.
+
+    What the forward does with the head's output (scale, cap, slices, its loss) is done to the lazy tensor.
+
+    Raises:
+        ValueError: as `check_whole_head`.
+    """
+    check_whole_head(model)
+    layer = head_module(model)
+    if "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
+        return run()  # somebody follows this very call with a stand-in for the head
+    head = current_head(model, tail)
+    own: Callable[[Tensor], Tensor] = layer.forward
+    has_dropout = head.adapter is not None and len(head.adapter) > 3 and head.adapter[3] > 0
+    if head.weight.is_meta or has_dropout:  # offloaded; or other entries would be dropped at every look
+        return run()
+
+    def forward(hidden: Tensor) -> Tensor:
+        made = _lazy_logits(hidden, head, execution, on_materialize)
+        return own(hidden) if made is None else made
+
+    with _forward_replaced(layer, forward):
+        return run()
+
+
+def _lazy_logits(hidden: Tensor, head: LMHead, execution: Execution, on_materialize: str) -> Tensor | None:
+    """``(..., V)``; None where the head's own call has to say what is wrong with ``hidden``."""
+    device = head.weight.device
+    compute_dtype = None
+    if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
+        compute_dtype = torch.get_autocast_dtype(device.type)
+    if not hidden.is_floating_point() or (compute_dtype is None and hidden.dtype != head.weight.dtype):
+        return None
+    states = hidden.to(device).reshape(-1, hidden.shape[-1])
+    source = Source(states, head, execution, compute_dtype, on_materialize)
+    has_grad = torch.is_grad_enabled() and any(value.requires_grad for value in source.tensors)
+    rows = torch.arange(len(states), device=device).view(hidden.shape[:-1])
+    return lazy_tensor(Memory(source, "logits", rows, compute_dtype or hidden.dtype, has_grad))
+
+
+def _own(module: Any) -> Any:
+    return vars(module).get("forward")
+
+
+@contextmanager
+def _forward_replaced(layer: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    own = _own(layer)
+    # Past nn.Module's own setter, which engines watch.
+    vars(layer)["forward"] = forward
+    try:
+        yield
+    finally:
+        vars(layer).pop("forward")
+        if own is not None:
+            vars(layer)["forward"] = own

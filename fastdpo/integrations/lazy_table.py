@@ -1,0 +1,580 @@
+"""The operations on lazy logits that make no logits: views, casts, log-probabilities, losses, statistics.
+
+Each takes the function of torch that was called and its arguments, and answers NotImplemented where it does
+not know what is asked of it: then the real values are made. Row operations (no V in the shape) end in the
+fused op; where a mask says which rows count, the op gets those alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fastdpo.integrations.lazy import LazyLogits, Memory, lazy_tensor, on_real, records, register
+
+T: Any = Tensor
+_OWN_GRAD = "retain_grad", "register_hook", "register_post_accumulate_grad_hook"
+
+
+def _is(x: Any, *kinds: str) -> bool:
+    return isinstance(x, LazyLogits) and x.kind in kinds
+
+
+def _number(value: Any) -> float | None:
+    """A finite number other than 0, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if value and math.isfinite(value) else None
+
+
+def _is_last(x: Tensor, dim: Any) -> bool:
+    if isinstance(dim, tuple | list):
+        dim = dim[0] if len(dim) == 1 else None
+    return isinstance(dim, int) and dim in (-1, x.dim() - 1)
+
+
+def _copied(x: LazyLogits, rows: Tensor | None = None, **changes: Any) -> LazyLogits:
+    """A lazy tensor of a memory of its own, which nothing that is written to ``x`` later will change."""
+    given = {"labels": x.labels, **changes}
+    rows = x.rows if rows is None else rows
+    memory = replace(x.memory, rows=rows.contiguous(), real=None, known=None, has_grad=records(x), **given)
+    return lazy_tensor(memory)
+
+
+def _same_rows(a: LazyLogits, b: LazyLogits, of_b: Callable[[Tensor], Tensor] = lambda rows: rows) -> bool:
+    if not a.memory.is_like(b.memory):
+        return False
+    rows = of_b(b.rows)
+    return a.rows is rows or (a.rows.shape == rows.shape and bool(torch.equal(a.rows, rows)))
+
+
+# Views: the same function on row numbers
+
+
+def _view(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(x, LazyLogits):
+        return NotImplemented
+    args, kwargs = tree_map(lambda v: v.meta if isinstance(v, LazyLogits) else v, (args, kwargs))
+    if any(isinstance(value, torch.dtype) for value in args):
+        return NotImplemented
+    proxy, metas = x.rows, func(x.meta, *args, **kwargs)
+    if x.has_vocab:  # V columns that take no memory; where they are still last, they are still the vocabulary
+        if any(one.shape[-1:] != x.shape[-1:] for one in ([metas] if isinstance(metas, Tensor) else metas)):
+            return NotImplemented
+        proxy = proxy.unsqueeze(-1).expand(x.shape)
+    seen = func(proxy, *args, **kwargs)
+    labels = None if x.labels is None else func(x.labels, *args, **kwargs)
+    if isinstance(seen, Tensor):
+        return _viewed(x, seen, labels, metas, lambda value: func(value, *args, **kwargs))
+    made = []
+    for place, part in enumerate(seen):
+
+        def view(value: Tensor, place: int = place) -> Any:
+            return func(value, *args, **kwargs)[place]
+
+        made.append(_viewed(x, part, None if labels is None else labels[place], metas[place], view))
+    return NotImplemented if any(one is NotImplemented for one in made) else type(seen)(made)
+
+
+def _viewed(
+    x: LazyLogits, rows: Tensor, labels: Tensor | None, meta: Tensor, view: Callable[[Tensor], Tensor]
+) -> Any:
+    if x.has_vocab:
+        size = x.shape[-1]
+        is_last = rows.dim() > 0 and rows.shape[-1] == size and (rows.stride(-1) == 0 or not rows.numel())
+        if not is_last or size == 1:
+            return NotImplemented
+        rows = rows[..., 0]
+    rows, labels = rows.contiguous(), None if labels is None else labels.contiguous()
+    if meta.untyped_storage()._cdata != x.meta.untyped_storage()._cdata:
+        return _copied(x, rows, labels=labels)  # a reshape that has to copy
+    given: dict[str, Any] = {"rows": rows, "labels": labels, "meta": meta, "is_recorded": records(x)}
+    return lazy_tensor(x.memory, views=(*x.views, view), **given)
+
+
+register(
+    *(T.view, T.reshape, T.flatten, T.unflatten, T.squeeze, T.unsqueeze, T.transpose, T.permute, T.narrow),
+    *(T.select, T.expand, T.expand_as, T.view_as, T.reshape_as, T.chunk, T.split, T.unbind, T.tensor_split),
+    *(T.movedim, T.swapaxes, T.t, T.mT.__get__, torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze),
+    *(torch.transpose, torch.permute, torch.narrow, torch.chunk, torch.split, torch.unbind, torch.movedim),
+    *(torch.tensor_split, torch.select, torch.swapaxes, T.unsafe_chunk, T.unsafe_split),
+)(_view)
+
+
+@register(T.detach, T.data.__get__, torch.detach)
+def _detach(func: Any, x: LazyLogits) -> Any:
+    given: dict[str, Any] = {"rows": x.rows, "labels": x.labels, "meta": x.meta}
+    return lazy_tensor(x.memory, views=x.views, is_recorded=False, **given)
+
+
+@register(T.contiguous)
+def _contiguous(func: Any, x: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:
+    if memory_format is not torch.contiguous_format:
+        return NotImplemented
+    return x if x.meta.is_contiguous() else _copied(x)
+
+
+@register(T.clone, torch.clone)
+def _clone(func: Any, x: LazyLogits, **kwargs: Any) -> Any:
+    return _copied(x)
+
+
+@register(T.__iter__)
+def _iterate(func: Any, x: LazyLogits) -> Any:
+    parts = _view(T.unbind, x, 0)
+    return parts if parts is NotImplemented else iter(parts)
+
+
+@register(T.__repr__)
+def _describe(func: Any, x: LazyLogits, **kwargs: Any) -> str:
+    return f"LazyLogits({x.kind}, shape={tuple(x.shape)}, dtype={x.dtype}, device='{x.device}')"
+
+
+@register(T.to, T.float, T.double, T.half, T.bfloat16, T.type, T.type_as, T.cpu, T.cuda)
+def _cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(x, LazyLogits):
+        return NotImplemented
+
+    def empty(value: Any) -> Any:
+        is_lazy = isinstance(value, LazyLogits)
+        return torch.empty(0, dtype=value.dtype, device=value.device) if is_lazy else value
+
+    before = empty(x)
+    after = func(before, *tree_map(empty, args), **tree_map(empty, kwargs))
+    if not isinstance(after, Tensor):
+        return after  # the name of a type
+    if after is before:
+        return x
+    if after.device != x.device or not after.is_floating_point() or not x.is_floating_point():
+        return NotImplemented
+    return _copied(x, dtype=after.dtype)
+
+
+@register(T.__getitem__)
+def _index(func: Any, x: Any, index: Any) -> Any:
+    if not isinstance(x, LazyLogits):
+        return NotImplemented
+    index = index if isinstance(index, tuple) else (index,)
+    index = tuple(torch.as_tensor(i, device=x.device) if isinstance(i, list | range) else i for i in index)
+    plain = [i for i in index if i is None or i is Ellipsis or isinstance(i, slice | int)]
+    if len(plain) == len(index) and not any(isinstance(i, bool) for i in index):
+        return _view(func, x, index)
+    tensors = [i for i in index if isinstance(i, Tensor)]
+    if len(plain) + len(tensors) != len(index) or any(isinstance(i, LazyLogits | bool) for i in index):
+        return NotImplemented
+    if x.has_vocab:
+        num_dims = sum(
+            i.dim() if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) else 1
+            for i in index
+            if i is not None and i is not Ellipsis
+        )
+        place = next((n for n, i in enumerate(index) if i is Ellipsis), len(index))
+        filled = (slice(None),) * (x.dim() - num_dims)
+        index = (*index[:place], *filled, *index[place + 1 :])
+        last: Any = index[-1]
+        if isinstance(last, Tensor):
+            return _picked(x, index)
+        if not isinstance(last, slice) or last.indices(x.shape[-1]) != (0, x.shape[-1], 1):
+            return NotImplemented
+        index = index[:-1]
+    labels = None if x.labels is None else x.labels[index]
+    return _copied(x, x.rows[index], labels=labels)
+
+
+def _picked(x: LazyLogits, index: Sequence[Any]) -> Any:
+    """``x[rows, labels]``."""
+    if x.kind not in _OF_LABEL or not all(isinstance(i, Tensor) and _is_integer(i) for i in index):
+        return NotImplemented
+    *places, labels = torch.broadcast_tensors(*index)
+    labels = torch.where(labels < 0, labels + x.shape[-1], labels).long()
+    return _copied(x, x.rows[tuple(places)], kind=_OF_LABEL[x.kind], labels=labels.contiguous())
+
+
+def _is_integer(x: Tensor) -> bool:
+    return x.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+@register(T.masked_select, torch.masked_select)
+def _masked_select(func: Any, x: Any, mask: Tensor) -> Any:
+    if not isinstance(x, LazyLogits) or x.has_vocab or mask.shape != x.shape:
+        return NotImplemented
+    return _index(T.__getitem__, x, mask)
+
+
+@register(T.roll, torch.roll, T.flip, torch.flip, T.index_select, torch.index_select)
+def _moved(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    name = "dim" if func.__name__ == "index_select" else "dims"
+    place = 1 if func.__name__ == "roll" else 0
+    given = kwargs.pop(name, args[place] if len(args) > place else None)
+    if func is T.flip and len(args) > 1:
+        given, args = args, ()
+    dims = [given] if isinstance(given, int) else given
+    if not isinstance(x, LazyLogits) or dims is None:
+        return NotImplemented
+    dims = [d % x.dim() for d in dims]
+    if any(d >= x.rows.dim() for d in dims):
+        return NotImplemented
+    before, after = args[:place], args[place + 1 :]
+    where = dims[0] if name == "dim" else dims
+
+    def moved(value: Tensor) -> Tensor:
+        return func(value, *before, where, *after, **kwargs)
+
+    return _copied(x, moved(x.rows), labels=None if x.labels is None else moved(x.labels))
+
+
+@register(torch.stack, torch.cat, torch.concat, torch.concatenate)
+def _joined(func: Any, tensors: Any, dim: int = 0, **kwargs: Any) -> Any:
+    first = tensors[0]
+    if kwargs or not isinstance(dim, int) or not all(isinstance(x, LazyLogits) for x in tensors):
+        return NotImplemented
+    for x in tensors:
+        memory = x.memory
+        is_like = memory.is_like(first.memory) and x.dim() == first.dim() and records(x) == records(first)
+        same = ("kind", "factor", "dtype")
+        if not is_like or any(getattr(memory, name) != getattr(first.memory, name) for name in same):
+            return NotImplemented
+    num_dims = first.dim() + (func is torch.stack)
+    dim = dim % num_dims if num_dims else 0
+    if first.has_vocab and dim >= num_dims - 1:
+        return NotImplemented
+    labels = None if first.labels is None else func([x.labels for x in tensors], dim)
+    return _copied(first, func([x.rows for x in tensors], dim), labels=labels)
+
+
+# Scales and caps
+
+
+@register(
+    *(T.mul, T.__mul__, T.__rmul__, torch.mul, torch.multiply, T.multiply, T.__imul__, T.mul_),
+    *(
+        T.div,
+        T.__truediv__,
+        torch.div,
+        T.true_divide,
+        torch.true_divide,
+        T.__itruediv__,
+        T.div_,
+        torch.divide,
+    ),
+)
+def _scaled(func: Any, x: Any, other: Any, **kwargs: Any) -> Any:
+    name = func.__name__.strip("_")
+    divides = "div" in name
+    if not divides and not isinstance(x, LazyLogits):
+        x, other = other, x
+    if not isinstance(x, LazyLogits) or kwargs or x.kind == "argmax":
+        return NotImplemented
+    is_inplace = func in (T.mul_, T.div_, T.__imul__, T.__itruediv__)
+    number = _number(other)
+    if number is not None:
+        number = 1 / number if divides else number
+        if not is_inplace:
+            return _copied(x, **_times(x.memory, number))
+        # All that shares the memory sees it; a part of it, or a change that autograd is not to see, is real.
+        is_all = x.numel() == x.memory.rows.numel() * (x.shape[-1] if x.has_vocab else 1)
+        if not is_all or x.memory.known is not None or records(x) != x.memory.has_grad:
+            return NotImplemented
+        for key, value in _times(x.memory, number).items():
+            setattr(x.memory, key, value)
+        return x
+    if divides or is_inplace:
+        return NotImplemented
+    if isinstance(other, LazyLogits):
+        return _product(x, other)
+    if x.has_vocab or not isinstance(other, Tensor) or other.requires_grad:
+        return NotImplemented
+    if torch.broadcast_shapes(other.shape, x.shape) != x.shape:
+        return NotImplemented
+    return func(x.kept_values((other != 0).expand(x.shape)), other)
+
+
+def _times(memory: Memory, number: float) -> dict[str, Any]:
+    if memory.kind != "logits":
+        return {"factor": memory.factor * number}
+    if memory.cap is None:
+        return {"scale": memory.scale * number}
+    # number * cap * tanh(scale * x / cap), the sign inside: a cap is positive
+    return {"scale": memory.scale * number, "cap": memory.cap * abs(number)}
+
+
+def _product(x: LazyLogits, y: LazyLogits) -> Any:
+    """p times log p, or times the logits: of which entropies are made."""
+    if y.kind == "probs":
+        x, y = y, x
+    kind = {"logprobs": "p_logp", "logits": "p_logit"}.get(y.kind)
+    if x.kind != "probs" or kind is None or not _same_rows(x, y):
+        return NotImplemented
+    factor, dtype = x.memory.factor * y.memory.factor, torch.promote_types(x.dtype, y.dtype)
+    return _copied(x if records(x) else y, kind=kind, factor=factor, dtype=dtype)
+
+
+@register(T.neg, torch.neg, T.negative, torch.negative)
+def _negative(func: Any, x: LazyLogits) -> Any:
+    return _copied(x, **_times(x.memory, -1.0)) if x.kind != "argmax" else NotImplemented
+
+
+@register(torch.tanh, T.tanh)
+def _tanh(func: Any, x: LazyLogits) -> Any:
+    return _copied(x, cap=1.0) if x.kind == "logits" and x.memory.cap is None else NotImplemented
+
+
+# From logits to rows
+
+_OF_LABEL = {"logprobs": "logp", "logits": "logit"}
+
+
+@register(T.log_softmax, torch.log_softmax, F.log_softmax, T.softmax, torch.softmax, F.softmax)
+def _softmax(func: Any, x: Any, dim: Any = None, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
+    if not _is(x, "logits") or not _is_last(x, dim):
+        return NotImplemented
+    dtype = dtype or next((a for a in args if isinstance(a, torch.dtype)), None)
+    kind = "logprobs" if func.__name__.startswith("log") else "probs"
+    return _copied(x, kind=kind, dtype=dtype or _dtype_of(func, x))
+
+
+def _dtype_of(func: Any, x: Tensor) -> torch.dtype:
+    """The dtype that autocast, where it is on, gives to the result."""
+    return func(torch.empty(1, 1, dtype=x.dtype, device=x.device), -1).dtype
+
+
+@register(torch.exp, T.exp)
+def _exp(func: Any, x: LazyLogits) -> Any:
+    if x.kind != "logprobs" or x.memory.factor != 1.0:
+        return NotImplemented
+    return _copied(x, kind="probs", dtype=_dtype_of(torch.softmax, x))
+
+
+@register(torch.log, T.log)
+def _log(func: Any, x: LazyLogits) -> Any:
+    return _copied(x, kind="logprobs") if x.kind == "probs" and x.memory.factor == 1.0 else NotImplemented
+
+
+@register(T.gather, torch.gather, torch.take_along_dim, T.take_along_dim)
+def _gather(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    names = ("indices", "dim") if func.__name__ == "take_along_dim" else ("dim", "index")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    index: Any = given.get("index", given.get("indices"))
+    dim = given.get("dim")
+    if not _is(x, *_OF_LABEL) or not _is_last(x, dim) or isinstance(index, LazyLogits):
+        return NotImplemented
+    fits = index.dim() == x.dim() and all(a <= b for a, b in zip(index.shape[:-1], x.shape, strict=False))
+    if not fits or (func.__name__ == "take_along_dim" and index.shape[:-1] != x.shape[:-1]):
+        return NotImplemented
+    rows = x.rows[tuple(slice(size) for size in index.shape[:-1])]
+    rows = rows.unsqueeze(-1).expand(index.shape)
+    # Values of their own: many loops write to their labels between here and the mask.
+    return _copied(x, rows, kind=_OF_LABEL[x.kind], labels=index.long().clone())
+
+
+@register(torch.logsumexp, T.logsumexp, torch.special.logsumexp)
+def _logsumexp(func: Any, x: Any, dim: Any, keepdim: bool = False) -> Any:
+    if not _is(x, "logits") or not _is_last(x, dim):
+        return NotImplemented
+    rows = x.rows.unsqueeze(-1) if keepdim else x.rows
+    return _copied(x, rows, kind="lse", dtype=_dtype_of(torch.logsumexp, x))
+
+
+@register(T.sub, torch.sub, T.__sub__, torch.subtract, T.subtract)
+def _difference(func: Any, x: Any, y: Any, **kwargs: Any) -> Any:
+    if kwargs or not isinstance(x, LazyLogits) or not isinstance(y, LazyLogits):
+        return NotImplemented
+    kinds, dtype = (x.kind, y.kind), torch.promote_types(x.dtype, y.dtype)
+    has_factors = x.memory.factor != 1.0 or y.memory.factor != 1.0
+    if has_factors or records(x) != records(y):
+        return NotImplemented
+    if kinds == ("logits", "lse") and _same_rows(x, y, lambda rows: rows.squeeze(-1)):
+        return _copied(x, kind="logprobs", dtype=dtype) if y.dim() == x.dim() else NotImplemented
+    if kinds == ("logit", "lse") and _same_rows(x, y):
+        return _copied(x, kind="logp", dtype=dtype)
+    if kinds == ("lse", "logit") and _same_rows(x, y):
+        return _copied(y, kind="logp", factor=-1.0, dtype=dtype)
+    if kinds == ("lse", "expected") and _same_rows(x, y):
+        return _copied(x, kind="entropy", dtype=dtype)
+    return NotImplemented
+
+
+@register(T.sum, torch.sum)
+def _sum(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if not _is(x, "p_logp", "p_logit") or not _is_last(x, dim):
+        return NotImplemented
+    rows, factor = (x.rows.unsqueeze(-1) if keepdim else x.rows), x.memory.factor
+    dtype = dtype or _dtype_of(torch.sum, x)
+    if x.kind == "p_logp":
+        return _copied(x, rows, kind="entropy", factor=-factor, dtype=dtype)
+    return _copied(x, rows, kind="expected", dtype=dtype)
+
+
+@register(T.mean, torch.mean)
+def _mean(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if not _is(x, "logits") or not replace(x.memory, has_grad=records(x)).has_mean():
+        return NotImplemented
+    if dim is not None and not _is_last(x, dim):
+        return NotImplemented
+    rows = x.rows.unsqueeze(-1) if keepdim and dim is not None else x.rows
+    means = _copied(x, rows, kind="mean", dtype=dtype or x.dtype)
+    return means if dim is not None else means.mean()
+
+
+@register(T.argmax, torch.argmax)
+def _argmax(func: Any, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    if not _is(x, "logits", "logprobs", "probs") or not _is_last(x, dim) or x.memory.factor <= 0:
+        return NotImplemented
+    rows = x.rows.unsqueeze(-1) if keepdim else x.rows
+    made = replace(x.memory, kind="argmax", rows=rows, dtype=torch.int64, factor=1.0, labels=None)
+    return lazy_tensor(replace(made, has_grad=False, real=None, known=None))
+
+
+@register(T.max, torch.max)
+def _max(func: Any, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    if not _is(x, *_OF_LABEL) or x.memory.factor <= 0:
+        return NotImplemented
+    places = _argmax(torch.argmax, x, dim, keepdim)
+    if places is NotImplemented:
+        return NotImplemented
+    indices = places.real_values()
+    values = _copied(x, places.rows, kind=_OF_LABEL[x.kind], labels=indices)
+    return torch.return_types.max((values, indices))
+
+
+@register(T.eq, torch.eq, T.__eq__, T.ne, torch.ne, T.__ne__)
+def _equal(func: Any, x: Any, labels: Any) -> Any:
+    if isinstance(labels, LazyLogits) and not isinstance(x, LazyLogits):
+        x, labels = labels, x
+    is_known = _is(x, "argmax") and isinstance(labels, Tensor) and not isinstance(labels, LazyLogits)
+    if not is_known or not _is_integer(labels) or labels.shape != x.shape:
+        return NotImplemented
+    memory, flat = x.memory, labels.flatten().long()
+    chosen = ((flat >= 0) & (flat < memory.source.vocab_size)).nonzero().squeeze(-1)
+    memory.source.check_unchanged()
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        found = memory.statistics(x.rows.flatten()[chosen], flat[chosen], ["is_top1"]).is_top1
+    equal = torch.zeros_like(flat, dtype=torch.bool).index_copy(0, chosen, found).view(x.shape)
+    return equal if func in (T.eq, torch.eq, T.__eq__) else ~equal
+
+
+# Losses
+
+
+@register(F.cross_entropy, F.nll_loss)
+def _cross_entropy(
+    func: Any,
+    x: Any,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    kind = "logits" if func is F.cross_entropy else "logprobs"
+    is_known = _is(x, kind) and isinstance(target, Tensor) and not isinstance(target, LazyLogits)
+    is_known = (
+        is_known and not target.is_floating_point() and x.rows.dim() <= 1 and target.shape == x.rows.shape
+    )
+    if not is_known or size_average is not None or reduce is not None or x.memory.factor != 1.0:
+        return NotImplemented
+    if reduction not in ("none", "mean", "sum") or not 0.0 <= label_smoothing <= 1.0:
+        return NotImplemented  # torch has its errors
+    if label_smoothing and (weight is not None or not replace(x.memory, has_grad=records(x)).has_mean()):
+        return NotImplemented
+    keep, target = target != ignore_index, target.long()
+    dtype = _dtype_of(torch.log_softmax, x)
+    wide = torch.promote_types(dtype, torch.float32)  # rounded once, as torch's own sum is
+    rows = _copied(x, kind="logp", labels=target, factor=-1.0, dtype=wide)
+    values, weights = rows.kept_values(keep), keep
+    if weight is not None:
+        weights = weight[torch.where(keep, target, 0)].to(wide) * keep
+        values = values * weights
+    if label_smoothing:
+        uniform = _copied(x, kind="uniform", dtype=wide).kept_values(keep)
+        values = (1 - label_smoothing) * values + label_smoothing * uniform
+    if reduction == "none":
+        return values.to(dtype)
+    return (values.sum() if reduction == "sum" else values.sum() / weights.sum()).to(dtype)
+
+
+# Masks of rows
+
+
+@register(T.masked_fill, torch.masked_fill, T.masked_fill_)
+def _masked_fill(func: Any, x: Any, mask: Any, value: Any) -> Any:
+    if not _is_row_mask(x, mask) or isinstance(value, LazyLogits):
+        return NotImplemented
+    if func is T.masked_fill_:
+        return _written(func, x, ~mask, mask, value)
+    return func(x.kept_values(~mask.expand(x.shape)), mask, value)
+
+
+@register(T.__setitem__)
+def _set(func: Any, x: Any, index: Any, value: Any) -> Any:
+    if not _is_row_mask(x, index) or index.shape != x.shape or isinstance(value, LazyLogits):
+        return NotImplemented
+    return _written(func, x, ~index, index, value)
+
+
+def _written(func: Any, x: LazyLogits, keep: Tensor, *args: Any) -> Any:
+    """An in-place change of the rows that are not kept: they are never computed, and all views see it."""
+    memory = x.memory
+    x.kept_values(keep.expand(x.shape))
+    if memory.real is None and memory.known is not None:
+        memory.real, memory.known = memory.known[1], None
+    return on_real(func, (x, *args), {})
+
+
+@register(torch.where, T.where)
+def _where(func: Any, *args: Any, **kwargs: Any) -> Any:
+    if kwargs or len(args) != 3:
+        return NotImplemented
+    mask, x, other = args if func is torch.where else (args[1], args[0], args[2])
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or isinstance(mask, LazyLogits):
+        return NotImplemented
+
+    def kept(value: Any, keep: Tensor) -> Any:
+        is_mask = isinstance(value, LazyLogits) and _is_row_mask(value, keep)
+        return value.kept_values(keep.expand(value.shape)) if is_mask else value
+
+    x, other = kept(x, mask), kept(other, ~mask)
+    if isinstance(x, LazyLogits) or isinstance(other, LazyLogits):
+        return NotImplemented
+    return torch.where(mask, x, other)
+
+
+def _is_row_mask(x: Any, mask: Any) -> bool:
+    """Whether ``mask`` says of each entry of ``x``, which has no vocabulary, whether it counts."""
+    if not isinstance(x, LazyLogits) or x.has_vocab or x.kind == "argmax":
+        return False
+    is_mask = isinstance(mask, Tensor) and not isinstance(mask, LazyLogits) and mask.dtype == torch.bool
+    return is_mask and mask.dim() <= x.dim() and torch.broadcast_shapes(mask.shape, x.shape) == x.shape
+
+
+# What needs no values
+
+
+@register(
+    *(T.new_zeros, T.new_ones, T.new_empty, T.new_full, T.new_tensor, torch.zeros_like, torch.ones_like),
+    *(torch.empty_like, torch.full_like),
+)
+def _new(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    return func(torch.empty(1, dtype=x.dtype, device=x.device).expand(x.shape), *args, **kwargs)
+
+
+@register(T.grad_fn.__get__, T.grad.__get__)
+def _nothing(func: Any, x: LazyLogits) -> None:
+    return None
+
+
+@register(*(getattr(T, name) for name in _OWN_GRAD))
+def _refused(func: Any, x: LazyLogits, *args: Any) -> Any:
+    raise RuntimeError(
+        f"logits: got {func.__name__} on lazy logits, whose gradient is never made, wanted real ones: "
+        "patch_model(model, logits='real')"
+    )
