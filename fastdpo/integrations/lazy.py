@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.types import Execution, LMHead, TokenLayout
@@ -277,24 +277,38 @@ class Memory:
 
 
 class _InGraph(torch.autograd.Function):
-    """A place for a lazy tensor in autograd's graph, where DDP looks for the parameters that were used."""
+    """A lazy tensor's place in autograd's graph.
+
+    DDP looks here for the parameters that were used. A gradient comes this way only from functions with a
+    backward pass of their own (kernels that took the tensor's memory); it goes on through the real values.
+    """
 
     @staticmethod
-    def forward(ctx: Any, make: Callable[[], Tensor], *tensors: Tensor) -> Tensor:
-        return make()
+    def forward(ctx: Any, make: Callable[[], LazyLogits], *tensors: Tensor) -> Tensor:
+        made = make()
+        ctx.memory, ctx.views = made.memory, made.views  # not the tensor: it would keep itself alive
+        return made
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "logits: a gradient reached lazy logits themselves; use patch_model(logits='real')"
-        )
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.memory.real is None and ctx.memory.has_vocab:
+            _report(ctx.memory, "backward")
+        value = ctx.memory.values()
+        with torch.enable_grad():
+            for view in ctx.views:
+                value = view(value)
+        tensors = ctx.memory.source.tensors
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        found = iter(torch.autograd.grad(value, wanted, grads[0], retain_graph=True, allow_unused=True))
+        return None, *(next(found) if tensor.requires_grad else None for tensor in tensors)
 
 
 class LazyLogits(Tensor):
     """A tensor that is not there: logits ``(..., V)``, or what was asked of them, ``(..., V)`` or ``(...)``.
 
     Make one with `lazy_tensor`. What a view would share with it is in ``memory``; ``views`` lead from there
-    to this tensor, and ``meta`` has its shape and strides.
+    to this tensor, and ``meta`` has its shape and strides. Of one that ``is_turned`` V is not the last of the
+    dimensions but the second, as `cross_entropy` takes it; nothing else does.
     """
 
     memory: Memory
@@ -302,6 +316,7 @@ class LazyLogits(Tensor):
     labels: Tensor | None
     views: tuple[Callable[[Tensor], Tensor], ...]
     meta: Tensor
+    is_turned: bool
 
     @property
     def kind(self) -> str:
@@ -338,7 +353,7 @@ class LazyLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         operation = TABLE.get(func)
-        if operation is not None and not _has_real((args, kwargs)):
+        if operation is not None and not _needs_real(func, (args, kwargs)):
             result = operation(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -385,6 +400,7 @@ def lazy_tensor(
     views: tuple[Callable[[Tensor], Tensor], ...] = (),
     meta: Tensor | None = None,
     is_recorded: bool = True,
+    is_turned: bool = False,
 ) -> LazyLogits:
     """A lazy tensor of all of ``memory``, or of the part that ``views`` lead to.
 
@@ -398,7 +414,7 @@ def lazy_tensor(
         meta = torch.empty(memory.shape, dtype=memory.dtype, device="meta")
     like = meta
 
-    def make() -> Tensor:
+    def make() -> LazyLogits:
         made: Any = Tensor._make_wrapper_subclass(
             LazyLogits,
             like.shape,
@@ -407,10 +423,13 @@ def lazy_tensor(
             device=memory.source.hidden.device,
             requires_grad=False,
         )
-        made.memory, made.rows, made.labels, made.views, made.meta = memory, rows, labels, views, like
+        made.memory, made.rows, made.labels, made.views = memory, rows, labels, views
+        made.meta, made.is_turned = like, is_turned
         return made
 
-    made: Any = _InGraph.apply(make, *memory.source.tensors) if memory.has_grad and is_recorded else make()
+    made: LazyLogits = (
+        _InGraph.apply(make, *memory.source.tensors) if memory.has_grad and is_recorded else make()
+    )
     return made
 
 
@@ -419,11 +438,11 @@ def records(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def _has_real(arguments: Any) -> bool:
-    """Whether one of them has values already, which may have been changed in place since."""
-    found = []
-    tree_map(lambda x: found.append(x.memory.real is not None) if isinstance(x, LazyLogits) else x, arguments)
-    return any(found)
+def _needs_real(func: Any, arguments: Any) -> bool:
+    """Whether one of them has values already, which may have been changed in place since, or is turned."""
+    found = [x for x in tree_leaves(arguments) if isinstance(x, LazyLogits)]
+    takes_turned = func in (F.cross_entropy, F.nll_loss)
+    return any(x.memory.real is not None or (x.is_turned and not takes_turned) for x in found)
 
 
 def on_real(func: Any, args: Any, kwargs: Any) -> Any:
@@ -437,7 +456,7 @@ def on_real(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _report(memory: Memory, func: Any) -> None:
     """Say which operation makes real logits, and where the caller asks for it."""
-    name = getattr(func, "__name__", str(func))
+    name = func if isinstance(func, str) else getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
         name = getattr(getattr(func, "__self__", None), "__name__", name)
     frame: FrameType | None = sys._getframe(1)

@@ -66,9 +66,9 @@ def _view(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     proxy, metas = x.rows, func(x.meta, *args, **kwargs)
     if x.has_vocab:  # V columns that take no memory; where they are still last, they are still the vocabulary
-        if any(one.shape[-1:] != x.shape[-1:] for one in ([metas] if isinstance(metas, Tensor) else metas)):
-            return NotImplemented
         proxy = proxy.unsqueeze(-1).expand(x.shape)
+        if any(one.shape[-1:] != x.shape[-1:] for one in ([metas] if isinstance(metas, Tensor) else metas)):
+            return _turned(func, x, proxy, metas, *args, **kwargs)
     seen = func(proxy, *args, **kwargs)
     labels = None if x.labels is None else func(x.labels, *args, **kwargs)
     if isinstance(seen, Tensor):
@@ -98,6 +98,29 @@ def _viewed(
     given: dict[str, Any] = {"rows": rows, "labels": labels, "meta": meta, "is_recorded": records(x)}
     return lazy_tensor(x.memory, views=(*x.views, view), **given)
 
+
+def _turned(func: Any, x: LazyLogits, proxy: Tensor, meta: Any, *args: Any, **kwargs: Any) -> Any:
+    """``(B, V, T)`` of ``(B, T, V)``, for cross_entropy."""
+    if func not in _TURNS or x.dim() != 3 or meta.shape[1] != x.shape[-1]:
+        return NotImplemented
+    seen = func(proxy, *args, **kwargs)
+    if seen.stride(1) != 0:
+        return NotImplemented
+    views = (*x.views, lambda value: func(value, *args, **kwargs))
+    given: dict[str, Any] = {"rows": seen[:, 0].contiguous(), "meta": meta, "is_recorded": records(x)}
+    return lazy_tensor(x.memory, views=views, is_turned=True, **given)
+
+
+_TURNS = {
+    T.transpose,
+    T.permute,
+    T.swapaxes,
+    T.movedim,
+    T.mT.__get__,
+    torch.transpose,
+    torch.permute,
+    torch.movedim,
+}
 
 register(
     *(T.view, T.reshape, T.flatten, T.unflatten, T.squeeze, T.unsqueeze, T.transpose, T.permute, T.narrow),
@@ -254,16 +277,8 @@ def _joined(func: Any, tensors: Any, dim: int = 0, **kwargs: Any) -> Any:
 
 @register(
     *(T.mul, T.__mul__, T.__rmul__, torch.mul, torch.multiply, T.multiply, T.__imul__, T.mul_),
-    *(
-        T.div,
-        T.__truediv__,
-        torch.div,
-        T.true_divide,
-        torch.true_divide,
-        T.__itruediv__,
-        T.div_,
-        torch.divide,
-    ),
+    *(T.div, T.__truediv__, torch.div, T.true_divide, torch.true_divide, torch.divide),
+    *(T.__itruediv__, T.div_),
 )
 def _scaled(func: Any, x: Any, other: Any, **kwargs: Any) -> Any:
     name = func.__name__.strip("_")
@@ -478,7 +493,10 @@ def _cross_entropy(
     kind = "logits" if func is F.cross_entropy else "logprobs"
     is_known = _is(x, kind) and isinstance(target, Tensor) and not isinstance(target, LazyLogits)
     is_known = (
-        is_known and not target.is_floating_point() and x.rows.dim() <= 1 and target.shape == x.rows.shape
+        is_known
+        and not target.is_floating_point()
+        and (x.rows.dim() <= 1 or x.is_turned)
+        and target.shape == x.rows.shape
     )
     if not is_known or size_average is not None or reduce is not None or x.memory.factor != 1.0:
         return NotImplemented

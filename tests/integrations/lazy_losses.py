@@ -93,6 +93,11 @@ def nll_of_log_softmax(logits: Tensor, labels: Tensor) -> Tensor:
     return F.nll_loss(logps, labels[:, 1:].flatten(), reduction="none").mean()
 
 
+def classes_second(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy over (B, V, T)."""
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none").sum(-1)
+
+
 def picked_by_index(logits: Tensor, labels: Tensor) -> Tensor:
     """``x[rows, labels]``, a negated log-probability, an index of rows that count."""
     targets = labels[:, 1:].reshape(-1)
@@ -103,7 +108,7 @@ def picked_by_index(logits: Tensor, labels: Tensor) -> Tensor:
 
 LOSSES: list[Loss] = [
     *(dpo_repository, average_logps, selective_by_rows, selective_in_16_bits, tempered_in_place),
-    *(shifted_cross_entropy, cross_entropy_of_chosen, nll_of_log_softmax, picked_by_index),
+    *(shifted_cross_entropy, cross_entropy_of_chosen, nll_of_log_softmax, classes_second, picked_by_index),
 ]
 
 

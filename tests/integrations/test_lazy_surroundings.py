@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 import pickle
 import warnings
@@ -288,6 +289,65 @@ def test_who_looks_for_memory_finds_it() -> None:
     assert type(other) is Tensor and other.shape == real.shape and fresh().new_zeros(3).shape == (3,)
     assert torch.equal(fresh().topk(3).indices, real.topk(3).indices)
     assert torch.equal(torch.vmap(lambda row: row.sum(-1))(fresh()), real.sum(-1))
+
+
+class _OwnBackward(torch.autograd.Function):
+    """As a kernel that takes a tensor's memory: nothing of it is seen but the address."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        x, y = x.contiguous(), y.contiguous()
+        found = [
+            np.ctypeslib.as_array((ctypes.c_float * v.numel()).from_address(v.data_ptr())) for v in (x, y)
+        ]
+        return torch.tensor(float((found[0].astype(float) ** 2).sum() + found[1].astype(float).sum()))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grads[0], torch.ones(4, 5, VOCAB) * grads[0]
+
+
+@pytest.mark.filterwarnings("ignore:logits")
+def test_kernels_with_a_backward_pass_of_their_own() -> None:
+    model = make_model().train()
+
+    def squares(logits: Tensor, labels: Tensor) -> Tensor:
+        return _OwnBackward.apply(logits[:, 1:], logits.log_softmax(-1)[:, :5]) + logits.logsumexp(-1).sum()
+
+    ours, real = run_loss(lazy_model(model, on_materialize="warn"), squares), run_loss(model, squares)
+    assert torch.allclose(ours.value, real.value)
+    for name, grad in real.grads.items():
+        assert (ours.grads[name] - grad).norm() < 1e-5 * grad.norm(), name
+    with pytest.raises(MadeLogits, match="data_ptr"):
+        run_loss(lazy_model(model), squares)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_losses_are_those_of_plain_ones() -> None:
+    model = make_model().train()
+    compiled = torch.compile(dpo_repository, backend="eager")
+    truth = run_loss(copy.deepcopy(model).double(), dpo_repository)
+    assert_like_real(run_loss(lazy_model(model), compiled), run_loss(model, dpo_repository), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_functions_of_an_installed_trainer(dtype: torch.dtype) -> None:
+    utils = pytest.importorskip("trl.trainer.utils")
+    model = make_model().train().to(dtype)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        targets, mask = labels[:, 1:].clamp(min=0), labels[:, 1:] != -100
+        logps = utils.selective_log_softmax(logits[:, :-1], targets)
+        entropies = utils.entropy_from_logits(logits[:, :-1])
+        return torch.where(mask, logps, 0.0).sum(-1) - 0.1 * (entropies * mask).sum(-1)
+
+    ours, real = run_loss(lazy_model(model), loss), run_loss(model, loss)
+    truth = run_loss(copy.deepcopy(model).double(), loss)
+    name = "lm_head.weight"
+    assert ours.value.dtype == real.value.dtype
+    assert_close_to_fp64(ours.grads[name], truth.grads[name].double(), real.grads[name])
 
 
 # The model itself
