@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdpo.ops.checks import fail
@@ -78,8 +79,14 @@ def is_split_by_vocabulary(model: nn.Module, weight: Any) -> bool:
     placements: Any = getattr(weight, "placements", ())
     if len(placements) != 1 or not placements[0].is_shard(0):
         return False
-    groups = (group for state in _fsdp2_states(model) for group in state._fsdp_param_groups)
+    groups = (group for state in _fsdp2_states(model) for group in _groups(state))
     return all(weight.device_mesh != group.mesh_info.mesh for group in groups)
+
+
+def _groups(state: Any) -> list[Any]:
+    """The parameters of a unit, by the names of torch 2.13 and before."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [state._fsdp_param_group] * (state._fsdp_param_group is not None) if groups is None else groups
 
 
 def is_tensor_parallel(forward: Any) -> bool:
@@ -113,7 +120,9 @@ def check_precision(model: Any, dtype: torch.dtype, arguments: Mapping[str, Any]
         dtype: of the weight as the engine gathers it.
         arguments: of ``pair_loss``: engines cast the tensors of dicts, which a call is given or returns.
     """
-    engine = engine_around(model) if dtype in _16_BIT else None
+    if dtype not in _16_BIT or not dist.is_initialized() or torch.compiler.is_compiling():
+        return
+    engine = engine_around(model)
     if engine is None:
         return
     if type(arguments) is dict:
