@@ -31,6 +31,7 @@ from tests.integrations.lazy_losses import (
     shifted_cross_entropy,
     smoothed_cross_entropy,
 )
+from tests.integrations.tiny import FAMILIES as FAMILIES_OF_ALL
 from tests.integrations.tiny import VOCAB, make_model
 from tests.ops.test_gemm_passes import count_passes
 
@@ -123,6 +124,26 @@ def test_the_models_own_loss_and_log_probabilities(family: str, monkeypatch: pyt
         return logits.log_softmax(-1).gather(-1, LARGE.labels[:, 1:, None].clamp(min=0)).squeeze(-1) * 1.0
 
     assert_logps_close(logps(patched).detach(), logps(copy.deepcopy(model).double()).detach(), torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES_OF_ALL)
+def test_every_family(family: str) -> None:
+    """What their forwards do between head and loss is done to lazy logits."""
+    model, patched = make_model(family).train(), lazy_model(make_model(family).train())
+    found = []
+    for each in (model, patched):
+        torch.manual_seed(0)  # of dropout
+        found.append(run_loss(each, dpo_repository))
+        torch.manual_seed(0)
+        own = each(**LARGE.inputs, labels=LARGE.labels)
+        found.append(own.loss.detach())
+    assert isinstance(own.logits, LazyLogits)
+    real, real_loss, ours, our_loss = found
+    assert torch.allclose(ours.value, real.value, rtol=1e-5, atol=1e-3) and torch.allclose(
+        our_loss, real_loss
+    )
+    head = next(n for n, p in model.named_parameters() if p is model.get_output_embeddings().weight)
+    assert (ours.grads[head] - real.grads[head]).norm() < 1e-4 * real.grads[head].norm()
 
 
 @pytest.mark.parametrize("loss", [dpo_repository, shifted_cross_entropy], ids=lambda loss: loss.__name__)
