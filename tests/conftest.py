@@ -6,6 +6,7 @@ import atexit
 import functools
 import gc
 import json
+import logging
 import os
 import random
 import shutil
@@ -103,6 +104,16 @@ def pytest_make_collect_report(
 def fixed_seeds() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Generator[None, None, None]:
+    """What the command line does to the package's logger is not there for the next test."""
+    log = logging.getLogger("fastdpo")
+    level, handlers = log.level, list(log.handlers)
+    yield
+    log.setLevel(level)
+    log.handlers[:] = handlers
 
 
 @pytest.fixture(autouse=True)
