@@ -41,8 +41,9 @@ check: setup  ## lint, formatting, types, layers
 test: check  ## every capability, on a machine without a GPU: minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow' -n $(WORKERS)
 
+# By file, so that what a file's tests start together (ranks, compilers) is started once.
 test-slow: setup  ## what is slow by nature: several processes, the demo, distributions, long curves, recorded runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not gpu' -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not gpu' -n $(WORKERS) --dist loadfile
 
 quick: setup  ## about two minutes: one case of each test, planted bugs, and what changed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --quick -n $(WORKERS)
