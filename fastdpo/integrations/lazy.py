@@ -8,6 +8,7 @@ operation gets real values.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
@@ -354,7 +355,12 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         operation = TABLE.get(func)
         if operation is not None and not _needs_real(func, (args, kwargs)):
-            result = operation(func, *args, **kwargs)
+            try:
+                result = operation(func, *args, **kwargs)
+            except TypeError:
+                if _takes(operation, func, *args, **kwargs):
+                    raise
+                result = NotImplemented  # by one of torch's other names of an argument, or into `out`
             if result is not NotImplemented:
                 return result
         return on_real(func, args, kwargs)
@@ -443,6 +449,14 @@ def _needs_real(func: Any, arguments: Any) -> bool:
     found = [x for x in tree_leaves(arguments) if isinstance(x, LazyLogits)]
     takes_turned = func in (F.cross_entropy, F.nll_loss)
     return any(x.memory.real is not None or (x.is_turned and not takes_turned) for x in found)
+
+
+def _takes(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    try:
+        inspect.signature(operation).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def on_real(func: Any, args: Any, kwargs: Any) -> Any:

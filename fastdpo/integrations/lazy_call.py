@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,6 +104,8 @@ def _lazy_logits(hidden: Tensor, head: LMHead, execution: Execution, on_material
     if not hidden.is_floating_point() or (compute_dtype is None and hidden.dtype != head.weight.dtype):
         return None
     states = hidden.to(device).reshape(-1, hidden.shape[-1])
+    if execution.mode == "pairs":  # of whole losses, which nobody asks for here
+        execution = replace(execution, mode="auto")
     source = Source(states, head, execution, compute_dtype, on_materialize)
     has_grad = torch.is_grad_enabled() and any(value.requires_grad for value in source.tensors)
     rows = torch.arange(len(states), device=device).view(hidden.shape[:-1])

@@ -245,6 +245,8 @@ def _moved(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if any(d >= x.rows.dim() for d in dims):
         return NotImplemented
     before, after = args[:place], args[place + 1 :]
+    if func.__name__ == "roll" and not before:
+        before = (kwargs.pop("shifts"),)
     where = dims[0] if name == "dim" else dims
 
     def moved(value: Tensor) -> Tensor:
@@ -418,6 +420,9 @@ def _difference(func: Any, x: Any, y: Any, **kwargs: Any) -> Any:
 
 @register(T.sum, torch.sum)
 def _sum(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if _is(x, "logprobs") and _is_last(x, dim):
+        total = _mean(func, x, dim, keepdim, dtype=dtype or _dtype_of(torch.sum, x))
+        return total if total is NotImplemented else total * x.shape[-1]
     if not _is(x, "p_logp", "p_logit") or not _is_last(x, dim):
         return NotImplemented
     rows, factor = (x.rows.unsqueeze(-1) if keepdim else x.rows), x.memory.factor
@@ -429,12 +434,13 @@ def _sum(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: An
 
 @register(T.mean, torch.mean)
 def _mean(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    if not _is(x, "logits") or not replace(x.memory, has_grad=records(x)).has_mean():
+    if not _is(x, *_OF_LABEL) or not replace(x.memory, has_grad=records(x)).has_mean():
         return NotImplemented
     if dim is not None and not _is_last(x, dim):
         return NotImplemented
     rows = x.rows.unsqueeze(-1) if keepdim and dim is not None else x.rows
-    means = _copied(x, rows, kind="mean", dtype=dtype or x.dtype)
+    kind, factor = ("mean", 1.0) if x.kind == "logits" else ("uniform", -x.memory.factor)
+    means = _copied(x, rows, kind=kind, factor=factor, dtype=dtype or x.dtype)
     return means if dim is not None else means.mean()
 
 

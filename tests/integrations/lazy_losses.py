@@ -129,6 +129,20 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(rows, labels[:, 1:].reshape(-1), label_smoothing=0.1)
 
 
+def label_smoother(logits: Tensor, labels: Tensor) -> Tensor:
+    """As transformers' trainer smooths labels, by the sum of all log-probabilities."""
+    logits, labels = logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
+    negative = -F.log_softmax(logits, dim=-1)
+    mask = labels.unsqueeze(-1).eq(-100)
+    labels = labels.unsqueeze(-1).clamp(min=0)
+    nll = negative.gather(dim=-1, index=labels)
+    smoothed = negative.sum(dim=-1, keepdim=True, dtype=torch.promote_types(logits.dtype, torch.float32))
+    nll.masked_fill_(mask, 0.0)
+    smoothed.masked_fill_(mask, 0.0)
+    count = (~mask).sum()
+    return 0.9 * nll.sum() / count + 0.1 * smoothed.sum() / (count * logits.shape[-1])
+
+
 def mean_logit(logits: Tensor, labels: Tensor) -> Tensor:
     return logits[labels != -100].mean() + logits.mean(-1).sum()
 
@@ -139,7 +153,14 @@ def largest_logit(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 STATISTICS: list[Loss] = [
-    *(entropy_of_log_softmax, entropy_of_softmax, smoothed_cross_entropy, mean_logit, largest_logit),
+    *(
+        entropy_of_log_softmax,
+        entropy_of_softmax,
+        smoothed_cross_entropy,
+        label_smoother,
+        mean_logit,
+        largest_logit,
+    ),
 ]
 
 

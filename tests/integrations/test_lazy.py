@@ -25,6 +25,7 @@ from tests.integrations.lazy_losses import (
     Result,
     Rows,
     dpo_repository,
+    label_smoother,
     largest_logit,
     mean_logit,
     run_loss,
@@ -87,7 +88,7 @@ def test_losses_equal_those_of_real_logits_and_make_none(
 @pytest.mark.parametrize("loss", STATISTICS, ids=lambda loss: loss.__name__)
 def test_statistics_equal_those_of_real_logits(loss: Loss, family: str) -> None:
     model = make_model(family).train()
-    if family == "gemma2" and loss in (smoothed_cross_entropy, mean_logit):
+    if family == "gemma2" and loss in (smoothed_cross_entropy, label_smoother, mean_logit):
         # The gradient of a mean of capped logits is not in the op.
         with pytest.raises(MadeLogits):
             run_loss(lazy_model(model), loss)
@@ -320,6 +321,20 @@ def test_backward_twice_and_after_a_change_of_the_head() -> None:
         dpo_repository(logits, LARGE.labels)
     with pytest.raises(RuntimeError, match="register_hook on lazy logits"):
         model(**LARGE.inputs).logits.register_hook(print)
+
+
+def test_other_names_of_arguments() -> None:
+    model = make_model()
+    logits, real = (m(**LARGE.inputs).logits.detach() for m in (lazy_model(model), model))
+    assert torch.allclose(logits.roll(shifts=1, dims=(1,)).logsumexp(dim=-1), real.roll(1, 1).logsumexp(-1))
+    labels = LARGE.input_ids[..., None]
+    assert torch.allclose(torch.gather(logits, dim=2, index=labels) + 0, real.gather(2, labels))
+    logits = lazy_model(model, on_materialize="warn")(**LARGE.inputs).logits.detach()
+    with pytest.warns(UserWarning, match="mean"):
+        assert torch.allclose(logits.mean(axis=-1), real.mean(-1))
+    written = torch.empty_like(real)
+    torch.exp(logits, out=written)
+    assert torch.allclose(written, real.exp())
 
 
 def test_errors_are_those_of_real_logits() -> None:

@@ -387,7 +387,7 @@ def test_what_else_a_patched_model_does_stays() -> None:
     assert len(hidden) == 3 and type(hidden[-1]) is Tensor
 
 
-@pytest.mark.parametrize("mode", ["cache", "recompute", "auto"])
+@pytest.mark.parametrize("mode", ["cache", "recompute", "pairs"])
 def test_execution_is_the_hooks(mode: str) -> None:
     model = make_model().train()
     patched = lazy_model(model, execution=Execution(mode=mode, workspace_mib=1))
