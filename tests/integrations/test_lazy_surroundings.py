@@ -233,6 +233,45 @@ def test_compiled_models_have_real_logits() -> None:
     assert torch.allclose(output.logits, model(**LARGE.inputs).logits, atol=1e-4)
 
 
+class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        row = {**LARGE.inputs, "labels": LARGE.labels}
+        return {name: value[place % 4] for name, value in row.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_trainer_of_transformers(tmp_path: Any, smoothing: float) -> None:
+    """As it is: its loss fused in training, its logits real where it collects them in evaluation."""
+    transformers = pytest.importorskip("transformers")
+    found = []
+    for options in ({"logits": "real"}, {"logits": "lazy", "on_materialize": "error"}, {"logits": "lazy"}):
+        torch.manual_seed(0)
+        arguments = transformers.TrainingArguments(
+            **{
+                "output_dir": str(tmp_path),
+                "max_steps": 3,
+                "per_device_train_batch_size": 4,
+                "logging_steps": 1,
+            },
+            **{"learning_rate": 1e-3, "use_cpu": True, "report_to": [], "save_strategy": "no"},
+            **{"disable_tqdm": True, "label_smoothing_factor": smoothing, "per_device_eval_batch_size": 4},
+        )
+        model = patch_model(make_model(), **options)
+        trainer = transformers.Trainer(model, arguments, train_dataset=_Rows(), eval_dataset=_Rows())
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        predicted = None if "on_materialize" in options else trainer.predict(_Rows()).predictions
+        found.append((losses, trainer.evaluate()["eval_loss"], predicted))
+    for losses, eval_loss, predicted in found[1:]:
+        assert np.allclose(losses, found[0][0], rtol=1e-4) and abs(eval_loss - found[0][1]) < 1e-3
+        if predicted is not None:
+            assert type(predicted) is np.ndarray and np.allclose(predicted, found[0][2], atol=1e-2)
+
+
 # Copies, files, other libraries
 
 
@@ -409,6 +448,16 @@ def test_a_split_head_is_refused(one_process: None) -> None:
     with pytest.raises(ValueError, match="split by FSDP2.*logits='real'"):
         patch_model(other, logits="lazy")
     assert not is_patched(other)
+
+
+def test_a_head_split_by_vocabulary_is_refused(one_process: None) -> None:
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    model = make_model().train()
+    shard = tensor.distribute_tensor(model.lm_head.weight.detach(), mesh, [tensor.Shard(0)])
+    model.lm_head.weight = nn.Parameter(shard)
+    with pytest.raises(ValueError, match="split by tensor parallelism.*logits='real'"):
+        patch_model(model, logits="lazy")
 
 
 def test_a_head_split_by_zero_is_refused() -> None:
