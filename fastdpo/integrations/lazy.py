@@ -29,7 +29,7 @@ from fastdpo.types import Execution, LMHead, TokenLayout
 VOCAB_KINDS = frozenset({"logits", "logprobs", "probs", "p_logp", "p_logit"})
 # Of shape (...), by the statistics of the op that they are made of; a label's ``logit`` is made of its row of
 # the head, and ``argmax`` of logits in small chunks. ``expected`` is sum_v p z, ``uniform``
-# is the mean over the vocabulary of -log p, ``mean`` that of z.
+# is the mean over the vocabulary of -log p, ``mean`` that of z, ``sum_sq`` is log sum_v p^2.
 _OUTPUTS: dict[str, tuple[str, ...]] = {
     "logp": (),
     "lse": ("lse",),
@@ -37,6 +37,7 @@ _OUTPUTS: dict[str, tuple[str, ...]] = {
     "expected": ("lse", "entropy"),
     "mean": ("mean_logit",),
     "uniform": ("lse", "mean_logit"),
+    "sum_sq": ("log_sum_sq_probs",),
 }
 _NO_LABEL = -(1 << 62)  # no label is ignored by the op: which rows it gets has been decided before
 
@@ -247,6 +248,7 @@ class Memory:
             "expected": lambda: out.lse - out.entropy,
             "mean": lambda: mean,
             "uniform": lambda: out.lse - mean,
+            "sum_sq": lambda: out.log_sum_sq_probs,
         }
         return made[self.kind]()
 

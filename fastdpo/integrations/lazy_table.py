@@ -393,9 +393,12 @@ def _gather(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 @register(torch.logsumexp, T.logsumexp, torch.special.logsumexp)
 def _logsumexp(func: Any, x: Any, dim: Any, keepdim: bool = False) -> Any:
-    if not _is(x, "logits") or not _is_last(x, dim):
+    if not _is(x, *_OF_LABEL) or not _is_last(x, dim):
         return NotImplemented
     rows = x.rows.unsqueeze(-1) if keepdim else x.rows
+    if x.kind == "logprobs":  # of 2 log p, whose gradient the op has not
+        is_known = x.memory.factor == 2.0 and not records(x)
+        return _copied(x, rows, kind="sum_sq", factor=1.0) if is_known else NotImplemented
     return _copied(x, rows, kind="lse", dtype=_dtype_of(torch.logsumexp, x))
 
 
