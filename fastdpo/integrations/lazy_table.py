@@ -8,6 +8,7 @@ fused op; where a mask says which rows count, the op gets those alone.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from fastdpo.integrations.lazy import LazyLogits, Memory, lazy_tensor, on_real, records, register
@@ -596,7 +598,16 @@ def _new(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 @register(T.grad_fn.__get__, T.grad.__get__)
 def _nothing(func: Any, x: LazyLogits) -> None:
-    return None
+    """None: what has a ``grad_fn`` DDP would hand through a function of its own, which takes real values.
+
+    Under ``static_graph`` the first step's gradients are added up over ranks by that function alone.
+    """
+    asked_by = sys._getframe(2).f_locals.get("self")
+    if isinstance(asked_by, DistributedDataParallel) and asked_by.static_graph:
+        raise RuntimeError(
+            "logits: got lazy ones under DistributedDataParallel(static_graph=True), which would not add up "
+            "the gradients of the first step over ranks, wanted static_graph=False, or logits='real'"
+        )
 
 
 @register(*(getattr(T, name) for name in _OWN_GRAD))

@@ -160,14 +160,14 @@ class Converted(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}], ids=str)
 @pytest.mark.parametrize("has_cast", [False, True])
 def test_ddp_sees_which_parameters_are_used(one_process: None, options: Any, has_cast: bool) -> None:
     """One that is not used too: DDP looks for it from what the forward returned."""
     model = make_model().train()
     model.unused = nn.Linear(3, 3)
     patched = lazy_model(model)
-    if "static_graph" not in options and "find_unused_parameters" not in options:
+    if not options:
         del model.unused, patched.unused
     around = [DistributedDataParallel(Converted(m) if has_cast else m, **options) for m in (model, patched)]
     for _ in range(3):
@@ -177,6 +177,15 @@ def test_ddp_sees_which_parameters_are_used(one_process: None, options: Any, has
         assert used == {name for name, grad in ours.grads.items() if grad.any()} and len(used) > 10
         for name in used:
             assert (ours.grads[name] - real.grads[name]).norm() < 0.03 * real.grads[name].norm(), name
+
+
+@pytest.mark.parametrize("has_cast", [False, True])
+def test_ddp_with_a_static_graph_is_refused(one_process: None, has_cast: bool) -> None:
+    """Its first step is added up over ranks by a function around the outputs, which lazy ones go past."""
+    model = lazy_model(make_model().train())
+    wrapped = DistributedDataParallel(Converted(model) if has_cast else model, static_graph=True)
+    with pytest.raises(RuntimeError, match="static_graph=False, or logits='real'"):
+        wrapped(**LARGE.inputs)
 
 
 # Evaluation, generation, compiled code
