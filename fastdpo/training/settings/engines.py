@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -16,7 +17,8 @@ def name_engine(args: SettingFields) -> None:
     """``engine`` in the words of transformers.
 
     Raises:
-        ValueError: beside it ``fsdp``, ``fsdp_config`` or ``deepspeed``, which it stands for.
+        ValueError: beside it ``fsdp``, ``fsdp_config`` or ``deepspeed``, which it stands for; or DeepSpeed is
+            not installed.
     """
     if args.engine is None:
         return
@@ -27,6 +29,8 @@ def name_engine(args: SettingFields) -> None:
     if args.engine == "fsdp2":
         settings.fsdp, settings.fsdp_config = True, {"version": 2}
         return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(f"engine: got {args.engine!r}, which needs DeepSpeed: pip install deepspeed")
     stage = int(args.engine.removeprefix("zero"))
     own = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -13,6 +13,7 @@ import torch
 from fastdpo.training.loop.engines import settle_engine
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
+from fastdpo.training.settings.engines import check_engine
 from tests.training.conftest import make_rows, tiny_llama
 
 
@@ -30,6 +31,28 @@ def test_fsdp_where_accelerate_would_not_run_it(
     with pytest.raises(ValueError, match="fsdp: got FSDP2, .* here are 2 on cpu: wanted torchrun"):
         settle_engine(args, of_cpus)
     settle_engine(make_args(), of_cpus)
+
+
+def test_deepspeed_that_is_not_installed_is_named(
+    make_args: Callable[..., PreferenceConfig], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="engine: got 'zero2', which needs DeepSpeed: pip install deepspeed"):
+        make_args(engine="zero2")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_largest_batch_is_not_tried_under_deepspeed(
+    stage: int, make_args: Callable[..., PreferenceConfig]
+):
+    asked = make_args(longest_batch_first=True)
+    with pytest.raises(ValueError, match=f"longest_batch_first: got True under ZeRO-{stage}"):
+        check_engine(asked, f"ZeRO-{stage}")
+    by_default = make_args()
+    by_default.longest_batch_first = True  # as on a GPU
+    by_default.given.pop("longest_batch_first", None)
+    check_engine(by_default, f"ZeRO-{stage}")
+    assert by_default.longest_batch_first is False
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,6 @@ MakeArgs = Callable[..., PreferenceConfig]
         ),
         ({"engine": "fsdp3"}, r"engine: got 'fsdp3', wanted one of \(None, 'fsdp2'"),
         ({"engine": "fsdp2", "offload_activations": True}, "offload_activations: got True.* under FSDP2"),
-        ({"engine": "zero2", "longest_batch_first": True}, "longest_batch_first: got True under ZeRO-2"),
         ({"engine": "zero3", "fsdp": True}, "engine: got 'zero3' and fsdp, wanted one of the two"),
         ({"fsdp": True, "sync_ref_model": True}, "sync_ref_model: got True.* wanted none under FSDP2"),
         ({"parallelism_config": object()}, "parallelism_config: got"),
