@@ -45,7 +45,7 @@ test: check  ## every capability, on a machine without a GPU: minutes
 test-slow: setup  ## what is slow by nature: several processes, the demo, distributions, long curves, recorded runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not gpu' -n $(WORKERS) --dist loadfile
 
-quick: setup  ## about two minutes: one case of each test, planted bugs, and what changed
+quick: setup  ## one case of each test, planted bugs, and what changed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --quick -n $(WORKERS)
 
 test-gpu: setup  ## the tests that need a GPU, in .venv

@@ -13,7 +13,7 @@ from fastdpo.integrations.probe import HEAD_ARGUMENTS, NotSupportedArgument, loa
 from fastdpo.ops.checks import fail
 
 # One thing, by the names that releases of transformers and families have for it.
-_CACHES = ("cache", "past_key_values", "cache_params")
+CACHES = ("cache", "past_key_values", "cache_params")
 
 
 def run_backbone(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -26,7 +26,7 @@ def passed_through(model: Any, tail: ModelTail, inputs: dict[str, Any], result: 
     """What else the backbone returned."""
     names = ("hidden_states", "attentions", "router_logits")
     passed = {name: getattr(result, name, None) for name in names}
-    cache = next((getattr(result, name) for name in _CACHES if hasattr(result, name)), None)
+    cache = next((getattr(result, name) for name in CACHES if hasattr(result, name)), None)
     return {"aux_loss": _aux_loss(model, tail, result, inputs), "cache": cache, **passed}
 
 
@@ -51,8 +51,8 @@ def _backbone_inputs(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> 
         raise fail("return_dict", False, "True or None with return_logps=True")
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs.setdefault("output_router_logits", True)
-    for name in (inputs.keys() & set(_CACHES)) - tail.arguments:  # a release's other name for it
-        own = [other for other in _CACHES if other in tail.arguments and other not in inputs]
+    for name in (inputs.keys() & set(CACHES)) - tail.arguments:  # a release's other name for it
+        own = [other for other in CACHES if other in tail.arguments and other not in inputs]
         inputs.update({other: inputs.pop(name) for other in own[:1]})
     if unknown := inputs.keys() - tail.arguments:
         raise NotSupportedArgument(
@@ -60,7 +60,7 @@ def _backbone_inputs(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> 
         )
     for name in tail.from_config - inputs.keys():
         inputs[name] = getattr(model.config, name)
-    if "use_cache" in tail.arguments and inputs.keys().isdisjoint(_CACHES):
+    if "use_cache" in tail.arguments and inputs.keys().isdisjoint(CACHES):
         inputs.setdefault("use_cache", False)
     return inputs
 

@@ -481,10 +481,12 @@ def _report(memory: Memory, func: Any) -> None:
     file, line = (frame.f_code.co_filename, frame.f_lineno) if frame else ("<unknown>", 0)
     message = (
         f"logits: {name} at {file}:{line} needs the real values of lazy {memory.kind} of shape "
-        f"{tuple(memory.shape)}, so they are made, as without fastdpo. docs/lazy.md lists what needs none"
+        f"{tuple(memory.shape)}"
     )
+    lists = "docs/lazy.md lists what needs none"
     if memory.source.on_materialize == "error":
-        raise MadeLogits(message)
+        raise MadeLogits(f"{message}, which on_materialize='error' does not make. {lists}")
+    message = f"{message}, so they are made, as without fastdpo. {lists}"
     warnings.warn_explicit(message, UserWarning, file, line, registry=_SEEN)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.integrations.backbone_call import CACHES
 from fastdpo.integrations.engines import engine_around, engine_of_head, is_tensor_parallel
 from fastdpo.integrations.lazy import Memory, Source
 from fastdpo.integrations.lazy_table import lazy_tensor
@@ -20,8 +21,6 @@ from fastdpo.types import Execution, LMHead
 
 LOGITS = ("real", "lazy", "always_lazy")
 ON_MATERIALIZE = ("warn", "error")
-
-_CACHES = ("cache", "past_key_values", "cache_params")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -62,7 +61,7 @@ def wants_lazy(choice: str, arguments: Mapping[str, Any]) -> bool:
     kept = [arguments.get(name) for name in ("logits_to_keep", "num_logits_to_keep")]
     if any(value is not None and not (isinstance(value, int) and value == 0) for value in kept):
         return False
-    if arguments.get("use_cache") or any(arguments.get(name) is not None for name in _CACHES):
+    if arguments.get("use_cache") or any(arguments.get(name) is not None for name in CACHES):
         return False
     return choice == "always_lazy" or torch.is_grad_enabled() or arguments.get("labels") is not None
 

@@ -184,7 +184,7 @@ def call_head(
     linear, layer = find_linear(model), head_module(model)
     engine = engine_of_head(_parts(model))
     if engine is None:
-        head = current_head(model, tail)
+        head = _read(model, linear, layer, tail)
         # With device_map the backbone may end on another device.
         if head.weight.is_meta and not hidden.is_meta:
             raise fail("model", "a head whose weight is offloaded", "its weight on a device")

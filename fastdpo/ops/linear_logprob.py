@@ -143,6 +143,8 @@ def indexed_logprob(
         The output, and the log-probabilities of ``ref_hidden`` (the shape of ``hidden``, the same head) or
         None: chunk after chunk right behind the policy's, without a gradient.
     """
+    wanted = checks.check_outputs(outputs, entropy_requires_grad, has_topk=True)
+    k = checks.check_topk(topk, wanted, head.weight.shape[0])
     if head.vocab_parallel is not None:
         return sharded_logprob(
             indexed_logprob,
@@ -153,15 +155,13 @@ def indexed_logprob(
             index_kind,
             ref_hidden=ref_hidden,
             ignore_index=ignore_index,
-            outputs=outputs,
+            wanted=wanted,
             entropy_requires_grad=entropy_requires_grad,
             check_labels=check_labels,
             grad_weight_out=grad_weight_out,
             execution=execution,
         )
     checks.check_inputs(hidden, head)
-    wanted = checks.check_outputs(outputs, entropy_requires_grad, has_topk=True)
-    k = checks.check_topk(topk, wanted, head.weight.shape[0])
     checks.check_grad_weight_out(grad_weight_out, head.weight)
     run = checks.check_execution(execution)
 

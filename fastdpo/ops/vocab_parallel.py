@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdpo.ops.checks import check_outputs, fail
+from fastdpo.ops.checks import fail
+from fastdpo.ops.library import raise_on_bad_labels
 from fastdpo.types import TOPK_STATISTICS, HeadAdapter, LinearLogprobOutput, LMHead, VocabShard
 
 Logprob = Callable[..., tuple[LinearLogprobOutput, Tensor | None]]
@@ -35,7 +36,7 @@ def sharded_logprob(
     *,
     ref_hidden: Tensor | None,
     ignore_index: int,
-    outputs: tuple[str, ...],
+    wanted: tuple[str, ...],
     entropy_requires_grad: bool,
     check_labels: bool,
     **options: Any,
@@ -51,7 +52,6 @@ def sharded_logprob(
     """
     shard = head.vocab_parallel
     assert isinstance(shard, VocabShard)
-    wanted = check_outputs(outputs, entropy_requires_grad, has_topk=True)
     if refused := [name for name in wanted if name in TOPK_STATISTICS]:
         raise fail("outputs", ", ".join(refused), "none of the k most likely tokens with vocab_parallel")
     targets, hidden = labels.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
@@ -63,6 +63,7 @@ def sharded_logprob(
     if index_kind in ("found", "given"):
         targets = targets.index_select(0, index)
     if check_labels:
+        raise_on_bad_labels(targets, index, shard.vocab_size)
         _check_alike(targets, shard)
 
     def pick(states: Tensor) -> tuple[Tensor, Tensor, str]:
@@ -71,19 +72,19 @@ def sharded_logprob(
             return states, index, index_kind
         return states.index_select(0, index), torch.arange(len(targets), device=states.device), "tokens"
 
-    def score(states: Tensor, of: LMHead, names: tuple[str, ...]) -> LinearLogprobOutput:
+    local = _own_head(head, shard)
+
+    def score(states: Tensor, names: tuple[str, ...], **how: Any) -> LinearLogprobOutput:
         rows, places, kind = pick(states)
         rows = _SumOfGradients.apply(rows, shard.group)
-        return _joined(local_logprob, rows, of, targets, places, kind, shard, names, **how)
+        return _joined(local_logprob, rows, local, targets, places, kind, shard, names, **how)
 
-    how = {"entropy_requires_grad": entropy_requires_grad, **options}
-    local = _own_head(head, shard)
-    found = score(hidden, local, wanted)
+    found = score(hidden, wanted, entropy_requires_grad=entropy_requires_grad, **options)
     ref_logps = None
     if ref_hidden is not None:
         with torch.no_grad():
-            how = {**how, "entropy_requires_grad": False, "grad_weight_out": None}
-            ref_logps = score(ref_hidden.reshape(-1, ref_hidden.shape[-1]), local, ()).logps
+            how = {**options, "entropy_requires_grad": False, "grad_weight_out": None}
+            ref_logps = score(ref_hidden.reshape(-1, ref_hidden.shape[-1]), (), **how).logps
 
     def full(value: Tensor | None) -> Tensor | None:
         if value is None or index_kind in ("tokens", "repeated"):

@@ -104,6 +104,8 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "a bias": {"second": {"bias": True}},
     "another dtype": {"second": {"dtype": torch.float64}},
     "other labels": {"labels_differ": True, "check_labels": True},
+    "a label beyond all": {"beyond": True, "check_labels": True},
+    "k alone": {"topk": 3},
     "top-k": {"outputs": ("topk_mass",)},
 }
 

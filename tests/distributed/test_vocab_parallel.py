@@ -74,6 +74,8 @@ def test_a_call_exchanges_a_few_numbers_a_token_and_sums_dhidden(two: list[dict[
         ("a bias", "got scale, cap, temperature, bias, LoRA"),
         ("another dtype", "got dtypes of the weight"),
         ("other labels", "labels: got others on some ranks"),
+        ("a label beyond all", "labels: got 61"),
+        ("k alone", "topk: got 3"),
         ("top-k", "outputs: got topk_mass, wanted none of the k most likely"),
     ],
 )

@@ -162,6 +162,7 @@ def _mistake(
     sizes: tuple[int, ...] = (30, 31),
     second: dict[str, Any] | None = None,
     labels_differ: bool = False,
+    beyond: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """What a rank is told of heads that are not one; ``second``: how that of rank 1 differs."""
@@ -171,7 +172,7 @@ def _mistake(
     bias = torch.zeros(sizes[rank]) if changed.pop("bias", False) else None
     weight = torch.randn(sizes[rank], H).to(changed.pop("dtype", torch.float32))
     head = LMHead(weight, bias=bias, vocab_parallel=VocabShard(starts[rank], size), **changed)
-    labels = torch.arange(4) + rank * labels_differ
+    labels = torch.arange(4) + rank * labels_differ + 60 * beyond
     try:
         linear_logprob(torch.randn(4, H), head, labels, **options)
     except (ValueError, TypeError) as error:

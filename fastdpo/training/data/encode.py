@@ -125,7 +125,7 @@ class RowEncoder:
         words = (
             source.fingerprint, source.name, options, self.wanted, texts.has_prompts,
             texts.cuts_echoes, self.made_with, type(self.tokenizer).__name__,
-            self.tokenizer.special_tokens_map, backend.to_str(),
+            self.tokenizer.special_tokens_map, self.tokenizer.chat_template, backend.to_str(),
         )  # fmt: skip
         return "\n".join(map(str, words))
 

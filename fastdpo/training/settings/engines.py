@@ -80,7 +80,7 @@ def check_engine(args: SettingFields, engine: str | None, state_dict_type: str =
         return
     losses = ", ".join(args.loss_type)
     refused = {
-        f"loss_type: got {_DIVERGENCES.format(losses=losses)}": getattr(args, "needs_divergences", False),
+        f"loss_type: got {_DIVERGENCES.format(losses=losses)}": args.needs_divergences,
         "sync_ref_model: got True, whose steps mix whole models": args.sync_ref_model,
         "offload_activations: got True, which would move weights that FSDP2 frees": engine == "FSDP2"
         and args.offload_activations,
