@@ -1,4 +1,4 @@
-"""``pytest --quick``: a meaningful answer in about two minutes (`make quick`).
+"""``pytest --quick``: a meaningful answer in a small part of the time (`make quick`).
 
 What is slow by nature is left out, and so is what starts a process of its own; of every other test
 function one case is run: its first. Tests that plant bugs are run whole, and so are those of the rooms that a

@@ -178,7 +178,9 @@ def call_through(
         # A dict of tensors, which every engine looks into.
         return {name: value for name, value in found[0].items() if isinstance(value, Tensor)}
 
-    with _calling(chain, innermost):
+    # Each module's forward calls the next; the last one's is `innermost`.
+    following: list[Callable[[Tensor], Any]] = [*chain[1:], innermost]
+    with forwards_replaced(dict(zip(chain, map(_calls, following), strict=True))):
         returned = outer(hidden)
     # FSDP hooks the tensors in place, and may return rounded copies; ZeRO-3 hooks those that it returns.
     if any(hasattr(weight, "ds_id") for part in chain for weight in part._parameters.values()):
@@ -193,18 +195,17 @@ def _whole(value: Any) -> Any:
 
 
 @contextmanager
-def _calling(chain: Sequence[nn.Module], innermost: Callable[[Tensor], Any]) -> Iterator[None]:
-    """Each module's forward calls the next; the last one's is ``innermost``."""
-    following: list[Callable[[Tensor], Any]] = [*chain[1:], innermost]
-    own: list[Any] = [vars(module).get("forward") for module in chain]
+def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Modules with other forwards, as long as the context lasts."""
+    own: dict[nn.Module, Any] = {module: vars(module).get("forward") for module in forwards}
     try:
-        for module, forward in zip(chain, following, strict=True):
+        for module, forward in forwards.items():
             # Past nn.Module's own setter, which engines watch.
-            vars(module)["forward"] = _calls(forward)
+            vars(module)["forward"] = forward
         yield
     finally:
-        for module, forward in zip(chain, own, strict=True):
-            vars(module).pop("forward")
+        for module, forward in own.items():
+            vars(module).pop("forward", None)
             if forward is not None:
                 vars(module)["forward"] = forward
 

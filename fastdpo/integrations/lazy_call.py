@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.integrations.backbone_call import CACHES
-from fastdpo.integrations.engines import engine_around, engine_of_head, is_tensor_parallel
+from fastdpo.integrations.engines import engine_around, engine_of_head, forwards_replaced, is_tensor_parallel
 from fastdpo.integrations.lazy import Memory, Source
 from fastdpo.integrations.lazy_table import lazy_tensor
 from fastdpo.integrations.lm_head import ModelTail, current_head, find_linear, head_module
@@ -90,7 +89,7 @@ def call_lazily(
         made = _lazy_logits(hidden, head, execution, on_materialize)
         return own(hidden) if made is None else made
 
-    with _forward_replaced(layer, forward):
+    with forwards_replaced({layer: forward}):
         return run()
 
 
@@ -113,16 +112,3 @@ def _lazy_logits(hidden: Tensor, head: LMHead, execution: Execution, on_material
 
 def _own(module: Any) -> Any:
     return vars(module).get("forward")
-
-
-@contextmanager
-def _forward_replaced(layer: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    own = _own(layer)
-    # Past nn.Module's own setter, which engines watch.
-    vars(layer)["forward"] = forward
-    try:
-        yield
-    finally:
-        vars(layer).pop("forward")
-        if own is not None:
-            vars(layer)["forward"] = own

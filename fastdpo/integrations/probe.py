@@ -11,13 +11,12 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from fastdpo.integrations.engines import weight_shape, without_hooks
+from fastdpo.integrations.engines import forwards_replaced, weight_shape, without_hooks
 
 # Arguments of a forward that concern the logits or the loss, not the backbone.
 HEAD_ARGUMENTS = frozenset({"labels", "shift_labels", "logits_to_keep", "num_items_in_batch", "return_dict"})
@@ -131,7 +130,7 @@ class Probe:
 
         stand_ins = {module: backbone_forward(module) for module in self.backbones}
         modules = [*stand_ins, self.head, self.linear]
-        replaced = _forwards_replaced({**stand_ins, self.head: head_forward})
+        replaced = forwards_replaced({**stand_ins, self.head: head_forward})
         with without_hooks(modules), replaced, torch.no_grad():
             output = type(self.model).forward(self.model, **{**self.defaults, **arguments})
         if len(calls) != 1 or len(head_inputs) > 1:
@@ -300,18 +299,3 @@ def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[s
         if parameter.kind is parameter.VAR_KEYWORD:
             bound.update(bound.pop(name, {}))
     return bound
-
-
-@contextmanager
-def _forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    saved = {module: vars(module).get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, own in saved.items():
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
