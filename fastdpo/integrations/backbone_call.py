@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdpo.integrations.lm_head import ModelTail, logit_transform
@@ -20,6 +21,55 @@ def run_backbone(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> tupl
     """The backbone's inputs and its output."""
     inputs = _backbone_inputs(model, tail, arguments)
     return inputs, attrgetter(tail.backbone)(model)(**inputs, return_dict=True)
+
+
+def backbone_calls(
+    model: Any,
+    tail: ModelTail,
+    arguments: dict[str, Any],
+    row_batches: Sequence[Mapping[str, Any]] | None,
+    *,
+    are_packed: bool,
+) -> list[tuple[dict[str, Any], Any]]:
+    """Inputs and output of each of the backbone's calls."""
+    if row_batches is not None and not row_batches:
+        raise fail("row_batches", "an empty list", "at least one dict of inputs")
+    if row_batches is not None and (given := [n for n, v in arguments.items() if v is not None]):
+        raise fail("row_batches", f"a value together with {sorted(given)}", "the inputs in row_batches alone")
+    calls = row_batches or [arguments]
+    if are_packed:
+        for call in calls:
+            _check_packed(call)
+    return [run_backbone(model, tail, dict(call)) for call in calls]
+
+
+def _check_packed(call: Mapping[str, Any]) -> None:
+    """Refuse what lets the sequences of a row see each other.
+
+    transformers tells them apart by positions that start again, only without a cache and without a 2-D mask,
+    and is silent otherwise.
+    """
+    if call.get("use_cache"):
+        raise fail("use_cache", True, "False or None with token_layout: sequences of a row would mix")
+    mask = call.get("attention_mask")
+    if call.get("position_ids") is not None and isinstance(mask, Tensor) and mask.dim() == 2:
+        wanted = "None (positions that start again separate sequences) or a 4-D mask"
+        raise fail("attention_mask", "a 2-D mask together with position_ids and token_layout", wanted)
+
+
+def all_positions(calls: Sequence[tuple[dict[str, Any], Any]], num_virtual: int) -> Tensor:
+    """``(M, H)``: the caller's positions of all calls one after the other."""
+    states = [result.last_hidden_state[:, num_virtual:] for _, result in calls]  # (R, T, H) each
+    for (inputs, _), rows in zip(calls, states, strict=True):
+        if "input_ids" in inputs and rows.shape[:-1] != inputs["input_ids"].shape:
+            raise fail(
+                "input_ids",
+                f"shape {tuple(inputs['input_ids'].shape)}, of which the backbone made rows "
+                f"{tuple(rows.shape[:-1])}",
+                "one row for each, which token_layout counts",
+            )
+    flat = [rows.flatten(0, -2) for rows in states]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def passed_through(model: Any, tail: ModelTail, inputs: dict[str, Any], result: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdpo.integrations.backbone_call import passed_through, run_backbone
+from fastdpo.integrations.backbone_call import all_positions, backbone_calls, passed_through, run_backbone
 from fastdpo.integrations.fused_output import FusedLMOutput as FusedLMOutput
 from fastdpo.integrations.fused_output import HeadStates, ScoreRequest, Teachers
 from fastdpo.integrations.lazy_call import (
@@ -323,8 +323,8 @@ def _layout_forward(
         raise fail("token_layout", type(layout).__name__, "a TokenLayout")
     if arguments.get("labels") is not None:
         raise fail("labels", "a value together with token_layout", "one of the two")
-    calls = _backbone_calls(model, hook.tail, arguments, row_batches, are_packed=True)
-    hidden = _all_positions(calls, num_virtual)
+    calls = backbone_calls(model, hook.tail, arguments, row_batches, are_packed=True)
+    hidden = all_positions(calls, num_virtual)
     if len(calls) > 1 and any(inputs.get("output_router_logits") for inputs, _ in calls):
         raise fail("output_router_logits", "True with several row_batches", "one, or False")
     passed = passed_through(model, hook.tail, *calls[0]) if len(calls) == 1 else {}
@@ -352,61 +352,12 @@ def _head_states(
     """What the head would see."""
     if arguments.get("labels") is not None:
         raise fail("labels", "a value together with return_states", "return_logps=True with it")
-    calls = _backbone_calls(model, hook.tail, arguments, row_batches, are_packed=row_batches is not None)
+    calls = backbone_calls(model, hook.tail, arguments, row_batches, are_packed=row_batches is not None)
     head = current_head(model, hook.tail)
-    hidden = _all_positions(calls, num_virtual)
+    hidden = all_positions(calls, num_virtual)
     if row_batches is None:
         hidden = calls[0][1].last_hidden_state[:, num_virtual:]
     return HeadStates(hidden.to(head.weight.device), head)
-
-
-def _backbone_calls(
-    model: Any,
-    tail: ModelTail,
-    arguments: dict[str, Any],
-    row_batches: Sequence[Mapping[str, Any]] | None,
-    *,
-    are_packed: bool,
-) -> list[tuple[dict[str, Any], Any]]:
-    """Inputs and output of each of the backbone's calls."""
-    if row_batches is not None and not row_batches:
-        raise fail("row_batches", "an empty list", "at least one dict of inputs")
-    if row_batches is not None and (given := [n for n, v in arguments.items() if v is not None]):
-        raise fail("row_batches", f"a value together with {sorted(given)}", "the inputs in row_batches alone")
-    calls = row_batches or [arguments]
-    if are_packed:
-        for call in calls:
-            _check_packed(call)
-    return [run_backbone(model, tail, dict(call)) for call in calls]
-
-
-def _check_packed(call: Mapping[str, Any]) -> None:
-    """Refuse what lets the sequences of a row see each other.
-
-    transformers tells them apart by positions that start again, only without a cache and without a 2-D mask,
-    and is silent otherwise.
-    """
-    if call.get("use_cache"):
-        raise fail("use_cache", True, "False or None with token_layout: sequences of a row would mix")
-    mask = call.get("attention_mask")
-    if call.get("position_ids") is not None and isinstance(mask, Tensor) and mask.dim() == 2:
-        wanted = "None (positions that start again separate sequences) or a 4-D mask"
-        raise fail("attention_mask", "a 2-D mask together with position_ids and token_layout", wanted)
-
-
-def _all_positions(calls: Sequence[tuple[dict[str, Any], Any]], num_virtual: int) -> Tensor:
-    """``(M, H)``: the caller's positions of all calls one after the other."""
-    states = [result.last_hidden_state[:, num_virtual:] for _, result in calls]  # (R, T, H) each
-    for (inputs, _), rows in zip(calls, states, strict=True):
-        if "input_ids" in inputs and rows.shape[:-1] != inputs["input_ids"].shape:
-            raise fail(
-                "input_ids",
-                f"shape {tuple(inputs['input_ids'].shape)}, of which the backbone made rows "
-                f"{tuple(rows.shape[:-1])}",
-                "one row for each, which token_layout counts",
-            )
-    flat = [rows.flatten(0, -2) for rows in states]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:
