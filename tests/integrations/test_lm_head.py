@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,14 +19,12 @@ from tests.integrations.tiny import (
     FAMILIES,
     HIDDEN,
     VOCAB,
-    assert_step_close,
-    expected_step,
     fused_logps,
     make_batch,
     make_config,
     make_model,
     plain_logps,
-    run_step,
+    with_weight,
 )
 
 
@@ -128,14 +124,6 @@ def _with_head(head: nn.Module) -> Any:
     return model
 
 
-def _with_weight(make: Callable[[Tensor], Any]) -> Any:
-    model = make_model()
-    weight = model.lm_head.weight
-    del model.lm_head.weight
-    model.lm_head.weight = make(weight)
-    return model
-
-
 class _NormHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden, nn.functional.normalize(self.weight), self.bias)
@@ -210,9 +198,9 @@ REFUSED = {
     ),
     "hooked head": (_hooked_head, "forward hooks"),
     "replaced head forward": (_replaced_head_forward, "forward of its own"),
-    "integer weight": (lambda: _with_weight(lambda w: nn.Parameter(w.to(torch.int8), False)), "quantised"),
-    "flattened weight": (lambda: _with_weight(lambda w: nn.Parameter(w.flatten())), "sharded"),
-    "gathered elsewhere": (lambda: _with_weight(lambda w: nn.Parameter(torch.empty(0))), "sharded"),
+    "integer weight": (lambda: with_weight(lambda w: nn.Parameter(w.to(torch.int8), False)), "quantised"),
+    "flattened weight": (lambda: with_weight(lambda w: nn.Parameter(w.flatten())), "sharded"),
+    "gathered elsewhere": (lambda: with_weight(lambda w: nn.Parameter(torch.empty(0))), "sharded"),
     "encoder-decoder": (_encoder_decoder, "encoder-decoder"),
     "classification": (
         lambda: transformers.LlamaForSequenceClassification(make_config("llama")),
@@ -319,90 +307,6 @@ def test_a_look_leaves_the_model_and_the_random_state_as_they_were() -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(random, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.fixture
-def process_group(tmp_path: Any) -> Iterator[None]:
-    store = torch.distributed.FileStore(os.fspath(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    gc.collect()  # a sharded model must not outlive its group
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.distributed
-@pytest.mark.usefixtures("process_group")
-def test_a_dtensor_head_is_one_whose_rows_are_split() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (1,))
-    rows, columns = (
-        _with_weight(lambda w, d=d: nn.Parameter(distribute_tensor(w.detach(), mesh, [Shard(d)])))
-        for d in (0, 1)
-    )
-    head = LMHead.from_model(rows)
-    assert head.vocab_parallel is not None and head.vocab_parallel.vocab_size == len(head.weight)
-    with pytest.raises(ValueError, match="sharded.*DTensor"):
-        patch_model(columns)
-
-
-@pytest.mark.distributed
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("has_own_unit", [False, True])
-def test_a_head_that_an_engine_gathers_is_used(has_own_unit: bool) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    model, batch = make_model(), make_batch()
-    expected = expected_step(model, batch)
-    patch_model(model)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    if has_own_unit:
-        fully_shard(model.lm_head)
-    fully_shard(model)
-    ours = run_step(model, batch, fused_logps)
-    whole = {name: grad.full_tensor() for name, grad in ours.grads.items()}
-    assert_step_close(ours._replace(grads=whole), expected)
-
-
-@pytest.mark.distributed
-@pytest.mark.usefixtures("process_group")
-def test_what_mixed_precision_would_round_is_refused() -> None:
-    from types import MappingProxyType
-
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    ids = torch.arange(3, 9).expand(2, -1)
-    asked = {"loss_type": "sigmoid", "ref_logps": torch.tensor([-20.3, -20.7])}
-    call = {"input_ids": ids, "labels": ids, "return_logps": True}
-    rounding, exact = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=dtype)
-        for dtype in (torch.bfloat16, None)
-    )
-    model = fully_shard(patch_model(make_model()), mp_policy=rounding)
-    with pytest.raises(
-        ValueError, match=r"output_dtype: got torch\.bfloat16.*replace\(policy, output_dtype=None"
-    ):
-        model(**call)
-    model = fully_shard(patch_model(make_model()), mp_policy=exact)
-    with pytest.raises(ValueError, match="pair_loss: got ref_logps in torch.bfloat16.*MappingProxyType"):
-        model(**call, pair_loss=asked)
-    out = model(**call, pair_loss=MappingProxyType(asked))
-    assert out.pair_loss.ref_chosen_logps.item() == torch.tensor(-20.3).item()
-    assert model(**call).logps.dtype == torch.float32
-
-
-@pytest.mark.distributed
-@pytest.mark.usefixtures("process_group")
-def test_a_call_past_the_engine_is_refused() -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    model = patch_model(make_model())
-    fully_shard(model.lm_head)
-    fully_shard(model)
-    with pytest.raises(ValueError, match="weight of its head is sharded here.*DTensor"):
-        LMHead.from_model(model)
 
 
 def test_importing_lm_head_imports_neither_transformers_nor_peft() -> None:

@@ -156,3 +156,12 @@ def assert_step_close(ours: Step, expected: Expected, *, renamed: Callable[[str]
     if together:
         columns = [torch.cat(column) for column in zip(*together.values(), strict=True)]
         assert_close_to_fp64(*columns, name=f"{', '.join(together)} in one")  # type: ignore[misc]
+
+
+def with_weight(make: Callable[[Tensor], Any]) -> Any:
+    """A Llama whose head's weight is what ``make`` makes of it."""
+    model = make_model()
+    weight = model.lm_head.weight
+    del model.lm_head.weight
+    model.lm_head.weight = make(weight)
+    return model
