@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastdpo.integrations.backbone_call import CACHES
 from fastdpo.integrations.engines import engine_around, engine_of_head, forwards_replaced, is_tensor_parallel
-from fastdpo.integrations.lazy import Memory, Source
-from fastdpo.integrations.lazy_table import lazy_tensor
+from fastdpo.integrations.lazy_table import lazy_tensor  # from there, so that the table is filled
+from fastdpo.integrations.lazy_values import Memory, Source
 from fastdpo.integrations.lm_head import ModelTail, current_head, find_linear, head_module
 from fastdpo.integrations.probe import refuse
 from fastdpo.ops.checks import fail

@@ -1,15 +1,16 @@
-"""The operations on lazy logits that make no logits: views, casts, log-probabilities, losses, statistics.
+"""The operations on lazy logits that make no logits: log-probabilities, losses, statistics, masks.
 
 Each takes the function of torch that was called and its arguments, and answers NotImplemented where it does
 not know what is asked of it: then the real values are made. Row operations (no V in the shape) end in the
-fused op; where a mask says which rows count, the op gets those alone.
+fused op; where a mask says which rows count, the op gets those alone. `lazy_views.py` has those that only
+move rows about.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
 
-from fastdpo.integrations.lazy import LazyLogits, Memory, lazy_tensor, on_real, records, register
+from fastdpo.integrations.lazy import LazyLogits, lazy_tensor, on_real, records, register
+from fastdpo.integrations.lazy_values import Memory
+from fastdpo.integrations.lazy_views import OF_LABEL, copied, is_integer
 
 T: Any = Tensor
 _OWN_GRAD = "retain_grad", "register_hook", "register_post_accumulate_grad_hook"
@@ -42,238 +44,11 @@ def _is_last(x: Tensor, dim: Any) -> bool:
     return isinstance(dim, int) and dim in (-1, x.dim() - 1)
 
 
-def _copied(x: LazyLogits, rows: Tensor | None = None, **changes: Any) -> LazyLogits:
-    """A lazy tensor of a memory of its own, which nothing that is written to ``x`` later will change."""
-    given = {"labels": x.labels, **changes}
-    rows = x.rows if rows is None else rows
-    memory = replace(x.memory, rows=rows.contiguous(), real=None, known=None, has_grad=records(x), **given)
-    return lazy_tensor(memory)
-
-
 def _same_rows(a: LazyLogits, b: LazyLogits, of_b: Callable[[Tensor], Tensor] = lambda rows: rows) -> bool:
     if not a.memory.is_like(b.memory):
         return False
     rows = of_b(b.rows)
     return a.rows is rows or (a.rows.shape == rows.shape and bool(torch.equal(a.rows, rows)))
-
-
-# Views: the same function on row numbers
-
-
-def _view(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(x, LazyLogits):
-        return NotImplemented
-    args, kwargs = tree_map(lambda v: v.meta if isinstance(v, LazyLogits) else v, (args, kwargs))
-    if any(isinstance(value, torch.dtype) for value in args):
-        return NotImplemented
-    proxy, metas = x.rows, func(x.meta, *args, **kwargs)
-    if x.has_vocab:  # V columns that take no memory; where they are still last, they are still the vocabulary
-        proxy = proxy.unsqueeze(-1).expand(x.shape)
-        if any(one.shape[-1:] != x.shape[-1:] for one in ([metas] if isinstance(metas, Tensor) else metas)):
-            return _turned(func, x, proxy, metas, *args, **kwargs)
-    seen = func(proxy, *args, **kwargs)
-    labels = None if x.labels is None else func(x.labels, *args, **kwargs)
-    if isinstance(seen, Tensor):
-        return _viewed(x, seen, labels, metas, lambda value: func(value, *args, **kwargs))
-    made = []
-    for place, part in enumerate(seen):
-
-        def view(value: Tensor, place: int = place) -> Any:
-            return func(value, *args, **kwargs)[place]
-
-        made.append(_viewed(x, part, None if labels is None else labels[place], metas[place], view))
-    return NotImplemented if any(one is NotImplemented for one in made) else type(seen)(made)
-
-
-def _viewed(
-    x: LazyLogits, rows: Tensor, labels: Tensor | None, meta: Tensor, view: Callable[[Tensor], Tensor]
-) -> Any:
-    if x.has_vocab:
-        size = x.shape[-1]
-        is_last = rows.dim() > 0 and rows.shape[-1] == size and (rows.stride(-1) == 0 or not rows.numel())
-        if not is_last or size == 1:
-            return NotImplemented
-        rows = rows[..., 0]
-    rows, labels = rows.contiguous(), None if labels is None else labels.contiguous()
-    if meta.untyped_storage()._cdata != x.meta.untyped_storage()._cdata:
-        return _copied(x, rows, labels=labels)  # a reshape that has to copy
-    given: dict[str, Any] = {"rows": rows, "labels": labels, "meta": meta, "is_recorded": records(x)}
-    return lazy_tensor(x.memory, views=(*x.views, view), **given)
-
-
-def _turned(func: Any, x: LazyLogits, proxy: Tensor, meta: Any, *args: Any, **kwargs: Any) -> Any:
-    """``(B, V, T)`` of ``(B, T, V)``, for cross_entropy."""
-    if func not in _TURNS or x.dim() != 3 or meta.shape[1] != x.shape[-1]:
-        return NotImplemented
-    seen = func(proxy, *args, **kwargs)
-    if seen.stride(1) != 0:
-        return NotImplemented
-    views = (*x.views, lambda value: func(value, *args, **kwargs))
-    given: dict[str, Any] = {"rows": seen[:, 0].contiguous(), "meta": meta, "is_recorded": records(x)}
-    return lazy_tensor(x.memory, views=views, is_turned=True, **given)
-
-
-_TURNS = {
-    T.transpose,
-    T.permute,
-    T.swapaxes,
-    T.movedim,
-    T.mT.__get__,
-    torch.transpose,
-    torch.permute,
-    torch.movedim,
-}
-
-register(
-    *(T.view, T.reshape, T.flatten, T.unflatten, T.squeeze, T.unsqueeze, T.transpose, T.permute, T.narrow),
-    *(T.select, T.expand, T.expand_as, T.view_as, T.reshape_as, T.chunk, T.split, T.unbind, T.tensor_split),
-    *(T.movedim, T.swapaxes, T.t, T.mT.__get__, torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze),
-    *(torch.transpose, torch.permute, torch.narrow, torch.chunk, torch.split, torch.unbind, torch.movedim),
-    *(torch.tensor_split, torch.select, torch.swapaxes, T.unsafe_chunk, T.unsafe_split),
-)(_view)
-
-
-@register(T.detach, T.data.__get__, torch.detach)
-def _detach(func: Any, x: LazyLogits) -> Any:
-    given: dict[str, Any] = {"rows": x.rows, "labels": x.labels, "meta": x.meta}
-    return lazy_tensor(x.memory, views=x.views, is_recorded=False, **given)
-
-
-@register(T.contiguous)
-def _contiguous(func: Any, x: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:
-    if memory_format is not torch.contiguous_format:
-        return NotImplemented
-    return x if x.meta.is_contiguous() else _copied(x)
-
-
-@register(T.clone, torch.clone)
-def _clone(func: Any, x: LazyLogits, **kwargs: Any) -> Any:
-    return _copied(x)
-
-
-@register(T.__iter__)
-def _iterate(func: Any, x: LazyLogits) -> Any:
-    parts = _view(T.unbind, x, 0)
-    return parts if parts is NotImplemented else iter(parts)
-
-
-@register(T.__repr__)
-def _describe(func: Any, x: LazyLogits, **kwargs: Any) -> str:
-    return f"LazyLogits({x.kind}, shape={tuple(x.shape)}, dtype={x.dtype}, device='{x.device}')"
-
-
-@register(T.to, T.float, T.double, T.half, T.bfloat16, T.type, T.type_as, T.cpu, T.cuda)
-def _cast(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(x, LazyLogits):
-        return NotImplemented
-
-    def empty(value: Any) -> Any:
-        is_lazy = isinstance(value, LazyLogits)
-        return torch.empty(0, dtype=value.dtype, device=value.device) if is_lazy else value
-
-    before = empty(x)
-    after = func(before, *tree_map(empty, args), **tree_map(empty, kwargs))
-    if not isinstance(after, Tensor):
-        return after  # the name of a type
-    if after is before:
-        return x
-    if after.device != x.device or not after.is_floating_point() or not x.is_floating_point():
-        return NotImplemented
-    return _copied(x, dtype=after.dtype)
-
-
-@register(T.__getitem__)
-def _index(func: Any, x: Any, index: Any) -> Any:
-    if not isinstance(x, LazyLogits):
-        return NotImplemented
-    index = index if isinstance(index, tuple) else (index,)
-    index = tuple(torch.as_tensor(i, device=x.device) if isinstance(i, list | range) else i for i in index)
-    plain = [i for i in index if i is None or i is Ellipsis or isinstance(i, slice | int)]
-    if len(plain) == len(index) and not any(isinstance(i, bool) for i in index):
-        return _view(func, x, index)
-    tensors = [i for i in index if isinstance(i, Tensor)]
-    if len(plain) + len(tensors) != len(index) or any(isinstance(i, LazyLogits | bool) for i in index):
-        return NotImplemented
-    if x.has_vocab:
-        num_dims = sum(
-            i.dim() if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) else 1
-            for i in index
-            if i is not None and i is not Ellipsis
-        )
-        place = next((n for n, i in enumerate(index) if i is Ellipsis), len(index))
-        filled = (slice(None),) * (x.dim() - num_dims)
-        index = (*index[:place], *filled, *index[place + 1 :])
-        last: Any = index[-1]
-        if isinstance(last, Tensor):
-            return _picked(x, index)
-        if not isinstance(last, slice) or last.indices(x.shape[-1]) != (0, x.shape[-1], 1):
-            return NotImplemented
-        index = index[:-1]
-    labels = None if x.labels is None else x.labels[index]
-    return _copied(x, x.rows[index], labels=labels)
-
-
-def _picked(x: LazyLogits, index: Sequence[Any]) -> Any:
-    """``x[rows, labels]``."""
-    if x.kind not in _OF_LABEL or not all(isinstance(i, Tensor) and _is_integer(i) for i in index):
-        return NotImplemented
-    *places, labels = torch.broadcast_tensors(*index)
-    labels = torch.where(labels < 0, labels + x.shape[-1], labels).long()
-    return _copied(x, x.rows[tuple(places)], kind=_OF_LABEL[x.kind], labels=labels.contiguous())
-
-
-def _is_integer(x: Tensor) -> bool:
-    return x.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
-
-
-@register(T.masked_select, torch.masked_select)
-def _masked_select(func: Any, x: Any, mask: Tensor) -> Any:
-    if not isinstance(x, LazyLogits) or x.has_vocab or mask.shape != x.shape:
-        return NotImplemented
-    return _index(T.__getitem__, x, mask)
-
-
-@register(T.roll, torch.roll, T.flip, torch.flip, T.index_select, torch.index_select)
-def _moved(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    name = "dim" if func.__name__ == "index_select" else "dims"
-    place = 1 if func.__name__ == "roll" else 0
-    given = kwargs.pop(name, args[place] if len(args) > place else None)
-    if func is T.flip and len(args) > 1:
-        given, args = args, ()
-    dims = [given] if isinstance(given, int) else given
-    if not isinstance(x, LazyLogits) or dims is None:
-        return NotImplemented
-    dims = [d % x.dim() for d in dims]
-    if any(d >= x.rows.dim() for d in dims):
-        return NotImplemented
-    before, after = args[:place], args[place + 1 :]
-    if func.__name__ == "roll" and not before:
-        before = (kwargs.pop("shifts"),)
-    where = dims[0] if name == "dim" else dims
-
-    def moved(value: Tensor) -> Tensor:
-        return func(value, *before, where, *after, **kwargs)
-
-    return _copied(x, moved(x.rows), labels=None if x.labels is None else moved(x.labels))
-
-
-@register(torch.stack, torch.cat, torch.concat, torch.concatenate)
-def _joined(func: Any, tensors: Any, dim: int = 0, **kwargs: Any) -> Any:
-    first = tensors[0]
-    if kwargs or not isinstance(dim, int) or not all(isinstance(x, LazyLogits) for x in tensors):
-        return NotImplemented
-    for x in tensors:
-        memory = x.memory
-        is_like = memory.is_like(first.memory) and x.dim() == first.dim() and records(x) == records(first)
-        same = ("kind", "factor", "dtype")
-        if not is_like or any(getattr(memory, name) != getattr(first.memory, name) for name in same):
-            return NotImplemented
-    num_dims = first.dim() + (func is torch.stack)
-    dim = dim % num_dims if num_dims else 0
-    if first.has_vocab and dim >= num_dims - 1:
-        return NotImplemented
-    labels = None if first.labels is None else func([x.labels for x in tensors], dim)
-    return _copied(first, func([x.rows for x in tensors], dim), labels=labels)
 
 
 # Scales and caps
@@ -296,7 +71,7 @@ def _scaled(func: Any, x: Any, other: Any, **kwargs: Any) -> Any:
     if number is not None:
         number = 1 / number if divides else number
         if not is_inplace:
-            return _copied(x, **_times(x.memory, number))
+            return copied(x, **_times(x.memory, number))
         # All that shares the memory sees it; a part of it, or a change that autograd is not to see, is real.
         is_all = x.numel() == x.memory.rows.numel() * (x.shape[-1] if x.has_vocab else 1)
         if not is_all or x.memory.known is not None or records(x) != x.memory.has_grad:
@@ -332,22 +107,20 @@ def _product(x: LazyLogits, y: LazyLogits) -> Any:
     if x.kind != "probs" or kind is None or not _same_rows(x, y):
         return NotImplemented
     factor, dtype = x.memory.factor * y.memory.factor, torch.promote_types(x.dtype, y.dtype)
-    return _copied(x if records(x) else y, kind=kind, factor=factor, dtype=dtype)
+    return copied(x if records(x) else y, kind=kind, factor=factor, dtype=dtype)
 
 
 @register(T.neg, torch.neg, T.negative, torch.negative)
 def _negative(func: Any, x: LazyLogits) -> Any:
-    return _copied(x, **_times(x.memory, -1.0)) if x.kind != "argmax" else NotImplemented
+    return copied(x, **_times(x.memory, -1.0)) if x.kind != "argmax" else NotImplemented
 
 
 @register(torch.tanh, T.tanh)
 def _tanh(func: Any, x: LazyLogits) -> Any:
-    return _copied(x, cap=1.0) if x.kind == "logits" and x.memory.cap is None else NotImplemented
+    return copied(x, cap=1.0) if x.kind == "logits" and x.memory.cap is None else NotImplemented
 
 
 # From logits to rows
-
-_OF_LABEL = {"logprobs": "logp", "logits": "logit"}
 
 
 @register(T.log_softmax, torch.log_softmax, F.log_softmax, T.softmax, torch.softmax, F.softmax)
@@ -356,7 +129,7 @@ def _softmax(func: Any, x: Any, dim: Any = None, *args: Any, dtype: Any = None, 
         return NotImplemented
     dtype = dtype or next((a for a in args if isinstance(a, torch.dtype)), None)
     kind = "logprobs" if func.__name__.startswith("log") else "probs"
-    return _copied(x, kind=kind, dtype=dtype or _dtype_of(func, x))
+    return copied(x, kind=kind, dtype=dtype or _dtype_of(func, x))
 
 
 def _dtype_of(func: Any, x: Tensor) -> torch.dtype:
@@ -368,12 +141,12 @@ def _dtype_of(func: Any, x: Tensor) -> torch.dtype:
 def _exp(func: Any, x: LazyLogits) -> Any:
     if x.kind != "logprobs" or x.memory.factor != 1.0:
         return NotImplemented
-    return _copied(x, kind="probs", dtype=_dtype_of(torch.softmax, x))
+    return copied(x, kind="probs", dtype=_dtype_of(torch.softmax, x))
 
 
 @register(torch.log, T.log)
 def _log(func: Any, x: LazyLogits) -> Any:
-    return _copied(x, kind="logprobs") if x.kind == "probs" and x.memory.factor == 1.0 else NotImplemented
+    return copied(x, kind="logprobs") if x.kind == "probs" and x.memory.factor == 1.0 else NotImplemented
 
 
 @register(T.gather, torch.gather, torch.take_along_dim, T.take_along_dim)
@@ -382,7 +155,7 @@ def _gather(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     index: Any = given.get("index", given.get("indices"))
     dim = given.get("dim")
-    if not _is(x, *_OF_LABEL) or not _is_last(x, dim) or isinstance(index, LazyLogits):
+    if not _is(x, *OF_LABEL) or not _is_last(x, dim) or isinstance(index, LazyLogits):
         return NotImplemented
     fits = index.dim() == x.dim() and all(a <= b for a, b in zip(index.shape[:-1], x.shape, strict=False))
     if not fits or (func.__name__ == "take_along_dim" and index.shape[:-1] != x.shape[:-1]):
@@ -390,18 +163,18 @@ def _gather(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     rows = x.rows[tuple(slice(size) for size in index.shape[:-1])]
     rows = rows.unsqueeze(-1).expand(index.shape)
     # Values of their own: many loops write to their labels between here and the mask.
-    return _copied(x, rows, kind=_OF_LABEL[x.kind], labels=index.long().clone())
+    return copied(x, rows, kind=OF_LABEL[x.kind], labels=index.long().clone())
 
 
 @register(torch.logsumexp, T.logsumexp, torch.special.logsumexp)
 def _logsumexp(func: Any, x: Any, dim: Any, keepdim: bool = False) -> Any:
-    if not _is(x, *_OF_LABEL) or not _is_last(x, dim):
+    if not _is(x, *OF_LABEL) or not _is_last(x, dim):
         return NotImplemented
     rows = x.rows.unsqueeze(-1) if keepdim else x.rows
     if x.kind == "logprobs":  # of 2 log p, whose gradient the op has not
         is_known = x.memory.factor == 2.0 and not records(x)
-        return _copied(x, rows, kind="sum_sq", factor=1.0) if is_known else NotImplemented
-    return _copied(x, rows, kind="lse", dtype=_dtype_of(torch.logsumexp, x))
+        return copied(x, rows, kind="sum_sq", factor=1.0) if is_known else NotImplemented
+    return copied(x, rows, kind="lse", dtype=_dtype_of(torch.logsumexp, x))
 
 
 @register(T.sub, torch.sub, T.__sub__, torch.subtract, T.subtract)
@@ -413,13 +186,13 @@ def _difference(func: Any, x: Any, y: Any, **kwargs: Any) -> Any:
     if has_factors or records(x) != records(y):
         return NotImplemented
     if kinds == ("logits", "lse") and _same_rows(x, y, lambda rows: rows.squeeze(-1)):
-        return _copied(x, kind="logprobs", dtype=dtype) if y.dim() == x.dim() else NotImplemented
+        return copied(x, kind="logprobs", dtype=dtype) if y.dim() == x.dim() else NotImplemented
     if kinds == ("logit", "lse") and _same_rows(x, y):
-        return _copied(x, kind="logp", dtype=dtype)
+        return copied(x, kind="logp", dtype=dtype)
     if kinds == ("lse", "logit") and _same_rows(x, y):
-        return _copied(y, kind="logp", factor=-1.0, dtype=dtype)
+        return copied(y, kind="logp", factor=-1.0, dtype=dtype)
     if kinds == ("lse", "expected") and _same_rows(x, y):
-        return _copied(x, kind="entropy", dtype=dtype)
+        return copied(x, kind="entropy", dtype=dtype)
     return NotImplemented
 
 
@@ -433,19 +206,19 @@ def _sum(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: An
     rows, factor = (x.rows.unsqueeze(-1) if keepdim else x.rows), x.memory.factor
     dtype = dtype or _dtype_of(torch.sum, x)
     if x.kind == "p_logp":
-        return _copied(x, rows, kind="entropy", factor=-factor, dtype=dtype)
-    return _copied(x, rows, kind="expected", dtype=dtype)
+        return copied(x, rows, kind="entropy", factor=-factor, dtype=dtype)
+    return copied(x, rows, kind="expected", dtype=dtype)
 
 
 @register(T.mean, torch.mean)
 def _mean(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    if not _is(x, *_OF_LABEL) or not replace(x.memory, has_grad=records(x)).has_mean():
+    if not _is(x, *OF_LABEL) or not replace(x.memory, has_grad=records(x)).has_mean():
         return NotImplemented
     if dim is not None and not _is_last(x, dim):
         return NotImplemented
     rows = x.rows.unsqueeze(-1) if keepdim and dim is not None else x.rows
     kind, factor = ("mean", 1.0) if x.kind == "logits" else ("uniform", -x.memory.factor)
-    means = _copied(x, rows, kind=kind, factor=factor, dtype=dtype or x.dtype)
+    means = copied(x, rows, kind=kind, factor=factor, dtype=dtype or x.dtype)
     return means if dim is not None else means.mean()
 
 
@@ -460,13 +233,13 @@ def _argmax(func: Any, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
 
 @register(T.max, torch.max)
 def _max(func: Any, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    if not _is(x, *_OF_LABEL) or x.memory.factor <= 0:
+    if not _is(x, *OF_LABEL) or x.memory.factor <= 0:
         return NotImplemented
     places = _argmax(torch.argmax, x, dim, keepdim)
     if places is NotImplemented:
         return NotImplemented
     indices = places.real_values()
-    values = _copied(x, places.rows, kind=_OF_LABEL[x.kind], labels=indices)
+    values = copied(x, places.rows, kind=OF_LABEL[x.kind], labels=indices)
     return torch.return_types.max((values, indices))
 
 
@@ -475,7 +248,7 @@ def _equal(func: Any, x: Any, labels: Any) -> Any:
     if isinstance(labels, LazyLogits) and not isinstance(x, LazyLogits):
         x, labels = labels, x
     is_known = _is(x, "argmax") and isinstance(labels, Tensor) and not isinstance(labels, LazyLogits)
-    if not is_known or not _is_integer(labels) or labels.shape != x.shape:
+    if not is_known or not is_integer(labels) or labels.shape != x.shape:
         return NotImplemented
     memory, flat = x.memory, labels.flatten().long()
     chosen = ((flat >= 0) & (flat < memory.source.vocab_size)).nonzero().squeeze(-1)
@@ -518,13 +291,13 @@ def _cross_entropy(
     keep, target = target != ignore_index, target.long()
     dtype = _dtype_of(torch.log_softmax, x)
     wide = torch.promote_types(dtype, torch.float32)  # rounded once, as torch's own sum is
-    rows = _copied(x, kind="logp", labels=target, factor=-1.0, dtype=wide)
+    rows = copied(x, kind="logp", labels=target, factor=-1.0, dtype=wide)
     values, weights = rows.kept_values(keep), keep
     if weight is not None:
         weights = weight[torch.where(keep, target, 0)].to(wide) * keep
         values = values * weights
     if label_smoothing:
-        uniform = _copied(x, kind="uniform", dtype=wide).kept_values(keep)
+        uniform = copied(x, kind="uniform", dtype=wide).kept_values(keep)
         values = (1 - label_smoothing) * values + label_smoothing * uniform
     if reduction == "none":
         return values.to(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdpo.integrations import lazy
+from fastdpo.integrations import lazy_values
 from fastdpo.integrations.lazy import LazyLogits
 from tests.integrations.tiny import Batch, make_batch
 
@@ -225,10 +225,10 @@ class Rows:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        own = lazy.linear_logprob
+        own = lazy_values.linear_logprob
 
         def counted(hidden: Tensor, head: Any, layout: Any, **options: Any) -> Any:
             self.count += layout.token_index.numel()
             return own(hidden, head, layout, **options)
 
-        patch.setattr(lazy, "linear_logprob", counted)
+        patch.setattr(lazy_values, "linear_logprob", counted)
