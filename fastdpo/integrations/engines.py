@@ -120,7 +120,8 @@ def check_precision(model: Any, dtype: torch.dtype, arguments: Mapping[str, Any]
         dtype: of the weight as the engine gathers it.
         arguments: of ``pair_loss``: engines cast the tensors of dicts, which a call is given or returns.
     """
-    if dtype not in _16_BIT or not dist.is_initialized() or torch.compiler.is_compiling():
+    may_round = dtype in _16_BIT and "torch.distributed.fsdp" in sys.modules and dist.is_initialized()
+    if not may_round or torch.compiler.is_compiling():
         return
     engine = engine_around(model)
     if engine is None:

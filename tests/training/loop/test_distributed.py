@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from fastdpo.training.batches.collate import PaddedCollator
 from fastdpo.training.loop.step import BatchCounts, batch_loss
 from fastdpo.training.reference.sources import Reference
 from fastdpo.training.settings.config import PreferenceConfig
-from tests import ROOT
+from tests.distributed.ranks import run_ranks
 from tests.training.conftest import read_metrics, tiny_llama
 from tests.training.loop.ddp_run import (
     BUDGETS,
@@ -38,34 +34,7 @@ def of_two_ranks(test: Any) -> Any:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.loop.ddp_run", str(folder)],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=540)[0] for process in launched]
-    finally:
-        for process in launched:
-            process.kill()
-    assert [process.returncode for process in launched] == [0, 0], "\n".join(outputs)
+    run_ranks("tests.training.loop.ddp_run", str(folder), seconds=540)
     return folder
 
 

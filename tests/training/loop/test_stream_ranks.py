@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from fastdpo.training.data import stream
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
-from tests import ROOT
+from tests.distributed.ranks import run_ranks
 from tests.training.conftest import bpe_text, made_tokenizer, make_rows, read_metrics, tiny_llama
 from tests.training.loop.ddp_run import CPU_RANKS_CAN_RESUME, KeepGradients, StopAfterSaving
 
@@ -97,27 +95,7 @@ def main(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("streams")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    launched = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.loop.test_stream_ranks", str(folder)],
-            cwd=ROOT,
-            env={**os.environ, **ranks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=540)[0] for process in launched]
-    finally:
-        for process in launched:
-            process.kill()
-    assert [process.returncode for process in launched] == [0, 0], "\n".join(outputs)
+    run_ranks("tests.training.loop.test_stream_ranks", str(folder), seconds=540)
     return folder
 
 
