@@ -30,6 +30,8 @@ from fastdpo.types import (
 )
 
 if TYPE_CHECKING:
+    from fastdpo.integrations.forest.rows import forest_batch
+    from fastdpo.integrations.forest.segments import Forest
     from fastdpo.integrations.fused_output import HeadStates, Teachers
     from fastdpo.integrations.llama_factory import patch_llama_factory, unpatch_llama_factory
     from fastdpo.integrations.model import FusedLMOutput, patch_model, unpatch_model
@@ -42,6 +44,7 @@ __all__ = [
     "LOSSES",
     "DPOLossOutput",
     "Execution",
+    "Forest",
     "FusedLMOutput",
     "HeadStates",
     "LMHead",
@@ -60,6 +63,7 @@ __all__ = [
     "doctor",
     "dpo_loss_from_logps",
     "explain_plan",
+    "forest_batch",
     "fused_dpo_loss",
     "fused_preference_loss",
     "linear_logprob",
@@ -76,6 +80,8 @@ __all__ = [
 ]
 
 _LOADED_ON_USE = {
+    "Forest": "fastdpo.integrations.forest.segments",
+    "forest_batch": "fastdpo.integrations.forest.rows",
     "FusedLMOutput": "fastdpo.integrations.model",
     "HeadStates": "fastdpo.integrations.fused_output",
     "Teachers": "fastdpo.integrations.fused_output",

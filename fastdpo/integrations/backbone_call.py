@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.integrations.forest.attention import attention_over
+from fastdpo.integrations.forest.segments import Forest
 from fastdpo.integrations.lm_head import ModelTail, logit_transform
 from fastdpo.integrations.probe import HEAD_ARGUMENTS, NotSupportedArgument, load_balancing_loss
 from fastdpo.ops.checks import fail
@@ -18,9 +20,15 @@ CACHES = ("cache", "past_key_values", "cache_params")
 
 
 def run_backbone(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The backbone's inputs and its output."""
+    """The backbone's inputs and its output; ``forest`` among the arguments is of the one row of the call."""
+    forest = arguments.pop("forest", None)
+    if forest is not None:
+        _check_forest(forest, arguments)
+        if "position_ids" not in arguments:
+            arguments["position_ids"] = forest.position_ids.to(arguments["input_ids"].device)
     inputs = _backbone_inputs(model, tail, arguments)
-    return inputs, attrgetter(tail.backbone)(model)(**inputs, return_dict=True)
+    with attention_over(model, forest):
+        return inputs, attrgetter(tail.backbone)(model)(**inputs, return_dict=True)
 
 
 def backbone_calls(
@@ -49,12 +57,27 @@ def _check_packed(call: Mapping[str, Any]) -> None:
     transformers tells them apart by positions that start again, only without a cache and without a 2-D mask,
     and is silent otherwise.
     """
+    if call.get("forest") is not None:
+        return  # says itself what sees what
     if call.get("use_cache"):
         raise fail("use_cache", True, "False or None with token_layout: sequences of a row would mix")
     mask = call.get("attention_mask")
     if call.get("position_ids") is not None and isinstance(mask, Tensor) and mask.dim() == 2:
         wanted = "None (positions that start again separate sequences) or a 4-D mask"
         raise fail("attention_mask", "a 2-D mask together with position_ids and token_layout", wanted)
+
+
+def _check_forest(forest: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse what a forest does not go with: it is all that attention knows of a row."""
+    if not isinstance(forest, Forest):
+        raise fail("forest", type(forest).__name__, "a Forest")
+    for name in ("attention_mask", *CACHES, "use_cache", "inputs_embeds"):
+        if arguments.get(name) is not None and arguments[name] is not False:
+            raise fail(name, "a value together with forest", "input_ids and position_ids alone")
+    ids = arguments.get("input_ids")
+    shape = None if ids is None else tuple(ids.shape)
+    if shape != (1, forest.num_tokens):
+        raise fail("input_ids", f"shape {shape}", f"(1, {forest.num_tokens}), the row of the forest")
 
 
 def all_positions(calls: Sequence[tuple[dict[str, Any], Any]], num_virtual: int) -> Tensor:

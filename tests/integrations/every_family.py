@@ -29,14 +29,14 @@ from transformers.models.auto.modeling_auto import (
 
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.batches.layouts import choose_collator
-from fastdpo.training.batches.plan import ARRANGEMENTS
 from fastdpo.training.batches.probe import refusals
+from fastdpo.training.settings.choices import ARRANGEMENTS_OF
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.integrations.every_config import tiny_config
 from tests.integrations.tiny import Step, fused_logps, make_batch, plain_logps, run_step
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
-CASES = [(layout, arrangement) for layout in ("packed", "shared_prompt") for arrangement in ARRANGEMENTS]
+CASES = [(layout, name) for layout, names in ARRANGEMENTS_OF.items() for name in names]
 # Numbers in reasons, which are other ones on each machine.
 _SIZES_OF = re.compile(r" by [0-9.e+-]+ of their size( \(rounding: [0-9.e+-]+\))?")
 # Parameters of what even the smallest config leaves large.

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdpo.integrations.backbone_config import backbone_size, layer_configs, spans, why_no_neighbours
 from fastdpo.integrations.model import backbone_states, patch_model
-from fastdpo.integrations.row_masks import RowMasks, backbone_size, layer_windows, spans
 from fastdpo.types import TokenLayout
 from tests.integrations.tiny import BATCH, HIDDEN, fused, make_config, make_model
 
@@ -107,14 +107,10 @@ def test_the_states_that_the_head_gets():
         backbone_states(model, **BATCH.inputs, nonsense=1)
 
 
-def test_windows_of_layers():
-    assert layer_windows(make_config("llama")) == {"full_attention": None}
-    assert layer_windows(make_config("mistral", sliding_window=6)) == {"full_attention": 6}
-    assert layer_windows(make_config("gemma3", sliding_window=6, num_hidden_layers=6)) == {
-        "full_attention": None,
-        "sliding_attention": 6,
-    }
-    assert layer_windows(make_config("gemma4")) == {"full_attention": None, "sliding_attention": 6}
+def test_layers_that_may_look_at_more_than_a_forest():
+    for family in ("llama", "gemma3", "gemma4"):
+        assert why_no_neighbours(patch_model(make_model(family))) is None
+    assert "type hybrid" in str(why_no_neighbours(patch_model(make_model("falcon-h1"))))
 
 
 def test_windows_of_single_layers():
@@ -127,41 +123,9 @@ def test_windows_of_single_layers():
     full, sliding = "full_attention", "sliding_attention"
     with pytest.raises(RuntimeError, match="per-layer attribute"):
         assert config([sliding, full], [3, 4]).sliding_window
-    assert layer_windows(config([sliding, full], [3, 4])) == {full: None, sliding: 3}
-    with pytest.raises(ValueError, match="layers of type sliding_attention have windows of 3 and 4"):
-        layer_windows(config([sliding, sliding], [3, 4]))
-    # Without a name of their kind: all layers have it.
+    assert [layer.sliding_window for layer in layer_configs(config([sliding, full], [3, 4]))] == [3, 4]
     assert spans(config([sliding, full], [3, 40])) >= {3, 40}
     assert 30 in spans(make_config("gpt2", attention_types={"local_window": [30, True]}))
-
-
-def test_masks_have_the_form_that_the_attention_takes():
-    documents, branches = torch.tensor([[0, 0, 0, 0, 1]]), torch.tensor([[0, 0, 1, 2, 0]])
-    positions = torch.tensor([[0, 1, 2, 2, 0]])
-    seen = torch.tensor(
-        [
-            [1, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0],
-            [1, 1, 1, 0, 0],
-            [1, 1, 0, 1, 0],
-            [0, 0, 0, 0, 1],
-        ]
-    ).bool()[None, None]
-    sdpa = RowMasks(make_model("llama")).mask(documents, branches, positions)
-    assert torch.equal(sdpa, seen)
-    eager = RowMasks(make_model("llama", attn_implementation="eager")).mask(documents, branches, positions)
-    assert torch.equal(eager == 0, seen) and eager.min() == torch.finfo(torch.float32).min
-    by_type = RowMasks(make_model("gemma2", sliding_window=2)).mask(documents, branches, positions)
-    assert torch.equal(by_type["full_attention"] == 0, seen)
-    near = seen & ((positions[0, :, None] - positions[0]) < 2)
-    assert torch.equal(by_type["sliding_attention"] == 0, near)
-    flexible = make_model("llama")
-    flexible.set_attn_implementation("flex_attention")  # not called, which would compile it
-    made = RowMasks(flexible).mask(documents, branches, positions)
-    assert made.shape == (1, 1, 5, 5)
-    at = torch.arange(5)
-    zero = torch.zeros((), dtype=torch.int64)
-    assert torch.equal(made.mask_mod(zero, zero, at[:, None], at[None]), seen[0, 0])
 
 
 def test_the_size_of_a_backbone():
@@ -176,25 +140,6 @@ def test_the_size_of_a_backbone():
     odd = make_model("llama")
     odd.config.get_text_config = lambda: SimpleNamespace(layer_types=None)
     assert backbone_size(odd) == (1, 2 * layer, HIDDEN)
-
-
-def test_flash_attention_gets_the_bounds_of_the_sequences():
-    """Once a call, on the host where they are lengths; the hook hands them to the backbone as they come."""
-    model = patch_model(make_model("llama"))
-    masks = RowMasks(model)
-    masks.attention = "flash_attention_2"
-    call = {"input_ids": torch.arange(6)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 0, 1]])}
-    inputs = masks.inputs(call)
-    bounds = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-    assert set(inputs) == {"input_ids", "position_ids", *bounds}
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        assert inputs[name].tolist() == [0, 3, 4, 6] and inputs[name].dtype == torch.int32
-    assert inputs["max_length_q"] == inputs["max_length_k"] == 3
-    assert bounds <= type(model)._fastdpo_hook.tail.arguments
-    # Rows of one sequence each need none: padding on the right is seen by nothing.
-    several = {name: value.repeat(2, 1) for name, value in call.items()}
-    assert set(masks.inputs(several)) == {"input_ids", "position_ids"}
-    assert masks.skips_masked and "takes no mask" in str(masks.why_no_branches())
 
 
 @pytest.mark.parametrize("way", ["inputs", "row_batches"])

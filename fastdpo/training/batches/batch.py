@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastdpo.integrations.row_masks import RowMasks
+from fastdpo.integrations.backbone_config import takes_positions
 from fastdpo.losses.aggregate import sequence_sums, weighted_sums
 from fastdpo.training.settings.kinds import DataKind
 from fastdpo.types import PackedLayout, TokenLayout
@@ -111,7 +111,7 @@ class Batch(ABC):
 
     @property
     @abstractmethod
-    def calls(self) -> Sequence[Mapping[str, Tensor]]:
+    def calls(self) -> Sequence[Mapping[str, Any]]:
         """The inputs that hold every position that the backbone computes."""
 
     @abstractmethod
@@ -239,7 +239,7 @@ class PaddedBatch(Batch):
         return torch.stack([part.attention_mask.sum() for part in self.parts]).sum()
 
     @property
-    def calls(self) -> Sequence[Mapping[str, Tensor]]:
+    def calls(self) -> Sequence[Mapping[str, Any]]:
         return [part.model_inputs() for part in self.parts]
 
     def model_inputs(self, model: nn.Module) -> dict[str, Any]:
@@ -271,17 +271,17 @@ class PaddedBatch(Batch):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RowBatch(Batch):
-    """A batch without padding: ``packed`` sequences, or prompts shared by their answers.
+    """A batch without padding: ``packed`` sequences, or ones that share what they begin with.
 
     Args:
-        rows_of_calls: the inputs of the backbone's calls (``rows.py``).
+        rows_of_calls: the inputs of the backbone's calls (``integrations/forest/rows.py``).
         tokens: the labelled tokens of the answers, sequence after sequence, with ``lengths``.
         cu_seqlens: ``(S + 1,)`` their bounds.
         num_tokens: ``()``, tokens of all sequences.
         more: where an NLL term has tokens of its own, those of each pair's gold answer or prompt.
     """
 
-    rows_of_calls: tuple[Mapping[str, Tensor], ...]
+    rows_of_calls: tuple[Mapping[str, Any], ...]
     tokens: TokenLayout
     cu_seqlens: Tensor
     num_tokens: Tensor
@@ -305,12 +305,13 @@ class RowBatch(Batch):
         return self.num_tokens
 
     @property
-    def calls(self) -> Sequence[Mapping[str, Tensor]]:
+    def calls(self) -> Sequence[Mapping[str, Any]]:
         return self.rows_of_calls
 
     def model_inputs(self, model: nn.Module) -> dict[str, Any]:
-        masks = RowMasks(model)
-        return {"row_batches": [masks.inputs(call) for call in self.rows_of_calls]}
+        left_out = () if takes_positions(model) else ("position_ids",)
+        calls = [{k: v for k, v in call.items() if k not in left_out} for call in self.rows_of_calls]
+        return {"row_batches": calls}
 
     def label_inputs(self) -> dict[str, Any]:
         return {"token_layout": self.tokens}

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastdpo.integrations.forest.plant import SHORTEST_SHARED, Tree, plant
+from fastdpo.integrations.forest.rows import Text, lay_out
 from fastdpo.losses.aggregate import ld_weights
 from fastdpo.training.batches.batch import (
     IGNORE_INDEX,
@@ -18,8 +20,7 @@ from fastdpo.training.batches.batch import (
     RowBatch,
     bounds_of,
 )
-from fastdpo.training.batches.plan import RowCosts, RowPlan, plan_rows
-from fastdpo.training.batches.rows import Unit, build_rows
+from fastdpo.training.batches.plan import RowCosts, RowPlan, TreeSize, plan_rows
 from fastdpo.training.data.row import LD_COLUMN, REF_MISMATCHED, REFERENCE, Answer, Row
 from fastdpo.training.settings.choices import ARRANGEMENTS
 from fastdpo.training.settings.kinds import PAIRS, DataKind
@@ -66,7 +67,7 @@ class PaddedCollator:
 
 @dataclass(frozen=True)
 class RowCollator:
-    """Collate R rows without padding: ``packed`` sequences, or prompts shared by their answers.
+    """Collate R rows without padding: ``packed`` sequences, or ones that share what they begin with.
 
     Args:
         pad_token_id: fills up what is left; any id will do.
@@ -78,6 +79,7 @@ class RowCollator:
         ld_alpha: of LD-DPO, whose ``token_weights`` ``(N,)`` the batch then has.
         nll_on_prompt: the NLL term is of the prompts too.
         kind: of the data.
+        shortest_shared: tokens that a common beginning has at least.
     """
 
     pad_token_id: int
@@ -89,17 +91,19 @@ class RowCollator:
     ld_alpha: float | None = None
     nll_on_prompt: bool = False
     kind: DataKind = PAIRS
+    shortest_shared: int = SHORTEST_SHARED
 
     def __call__(self, rows: Sequence[Row]) -> RowBatch:
         judged, gold = answer_places(rows, self.kind)
         has_more = bool(gold) or self.nll_on_prompt
-        units = make_units(rows, self.layout, self.kind, labels_prompt=self.nll_on_prompt)
-        plan = self.plan([unit.length for unit in units])
-        made = build_rows(
-            units,
+        texts = make_texts(rows, self.kind, labels_prompt=self.nll_on_prompt)
+        trees = self._trees(texts)
+        plan = self._plan(trees)
+        made = lay_out(
+            texts,
+            trees,
             plan.calls,
-            num_sequences=len(judged) + (len(rows) if has_more else 0),
-            is_one_row=plan.arrangement == "one_row",
+            in_one_row=plan.arrangement != "bucketed",
             pad_token_id=self.pad_token_id,
             multiple_of=self.pad_to_multiple_of or 1,
         )
@@ -116,10 +120,23 @@ class RowCollator:
         )
         return with_ld_weights(batch, self.ld_alpha)
 
-    def plan(self, lengths: Sequence[int]) -> RowPlan:
-        """How units of these lengths are arranged."""
+    def plan(self, rows: Sequence[Row]) -> RowPlan:
+        """How a batch of these rows is arranged."""
+        return self._plan(self._trees(make_texts(rows, self.kind, labels_prompt=self.nll_on_prompt)))
+
+    def _trees(self, texts: Sequence[Text]) -> list[Tree]:
+        numbered = [(number, text.ids) for number, text in enumerate(texts)]
+        if self.layout == "shared_prompt":
+            return plant(numbered, shortest=self.shortest_shared)
+        # A prompt that is scored too is the beginning of a sequence that is there.
+        by_ids: dict[int, list[tuple[int, Tensor]]] = {}
+        for number, ids in numbered:
+            by_ids.setdefault(id(ids), []).append((number, ids))
+        return [tree for group in by_ids.values() for tree in plant(group)]
+
+    def _plan(self, trees: Sequence[Tree]) -> RowPlan:
         return plan_rows(
-            lengths,
+            [TreeSize(tree.num_tokens, tree.forest.num_pairs, len(tree.segments)) for tree in trees],
             self.costs,
             layout=self.layout,
             arrangements=self.arrangements,
@@ -136,31 +153,27 @@ def answer_places(rows: Sequence[Row], kind: DataKind) -> tuple[list[tuple[int, 
     return judged, [(i, 2) for i, row in enumerate(rows) if len(row.answers) > 2]
 
 
-def make_units(
-    rows: Sequence[Row], layout: str, kind: DataKind = PAIRS, *, labels_prompt: bool = False
-) -> list[Unit]:
-    """The units of R rows, whose sequences are numbered as in the batch.
+def make_texts(rows: Sequence[Row], kind: DataKind = PAIRS, *, labels_prompt: bool = False) -> list[Text]:
+    """The sequences of R rows, in the batch's order.
 
-    Of pairs the third P are gold answers where there are some, or the prompts', which ``labels_prompt`` asks
-    for.
+    Of pairs the third P are gold answers where there are some, or chosen sequences again, with all tokens
+    that are not scored as answers: those of the prompts, which ``labels_prompt`` asks for.
     """
-    places = [place for part in answer_places(rows, kind) for place in part]
-    number = {place: sequence for sequence, place in enumerate(places)}
-    of_prompt = [len(places) + i if labels_prompt else None for i in range(len(rows))]
-    if layout == "shared_prompt":
-        units = [[(i, k) for k in range(len(row.answers))] for i, row in enumerate(rows)]
-    else:
-        units = [[place] for place in places]
-    return [
-        Unit(
-            rows[unit[0][0]].prompt,
-            tuple(rows[i].answers[k].ids for i, k in unit),
-            tuple(number[place] for place in unit),
-            of_prompt[unit[0][0]] if unit[0][1] == 0 else None,
-            tuple(rows[i].answers[k].scored for i, k in unit),
-        )
-        for unit in units
-    ]
+    texts = []
+    for i, k in (place for part in answer_places(rows, kind) for place in part):
+        ids, is_scored = rows[i].answers[k]
+        prompt = torch.as_tensor(rows[i].prompt)
+        scored = torch.ones(len(ids), dtype=torch.bool) if is_scored is None else is_scored
+        places = len(prompt) + scored.nonzero()[:, 0]
+        # Without a prompt nothing predicts an answer's first token.
+        texts.append(Text(torch.cat([prompt, torch.as_tensor(ids)]), places[places > 0]))
+    if labels_prompt:
+        for text in texts[: len(rows)]:
+            is_other = torch.ones(len(text.ids), dtype=torch.bool)
+            is_other[:1] = False
+            is_other[text.scored] = False
+            texts.append(Text(text.ids, is_other.nonzero()[:, 0]))
+    return texts
 
 
 def split_tokens(tokens: TokenLayout, num_sequences: int) -> tuple[TokenLayout, TokenLayout]:

@@ -10,19 +10,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastdpo.integrations.backbone_config import backbone_size, text_config
 from fastdpo.integrations.engines import is_partitioned
+from fastdpo.integrations.forest.attention import own_attention
 from fastdpo.integrations.lm_head import wrappers_and_model
-from fastdpo.integrations.row_masks import BLOCK_MASKS, RowMasks, backbone_size
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens
 from fastdpo.training.batches.budget import TokenBudget, training_sampler
 from fastdpo.training.batches.collate import PaddedCollator, RowCollator
-from fastdpo.training.batches.plan import RowCosts, padded_cost, unit_lengths
+from fastdpo.training.batches.plan import RowCosts, padded_cost
 from fastdpo.training.batches.probe import refusals
 from fastdpo.training.batches.samplers import LikeLengthSampler
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import fitting_pad_id
 from fastdpo.training.settings.checkpointing import recomputes_activations
-from fastdpo.training.settings.choices import ARRANGEMENTS
+from fastdpo.training.settings.choices import ARRANGEMENTS, ARRANGEMENTS_OF
 from fastdpo.training.settings.config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,9 @@ _FLOPS = {"cpu": 4e10, "cuda": 2e14}
 # mask, 40 GFLOPS with heads of 64 and 20 to 27 with heads of 16, where matrix products reach 44 and more.
 _ATTENTION_SLOWDOWN = 1.5
 # On a CPU, 8 sequences of about 740 tokens took 24 s in a call each and 34 s in 4 buckets (12 layers of 512).
-_MANY_ROWS = {"cpu": 1.1}
+_LARGE_CALL = {"cpu": 1.1}
+# Attention implementations that leave out what padding hides.
+_SKIP_MASKED = ("flash_attention", "flex_attention")
 _SAMPLED_BATCHES = 32
 _VIRTUAL_TOKENS = "PEFT puts its virtual tokens before padded rows only"
 _ONE_CALL = "separate: several calls of the backbone a step, which re-entrant checkpointing in DDP forbids"
@@ -81,14 +84,11 @@ def choose_collator(
     refused = _refusals(models, layouts, asked, longest, accelerator)
     collators: list[Collator] = []
     for layout in layouts:
-        allowed = tuple(name for name in asked if refused[layout, name] is None)
+        allowed = tuple(name for case, name in refused if case == layout and refused[case, name] is None)
         if allowed:
-            # Flex attention is compiled for each length it meets, and works in blocks of 128.
-            is_flex = any(RowMasks(model).attention in BLOCK_MASKS for model in models)
-            multiple = args.pad_to_multiple_of or (128 if is_flex else None)
             collators.append(
                 RowCollator(
-                    pad_token_id, layout, costs, allowed, single_call, multiple,
+                    pad_token_id, layout, costs, allowed, single_call, args.pad_to_multiple_of,
                     ld_alpha=args.ld_alpha, nll_on_prompt=bool(args.nll_on_prompt), kind=args.data_kind,
                 )
             )  # fmt: skip
@@ -100,7 +100,7 @@ def choose_collator(
     elif collators:
         (chosen,) = collators
     else:
-        reasons = "; ".join(f"{name}: {refused[args.batch_layout, name]}" for name in asked)
+        reasons = "; ".join(f"{name}: {reason}" for (_, name), reason in refused.items())
         raise ValueError(
             f"batch_layout: got {args.batch_layout!r}, which this model cannot be trained in "
             f"({reasons or _ONE_CALL}); wanted 'padded' or 'auto'"
@@ -141,8 +141,8 @@ def row_costs(model: nn.Module) -> RowCosts:
     token = 2.0 * size.parameters  # products of one token's forward pass; the backward pass keeps the ratios
     call = size.layers * _LAYER_SECONDS.get(device, 3e-4) * _FLOPS.get(device, 2e14)
     pair = 4.0 * size.layers * size.attention_width * _ATTENTION_SLOWDOWN
-    many_rows = _MANY_ROWS.get(device, 1.0)
-    return RowCosts(call / token, pair / token, RowMasks(model).skips_masked, many_rows)
+    skips_masked = own_attention(text_config(model)).startswith(_SKIP_MASKED)
+    return RowCosts(call / token, pair / token, skips_masked, _LARGE_CALL.get(device, 1.0))
 
 
 def _refusals(
@@ -153,11 +153,13 @@ def _refusals(
     accelerator: Any,
 ) -> dict[tuple[str, str], str | None]:
     """Why each layout and arrangement will not do, for any model on any rank."""
-    candidates = [(layout, name) for layout in layouts for name in arrangements]
+    candidates = [
+        (layout, name) for layout in layouts for name in arrangements if name in ARRANGEMENTS_OF[layout]
+    ]
     found: dict[tuple[str, str], str | None] = dict.fromkeys(candidates)
     for model in models:
         # Flash attention has no fp32; elsewhere the weights' own precision shows more.
-        is_flash = RowMasks(model).attention.startswith("flash_attention")
+        is_flash = own_attention(text_config(model)).startswith("flash_attention")
         if any(has_virtual_tokens(wrapper) for wrapper in wrappers_and_model(model)):
             verdicts: dict[tuple[str, str], str | None] = dict.fromkeys(candidates, _VIRTUAL_TOKENS)
         else:
@@ -210,12 +212,10 @@ def predicted_cost(
     multiple = args.pad_to_multiple_of or 1
     total, pairs = 0.0, 0
     for batch in first_batches(dataset, token_budget(args, collator), args)[:_SAMPLED_BATCHES]:
-        sizes = dataset.sizes(batch)
         if isinstance(collator, RowCollator):
-            units = [n for prompt, *answers in sizes for n in unit_lengths(prompt, answers, collator.layout)]
-            total += collator.plan(units).cost
+            total += collator.plan([dataset[int(i)] for i in batch]).cost
         else:
-            lengths = [n for prompt, *answers in sizes for n in unit_lengths(prompt, answers, "padded")]
+            lengths = [prompt + n for prompt, *answers in dataset.sizes(batch) for n in answers]
             total += padded_cost(lengths, costs, multiple_of=multiple)
         pairs += len(batch)
     return total / pairs

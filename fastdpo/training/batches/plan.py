@@ -1,29 +1,42 @@
 """How the sequences of a batch become rows of backbone calls: pure arithmetic, no tensor in sight.
 
-A *unit* is what must stay in one row: a sequence (``packed``), or a prompt with its answers
+A *tree* is what must stay in one row: a sequence (``packed``), or sequences that begin alike
 (``shared_prompt``). Three arrangements compute the same numbers:
 
-* ``separate``: one call per unit, a row of its own: no padding, no wasted attention, many calls;
-* ``bucketed``: units of like length padded together, one call per bucket;
-* ``one_row``: all units one after the other in one row of one call.
+* ``separate``: a call for each tree, in a row of its own: no padding, many calls;
+* ``bucketed``: sequences of like length padded together, one call per bucket;
+* ``one_row``: all trees one after the other in the one row of one call.
 
-Costs are in *tokens*: the time of one token's matrix products in the backbone. A call of R rows of T
-tokens costs ``call_tokens + R T + pair_tokens * (query-key products)``, R T times ``many_rows`` for R > 1.
-A kernel that skips what is masked (variable-length flash attention, flex attention) computes about half of
-each unit's square in any arrangement; one that takes a dense mask computes the whole square of the row,
-which is why one long row loses on a CPU.
+Costs are in *tokens*: the time of one token's matrix products in the backbone. A call of T tokens costs
+``call_tokens + T + pair_tokens * (pairs of tokens that attention computes)``, its T times ``large_call``
+where it holds more than one tree. Attention over a forest computes the pairs of which one sees the other;
+that of padded rows half of their squares, or all of them where a mask is dense.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fastdpo.training.settings.choices import ARRANGEMENTS
 
 LAYOUTS = ("padded", "packed", "shared_prompt")
-# Buckets wider than this are not looked at: the search stays linear in the number of units.
+# Buckets wider than this are not looked at: the search stays linear in the number of trees.
 _WIDEST_BUCKET = 128
+
+
+class TreeSize(NamedTuple):
+    """What a tree costs: its distinct tokens, the pairs of them that see each other, and its segments."""
+
+    tokens: int
+    pairs: float
+    segments: int = 1
+
+    @classmethod
+    def of_sequence(cls, tokens: int) -> TreeSize:
+        """A sequence alone."""
+        return cls(tokens, 0.5 * tokens * tokens)
 
 
 @dataclass(frozen=True)
@@ -33,20 +46,20 @@ class RowCosts:
     Args:
         call_tokens: cost of a call that does not depend on its size, in tokens.
         pair_tokens: cost of one query-key product in all layers, in tokens.
-        skips_masked: whether the attention kernel leaves masked blocks out.
-        many_rows: what a token costs in a call of several rows; above 1 where larger activations fall out
+        skips_masked: whether the attention kernel leaves out what padding hides.
+        large_call: what a token costs in a call of several trees; above 1 where larger activations fall out
             of the caches and nothing is won by doing them together.
     """
 
     call_tokens: float
     pair_tokens: float
     skips_masked: bool
-    many_rows: float = 1.0
+    large_call: float = 1.0
 
-    def call(self, rows: int, length: int, products: float) -> float:
-        """Cost of one call of ``rows`` rows of ``length`` tokens."""
-        token = self.many_rows if rows > 1 else 1.0
-        return self.call_tokens + rows * length * token + self.pair_tokens * products
+    def call(self, trees: int, tokens: int, pairs: float) -> float:
+        """Cost of one call of so many trees, of ``tokens`` tokens together."""
+        token = self.large_call if trees > 1 else 1.0
+        return self.call_tokens + tokens * token + self.pair_tokens * pairs
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class RowPlan:
     Args:
         layout: ``padded``, ``packed`` or ``shared_prompt``.
         arrangement: one of ``ARRANGEMENTS``.
-        calls: the units of each call; those of ``one_row`` share a row, others have one each.
+        calls: the trees of each call; those of ``one_row`` share a row, others have one each.
         tokens: positions that the backbone computes, padding included.
         padding: how many of them are padding.
         cost: predicted, in tokens.
@@ -72,10 +85,10 @@ class RowPlan:
     rejected: Mapping[str, float | str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        units = sum(map(len, self.calls))
-        kind = "prompts with their answers" if self.layout == "shared_prompt" else "sequences"
+        trees = sum(map(len, self.calls))
+        kind = "trees of sequences that begin alike" if self.layout == "shared_prompt" else "sequences"
         lines = [
-            f"{self.layout}, {self.arrangement}: {units} {kind} in {len(self.calls)} "
+            f"{self.layout}, {self.arrangement}: {trees} {kind} in {len(self.calls)} "
             f"call{'s' if len(self.calls) != 1 else ''} of the backbone",
             f"  {self.tokens} tokens, {self.padding} of them padding; predicted cost {self.cost:.0f} tokens",
         ]
@@ -85,7 +98,7 @@ class RowPlan:
 
 
 def plan_rows(
-    lengths: Sequence[int],
+    trees: Sequence[TreeSize],
     costs: RowCosts,
     *,
     layout: str,
@@ -93,11 +106,11 @@ def plan_rows(
     single_call: bool = False,
     multiple_of: int = 1,
 ) -> RowPlan:
-    """Arrange units of ``lengths`` tokens in rows, the cheapest way.
+    """Arrange trees in rows, the cheapest way.
 
     Args:
-        lengths: of the units, each at least 1.
-        layout: ``packed`` or ``shared_prompt``; decides what a dense mask costs.
+        trees: each of at least one token.
+        layout: ``packed`` or ``shared_prompt``.
         arrangements: those that may be taken.
         single_call: the backbone may run only once a step.
         multiple_of: rows are padded to a multiple of this.
@@ -107,23 +120,22 @@ def plan_rows(
     """
     if unknown := set(arrangements) - set(ARRANGEMENTS):
         raise ValueError(f"arrangements: got {sorted(unknown)}, wanted some of {ARRANGEMENTS}")
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    padded = [_round_up(lengths[i], multiple_of) for i in order]
-    # A sequence of its own needs no mask, and causal kernels compute half of its square.
-    density = 0.5 if costs.skips_masked or layout != "shared_prompt" else 1.0
+    order = sorted(range(len(trees)), key=lambda i: (-trees[i].tokens, i))
+    padded = [_round_up(trees[i].tokens, multiple_of) for i in order]
 
     def bucket_cost(start: int, end: int) -> float:
         length, rows = padded[start], end - start
-        return costs.call(rows, length, rows * density * length * length)
+        return costs.call(rows, rows * length, rows * 0.5 * length * length)
 
-    total = _round_up(sum(lengths), multiple_of)
-    products = sum(0.5 * n * n for n in lengths) if costs.skips_masked else float(total) * total
+    count = sum(tree.tokens for tree in trees)
+    total = _round_up(count, multiple_of)
     whole, single = [(0, len(order))], [(i, i + 1) for i in range(len(order))]
     buckets = whole if single_call else _cheapest_buckets(len(order), bucket_cost)
+    alone = sum(costs.call(1, length, trees[i].pairs) for i, length in zip(order, padded, strict=True))
     candidates = {
-        "separate": (single, sum(bucket_cost(*bounds) for bounds in single)),
+        "separate": (single, alone),
         "bucketed": (buckets, sum(bucket_cost(*bounds) for bounds in buckets)),
-        "one_row": (whole, costs.call(1, total, products)),
+        "one_row": (whole, costs.call(len(trees), total, sum(tree.pairs for tree in trees))),
     }
     rejected: dict[str, float | str] = {name: cost for name, (_, cost) in candidates.items()}
     for name in ARRANGEMENTS:
@@ -131,6 +143,8 @@ def plan_rows(
             rejected[name] = "not allowed"
         elif name == "separate" and single_call and len(order) > 1:
             rejected[name] = "needs several calls of the backbone, and only one is possible"
+        elif name == "bucketed" and any(tree.segments > 1 for tree in trees):
+            rejected[name] = "pads sequences, and here some share their beginning"
     allowed = [name for name in arrangements if not isinstance(rejected[name], str)]
     if not allowed:
         reasons = "; ".join(f"{name}: {rejected[name]}" for name in arrangements)
@@ -139,10 +153,10 @@ def plan_rows(
     del rejected[taken]
     bounds, cost = candidates[taken]
     tokens = total if taken == "one_row" else sum((end - start) * padded[start] for start, end in bounds)
-    # In one row the order changes nothing: units stay as they came.
-    groups = [range(len(lengths))] if taken == "one_row" else [order[start:end] for start, end in bounds]
+    # In one row the order changes nothing: trees stay as they came.
+    groups = [range(len(trees))] if taken == "one_row" else [order[start:end] for start, end in bounds]
     calls = tuple(tuple(group) for group in groups)
-    return RowPlan(layout, taken, calls, tokens, tokens - sum(lengths), cost, rejected)
+    return RowPlan(layout, taken, calls, tokens, tokens - count, cost, rejected)
 
 
 def padded_cost(lengths: Sequence[int], costs: RowCosts, *, multiple_of: int = 1) -> float:
@@ -150,16 +164,11 @@ def padded_cost(lengths: Sequence[int], costs: RowCosts, *, multiple_of: int = 1
     longest = _round_up(max(lengths), multiple_of)
     # Padding comes with a mask, which most kernels then compute densely.
     density = 0.5 if costs.skips_masked else 1.0
-    return costs.call(len(lengths), longest, len(lengths) * density * longest * longest)
-
-
-def unit_lengths(prompt: int, answers: Sequence[int], layout: str) -> list[int]:
-    """Tokens of the units that a prompt and its answers make."""
-    return [prompt + sum(answers)] if layout == "shared_prompt" else [prompt + n for n in answers]
+    return costs.call(len(lengths), len(lengths) * longest, len(lengths) * density * longest * longest)
 
 
 def _cheapest_buckets(count: int, cost: Callable[[int, int], float]) -> list[tuple[int, int]]:
-    """Cut ``count`` units in order of length where the sum of the buckets' costs is least."""
+    """Cut ``count`` trees in order of length where the sum of the buckets' costs is least."""
     best = [0.0] + [float("inf")] * count
     start_of = [0] * (count + 1)
     for end in range(1, count + 1):

@@ -2,7 +2,8 @@
 
 Two short pairs of random tokens go through the backbone: every sequence alone, in a plain call without
 mask and positions, which is the truth; then as each layout would have them. Models that look at more than
-the mask says (recurrent ones, positions counted by the row, a mask that an attention kernel ignores) show.
+the forest says (recurrent ones, positions counted by the row, an attention of their own) show, and so do
+those whose plain calls are others once their attention knows forests.
 
 What is compared is the hidden states that predict labels, by ``|a - b| / |b|`` of each row. Two exact ways
 to compute them differ by rounding: each of the ``2 L`` residual branches of L layers adds an error of a few
@@ -23,15 +24,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdpo.integrations.backbone_config import (
+    backbone_size,
+    spans,
+    takes_positions,
+    text_config,
+    why_no_neighbours,
+)
+from fastdpo.integrations.forest.attention import restore_attention
+from fastdpo.integrations.forest.plant import plant
+from fastdpo.integrations.forest.rows import lay_out
+from fastdpo.integrations.lm_head import unwrap
 from fastdpo.integrations.model import backbone_states
-from fastdpo.integrations.row_masks import RowMasks, backbone_size, spans
 from fastdpo.training.batches.batch import mapped
-from fastdpo.training.batches.collate import make_units
-from fastdpo.training.batches.rows import build_rows
+from fastdpo.training.batches.collate import make_texts
 from fastdpo.training.data.row import Answer, Row
 
 # Longer sequences than this only where a sliding window, a chunk or their like, and the data reach further.
@@ -48,32 +59,26 @@ def refusals(
         model: a patched causal LM on its device; left as it was.
         longest: tokens of the longest sequence of the data.
     """
-    masks = RowMasks(model)
-    known = {case: _known_reason(masks, case) for case in candidates}
+    of_forests = why_no_neighbours(model)
+    known = {case: of_forests if _has_neighbours(case) else None for case in candidates}
     if all(known.values()):
         return known
     is_shared = any(reason is None and _has_neighbours(case) for case, reason in known.items())
-    reaches = [size + 8 for size in spans(masks.config) if is_shared and size < longest]
+    reaches = [size + 8 for size in spans(text_config(model)) if is_shared and size < longest]
     was_training = model.training
     model.eval()
     try:
-        probe = _Probe(model, masks, max([_SHORT, *reaches]))
+        probe = _Probe(model, max([_SHORT, *reaches]))
         return {case: reason or probe.why_not(*case) for case, reason in known.items()}
     except Exception as error:  # whatever a model's own code raises where it has other ideas of its inputs
         return {case: reason or _failure("on rows of one sequence", error) for case, reason in known.items()}
     finally:
+        restore_attention(model)
         model.train(was_training)
 
 
-def _known_reason(masks: RowMasks, case: tuple[str, str]) -> str | None:
-    """What speaks against a layout and arrangement before anything is computed."""
-    if case[0] == "shared_prompt":
-        return masks.why_no_branches()
-    return masks.why_no_neighbours() if _has_neighbours(case) else None
-
-
 def _has_neighbours(case: tuple[str, str]) -> bool:
-    """Whether a row has several sequences, for a mask to keep apart."""
+    """Whether a row has several sequences, for attention to keep apart."""
     layout, arrangement = case
     return layout == "shared_prompt" or arrangement == "one_row"
 
@@ -86,8 +91,8 @@ def _failure(where: str, error: Exception) -> str:
 class _Probe:
     """Two pairs, the truth about them, and what other forms may differ by."""
 
-    def __init__(self, model: nn.Module, masks: RowMasks, length: int) -> None:
-        self.model, self.masks = model, masks
+    def __init__(self, model: nn.Module, length: int) -> None:
+        self.model = model
         self.device = next(model.parameters()).device
         sizes = _pair_sizes(length)
         vocab = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -98,11 +103,12 @@ class _Probe:
             self.pairs.append(Row(number, prompt, tuple(map(Answer, answers))))
         size = sizes[0][1]
         self.other_answer = torch.randint(vocab // 8, vocab, (size,), generator=generator)
-        self.units = make_units(self.pairs, "packed")
-        alone = [self._plain(torch.cat([unit.prompt, *unit.answers])[None])[0] for unit in self.units]
-        self.truth = self._labelled(alone)
+        self.texts = make_texts(self.pairs)
+        self.alone = [self._plain(text.ids[None])[0] for text in self.texts]
+        self.truth = self._labelled(self.alone)
 
-        apart = build_rows(self.units, [range(4)], num_sequences=4, is_one_row=False, pad_token_id=0)
+        trees = [tree for number, text in enumerate(self.texts) for tree in plant([(number, text.ids)])]
+        apart = lay_out(self.texts, trees, [range(len(trees))], pad_token_id=0, in_one_row=False)
         together = self._plain(apart.calls[0]["input_ids"])
         noise = _largest_change(self._labelled(list(together)), self.truth)
         factor, eps = self._precision()
@@ -115,6 +121,7 @@ class _Probe:
         try:
             found, sequences = self._in_rows(self.pairs, layout, arrangement)
             again, _ = self._in_rows(changed, layout, arrangement)
+            plain = self._plain(self.texts[0].ids[None])[0]
         except Exception as error:  # whatever a model's own code raises on inputs it was not made for
             return _failure("on such rows", error)
         change = _largest_change(found, self.truth)
@@ -125,42 +132,50 @@ class _Probe:
             return (
                 f"its sequences see each other (a change in one changes others by {leak:.1e} of their size)"
             )
+        if not torch.equal(plain, self.alone[0]):
+            return "its plain calls are others once its attention knows forests"
         return None
 
     def _in_rows(self, pairs: list[Row], layout: str, arrangement: str) -> tuple[Tensor, Tensor]:
         """States that predict labels ``(N, H)``, and the sequence of each ``(N,)``."""
-        units = make_units(pairs, layout)
-        calls = [[i] for i in range(len(units))] if arrangement == "separate" else [[*range(len(units))]]
-        rows = build_rows(units, calls, num_sequences=4, is_one_row=arrangement == "one_row", pad_token_id=0)
-        on_device = mapped(list(rows.calls), lambda tensor: tensor.to(self.device))
-        states = [backbone_states(self.model, **self.masks.inputs(call)) for call in on_device]
+        texts = make_texts(pairs)
+        numbered = [(number, text.ids) for number, text in enumerate(texts)]
+        groups = [numbered] if layout == "shared_prompt" else [[one] for one in numbered]
+        trees = [tree for group in groups for tree in plant(group, shortest=1)]
+        calls = [[i] for i in range(len(trees))] if arrangement == "separate" else [[*range(len(trees))]]
+        rows = lay_out(texts, trees, calls, pad_token_id=0, in_one_row=arrangement != "bucketed")
+        states = [self._states(mapped(call, lambda tensor: tensor.to(self.device))) for call in rows.calls]
         flat = torch.cat([state.flatten(0, -2) for state in states])
         index, sequences = rows.tokens.token_index, rows.tokens.sequence_ids
         return flat[index.to(self.device)].double(), sequences.to(self.device)
 
+    def _states(self, call: dict[str, Any]) -> Tensor:
+        if not takes_positions(self.model):
+            del call["position_ids"]
+        return backbone_states(self.model, **call)
+
     def _leak(self) -> float:
         """What changes when all sequences see each other; without bound where they are too long together."""
-        together = torch.cat([torch.cat([unit.prompt, *unit.answers]) for unit in self.units])
+        together = torch.cat([text.ids for text in self.texts])
         try:
             merged = self._plain(together[None])[0]
         except Exception:  # beyond the model's positions
             return math.inf
-        return _largest_change(self._labelled(list(merged.split([u.length for u in self.units]))), self.truth)
+        return _largest_change(
+            self._labelled(list(merged.split([len(t.ids) for t in self.texts]))), self.truth
+        )
 
     def _plain(self, input_ids: Tensor) -> Tensor:
         return backbone_states(self.model, input_ids=input_ids.to(self.device))
 
     def _labelled(self, states: list[Tensor]) -> Tensor:
         """Of each sequence's states ``(T, H)``, those that predict its answer."""
-        kept = [
-            state[len(unit.prompt) - 1 : unit.length - 1]
-            for state, unit in zip(states, self.units, strict=True)
-        ]
+        kept = [state[text.scored - 1] for state, text in zip(states, self.texts, strict=True)]
         return torch.cat(kept).double()
 
     def _precision(self) -> tuple[float, float]:
         """Factor and eps of the limit: of the dtype that products are computed in."""
-        dtype = self.masks.dtype
+        dtype = unwrap(self.model).dtype
         if torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)
         if dtype.itemsize < 4:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdpo.integrations.forest.attention import own_attention
 from fastdpo.training.reference.shards import ScoreShards
 
 FORMAT_VERSION = 1
@@ -71,7 +72,7 @@ def _model_settings(model: nn.Module, *, with_adapters: bool) -> dict[str, Any]:
         settings["config"] = {
             k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "use_cache")
         }
-        settings["attention"] = getattr(config, "_attn_implementation", None)
+        settings["attention"] = own_attention(config)
     adapters = getattr(model, "peft_config", None)
     if adapters and with_adapters:
         settings["adapters"] = {name: adapter.to_dict() for name, adapter in adapters.items()}

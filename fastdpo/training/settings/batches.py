@@ -14,6 +14,11 @@ def check_batches(args: SettingFields) -> None:
             f"row_arrangement: got {args.row_arrangement!r} with batch_layout='padded', wanted 'auto' or "
             "another layout"
         )
+    if args.batch_layout == "shared_prompt" and args.row_arrangement == "bucketed":
+        raise ValueError(
+            "row_arrangement: got 'bucketed' with batch_layout='shared_prompt', wanted 'auto', 'separate' or "
+            "'one_row': what shares a beginning is not padded"
+        )
     if args.max_tokens_per_batch is not None and args.reference_batch_size is not None:
         raise ValueError("reference_batch_size: got a value and max_tokens_per_batch, wanted one of the two")
     if args.offload_activations and (args.torch_compile or args.torch_compile_backend):

@@ -5,6 +5,8 @@ from fastdpo.types import MODES
 BAD_ROW_POLICIES = ("skip", "error")
 TRUNCATION_MODES = ("keep_start", "keep_end", "skip")
 ARRANGEMENTS = ("separate", "bucketed", "one_row")
+# Padding is for sequences, not for trees of them.
+ARRANGEMENTS_OF = {"packed": ARRANGEMENTS, "shared_prompt": ("separate", "one_row")}
 # Texts and judgements of a row, each read from another column where the settings name one (`prompt_column`).
 ROW_COLUMNS = (
     "prompt", "chosen", "rejected", "completion", "completions", "label", "scores", "ranks", "advantages",

@@ -138,15 +138,15 @@ class SettingFields(DataSettings, TrainingArguments):
         default="padded",
         metadata=_help(
             "How pairs become rows: padded (TRL's way), packed (sequences without padding), shared_prompt "
-            "(the prompt once, both answers behind it), or auto, the cheapest of those that the model "
-            "computes exactly, which a probe finds out before the first step."
+            "(what sequences of a batch begin with once, a prompt and more), or auto, the cheapest of those "
+            "that the model computes exactly, which a probe finds out before the first step."
         ),
     )
     row_arrangement: str = field(
         default="auto",
         metadata=_help(
-            "Rows of packed and shared_prompt: separate (a call each), bucketed (like lengths together), "
-            "one_row (one after the other), or auto, by predicted cost."
+            "Rows of packed and shared_prompt: separate (a call each), bucketed (like lengths together; "
+            "packed alone), one_row (one after the other), or auto, by predicted cost."
         ),
     )
     max_tokens_per_batch: int | None = field(

@@ -17,12 +17,12 @@ from fastdpo.training.batches.plan import RowCosts
 from fastdpo.training.data.row import REFERENCE, Answer, Row
 from fastdpo.training.loop.step import BatchCounts, batch_loss
 from fastdpo.training.reference.sources import Reference
-from fastdpo.training.settings.choices import ARRANGEMENTS
+from fastdpo.training.settings.choices import ARRANGEMENTS_OF
 from fastdpo.training.settings.config import PreferenceConfig
 
 # Any numbers will do where the arrangement is fixed.
 COSTS = RowCosts(call_tokens=10.0, pair_tokens=0.01, skips_masked=False)
-ROW_CASES = [(layout, arrangement) for layout in ("packed", "shared_prompt") for arrangement in ARRANGEMENTS]
+ROW_CASES = [(layout, arrangement) for layout, names in ARRANGEMENTS_OF.items() for arrangement in names]
 
 
 def make_pairs(sizes: Sequence[tuple[int, int, int]], *, vocab: int = 199, seed: int = 0) -> list[Row]:
@@ -51,8 +51,9 @@ PAIRS = make_pairs([(9, 7, 12), (1, 1, 1), (5, 1, 10), (12, 8, 3)])
 
 
 def row_collator(layout: str, arrangement: str = "auto", **options: Any) -> RowCollator:
-    arrangements = ARRANGEMENTS if arrangement == "auto" else (arrangement,)
-    return RowCollator(0, layout, COSTS, arrangements, **options)
+    """Prompts are shared however short they are."""
+    arrangements = ARRANGEMENTS_OF[layout] if arrangement == "auto" else (arrangement,)
+    return RowCollator(0, layout, COSTS, arrangements, **{"shortest_shared": 1, **options})
 
 
 def make_batch(layout: str, arrangement: str = "auto", pairs: Sequence[Any] = PAIRS) -> Batch:

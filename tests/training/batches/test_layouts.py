@@ -98,16 +98,19 @@ def test_recurrent_models_in_rows_of_one_sequence(family: str):
         assert_steps_close(run_step(model, make_batch("packed", arrangement)), truth, eager)
 
 
-def test_a_wrong_mask_would_show():
-    """The same comparison with answers that see each other, and with positions that run on."""
+def test_a_wrong_forest_would_show():
+    """The same comparison with an answer that sees another one, and with positions that run on."""
     model = make_model("llama")
     truth = true_step(model)
     patch_model(model)
     eager = eager_step(model, truth)
-    for changed in ("branches", "position_ids"):
+    for changed in ("forest", "position_ids"):
         batch = make_batch("shared_prompt", "one_row")
         (call,) = batch.calls
-        call[changed] = torch.zeros_like(call[changed]) if changed == "branches" else torch.arange(70)[None]
+        parents = call["forest"].parents
+        assert parents[:3] == (-1, 0, 0)
+        wrong = {"forest": replace(call["forest"], parents=(-1, 0, 1, *parents[3:]))}
+        call |= wrong if changed == "forest" else {"position_ids": torch.arange(70)[None]}
         with pytest.raises(AssertionError):
             assert_steps_close(run_step(model, batch), truth, eager)
 

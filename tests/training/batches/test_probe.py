@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch import nn
 
+from fastdpo.integrations.forest.backends import attend
+from fastdpo.integrations.forest.segments import Forest
 from fastdpo.integrations.model import patch_model
 from fastdpo.training.batches.budget import STRATEGIES
 from fastdpo.training.batches.collate import RowCollator
@@ -78,7 +80,7 @@ def recurrent(name: str, **options: Any) -> nn.Module:
     ("name", "options", "reason"),
     [
         ("Mamba", {**RECURRENT, "state_size": 4}, "takes no position_ids"),
-        ("FalconH1", FALCON, "layers of type hybrid are none that a mask is known for"),
+        ("FalconH1", FALCON, "layers of type hybrid may look at more than a row's forest"),
     ],
 )
 def test_recurrent_models_have_a_row_for_each_sequence(name: str, options: dict[str, Any], reason: str):
@@ -93,9 +95,7 @@ def test_recurrent_models_have_a_row_for_each_sequence(name: str, options: dict[
 @pytest.mark.parametrize("name", ["Mamba", "FalconH1"])
 def test_the_numbers_alone_would_refuse_neighbours(name: str, monkeypatch: pytest.MonkeyPatch):
     """Without the list of layer types, which another recurrent model may not have."""
-    monkeypatch.setattr(
-        "fastdpo.integrations.row_masks.layer_windows", lambda config: {"full_attention": None}
-    )
+    monkeypatch.setattr("fastdpo.training.batches.probe.why_no_neighbours", lambda model: None)
     options = {**RECURRENT, "state_size": 4} if name == "Mamba" else FALCON
     found = probed(recurrent(name, **options))
     for case in (ONE_ROW, ("shared_prompt", "separate"), ("shared_prompt", "one_row")):
@@ -103,11 +103,32 @@ def test_the_numbers_alone_would_refuse_neighbours(name: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_takes_no_notice_of_positions(dtype: torch.dtype):
-    """OPT's mask is not made from positions, so sequences in one row see each other; the rest is exact."""
-    found = probed(make_model("opt").to(dtype))
-    assert {case for case, reason in found.items() if reason} == {ONE_ROW}
+def test_a_leak_shows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
+    """Segments that see what stands before them in the row, whether they continue it or not."""
+
+    def over_the_row(query: Any, key: Any, value: Any, forest: Forest, *args: Any, **options: Any) -> Any:
+        count = len(forest.lengths)
+        return attend(query, key, value, Forest(forest.lengths, (*range(-1, count - 1),)), *args, **options)
+
+    monkeypatch.setattr("fastdpo.integrations.forest.attention.attend", over_the_row)
+    found = probed(make_model("llama").to(dtype))
+    of_forests = {ONE_ROW, *(case for case in ROW_CASES if case[0] == "shared_prompt")}
+    assert {case for case, reason in found.items() if reason} == of_forests
     assert "change" in str(found[ONE_ROW])
+
+
+def test_an_attention_of_its_own_is_refused():
+    """GPT-Neo adds its mask to the scores in code of its own."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, num_layers=2, num_heads=4, max_position_embeddings=128,
+        attention_types=[[["global", "local"], 1]], window_size=30,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    found = probed(transformers.GPTNeoForCausalLM(config).eval())
+    assert {case for case, reason in found.items() if reason} == {
+        ONE_ROW, *(case for case in ROW_CASES if case[0] == "shared_prompt")
+    }  # fmt: skip
+    assert "attention is its own" in str(found[ONE_ROW])
 
 
 def test_an_attention_that_ignores_the_mask(monkeypatch: pytest.MonkeyPatch):
@@ -119,43 +140,20 @@ def test_an_attention_that_ignores_the_mask(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", causal_only)
     found = probed(make_model("llama"))
     refused = {case for case, reason in found.items() if reason}
-    assert refused == {ONE_ROW, *(case for case in ROW_CASES if case[0] == "shared_prompt")}
+    # A sequence that begins at the row's root needs no mask.
+    assert refused == {case for case in ROW_CASES if case[0] == "shared_prompt"}
 
 
-def test_an_attention_that_takes_no_mask(monkeypatch: pytest.MonkeyPatch):
-    model = patch_model(make_model("llama"))
-    model.config._attn_implementation = "flash_attention_2"
-    found = refusals(model, [("shared_prompt", "one_row")], longest=10)
-    assert "'flash_attention_2' takes no mask of its own" in str(found["shared_prompt", "one_row"])
-
-
-def test_a_window_that_the_mask_forgets_shows_where_the_data_reach_it(monkeypatch: pytest.MonkeyPatch):
+def test_a_window_that_attention_forgets_shows_where_the_data_reach_it(monkeypatch: pytest.MonkeyPatch):
     """A window of 30 is beyond the probe's usual 24 tokens, so it is as long as the data make it."""
     model = make_model("gemma3", sliding_window=30)
     assert not any(probed(model).values())
 
-    def no_window(config: Any) -> dict[str, int | None]:
-        return {"full_attention": None, "sliding_attention": 10**6}
+    def no_window(*args: Any, sliding_window: int | None = None, **options: Any) -> Any:
+        return attend(*args, **options)
 
-    real = {"full_attention": None, "sliding_attention": 30}
-    calls = iter([real])  # the probe looks first how long it must be; then the masks are made, wrongly
-    monkeypatch.setattr(
-        "fastdpo.integrations.row_masks.layer_windows", lambda config: next(calls, no_window(config))
-    )
-    found = probed(model)
-    assert all(found["shared_prompt", name] for name in ("separate", "bucketed", "one_row"))
-
-
-def test_a_window_by_another_name_is_looked_for():
-    """GPT-Neo's local layers count rows of the mask, and 30 tokens is more than the probe's usual length."""
-    config = transformers.GPTNeoConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, num_layers=2, num_heads=4, max_position_embeddings=128,
-        attention_types=[[["global", "local"], 1]], window_size=30,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.GPTNeoForCausalLM(config).eval()
-    found = probed(model, longest=64)
-    assert all(found["shared_prompt", name] for name in ("separate", "bucketed", "one_row"))
+    monkeypatch.setattr("fastdpo.integrations.forest.attention.attend", no_window)
+    assert all(reason for case, reason in probed(model).items() if case[0] == "shared_prompt")
     assert not any(refusals(model, ROW_CASES, longest=30).values())
 
 
@@ -173,17 +171,21 @@ def test_the_probe_leaves_the_model_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
-def opt(vocab: int = 360) -> nn.Module:
-    return make_model("opt", vocab_size=vocab, max_position_embeddings=512)
+def own_attention(vocab: int = 360) -> nn.Module:
+    config = transformers.GPTNeoConfig(
+        vocab_size=vocab, hidden_size=HIDDEN, num_layers=1, num_heads=4, max_position_embeddings=512,
+        attention_types=[[["global"], 1]],
+    )  # fmt: skip
+    return transformers.GPTNeoForCausalLM(config)
 
 
 def test_a_layout_that_the_model_cannot_do_is_refused(make_args: MakeArgs, tokenizer: Any):
     args = make_args(batch_layout="packed", row_arrangement="one_row")
     with pytest.raises(ValueError, match="batch_layout: got 'packed', which this model cannot be trained in"):
-        PreferenceTrainer(opt(), args, train_dataset=make_rows(4), processing_class=tokenizer)
+        PreferenceTrainer(own_attention(), args, train_dataset=make_rows(4), processing_class=tokenizer)
     # Left to choose, it takes an arrangement that is exact.
     args = make_args(batch_layout="packed", max_steps=1)
-    trainer = PreferenceTrainer(opt(), args, train_dataset=make_rows(4), processing_class=tokenizer)
+    trainer = PreferenceTrainer(own_attention(), args, train_dataset=make_rows(4), processing_class=tokenizer)
     assert trainer.data_collator.arrangements == ("separate", "bucketed")
     trainer.train()
 
@@ -192,8 +194,9 @@ def test_the_reference_is_probed_too(make_args: MakeArgs, tokenizer: Any):
     args = make_args(batch_layout="packed", row_arrangement="one_row")
     with pytest.raises(ValueError, match="batch_layout: got 'packed'"):
         PreferenceTrainer(
-            tiny_llama(), args, train_dataset=make_rows(4), processing_class=tokenizer, ref_model=opt()
-        )
+            tiny_llama(), args, train_dataset=make_rows(4), processing_class=tokenizer,
+            ref_model=own_attention(),
+        )  # fmt: skip
 
 
 def _wants_several_rows(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -311,23 +314,9 @@ def test_a_refusal_on_one_rank_holds_on_all(make_args: MakeArgs):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("family", "options"), [("llama", {}), ("gemma2", {"sliding_window": 6})])
-def test_block_masks_of_flex_attention(family: str, options: dict[str, Any]):
-    """Uncompiled, as a CPU has it: the mask is what is tested, with a window by layer type for gemma2."""
+def test_models_of_flex_attention(family: str, options: dict[str, Any]):
+    """What a model computes attention with otherwise makes no difference to forests."""
     model = make_model(family, head_dim=16, **options)
     model.set_attn_implementation("flex_attention")
     with torch.compiler.set_stance("force_eager"):
         assert probed(model) == dict.fromkeys(ROW_CASES)
-
-
-def test_flex_attention_gets_whole_blocks(make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch):
-    """The models' verdicts are left out, and nothing is compiled, which takes long on a CPU."""
-    monkeypatch.setattr(
-        "fastdpo.training.batches.layouts.refusals",
-        lambda model, cases, longest: dict.fromkeys(cases),
-    )
-    model = patch_model(make_model("llama"))
-    model.set_attn_implementation("flex_attention")  # here, as what makes a model runs it once
-    alone = SimpleNamespace(num_processes=1, is_main_process=True, device=torch.device("cpu"))
-    collator = choose_collator([model], make_args(batch_layout="shared_prompt"), 0, None, alone)
-    assert collator.costs.skips_masked
-    assert {call["input_ids"].shape[1] % 128 for call in collator(PAIRS).calls} == {0}

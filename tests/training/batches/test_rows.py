@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,38 +12,60 @@ from hypothesis import strategies as st
 
 from benchmarks.step_contenders import SIZES
 from benchmarks.step_data import make_data
+from fastdpo.integrations.forest.plant import SHORTEST_SHARED, plant
+from fastdpo.integrations.forest.rows import Text, lay_out
+from fastdpo.integrations.model import patch_model
 from fastdpo.training.batches.batch import IGNORE_INDEX
 from fastdpo.training.batches.plan import (
     RowCosts,
+    TreeSize,
     _cheapest_buckets,
     padded_cost,
     plan_rows,
-    unit_lengths,
 )
-from fastdpo.training.batches.rows import PADDING, Unit, build_rows
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.loop.setup import tokenized_pairs
-from fastdpo.training.settings.choices import ARRANGEMENTS
+from fastdpo.training.settings.choices import ARRANGEMENTS, ARRANGEMENTS_OF
 from tests import ROOT
-from tests.training.batches.layout_cases import COSTS, PAIRS, make_batch, row_collator
+from tests.integrations.tiny import make_model
+from tests.training.batches.layout_cases import (
+    COSTS,
+    PAIRS,
+    ROW_CASES,
+    make_batch,
+    make_pairs,
+    row_collator,
+    run_step,
+    with_answers,
+)
 
 CPU = RowCosts(call_tokens=5.0, pair_tokens=0.002, skips_masked=False)
 GPU = RowCosts(call_tokens=300.0, pair_tokens=0.0002, skips_masked=True)
 
 
-def tokens(count: int, start: int) -> torch.Tensor:
-    return torch.arange(start, start + count)
+def of_sequences(*lengths: int) -> list[TreeSize]:
+    return [TreeSize.of_sequence(length) for length in lengths]
+
+
+# Pairs: a prompt of half the tokens, and two answers.
+PAIR_TREES = [TreeSize(n, 0.375 * n * n, 3) for n in (300, 280, 120, 90)]
+
+
+def text(prompt: list[int], answer: list[int]) -> Text:
+    ids = torch.tensor([*prompt, *answer], dtype=torch.int64)
+    return Text(ids, torch.arange(len(ids))[max(len(prompt), 1) :])
 
 
 def test_a_prompt_with_its_answers_in_a_row():
-    unit = Unit(tokens(3, 10), (tokens(2, 20), tokens(3, 30), tokens(0, 40)), (0, 2, 1))
-    rows = build_rows([unit], [[0]], num_sequences=3, is_one_row=True, pad_token_id=7, multiple_of=5)
+    prompt = [10, 11, 12]
+    texts = [text(prompt, [20, 21]), text(prompt, []), text(prompt, [30, 31, 32])]
+    trees = plant([(number, each.ids) for number, each in enumerate(texts)], shortest=1)
+    rows = lay_out(texts, trees, [[0]], pad_token_id=7, multiple_of=5)
     (call,) = rows.calls
     assert call["input_ids"].tolist() == [[10, 11, 12, 20, 21, 30, 31, 32, 7, 7]]
-    assert call["position_ids"][0, :8].tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
-    assert call["documents"].tolist() == [[0] * 8 + [PADDING] * 2]
-    assert call["branches"][0, :8].tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert call["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1]]
+    assert (call["forest"].lengths, call["forest"].parents) == ((3, 2, 3, 2), (-1, 0, 0, -1))
     # The prompt's last token predicts the first token of both answers.
     assert rows.tokens.token_index.tolist() == [2, 3, 2, 5, 6]
     assert rows.tokens.target_ids.tolist() == [20, 21, 30, 31, 32]
@@ -50,56 +73,83 @@ def test_a_prompt_with_its_answers_in_a_row():
     assert rows.tokens.lengths == (2, 0, 3)
 
 
+def test_answers_that_begin_alike_share_that_too():
+    """And so do rows of one conversation; token ids tell, not the rows that they came from."""
+    start = [*range(10, 30)]
+    first, second = with_answers(PAIRS[0], torch.tensor([5, 6, 7, 8]), torch.tensor([5, 6, 9])), PAIRS[1]
+    same = replace(first, prompt=torch.tensor(start))
+    longer = replace(second, prompt=torch.tensor([*start, 3, 4]))
+    batch = row_collator("shared_prompt", "one_row")([same, longer])
+    (call,) = batch.calls
+    assert call["forest"].parents[:4] == (-1, 0, 1, 1)
+    assert call["forest"].lengths[:4] == (20, 2, 2, 1)
+    assert batch.positions == 20 + 2 + 2 + 1 + 2 + 1 + 1
+    assert batch.sequence_tokens == 2 * 20 + 4 + 3 + 2 * 22 + 2
+    apart = row_collator("packed", "one_row")([same, longer])
+    model = patch_model(make_model("llama", vocab_size=211))
+    torch.testing.assert_close(
+        run_step(model, batch).tokens, run_step(model, apart).tokens, rtol=0, atol=1e-5
+    )
+
+
+def test_short_beginnings_are_computed_for_each():
+    """The 15 tokens before an answer are not worth an attention that begins behind them; 16 are."""
+    for length, count in ((15, 2 * (15 + 4)), (16, 16 + 2 * 4)):
+        (pair,) = make_pairs([(length, 4, 4)])
+        batch = row_collator("shared_prompt", "one_row", shortest_shared=SHORTEST_SHARED)([pair])
+        assert batch.positions == count
+
+
 def test_sequences_in_a_row_start_again_at_zero():
-    units = [Unit(tokens(2, 10), (tokens(1, 20),), (0,)), Unit(tokens(1, 30), (tokens(2, 40),), (1,))]
-    rows = build_rows(units, [[0, 1]], num_sequences=2, is_one_row=True, pad_token_id=7, multiple_of=4)
+    texts = [text([10, 11], [20]), text([30], [40, 41])]
+    trees = [tree for number, each in enumerate(texts) for tree in plant([(number, each.ids)])]
+    rows = lay_out(texts, trees, [[0, 1]], pad_token_id=7, multiple_of=4)
     (call,) = rows.calls
-    assert set(call) == {"input_ids", "position_ids"}  # a mask would be one too many
     assert call["input_ids"].tolist() == [[10, 11, 20, 30, 40, 41, 7, 7]]
     assert call["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]]
+    assert call["forest"].parents == (-1, -1, -1)
     assert rows.tokens.token_index.tolist() == [1, 3, 4]
+    # One alone needs none, and any kernel will do; what pads it goes on behind it.
+    (alone,) = lay_out(texts[:1], trees[:1], [[0]], pad_token_id=7, multiple_of=4).calls
+    assert set(alone) == {"input_ids", "position_ids"}
+    assert alone["position_ids"].tolist() == [[0, 1, 2, 3]]
 
 
 @st.composite
-def unit_lists(draw: Any) -> list[Unit]:
-    units, sequence = [], 0
-    for _ in range(draw(st.integers(1, 5))):
-        sizes = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
-        prompt = draw(st.integers(0, 4))
-        start = 1000 * len(units)
-        answers = tuple(tokens(n, start + 100 * (i + 1)) for i, n in enumerate(sizes))
-        units.append(Unit(tokens(prompt, start), answers, tuple(range(sequence, sequence + len(sizes)))))
-        sequence += len(sizes)
-    return units
+def text_lists(draw: Any) -> list[Text]:
+    words = st.lists(st.integers(1, 2), max_size=5)
+    return [text(draw(words), draw(words)) for _ in range(draw(st.integers(1, 6)))]
 
 
 @settings(deadline=None, max_examples=150)
-@given(unit_lists(), st.sampled_from(ARRANGEMENTS), st.integers(1, 4))
-def test_every_answer_is_predicted_by_what_is_before_it(units: list[Unit], arrangement: str, multiple: int):
-    """In the flat tokens of all calls: the target follows its row in the sequence that the unit spells."""
-    plan = plan_rows(
-        [unit.length for unit in units],
-        COSTS,
-        layout="packed",
-        arrangements=[arrangement],
-        multiple_of=multiple,
+@given(
+    text_lists(),
+    st.sampled_from([(layout, name) for layout, names in ARRANGEMENTS_OF.items() for name in names]),
+    st.integers(1, 4),
+)
+def test_every_answer_is_predicted_by_what_is_before_it(
+    texts: list[Text], case: tuple[str, str], multiple: int
+):
+    """In the flat tokens of all calls: what predicts a token stands where its sequence has the one before."""
+    layout, arrangement = case
+    numbered = [(number, each.ids) for number, each in enumerate(texts)]
+    groups = [numbered] if layout == "shared_prompt" else [[one] for one in numbered]
+    trees = [tree for group in groups for tree in plant(group, shortest=1)]
+    sizes = [TreeSize(tree.num_tokens, tree.forest.num_pairs, len(tree.segments)) for tree in trees]
+    plan = plan_rows(sizes, COSTS, layout=layout, arrangements=[arrangement], multiple_of=multiple)
+    rows = lay_out(
+        texts, trees, plan.calls, pad_token_id=-5, in_one_row=arrangement != "bucketed", multiple_of=multiple
     )
-    rows = build_rows(
-        units, plan.calls, num_sequences=sum(len(u.answers) for u in units),
-        is_one_row=arrangement == "one_row", pad_token_id=-5, multiple_of=multiple,
-    )  # fmt: skip
     flat = torch.cat([call["input_ids"].flatten() for call in rows.calls])
     found = [(int(s), int(flat[i]), int(t)) for i, t, s in zip(
         rows.tokens.token_index, rows.tokens.target_ids, rows.tokens.sequence_ids, strict=True
     )]  # fmt: skip
     wanted = []
-    for unit in units:
-        for sequence, answer in zip(unit.sequences, unit.answers, strict=True):
-            text = [*unit.prompt.tolist(), *answer.tolist()]
-            first = max(len(unit.prompt), 1)
-            wanted += [(sequence, text[i - 1], text[i]) for i in range(first, len(text))]
+    for number, each in enumerate(texts):
+        ids = each.ids.tolist()
+        wanted += [(number, ids[i - 1], ids[i]) for i in each.scored.tolist()]
     assert found == wanted
-    if all(unit.length for unit in units):
+    if trees:
         assert len(flat) == plan.tokens
         assert (flat == -5).sum() == plan.padding
 
@@ -110,12 +160,13 @@ def test_every_answer_is_predicted_by_what_is_before_it(units: list[Unit], arran
     st.sampled_from([CPU, GPU]),
     st.sampled_from(["packed", "shared_prompt"]),
 )
-def test_a_plan_has_every_unit_once_and_is_the_cheapest(lengths: list[int], costs: RowCosts, layout: str):
-    plan = plan_rows(lengths, costs, layout=layout)
+def test_a_plan_has_every_tree_once_and_is_the_cheapest(lengths: list[int], costs: RowCosts, layout: str):
+    trees = of_sequences(*lengths)
+    plan = plan_rows(trees, costs, layout=layout)
     assert sorted(i for call in plan.calls for i in call) == list(range(len(lengths)))
     assert plan.tokens - plan.padding == sum(lengths)
     assert all(plan.cost <= other for other in plan.rejected.values())
-    alone = {name: plan_rows(lengths, costs, layout=layout, arrangements=[name]) for name in ARRANGEMENTS}
+    alone = {name: plan_rows(trees, costs, layout=layout, arrangements=[name]) for name in ARRANGEMENTS}
     assert plan.cost == min(other.cost for other in alone.values())
     assert alone["bucketed"].cost <= alone["separate"].cost + 1e-9
 
@@ -137,49 +188,52 @@ def test_buckets_are_the_best_cut():
 
 
 def test_what_is_chosen_where():
-    lengths = [300, 280, 120, 90]
-    assert plan_rows(lengths, CPU, layout="shared_prompt").arrangement == "separate"
-    assert plan_rows(lengths, GPU, layout="shared_prompt").arrangement == "one_row"
-    dense = RowCosts(call_tokens=300.0, pair_tokens=0.01, skips_masked=False)
-    assert plan_rows([100] * 8, dense, layout="packed").calls == (tuple(range(8)),)
-    assert plan_rows([100] * 8, dense, layout="packed").arrangement == "bucketed"
+    """One row wherever a call costs something, unless larger calls cost more than they save."""
+    assert plan_rows(PAIR_TREES, CPU, layout="shared_prompt").arrangement == "one_row"
+    assert plan_rows(PAIR_TREES, GPU, layout="shared_prompt").arrangement == "one_row"
+    slow = replace(CPU, large_call=1.1)
+    assert plan_rows(PAIR_TREES, slow, layout="shared_prompt").arrangement == "separate"
+    small = [TreeSize(6, 13.5, 3)] * 4
+    assert plan_rows(small, slow, layout="shared_prompt").arrangement == "one_row"
+    plan = plan_rows(of_sequences(*[100] * 8), GPU, layout="packed", arrangements=["separate", "bucketed"])
+    assert plan.calls == (tuple(range(8)),) and plan.arrangement == "bucketed"
 
 
-def test_rows_together_are_no_gain_where_they_cost_more():
-    lengths = [300, 300, 300]
-    slow = RowCosts(call_tokens=5.0, pair_tokens=0.002, skips_masked=False, many_rows=1.1)
-    assert plan_rows(lengths, CPU, layout="packed").arrangement == "bucketed"
-    assert plan_rows(lengths, slow, layout="packed").arrangement == "separate"
-    assert plan_rows([3, 3, 3], slow, layout="packed").arrangement != "separate"
+def test_a_tree_is_never_padded():
+    plan = plan_rows(PAIR_TREES, GPU, layout="shared_prompt")
+    assert "some share their beginning" in str(plan.rejected["bucketed"])
+
+
+def test_costs_are_of_pairs_that_see_each_other():
+    (tree,) = plant([(0, torch.arange(40)), (1, torch.cat([torch.arange(30), torch.arange(100, 105)]))])
+    size = TreeSize(tree.num_tokens, tree.forest.num_pairs, len(tree.segments))
+    assert size == (45, 40 * 41 // 2 + 5 * 30 + 15, 3)
+    assert plan_rows([size], CPU, layout="shared_prompt").cost == 5 + 45 + 0.002 * size.pairs
 
 
 def test_a_plan_explains_itself():
-    text = str(plan_rows([30, 20], CPU, layout="shared_prompt", arrangements=["separate", "bucketed"]))
-    assert text.startswith("shared_prompt, separate: 2 prompts with their answers in 2 calls of the backbone")
-    assert "50 tokens, 0 of them padding; predicted cost 63 tokens" in text
+    trees = [TreeSize(30, 400, 3), TreeSize(20, 200, 3)]
+    text = str(plan_rows(trees, CPU, layout="shared_prompt", arrangements=["separate"]))
+    assert text.startswith("shared_prompt, separate: 2 trees of sequences that begin alike in 2 calls")
+    assert "50 tokens, 0 of them padding; predicted cost 61 tokens" in text
     assert "one_row: not allowed" in text and "bucketed: " in text
 
 
 def test_what_cannot_be_arranged_is_refused():
+    trees = of_sequences(3, 4)
     with pytest.raises(ValueError, match="arrangements: got .*needs several calls"):
-        plan_rows([3, 4], CPU, layout="packed", arrangements=["separate"], single_call=True)
+        plan_rows(trees, CPU, layout="packed", arrangements=["separate"], single_call=True)
     with pytest.raises(ValueError, match="arrangements: got \\['stacked'\\]"):
-        plan_rows([3, 4], CPU, layout="packed", arrangements=["stacked"])
-    assert len(plan_rows([9, 1], CPU, layout="packed", single_call=True).calls) == 1
+        plan_rows(trees, CPU, layout="packed", arrangements=["stacked"])
+    assert len(plan_rows(of_sequences(9, 1), CPU, layout="packed", single_call=True).calls) == 1
 
 
-@pytest.mark.parametrize("layout", ["packed", "shared_prompt"])
-def test_the_collator_follows_the_plan(layout: str):
-    batch = make_batch(layout, "bucketed")
-    plan = row_collator(layout, "bucketed").plan(
-        [n for p in PAIRS for n in unit_lengths(*sizes(p), layout)]
-    )  # fmt: skip
+@pytest.mark.parametrize("case", ROW_CASES, ids="-".join)
+def test_the_collator_follows_the_plan(case: tuple[str, str]):
+    collator = row_collator(*case)
+    batch, plan = collator(PAIRS), collator.plan(PAIRS)
     assert batch.positions == plan.tokens
     assert len(batch.calls) == len(plan.calls)
-
-
-def sizes(pair: Any) -> tuple[int, list[int]]:
-    return len(pair.prompt), [len(pair.answers[0].ids), len(pair.answers[1].ids)]
 
 
 def backbone_tokens(data: RowDataset, pairs_per_batch: int) -> dict[str, int]:
@@ -193,7 +247,8 @@ def backbone_tokens(data: RowDataset, pairs_per_batch: int) -> dict[str, int]:
         for layout in ("packed", "shared_prompt"):
             counted[layout] += make_batch(layout, "one_row", pairs).positions
     prompts, answers = int(data.prompt_lengths.sum()), int(data.answers.values.sum())
-    assert counted["shared_prompt"] == prompts + answers
+    # Here and there answers begin alike.
+    assert 0.99 * (prompts + answers) < counted["shared_prompt"] <= prompts + answers
     assert counted["packed"] == 2 * prompts + answers
     assert counted["labelled"] == answers
     return counted
@@ -204,12 +259,12 @@ def test_tokens_of_the_backbone_on_real_pairs(preference_path: Any, tokenizer: A
     data = tokenized_pairs(read_rows(preference_path), tokenizer, make_args(max_length=0))
     counted = backbone_tokens(data, 8)
     per_pair = [round(counted[layout] / len(data)) for layout in ("padded", "packed", "shared_prompt")]
-    assert (len(data), per_pair) == (240, [13855, 5963, 4306])
+    assert (len(data), per_pair) == (240, [13855, 5963, 4285])
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for said in (
         "240 real pairs in batches of 8",
         "13855 positions a pair padded",
-        "5963 packed and 4306 with",
+        "5963 packed and 4285 with",
     ):
         assert said in " ".join(readme.split()), said
 

@@ -1,0 +1,125 @@
+"""Attention over a forest, through the attention function that transformers lets anyone register.
+
+The forest goes where a mask would: the mask function registered here returns it, every layer hands it on
+as its ``attention_mask``, and the attention function gets it back, also when a checkpointed layer is run
+again in the backward pass. No mask is made. Without a forest both do what the model's own implementation
+does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastdpo.integrations.backbone_config import text_config
+from fastdpo.integrations.forest.backends import attend
+from fastdpo.integrations.forest.segments import Forest
+from fastdpo.integrations.lm_head import unwrap
+
+# Behind the name of a model's own implementation. transformers looks for names in it, as "flash" or "sdpa".
+_SUFFIX = "_in_forests"
+_FOREST: ContextVar[_Use | None] = ContextVar("fastdpo_forest", default=None)
+
+
+class _Use:
+    """A forest in a call of a backbone, and whether any layer's attention saw it."""
+
+    def __init__(self, forest: Forest) -> None:
+        self.forest = forest
+        self.was_seen = False
+
+
+@contextlib.contextmanager
+def attention_over(model: nn.Module, forest: Forest | None) -> Iterator[None]:
+    """A call of ``model``'s backbone on the one row of ``forest``; as ever without one.
+
+    The model's attention is exchanged for one that knows forests, and stays so: `restore_attention`.
+
+    Raises:
+        ValueError: its attention does not come from transformers' registry, or its layers did not hand the
+            forest on.
+    """
+    if forest is None:
+        yield
+        return
+    _exchange_attention(model)
+    use = _Use(forest)
+    token = _FOREST.set(use)
+    refusal = ValueError(
+        f"forest: got a {type(unwrap(model)).__name__}, whose attention is its own, wanted one whose layers "
+        "take theirs from transformers' AttentionInterface"
+    )
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        if use.was_seen:
+            raise
+        raise refusal from error  # its layers did arithmetic with what stands in the mask's place
+    finally:
+        _FOREST.reset(token)
+    if not use.was_seen:
+        raise refusal
+
+
+def restore_attention(model: nn.Module) -> None:
+    """Give a model its own attention implementation back."""
+    config = text_config(model)
+    config._attn_implementation = own_attention(config)
+
+
+def own_attention(config: Any) -> str:
+    """The attention implementation that a model's config asks for: ``sdpa``, ``eager``, ..."""
+    name: str = getattr(config, "_attn_implementation", None) or "eager"
+    return name.removesuffix(_SUFFIX)
+
+
+def _exchange_attention(model: nn.Module) -> None:
+    config = text_config(model)
+    own = own_attention(config)
+    name = own + _SUFFIX
+    if config._attn_implementation == name:
+        return
+    AttentionInterface.register(name, _attention_function(own))
+    AttentionMaskInterface.register(name, _mask_function(own))
+    config._attn_implementation = name
+
+
+def _attention_function(own: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention of a layer: over the forest that stands in the mask's place, else the model's own."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+        *args: Any, **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if isinstance(attention_mask, _Use):
+            attention_mask.was_seen = True
+            return attend(query, key, value, attention_mask.forest, *args, **options), None
+        plain = _eager_function(module) if own == "eager" else ALL_ATTENTION_FUNCTIONS[own]
+        found: tuple[Tensor, Tensor | None] = plain(
+            module, query, key, value, attention_mask, *args, **options
+        )
+        return found
+
+    return attention
+
+
+def _mask_function(own: str) -> Callable[..., Any]:
+    def mask(*args: Any, **options: Any) -> Any:
+        use = _FOREST.get()
+        return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, **options) if use is None else use
+
+    return mask
+
+
+def _eager_function(module: nn.Module) -> Callable[..., Any]:
+    """Eager attention is no entry of the registry: each family's file has its own."""
+    function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return function
