@@ -17,6 +17,7 @@ from fastdpo.ops.token_divergence import token_divergence
 from fastdpo.plan.explain import explain_plan
 from fastdpo.plan.plan import Plan
 from fastdpo.types import (
+    CarriedContext,
     DPOLossOutput,
     Execution,
     LinearLogprobOutput,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
+    "CarriedContext",
     "DPOLossOutput",
     "Execution",
     "Forest",

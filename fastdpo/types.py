@@ -123,6 +123,35 @@ class Execution:
     cache_mib: int = field(default=1024, kw_only=True)
 
 
+@dataclass(frozen=True)
+class CarriedContext:
+    """Run a row through a model's backbone in chunks, carrying keys and values from one to the next.
+
+    Args:
+        chunk: tokens whose activations are alive at once.
+        device_mib: of keys, values and their gradients, what may lie on the device, in MiB; None for all.
+        host_mib: of what is left, what may lie in host memory (pinned, beside a GPU); None for all. The rest
+            lies in files that have no name, so that nothing of them outlives the process.
+        directory: of these files; None for the system's.
+
+    Raises:
+        ValueError: a chunk below 1, or a negative size.
+    """
+
+    chunk: int
+    device_mib: int | None = None
+    host_mib: int | None = None
+    directory: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.chunk, bool) or not isinstance(self.chunk, int) or self.chunk < 1:
+            raise ValueError(f"chunk: got {self.chunk!r}, wanted a number of tokens from 1 on")
+        for name in ("device_mib", "host_mib"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ValueError(f"{name}: got {value!r}, wanted None, or a number of MiB from 0 on")
+
+
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
     """Sequences one after the other without padding: hidden ``(N_all, H)``.

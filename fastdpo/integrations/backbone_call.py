@@ -4,31 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdpo.integrations.forest.attention import attention_over
+from fastdpo.integrations.forest.attention import OverForest, attention_by
+from fastdpo.integrations.forest.carried import carried_states
 from fastdpo.integrations.forest.segments import Forest
 from fastdpo.integrations.lm_head import ModelTail, logit_transform
 from fastdpo.integrations.probe import HEAD_ARGUMENTS, NotSupportedArgument, load_balancing_loss
 from fastdpo.ops.checks import fail
+from fastdpo.types import CarriedContext
 
 # One thing, by the names that releases of transformers and families have for it.
 CACHES = ("cache", "past_key_values", "cache_params")
 
 
 def run_backbone(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The backbone's inputs and its output; ``forest`` among the arguments is of the one row of the call."""
-    forest = arguments.pop("forest", None)
-    if forest is not None:
-        _check_forest(forest, arguments)
-        if "position_ids" not in arguments:
-            arguments["position_ids"] = forest.position_ids.to(arguments["input_ids"].device)
+    """The backbone's inputs and its output.
+
+    ``forest`` among the arguments is of the one row of the call, and ``context`` says that it is carried.
+    """
+    forest, context = arguments.pop("forest", None), arguments.pop("context", None)
+    backbone = attrgetter(tail.backbone)(model)
+    if forest is None and context is None:
+        inputs = _backbone_inputs(model, tail, arguments)
+        return inputs, backbone(**inputs, return_dict=True)
+    _check_forest(forest, context, arguments)
+    if forest is None:
+        forest = Forest.of_sequences([arguments["input_ids"].shape[1]])
+    if "position_ids" not in arguments:
+        arguments["position_ids"] = forest.position_ids.to(arguments["input_ids"].device)
     inputs = _backbone_inputs(model, tail, arguments)
-    with attention_over(model, forest):
-        return inputs, attrgetter(tail.backbone)(model)(**inputs, return_dict=True)
+    if context is not None:
+        return inputs, SimpleNamespace(
+            last_hidden_state=carried_states(model, backbone, inputs, forest, context)
+        )
+    with attention_by(model, OverForest(forest)):
+        return inputs, backbone(**inputs, return_dict=True)
 
 
 def backbone_calls(
@@ -67,16 +82,20 @@ def _check_packed(call: Mapping[str, Any]) -> None:
         raise fail("attention_mask", "a 2-D mask together with position_ids and token_layout", wanted)
 
 
-def _check_forest(forest: Any, arguments: Mapping[str, Any]) -> None:
+def _check_forest(forest: Any, context: Any, arguments: Mapping[str, Any]) -> None:
     """Refuse what a forest does not go with: it is all that attention knows of a row."""
-    if not isinstance(forest, Forest):
-        raise fail("forest", type(forest).__name__, "a Forest")
+    for name, value, kind in (("forest", forest, Forest), ("context", context, CarriedContext)):
+        if value is not None and not isinstance(value, kind):
+            raise fail(name, type(value).__name__, f"a {kind.__name__}")
+    beside = "context" if forest is None else "forest"
     for name in ("attention_mask", *CACHES, "use_cache", "inputs_embeds"):
         if arguments.get(name) is not None and arguments[name] is not False:
-            raise fail(name, "a value together with forest", "input_ids and position_ids alone")
+            raise fail(name, f"a value together with {beside}", "input_ids and position_ids alone")
     ids = arguments.get("input_ids")
     shape = None if ids is None else tuple(ids.shape)
-    if shape != (1, forest.num_tokens):
+    if forest is None and (shape is None or shape[0] != 1):
+        raise fail("input_ids", f"shape {shape} with context", "(1, N): one row")
+    if forest is not None and shape != (1, forest.num_tokens):
         raise fail("input_ids", f"shape {shape}", f"(1, {forest.num_tokens}), the row of the forest")
 
 

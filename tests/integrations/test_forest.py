@@ -58,12 +58,16 @@ def heads(count: int, tokens: int, *, dtype: torch.dtype = torch.float64, seed: 
     return made.to(dtype).requires_grad_()
 
 
+def over(q: Tensor, k: Tensor, v: Tensor, forest: Forest, **options: Any) -> Tensor:
+    return attend(q, k, v, forest.pieces(), **options)
+
+
 def assert_alike(forest: Forest, **options: Any) -> None:
     """Values and gradients, with two query heads a key head."""
     inputs = [heads(4, forest.num_tokens), *(heads(2, forest.num_tokens, seed=s) for s in (1, 2))]
     if "s_aux" in options:
         inputs.append(options["s_aux"])
-    found, wanted = attend(*inputs[:3], forest, **options), dense(*inputs[:3], forest, **options)
+    found, wanted = over(*inputs[:3], forest, **options), dense(*inputs[:3], forest, **options)
     torch.testing.assert_close(found, wanted)
     upstream = torch.randn_like(wanted)
     for ours, theirs in zip(
@@ -115,7 +119,7 @@ def test_the_work_is_that_of_pairs_that_see_each_other(monkeypatch: pytest.Monke
         return real(q, k, v, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
-    attend(heads(2, 28), heads(2, 28), heads(2, 28), FOREST)
+    over(heads(2, 28), heads(2, 28), heads(2, 28), FOREST)
     assert work == [(12, 12, True), (2, 10, False), (1, 9, False), (6, 11, False), (7, 7, True)]
 
 
@@ -167,7 +171,7 @@ def test_which_kernel_where(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(backends, "_flash_attn", lambda: flash)
     q = heads(2, 28)
-    assert chosen(softcap=2.0)(q, q, q, FOREST, 0.5, 6).shape == (1, 28, 2, 8)
+    assert chosen(softcap=2.0)(q, q, q, FOREST.pieces(), 0.5, 6).shape == (1, 28, 2, 8)
     assert seen == {
         "dropout_p": 0.0, "softmax_scale": 0.5, "causal": True, "window_size": (5, 0), "softcap": 2.0,
     }  # fmt: skip

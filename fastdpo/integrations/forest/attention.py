@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -26,20 +27,32 @@ from fastdpo.integrations.lm_head import unwrap
 
 # Behind the name of a model's own implementation. transformers looks for names in it, as "flash" or "sdpa".
 _SUFFIX = "_in_forests"
-_FOREST: ContextVar[_Use | None] = ContextVar("fastdpo_forest", default=None)
+_USED: ContextVar[Attention | None] = ContextVar("fastdpo_attention", default=None)
 
 
-class _Use:
-    """A forest in a call of a backbone, and whether any layer's attention saw it."""
+class Attention(ABC):
+    """Stands in a mask's place in a call of a backbone: what its layers compute attention with."""
+
+    was_seen = False  # by any layer
+
+    @abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        """``(1, n, heads, d)``; arguments as of `backends.attend`."""
+
+
+class OverForest(Attention):
+    """Attention over a whole row."""
 
     def __init__(self, forest: Forest) -> None:
-        self.forest = forest
-        self.was_seen = False
+        self._pieces = forest.pieces()
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        return attend(query, key, value, self._pieces, *args, **options)
 
 
 @contextlib.contextmanager
-def attention_over(model: nn.Module, forest: Forest | None) -> Iterator[None]:
-    """A call of ``model``'s backbone on the one row of ``forest``; as ever without one.
+def attention_by(model: nn.Module, use: Attention) -> Iterator[None]:
+    """A call of ``model``'s backbone whose layers compute attention by ``use``.
 
     The model's attention is exchanged for one that knows forests, and stays so: `restore_attention`.
 
@@ -47,12 +60,8 @@ def attention_over(model: nn.Module, forest: Forest | None) -> Iterator[None]:
         ValueError: its attention does not come from transformers' registry, or its layers did not hand the
             forest on.
     """
-    if forest is None:
-        yield
-        return
     _exchange_attention(model)
-    use = _Use(forest)
-    token = _FOREST.set(use)
+    token = _USED.set(use)
     refusal = ValueError(
         f"forest: got a {type(unwrap(model)).__name__}, whose attention is its own, wanted one whose layers "
         "take theirs from transformers' AttentionInterface"
@@ -64,7 +73,7 @@ def attention_over(model: nn.Module, forest: Forest | None) -> Iterator[None]:
             raise
         raise refusal from error  # its layers did arithmetic with what stands in the mask's place
     finally:
-        _FOREST.reset(token)
+        _USED.reset(token)
     if not use.was_seen:
         raise refusal
 
@@ -99,9 +108,9 @@ def _attention_function(own: str) -> Callable[..., tuple[Tensor, Tensor | None]]
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
         *args: Any, **options: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if isinstance(attention_mask, _Use):
+        if isinstance(attention_mask, Attention):
             attention_mask.was_seen = True
-            return attend(query, key, value, attention_mask.forest, *args, **options), None
+            return attention_mask.attend(query, key, value, *args, **options), None
         plain = _eager_function(module) if own == "eager" else ALL_ATTENTION_FUNCTIONS[own]
         found: tuple[Tensor, Tensor | None] = plain(
             module, query, key, value, attention_mask, *args, **options
@@ -113,7 +122,7 @@ def _attention_function(own: str) -> Callable[..., tuple[Tensor, Tensor | None]]
 
 def _mask_function(own: str) -> Callable[..., Any]:
     def mask(*args: Any, **options: Any) -> Any:
-        use = _FOREST.get()
+        use = _USED.get()
         return ALL_MASK_ATTENTION_FUNCTIONS[own](*args, **options) if use is None else use
 
     return mask

@@ -1,22 +1,23 @@
-"""Who computes attention over a forest: a kernel for rows of any length, or chain by chain.
+"""Who computes attention over a forest: a kernel for rows of any length, or piece by piece.
 
 Every query sees exactly its path. On a GPU, in 16 bits, that is one call: keys and values are gathered along
-each chain's path, and a variable-length kernel aligns queries and keys at their ends, as a causal mask does.
-Elsewhere chains go one after the other through ``scaled_dot_product_attention``, causal where nothing is
+each piece's path, and a variable-length kernel aligns queries and keys at their ends, as a causal mask does.
+Elsewhere pieces go one after the other through ``scaled_dot_product_attention``, causal where nothing is
 before them, else with a small mask. Softcaps and attention sinks take flash-attn, or plain products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.integrations.forest.segments import Forest
+from fastdpo.integrations.forest.segments import Piece
 
 # Rows of scores that are alive at once where a window or a cap needs them in plain torch.
 _QUERY_BLOCK = 1024
@@ -28,7 +29,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    forest: Forest,
+    pieces: Sequence[Piece],
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -36,30 +37,35 @@ def attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """Attention of one row, as a function of transformers' ``AttentionInterface``.
+    """Attention of some tokens of one row, as a function of transformers' ``AttentionInterface``.
 
     Args:
-        query: ``(1, heads, N, d)``; ``key``, ``value`` likewise with as many heads or a divisor of them.
+        query: ``(1, heads, n, d)``, of the tokens that ``pieces`` have together.
+        key, value: ``(1, key heads, m, d)``: of the row up to the last of them, or of its last m tokens, if
+            no piece sees one before.
         sliding_window: a token sees itself and so many less one before it on its path; None or 0 for all.
         softcap: of the scores.
         s_aux: ``(heads,)``, attention sinks: logits that take their share of each softmax.
 
     Returns:
-        ``(1, N, heads, d)``.
+        ``(1, n, heads, d)``.
 
     Raises:
-        ValueError: tensors that do not have the forest's number of tokens.
+        ValueError: queries that are not those of the pieces.
     """
-    if query.shape[0] != 1 or query.shape[2] != forest.num_tokens or key.shape[2] != forest.num_tokens:
+    first, last = pieces[0].start, pieces[-1].stop
+    if query.shape[0] != 1 or query.shape[2] != last - first or key.shape[2] > last:
         raise ValueError(
-            f"forest: got queries {tuple(query.shape)} and keys {tuple(key.shape)}, wanted one row of "
-            f"{forest.num_tokens} tokens"
+            f"forest: got queries {tuple(query.shape)} and keys {tuple(key.shape)}, wanted those of the "
+            f"tokens {first} to {last} of one row"
         )
     query, key, value = (_as_autocast(tensor) for tensor in (query, key, value))
+    # Places count from the first key that is there.
+    moved = _moved(pieces, last - key.shape[2])
     window = sliding_window or None
     kernel = _varlen_kernel(query, dropout=dropout, softcap=softcap, has_sinks=s_aux is not None)
     if kernel is not None:
-        return kernel(query, key, value, forest, scaling, window)
+        return kernel(query, key, value, moved, scaling, window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -72,7 +78,16 @@ def attend(
         return _plain(q, k, v, mask, scale, dropout, softcap, s_aux)
 
     in_blocks = window is not None or softcap is not None or s_aux is not None
-    return _by_chain(query, key, value, forest, core, window, in_blocks).transpose(1, 2).contiguous()
+    return _by_piece(query, key, value, moved, core, window, in_blocks).transpose(1, 2).contiguous()
+
+
+def _moved(pieces: Sequence[Piece], by: int) -> Sequence[Piece]:
+    if not by:
+        return pieces
+    return [
+        Piece(start - by, stop - by, tuple((a - by, b - by) for a, b in spans))
+        for start, stop, spans in pieces
+    ]
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:
@@ -81,19 +96,28 @@ def _as_autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
-# Chain by chain
+# Piece by piece
 
 
-def _by_chain(
-    query: Tensor, key: Tensor, value: Tensor, forest: Forest,
-    core: _Core, window: int | None, in_blocks: bool,
-) -> Tensor:  # fmt: skip
-    """``(1, heads, N, d)``. Tensors are split once, so that a backward pass joins each of them once."""
-    keys, values = key.split(forest.lengths, 2), value.split(forest.lengths, 2)
-    queries = query.split([chain.stop - chain.start for chain in forest.chains], 2)
+def _by_piece(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pieces: Sequence[Piece],
+    core: _Core,
+    window: int | None,
+    in_blocks: bool,
+) -> Tensor:
+    """``(1, heads, n, d)``. Tensors are split once, so that a backward pass joins each of them once."""
+    cuts = sorted({0, key.shape[2], *(cut for piece in pieces for span in piece.spans for cut in span)})
+    sizes = [stop - start for start, stop in pairwise(cuts)]
+    place = {cut: number for number, cut in enumerate(cuts)}
+    keys, values = key.split(sizes, 2), value.split(sizes, 2)
+    queries = query.split([piece.stop - piece.start for piece in pieces], 2)
     found: list[Tensor] = []
-    for chain, q in zip(forest.chains, queries, strict=True):
-        k, v = (torch.cat([parts[s] for s in chain.path], 2) for parts in (keys, values))
+    for piece, q in zip(pieces, queries, strict=True):
+        seen = [n for start, stop in piece.spans for n in range(place[start], place[stop])]
+        k, v = (torch.cat([parts[n] for n in seen], 2) for parts in (keys, values))
         found += _causal(q, k, v, core, window, _QUERY_BLOCK if in_blocks else q.shape[2])
     return torch.cat(found, 2)
 
@@ -160,9 +184,9 @@ def _varlen_kernel(
         return None
 
     def with_flash_attn(
-        q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float | None, window: int | None
+        q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: float | None, window: int | None
     ) -> Tensor:
-        bounds, index = _gathered(forest, q.device)
+        bounds, index = _gathered(tuple(pieces), q.device)
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
         out: Tensor = flash(
             q, k[index], v[index], *bounds, dropout_p=dropout, softmax_scale=scale, causal=True,
@@ -174,11 +198,11 @@ def _varlen_kernel(
 
 
 def _torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, forest: Forest, scale: float | None, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: float | None, window: int | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds, index = _gathered(forest, q.device)
+    bounds, index = _gathered(tuple(pieces), q.device)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
     left = -1 if window is None else window - 1
     out = varlen_attn(
@@ -189,21 +213,19 @@ def _torch_varlen(
     return out[None]
 
 
-def _gathered(forest: Forest, device: torch.device) -> tuple[tuple[Tensor, Tensor, int, int], Tensor]:
-    """Bounds of each chain's queries and keys with the longest of both, and the keys' rows ``(K,)``."""
-    kept: dict[torch.device, Any] = forest.__dict__.setdefault("_gathered", {})
-    if device not in kept:
-        counts = [chain.stop - chain.start for chain in forest.chains]
-        paths = [forest.places(chain.path[-1]) for chain in forest.chains]
-        sizes = [len(path) for path in paths]
+@lru_cache(maxsize=4)  # the layers of a model ask for the same again and again
+def _gathered(
+    pieces: tuple[Piece, ...], device: torch.device
+) -> tuple[tuple[Tensor, Tensor, int, int], Tensor]:
+    """Bounds of each piece's queries and keys with the longest of both, and the keys' rows ``(K,)``."""
+    counts = [piece.stop - piece.start for piece in pieces]
+    sizes = [sum(stop - start for start, stop in piece.spans) for piece in pieces]
 
-        def bounds(lengths: list[int]) -> Tensor:
-            ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-            return ends.to(device, non_blocking=True)
+    def bounds(lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device, non_blocking=True)
 
-        index = torch.cat(paths).to(device, non_blocking=True)
-        kept[device] = ((bounds(counts), bounds(sizes), max(counts), max(sizes)), index)
-    return kept[device]
+    index = torch.cat([torch.arange(*span) for piece in pieces for span in piece.spans])
+    return (bounds(counts), bounds(sizes), max(counts), max(sizes)), index.to(device, non_blocking=True)
 
 
 @cache

@@ -11,25 +11,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+Span: TypeAlias = tuple[int, int]
 
-class Chain(NamedTuple):
-    """Segments that stand one behind the other in the row, each the parent of the next.
+
+class Piece(NamedTuple):
+    """Tokens one behind the other in the row, each of which sees all that the one before it sees.
 
     Args:
-        start, stop: their tokens in the row.
-        past: tokens before them on the path to the first of them.
-        path: the segments whose keys they see, from the root on, their own among them.
+        start, stop: their places in the row.
+        spans: the places that the last of them sees, in the order of positions, itself included.
     """
 
     start: int
     stop: int
-    past: int
-    path: tuple[int, ...]
+    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Forest:
 
     def places(self, segment: int) -> Tensor:
         """``(n,)`` int64: where the tokens on the path to the end of ``segment`` stand in the row."""
-        spans = [torch.arange(self.starts[s], self.starts[s] + self.lengths[s]) for s in self.path(segment)]
-        return torch.cat([torch.zeros(0, dtype=torch.int64), *spans])
+        parts = [torch.arange(*span) for span in self._spans(segment)]
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
 
     @property
     def position_ids(self) -> Tensor:
@@ -103,18 +103,35 @@ class Forest:
         ]
         return torch.cat(parts)[None]
 
-    @cached_property
-    def chains(self) -> tuple[Chain, ...]:
-        """The row cut where a segment does not continue the one before it."""
-        heads = [s for s, parent in enumerate(self.parents) if s == 0 or parent != s - 1]
-        found = []
-        for head, after in zip(heads, [*heads[1:], len(self.parents)], strict=True):
-            last = after - 1
-            stop = self.starts[last] + self.lengths[last]
-            found.append(Chain(self.starts[head], stop, self.pasts[head], self.path(last)))
+    def pieces(self, start: int = 0, stop: int | None = None) -> tuple[Piece, ...]:
+        """The tokens ``start`` to ``stop`` of the row, cut where a segment does not continue the last one."""
+        stop = self.num_tokens if stop is None else stop
+        found: list[Piece] = []
+        for segment, parent in enumerate(self.parents):
+            begin = max(self.starts[segment], start)
+            end = min(self.starts[segment] + self.lengths[segment], stop)
+            if begin >= end:
+                continue
+            spans = _merged([*self._spans(parent), (self.starts[segment], end)])
+            if found and parent == segment - 1 and found[-1].stop == begin:
+                begin = found.pop().start
+            found.append(Piece(begin, end, spans))
         return tuple(found)
+
+    def _spans(self, segment: int) -> list[Span]:
+        return [(self.starts[s], self.starts[s] + self.lengths[s]) for s in self.path(segment)]
 
     @property
     def num_pairs(self) -> int:
         """Pairs of tokens of which one sees the other: what attention has to compute."""
         return sum(n * past + n * (n + 1) // 2 for n, past in zip(self.lengths, self.pasts, strict=True))
+
+
+def _merged(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """The same places, with spans that touch made one."""
+    found: list[Span] = []
+    for start, stop in spans:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, stop))
+    return tuple(found)

@@ -24,7 +24,7 @@ from fastdpo.training.batches.plan import RowCosts, RowPlan, TreeSize, plan_rows
 from fastdpo.training.data.row import LD_COLUMN, REF_MISMATCHED, REFERENCE, Answer, Row
 from fastdpo.training.settings.choices import ARRANGEMENTS
 from fastdpo.training.settings.kinds import PAIRS, DataKind
-from fastdpo.types import TokenLayout
+from fastdpo.types import CarriedContext, TokenLayout
 
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
@@ -80,6 +80,7 @@ class RowCollator:
         nll_on_prompt: the NLL term is of the prompts too.
         kind: of the data.
         shortest_shared: tokens that a common beginning has at least.
+        context: how the backbone is carried over rows; None for all of a row at once.
     """
 
     pad_token_id: int
@@ -92,6 +93,7 @@ class RowCollator:
     nll_on_prompt: bool = False
     kind: DataKind = PAIRS
     shortest_shared: int = SHORTEST_SHARED
+    context: CarriedContext | None = None
 
     def __call__(self, rows: Sequence[Row]) -> RowBatch:
         judged, gold = answer_places(rows, self.kind)
@@ -110,7 +112,7 @@ class RowCollator:
         tokens, more = split_tokens(made.tokens, len(judged)) if has_more else (made.tokens, None)
         count = sum(len(rows[i].prompt) + len(rows[i].answers[k].ids) for i, k in (*judged, *gold))
         batch = RowBatch(
-            rows_of_calls=made.calls,
+            rows_of_calls=self._carried(made.calls),
             tokens=tokens,
             cu_seqlens=bounds_of(tokens.lengths or ()),
             num_tokens=torch.tensor(count),
@@ -119,6 +121,9 @@ class RowCollator:
             **numbers_of(rows, self.kind, self.pad_token_id),
         )
         return with_ld_weights(batch, self.ld_alpha)
+
+    def _carried(self, calls: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        return calls if self.context is None else tuple({**call, "context": self.context} for call in calls)
 
     def plan(self, rows: Sequence[Row]) -> RowPlan:
         """How a batch of these rows is arranged."""

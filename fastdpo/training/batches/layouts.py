@@ -77,11 +77,14 @@ def choose_collator(
         ("shared_prompt", "packed") if args.batch_layout == "auto" else (args.batch_layout,)
     )
     asked: tuple[str, ...] = ARRANGEMENTS if args.row_arrangement == "auto" else (args.row_arrangement,)
+    context = args.context()
+    if context is not None:
+        asked = tuple(name for name in asked if name != "bucketed")
     single_call = _is_single_call(args, accelerator)
     if single_call:
         asked = tuple(name for name in asked if name != "separate")
     longest = (args.max_length or 0) if dataset is None else int(dataset.lengths.max())
-    refused = _refusals(models, layouts, asked, longest, accelerator)
+    refused = _refusals(models, layouts, asked, longest, accelerator, is_carried=context is not None)
     collators: list[Collator] = []
     for layout in layouts:
         allowed = tuple(name for case, name in refused if case == layout and refused[case, name] is None)
@@ -90,13 +93,14 @@ def choose_collator(
                 RowCollator(
                     pad_token_id, layout, costs, allowed, single_call, args.pad_to_multiple_of,
                     ld_alpha=args.ld_alpha, nll_on_prompt=bool(args.nll_on_prompt), kind=args.data_kind,
+                    context=context,
                 )
             )  # fmt: skip
     for (layout, name), reason in refused.items():
         if reason is not None and accelerator.is_main_process:
             logger.warning("batch_layout %s, row_arrangement %s: refused: %s", layout, name, reason)
     if args.batch_layout == "auto":
-        chosen = _cheapest([padded, *collators], costs, dataset, args)
+        chosen = _cheapest([*collators] if context else [padded, *collators], costs, dataset, args)
     elif collators:
         (chosen,) = collators
     else:
@@ -151,6 +155,8 @@ def _refusals(
     arrangements: Sequence[str],
     longest: int,
     accelerator: Any,
+    *,
+    is_carried: bool,
 ) -> dict[tuple[str, str], str | None]:
     """Why each layout and arrangement will not do, for any model on any rank."""
     candidates = [
@@ -164,7 +170,7 @@ def _refusals(
             verdicts: dict[tuple[str, str], str | None] = dict.fromkeys(candidates, _VIRTUAL_TOKENS)
         else:
             with accelerator.autocast() if is_flash else contextlib.nullcontext():
-                verdicts = refusals(model, candidates, longest=longest)
+                verdicts = refusals(model, candidates, longest=longest, is_carried=is_carried)
         found = {key: found[key] or verdicts[key] for key in candidates}
     if accelerator.num_processes > 1 and candidates:
         is_bad = torch.tensor([found[key] is not None for key in candidates], device=accelerator.device)

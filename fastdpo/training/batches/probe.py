@@ -44,23 +44,27 @@ from fastdpo.integrations.model import backbone_states
 from fastdpo.training.batches.batch import mapped
 from fastdpo.training.batches.collate import make_texts
 from fastdpo.training.data.row import Answer, Row
+from fastdpo.types import CarriedContext
 
 # Longer sequences than this only where a sliding window, a chunk or their like, and the data reach further.
 _SHORT = 24
+# Cuts prompts and answers of that length.
+_CHUNK = 7
 
 
 @torch.no_grad()
 def refusals(
-    model: nn.Module, candidates: Sequence[tuple[str, str]], *, longest: int
+    model: nn.Module, candidates: Sequence[tuple[str, str]], *, longest: int, is_carried: bool = False
 ) -> dict[tuple[str, str], str | None]:
     """Why each ``(layout, arrangement)`` would change the model's results; None where it does not.
 
     Args:
         model: a patched causal LM on its device; left as it was.
         longest: tokens of the longest sequence of the data.
+        is_carried: whether rows go through the backbone in chunks.
     """
     of_forests = why_no_neighbours(model)
-    known = {case: of_forests if _has_neighbours(case) else None for case in candidates}
+    known = {case: of_forests if is_carried or _has_neighbours(case) else None for case in candidates}
     if all(known.values()):
         return known
     is_shared = any(reason is None and _has_neighbours(case) for case, reason in known.items())
@@ -68,7 +72,7 @@ def refusals(
     was_training = model.training
     model.eval()
     try:
-        probe = _Probe(model, max([_SHORT, *reaches]))
+        probe = _Probe(model, max([_SHORT, *reaches]), CarriedContext(_CHUNK) if is_carried else None)
         return {case: reason or probe.why_not(*case) for case, reason in known.items()}
     except Exception as error:  # whatever a model's own code raises where it has other ideas of its inputs
         return {case: reason or _failure("on rows of one sequence", error) for case, reason in known.items()}
@@ -91,8 +95,8 @@ def _failure(where: str, error: Exception) -> str:
 class _Probe:
     """Two pairs, the truth about them, and what other forms may differ by."""
 
-    def __init__(self, model: nn.Module, length: int) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, length: int, context: CarriedContext | None) -> None:
+        self.model, self.context = model, context
         self.device = next(model.parameters()).device
         sizes = _pair_sizes(length)
         vocab = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -152,6 +156,8 @@ class _Probe:
     def _states(self, call: dict[str, Any]) -> Tensor:
         if not takes_positions(self.model):
             del call["position_ids"]
+        if self.context is not None:
+            call["context"] = self.context
         return backbone_states(self.model, **call)
 
     def _leak(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastdpo.training.settings.checkpointing import recomputes_activations
 from fastdpo.training.settings.fields import SettingFields
 
 
@@ -19,6 +20,7 @@ def check_batches(args: SettingFields) -> None:
             "row_arrangement: got 'bucketed' with batch_layout='shared_prompt', wanted 'auto', 'separate' or "
             "'one_row': what shares a beginning is not padded"
         )
+    _check_context(args)
     if args.max_tokens_per_batch is not None and args.reference_batch_size is not None:
         raise ValueError("reference_batch_size: got a value and max_tokens_per_batch, wanted one of the two")
     if args.offload_activations and (args.torch_compile or args.torch_compile_backend):
@@ -26,6 +28,29 @@ def check_batches(args: SettingFields) -> None:
             "offload_activations: got True with torch_compile, wanted one of the two: what compiled code "
             "saves is not ours to move"
         )
+
+
+def _check_context(args: SettingFields) -> None:
+    """Raise ValueError for what a carried context cannot do, or does without."""
+    if args.context_chunk is None:
+        for name in ("context_device_mib", "context_host_mib", "context_directory"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name}: got {getattr(args, name)!r} without context_chunk, wanted both")
+        return
+    try:
+        args.context()
+    except ValueError as error:
+        raise ValueError(f"context_{error}") from None
+    got = f"context_chunk: got {args.context_chunk}"
+    if args.batch_layout == "padded":
+        raise ValueError(f"{got} with batch_layout='padded', wanted 'packed', 'shared_prompt' or 'auto'")
+    if args.row_arrangement == "bucketed":
+        raise ValueError(f"{got} with row_arrangement='bucketed', wanted 'auto', 'separate' or 'one_row'")
+    if recomputes_activations(args) or args.offload_activations:
+        name = "offload_activations" if args.offload_activations else "activation checkpointing"
+        raise ValueError(f"{got} with {name}, wanted one of the two: chunks are run again anyway")
+    if args.torch_compile or args.torch_compile_backend:
+        raise ValueError(f"{got} with torch_compile, wanted one of the two")
 
 
 def check_own_collator(args: SettingFields) -> None:

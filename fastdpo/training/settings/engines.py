@@ -84,6 +84,7 @@ def check_engine(args: SettingFields, engine: str | None, state_dict_type: str =
         "sync_ref_model: got True, whose steps mix whole models": args.sync_ref_model,
         "offload_activations: got True, which would move weights that FSDP2 frees": engine == "FSDP2"
         and args.offload_activations,
+        f"context_chunk: got {args.context_chunk}, which runs whole models": args.context_chunk is not None,
     }
     for what, is_asked in refused.items():
         if is_asked:

@@ -16,7 +16,7 @@ from fastdpo.losses.token_batches import TokenDivergences
 from fastdpo.training.settings.choices import TRAINING_MODES
 from fastdpo.training.settings.data_fields import DataSettings
 from fastdpo.training.settings.kinds import DataKind, kind_of
-from fastdpo.types import BACKENDS, Execution
+from fastdpo.types import BACKENDS, CarriedContext, Execution
 
 FULL_LEARNING_RATE = 1e-6
 ADAPTER_LEARNING_RATE = 1e-5
@@ -156,6 +156,32 @@ class SettingFields(DataSettings, TrainingArguments):
             "it. Takes the place of per_device_train_batch_size and reference_batch_size."
         ),
     )
+    context_chunk: int | None = field(
+        default=None,
+        metadata=_help(
+            "Run the backbone over a row so many tokens at a time, forwards and again backwards, and carry "
+            "keys and values: activations of so many tokens are alive, however long the context is. For "
+            "batch_layout packed, shared_prompt or auto, in place of activation checkpointing."
+        ),
+    )
+    context_device_mib: int | None = field(
+        default=None,
+        metadata=_help(
+            "Of a carried context's keys, values and their gradients, what may lie on the device, in MiB. "
+            "Default: all."
+        ),
+    )
+    context_host_mib: int | None = field(
+        default=None,
+        metadata=_help("Of the others, what may lie in host memory, in MiB. Default: all."),
+    )
+    context_directory: str | None = field(
+        default=None,
+        metadata=_help(
+            "Of the files that the rest lies in, which have no name while they are used. Default: the "
+            "system's."
+        ),
+    )
     offload_activations: bool = field(
         default=False,
         metadata=_help(
@@ -274,6 +300,13 @@ class SettingFields(DataSettings, TrainingArguments):
     def needs_teacher(self) -> bool:
         """Whether the losses distil a model."""
         return any(loss.inputs is TokenDivergences for loss in self.losses)
+
+    def context(self) -> CarriedContext | None:
+        """How the backbone is carried over long contexts, if it is."""
+        if self.context_chunk is None:
+            return None
+        places = (self.context_device_mib, self.context_host_mib, self.context_directory)
+        return CarriedContext(self.context_chunk, *places)
 
     def execution(self) -> Execution:
         """How the head runs."""

@@ -106,9 +106,9 @@ def test_the_numbers_alone_would_refuse_neighbours(name: str, monkeypatch: pytes
 def test_a_leak_shows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
     """Segments that see what stands before them in the row, whether they continue it or not."""
 
-    def over_the_row(query: Any, key: Any, value: Any, forest: Forest, *args: Any, **options: Any) -> Any:
-        count = len(forest.lengths)
-        return attend(query, key, value, Forest(forest.lengths, (*range(-1, count - 1),)), *args, **options)
+    def over_the_row(query: Any, key: Any, value: Any, pieces: Any, *args: Any, **options: Any) -> Any:
+        whole = Forest.of_sequences([query.shape[2]]).pieces()
+        return attend(query, key, value, whole, *args, **options)
 
     monkeypatch.setattr("fastdpo.integrations.forest.attention.attend", over_the_row)
     found = probed(make_model("llama").to(dtype))

@@ -94,6 +94,7 @@ BUDGETS = {
     "orpo-filler": ("packed", 3, 24),
     "tpo": ("packed", 16, 90),
     "weights": ("packed", 16, 52),
+    "carried": ("packed", 16, 52),
 }
 # What is not as it is in the others.
 BUDGET_SETTINGS: dict[str, dict[str, Any]] = {
@@ -101,6 +102,7 @@ BUDGET_SETTINGS: dict[str, dict[str, Any]] = {
     "orpo-filler": {"loss_type": "orpo", "reference": "none"},
     "tpo": {"loss_type": "tpo", "reference": "none"},
     "weights": {"ld_alpha": 0.3, "use_weighting": True, "nll_on_prompt": True},
+    "carried": {"context_chunk": 5},
 }
 
 
@@ -113,6 +115,8 @@ def run_budget(folder: Path, name: str) -> None:
     is_alone = "WORLD_SIZE" not in os.environ
     kept = KeepGradients()
     settings = {"loss_type": ["sigmoid", "sft"], "reference": "copy", **BUDGET_SETTINGS.get(name, {})}
+    if is_alone:
+        settings.pop("context_chunk", None)
     args = PreferenceConfig(
         output_dir=str(folder / name),
         use_cpu=True,

@@ -102,7 +102,7 @@ def runs() -> Iterator[tuple[str, str, str]]:
                 yield name, layout, reference
 
 
-def logged(name: str, layout: str, reference: str, tokenizer: Any) -> dict[str, list[float]]:
+def logged(name: str, layout: str, reference: str, tokenizer: Any, **settings: Any) -> dict[str, list[float]]:
     """Losses and gradient norms of three steps of two micro-batches, then an evaluation and predictions."""
     case = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ def logged(name: str, layout: str, reference: str, tokenizer: Any) -> dict[str, 
             output_dir=f"{folder}/run", use_cpu=True, per_device_train_batch_size=4, max_steps=3,
             gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=1, save_strategy="no",
             disable_tqdm=True, report_to="none", reference_cache_dir=f"{folder}/reference", max_length=400,
-            batch_layout=layout, reference=reference, **case.settings,
+            batch_layout=layout, reference=reference, **case.settings, **settings,
         )  # fmt: skip
         models: dict[str, Any] = {}
         if reference == "adapter":
