@@ -199,7 +199,7 @@ def bench(argv: Sequence[str]) -> int:
 
 def diagnose(argv: Sequence[str], *, debug: bool = False) -> int:
     """``fastdpo doctor``; 2 where ``fastdpo train`` with the same words would refuse to start."""
-    from fastdpo.doctor.diagnosis import doctor
+    from fastdpo.doctor.diagnosis import check_context, doctor
 
     parser = argparse.ArgumentParser(
         prog="fastdpo doctor",
@@ -211,14 +211,31 @@ def diagnose(argv: Sequence[str], *, debug: bool = False) -> int:
         "--model", help="path or hub id of a model to look at; alone, its weights are not read"
     )
     parser.add_argument("--dataset", help="the training data of a run to look at")
+    parser.add_argument(
+        "--context", type=int, help="with --model alone: what a step on a row of so many tokens takes"
+    )
+    parser.add_argument("--memory_gib", type=float, help="of the card it is to fit on; default: of this one")
+    parser.add_argument("--context_chunk", type=int, help="tokens of a chunk where the context is carried")
     options, others = parser.parse_known_args(list(argv))
     if options.dataset is not None or others:
+        if options.context is not None or options.memory_gib is not None:
+            parser.error("--context and --memory_gib: got them with settings of a run, wanted --model alone")
         return _diagnose_run(argv, debug=debug)
     if options.model is not None:
         from fastdpo.training.settings.hub import check_there
 
         check_there("model", options.model)
-    found = doctor(options.model)
+    of_context = (options.context, options.memory_gib, options.context_chunk)
+    try:
+        check_context(options.model, *of_context)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    found = doctor(
+        options.model,
+        context=options.context,
+        memory_gib=options.memory_gib,
+        context_chunk=options.context_chunk,
+    )
     print(found)
     of_model = found.sections.get(f"Model {options.model}", [])
     return 2 if any(name == "model" or text.startswith("refused") for name, text in of_model) else 0

@@ -42,7 +42,13 @@ class Diagnosis:
     __repr__ = __str__
 
 
-def doctor(model: Any = None) -> Diagnosis:
+def doctor(
+    model: Any = None,
+    *,
+    context: int | None = None,
+    memory_gib: float | None = None,
+    context_chunk: int | None = None,
+) -> Diagnosis:
     """Look at this machine, and at a model or a trainer if one is given. Nothing runs, nothing is changed.
 
     Args:
@@ -50,10 +56,16 @@ def doctor(model: Any = None) -> Diagnosis:
             or a `PreferenceTrainer` or another ``Trainer`` (TRL's). Of a model: its head, whether it is
             patched, and mode, backend, plan and memory of 4096 labelled tokens. Of a trainer: these for the
             largest batch of its ``train_dataset``, and its longest pair. What would be refused says why.
+        context: tokens of a row (a prompt and its answers): of a model also what a step on it takes, in each
+            way of running it, and the longest row that fits. It is counted, which takes half a minute.
+        memory_gib: of the card that it is to fit on, in GiB; None for this machine's first GPU.
+        context_chunk: tokens of a chunk where the context is carried; None for 1024.
 
     Raises:
         TypeError: ``model`` is something else.
+        ValueError: a context without a model, or without a card, or numbers that are none.
     """
+    check_context(model, context, memory_gib, context_chunk)
     sections = {
         "Versions": _versions(),
         "Devices": _devices(),
@@ -66,7 +78,45 @@ def doctor(model: Any = None) -> Diagnosis:
         sections[f"Model {model}"] = _model(model)
     elif model is not None:
         sections |= _loaded(model)
+    if context is not None:
+        sections[f"Context of {context} tokens"] = _context(model, context, memory_gib, context_chunk)
     return Diagnosis(sections)
+
+
+def check_context(
+    model: Any, context: int | None, memory_gib: float | None, context_chunk: int | None
+) -> None:
+    """Raise ValueError for what ``doctor`` cannot say anything of."""
+    if context is None:
+        for name, value in (("memory_gib", memory_gib), ("context_chunk", context_chunk)):
+            if value is not None:
+                raise ValueError(f"{name}: got {value!r} without context, wanted both")
+        return
+    for name, number in (("context", context), ("memory_gib", memory_gib), ("context_chunk", context_chunk)):
+        if number is not None and not number > 0:
+            raise ValueError(f"{name}: got {number!r}, wanted more than 0")
+    if model is None:
+        raise ValueError("context: got a value without a model, wanted both")
+    if memory_gib is None and not torch.cuda.is_available():
+        raise ValueError("memory_gib: got None where torch sees no GPU, wanted the GiB of a card")
+
+
+def _context(
+    model: Any, context: int, memory_gib: float | None, context_chunk: int | None
+) -> list[tuple[str, str]]:
+    from fastdpo.doctor.context import DEFAULT_CHUNK, context_lines
+    from fastdpo.integrations.auto_class import read_config
+    from fastdpo.integrations.lm_head import unwrap
+
+    if memory_gib is None:
+        memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    try:
+        inner: Any = None if isinstance(model, str) else unwrap(getattr(model, "model", model))
+        config = read_config(model) if inner is None else inner.config
+    except (OSError, ValueError, KeyError) as error:
+        return [("model", f"cannot be read: {_one_line(error)}")]
+    chunk = DEFAULT_CHUNK if context_chunk is None else context_chunk
+    return context_lines(config, context, memory_gib=memory_gib, chunk=chunk)
 
 
 def _loaded(target: Any) -> dict[str, list[tuple[str, str]]]:

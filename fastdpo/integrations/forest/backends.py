@@ -117,9 +117,13 @@ def _by_piece(
     found: list[Tensor] = []
     for piece, q in zip(pieces, queries, strict=True):
         seen = [n for start, stop in piece.spans for n in range(place[start], place[stop])]
-        k, v = (torch.cat([parts[n] for n in seen], 2) for parts in (keys, values))
+        k, v = (_joined([parts[n] for n in seen]) for parts in (keys, values))
         found += _causal(q, k, v, core, window, _QUERY_BLOCK if in_blocks else q.shape[2])
     return torch.cat(found, 2)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 2)
 
 
 def _causal(

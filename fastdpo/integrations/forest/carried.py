@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from fastdpo.integrations.backbone_config import why_no_neighbours
 from fastdpo.integrations.engines import engine_around, is_partitioned
@@ -49,11 +50,11 @@ def carried_states(
     """
     _check(model, backbone, inputs)
     run = _Run(model, backbone, inputs, forest, context)
-    parameters = [p for p in backbone.parameters() if p.requires_grad]
-    if not torch.is_grad_enabled() or not parameters:
+    trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    if not torch.is_grad_enabled() or not trained:
         with torch.no_grad():
             return run.forward(keeps=False)
-    states: Tensor = _Carried.apply(run, parameters, *parameters)
+    states: Tensor = _Carried.apply(run, tuple(trained), *trained.values())
     return states
 
 
@@ -78,8 +79,9 @@ class _Carried(torch.autograd.Function):
     """The hidden states of a row as a function of the backbone's parameters."""
 
     @staticmethod
-    def forward(ctx: Any, run: _Run, parameters: Sequence[nn.Parameter], *_: Tensor) -> Tensor:
-        ctx.run, ctx.parameters = run, parameters
+    def forward(ctx: Any, run: _Run, names: Sequence[str], *parameters: Tensor) -> Tensor:
+        ctx.run, ctx.names = run, names
+        ctx.save_for_backward(*parameters)
         return run.forward(keeps=True)
 
     @staticmethod
@@ -90,7 +92,7 @@ class _Carried(torch.autograd.Function):
             raise RuntimeError(
                 "context: got a second backward pass, wanted one: keys and values are gone after it"
             )
-        return (None, None, *run.backward(ctx.parameters, grad))
+        return (None, None, *run.backward(dict(zip(ctx.names, ctx.saved_tensors, strict=True)), grad))
 
 
 class _Run:
@@ -120,7 +122,7 @@ class _Run:
         for start in self.starts:
             if keeps and self.model.training:
                 self.random.append(_random_state(self.inputs["input_ids"].device))
-            part = self._chunk(start, is_again=False)
+            part = self._chunk(start)
             if states is None:
                 states = part.new_empty(1, self.forest.num_tokens, part.shape[-1])
             states[:, start : start + self.chunk] = part
@@ -129,38 +131,37 @@ class _Run:
         assert states is not None  # a forest has a token
         return states
 
-    def backward(self, parameters: Sequence[nn.Parameter], grad: Tensor) -> list[Tensor | None]:
+    def backward(self, trained: dict[str, Tensor], grad: Tensor) -> list[Tensor | None]:
         """Of each parameter its gradient, given that of the hidden states ``(1, N, H)``."""
-        total: list[Tensor | None] = [None] * len(parameters)
+        # In the parameters' place, so that gradients add up layer by layer, and no hook of a parameter is
+        # called before its gradient is whole.
+        stand_ins = {name: parameter.detach().requires_grad_() for name, parameter in trained.items()}
         self.kept.expect_gradients()
         for number, start in reversed(list(enumerate(self.starts))):
             with torch.enable_grad(), self.surroundings(), _replayed(self.random, number, grad.device):
-                states = self._chunk(start, is_again=True)
-            found = torch.autograd.grad(
-                states, parameters, grad[:, start : start + self.chunk], allow_unused=True
-            )
-            for place, value in enumerate(found):
-                if value is not None:
-                    before = total[place]
-                    total[place] = value if before is None else before.add_(value)
+                states = self._chunk(start, stand_ins)
+            torch.autograd.backward(states, grad[:, start : start + self.chunk])
         self.kept.close()
-        return total
+        return [stand_in.grad for stand_in in stand_ins.values()]
 
-    def _chunk(self, start: int, *, is_again: bool) -> Tensor:
+    def _chunk(self, start: int, stand_ins: dict[str, Tensor] | None = None) -> Tensor:
+        """Hidden states of a chunk; with parameters to run it again with, for its backward pass."""
         stop = min(start + self.chunk, self.forest.num_tokens)
         inputs = {
             name: value[:, start:stop] if name in ("input_ids", "position_ids") else value
             for name, value in self.inputs.items()
         }
-        with attention_by(self.model, _OverChunk(self.forest.pieces(start, stop), self.kept, is_again)):
-            states: Tensor = self.backbone(**inputs, return_dict=True).last_hidden_state
+        use = _OverChunk(self.forest.pieces(start, stop), self.kept, is_again=stand_ins is not None)
+        with attention_by(self.model, use):
+            result = functional_call(self.backbone, stand_ins or {}, (), {**inputs, "return_dict": True})
+        states: Tensor = result.last_hidden_state
         return states
 
 
 class _OverChunk(Attention):
     """Attention of a chunk's queries, layer after layer, to all that their paths hold up to them."""
 
-    def __init__(self, pieces: Sequence[Piece], kept: KeysValues, is_again: bool) -> None:
+    def __init__(self, pieces: Sequence[Piece], kept: KeysValues, *, is_again: bool) -> None:
         self.pieces, self.kept, self.is_again = pieces, kept, is_again
         self.layer = 0
 

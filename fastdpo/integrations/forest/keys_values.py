@@ -78,6 +78,11 @@ class KeysValues:
             found.append(place[:, :, start - first :].to(self.device, copy=True))
         return found[0], found[1]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values."""
+        return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values))
+
     def close(self) -> None:
         """Give everything back."""
         for kept in (self._keys, self._values, self._key_grads, self._value_grads):
