@@ -145,6 +145,16 @@ def test_what_is_chosen_where():
     assert plan_rows([100] * 8, dense, layout="packed").arrangement == "bucketed"
 
 
+def test_what_attention_costs():
+    """Half of a square where nothing is masked, or what is masked is skipped; with a dense mask all of it."""
+    for skips, of_one, of_two, of_padded in ((False, 100, 30 * 30, 2 * 400), (True, 50, 50 + 200, 400)):
+        costs = RowCosts(call_tokens=0.0, pair_tokens=1.0, skips_masked=skips)
+        assert plan_rows([10], costs, layout="packed", arrangements=["separate"]).cost == 10 + 50
+        assert plan_rows([10], costs, layout="shared_prompt", arrangements=["separate"]).cost == 10 + of_one
+        assert plan_rows([10, 20], costs, layout="packed", arrangements=["one_row"]).cost == 30 + of_two
+        assert padded_cost([10, 20], costs) == 40 + of_padded
+
+
 def test_rows_together_are_no_gain_where_they_cost_more():
     lengths = [300, 300, 300]
     slow = RowCosts(call_tokens=5.0, pair_tokens=0.002, skips_masked=False, many_rows=1.1)
