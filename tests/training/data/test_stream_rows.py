@@ -274,6 +274,7 @@ def test_mismatched_answers_of_a_stream():
     assert [ids[0] for ids in others("AABBA")] == [2, 2, 1, 1, 3]
     assert [ids[0] for ids in others("AAA")] == [2, 0, 1]
     assert [len(ids) for ids in others("AB", max_length=4, size=6)] == [3, 3]
+    assert [len(ids) for ids in others("AB", max_length=1, size=6)] == [1, 1]  # no prompt is without one
     with pytest.raises(ValueError, match="kto: got one row"):
         others("A")
     endless = (answered(1, 1, number) for number in range(1, 3001))
