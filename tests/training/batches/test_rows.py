@@ -145,6 +145,13 @@ def test_what_is_chosen_where():
     assert plan_rows([100] * 8, dense, layout="packed").arrangement == "bucketed"
 
 
+def test_the_longest_rows_come_first():
+    """A first call that fits says that the others do."""
+    for arrangement, calls in (("separate", ((1,), (2,), (0,), (3,))), ("bucketed", ((1, 2), (0, 3)))):
+        plan = plan_rows([5, 300, 299, 4], CPU, layout="packed", arrangements=[arrangement])
+        assert plan.calls == calls
+
+
 def test_what_attention_costs():
     """Half of a square where nothing is masked, or what is masked is skipped; with a dense mask all of it."""
     for skips, of_one, of_two, of_padded in ((False, 100, 30 * 30, 2 * 400), (True, 50, 50 + 200, 400)):
