@@ -200,11 +200,10 @@ def label_row_coeff(call: HeadCall, outputs: RowOutputs, grads: TokenGrads, star
     return coeff.masked_fill_(call.safe_labels(start, stop) != call.labels[start:stop], 0)
 
 
-def cap_factor(call: HeadCall, outputs: RowOutputs) -> Tensor | float:
-    """cf of the label's logit: 1 - (softcap(..) / cap)^2 of the rows of ``outputs``, 1 without a cap."""
+def cap_factor(call: HeadCall, outputs: RowOutputs) -> Tensor:
+    """cf of the label's logit, of a head with a cap: 1 - (softcap(..) / cap)^2 of the rows of ``outputs``."""
     cap = call.transform.softcap
-    if cap is None:
-        return 1.0
+    assert cap is not None
     capped = (outputs.logps + outputs.lse) * call.transform.temperature
     return 1 - (capped / cap).square()
 

@@ -83,6 +83,7 @@ VOCABULARY_SHARDS: dict[str, dict[str, Any]] = {
         ("rows that predict several tokens", {"size": 61, "how": "layout", "bias": True}),
         ("LoRA on the head", {"size": 61, "how": "logps", "adapter": True, "trained": "hidden"}),
         ("the loss", {"size": 61, "how": "loss"}),
+        ("the loss, and a reference's states", {"size": 61, "how": "loss with a reference's states"}),
         (
             "fp32",
             {"size": 3001, "how": "logps", "dtype": "float32", "outputs": "lse,entropy", "mode": "cache"},

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from fastdpo.training.loop.trainer import PreferenceTrainer
@@ -115,6 +116,8 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
         "evaluations": [[entry[n] for n in names if n in entry] for entry in history if names[0] in entry],
         "weights": _weights(made),
     }
+    if engine == "fsdp2" and has_ref_model:  # between its forward passes nothing is whole
+        found["whole"] = [n for n, p in made.reference.model.named_parameters() if not isinstance(p, DTensor)]
     if engine is not None and not lora:
         made.save_model(str(folder / "final"))
     return found

@@ -60,6 +60,11 @@ def test_an_engine_trains_as_one_process(engine: str, name: str, ran: dict[str, 
         torch.testing.assert_close(found["weights"][key], value, rtol=0, atol=2e-5)
 
 
+def test_a_reference_stays_split(ran: dict[str, Path]):
+    """Its units give up what they gathered when a forward pass is over: no backward pass does it for them."""
+    assert torch.load(ran["fsdp2"] / "fsdp2 copy" / "found.pt")["whole"] == []
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_losses_are_not_rounded_to_16_bits(engine: str, ran: dict[str, Path]):
     if engine not in ran:

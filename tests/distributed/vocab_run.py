@@ -68,14 +68,15 @@ def _results(
 ) -> dict[str, Tensor]:
     """What comes out, and the gradients of a number made of it."""
     made: dict[str, Tensor] = {}
-    if how == "loss":
+    if how in ("loss", "loss with a reference's states"):
         # A first row of chosen answers, a second of rejected ones.
-        ref = torch.tensor([-30.0, -31.0], dtype=torch.float64)
+        ref = torch.tensor([-30.0, -31.0], dtype=torch.float64).to(leaves["hidden"].dtype)
+        reference = {"ref_logps": ref} if how == "loss" else {"ref_hidden": of["hidden"][1:]}
         labels = of["labels"][:2]
-        out = fused_dpo_loss(
-            leaves["hidden"][:2], head, labels, ref_logps=ref.to(leaves["hidden"].dtype), execution=execution
-        )
+        out = fused_dpo_loss(leaves["hidden"][:2], head, labels, **reference, execution=execution)
         made = {"loss": out.loss, "chosen_logps": out.chosen_logps, "entropy": out.metrics["entropy"]}
+        assert out.ref_rejected_logps is not None
+        made["ref_rejected_logps"] = out.ref_rejected_logps
         objective = out.loss
     else:
         labels = of["labels"]

@@ -334,6 +334,16 @@ def test_shift_labels() -> None:
     assert labels.tolist() == [[5, 6, 7], [8, 9, 4]]
 
 
+def test_a_reference_of_fewer_tokens_than_sequences() -> None:
+    """By its shape alone it is one of tokens, not of sums."""
+    layout, logps = PackedLayout(torch.tensor([0, 1, 1, 1, 3])), torch.tensor([-1.0, -2.0, -3.0])
+    mask, ref_logps = torch.ones(3, dtype=torch.bool), torch.tensor([-1.5, -1.0, -1.0])
+    token = LinearLogprobOutput(logps)
+    got = dpo_loss_from_logps(token, mask, ref_logps=ref_logps, layout=layout)
+    want = dpo_loss_from_logps(token, mask, ref_logps=torch.tensor([-1.5, 0, 0, -2]), layout=layout)
+    assert torch.equal(got.loss, want.loss) and got.ref_rejected_logps.tolist() == [0, -2]
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_shifted_labels_and_another_ignore_index(packed: bool) -> None:
     batch = make_batch()

@@ -164,8 +164,9 @@ def test_reference_weights() -> None:
         ReferenceWeights(3).load_state_dict(weights.state_dict())
     with pytest.raises(ValueError, match="kind: got 'thompson'"):
         weights.weights("thompson")
-    with pytest.raises(ValueError, match=r"chosen: got shape \(3, 2\), wanted \(2, P\)"):
-        weights.update(torch.zeros(3, 2), torch.zeros(3, 2))
+    for shape, said in (((3, 2), r"\(3, 2\)"), ((2,), r"\(2,\)"), ((2, 1, 1), r"\(2, 1, 1\)")):
+        with pytest.raises(ValueError, match=rf"chosen: got shape {said}, wanted \(2, P\)"):
+            weights.update(torch.zeros(shape), torch.zeros(shape))
     with pytest.raises(ValueError, match="num_references: got 0"):
         ReferenceWeights(0)
 

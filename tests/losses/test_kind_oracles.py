@@ -262,6 +262,7 @@ def test_exploration_anchor_k3_and_rewards() -> None:
     (grad,) = torch.autograd.grad(value, logps)
     assert_same(grad[mask], (1 - torch.exp(gaps)) / 3)
     assert grad[1, 1] == 0
+    assert trust_region(logps, old, torch.zeros_like(mask)).item() == 0
     rewards = implicit_rewards(pair.chosen, pair.ref_chosen, beta=BETA)  # type: ignore[arg-type]
     assert not rewards.requires_grad
     assert_same(rewards, BETA * pair.chosen_logratios.detach())

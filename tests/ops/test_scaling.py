@@ -30,6 +30,12 @@ def test_on_the_cpu(dtype: torch.dtype) -> None:
         check(scaled, dtype, size)
 
 
+def test_on_a_device_that_has_no_kernel() -> None:
+    """In pieces, of which here nothing but the sizes is known."""
+    tensor = torch.empty(7, 3, dtype=torch.bfloat16, device="meta")
+    assert scaled(tensor, torch.empty((), device="meta")) is tensor
+
+
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
     reason="`test_triton_interpreted.py` runs it in a process of its own",

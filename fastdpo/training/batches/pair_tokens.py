@@ -107,7 +107,7 @@ class LossTokens:
         return {**given, "nll_labels": self.nll_labels}
 
 
-def loss_tokens(batch: Batch, *, nll_on_prompt: bool = False) -> LossTokens:
+def loss_tokens(batch: Batch, *, nll_on_prompt: bool) -> LossTokens:
     """What the loss of a batch of pairs looks at."""
     if isinstance(batch, RowBatch) and batch.more is not None:
         return _with_more_in_rows(batch, batch.more, nll_on_prompt=nll_on_prompt)

@@ -240,6 +240,15 @@ def test_auto_takes_the_cheapest(make_args: MakeArgs, tokenizer: Any, caplog: py
     assert len(read_metrics(args.output_dir)) == 2
 
 
+def test_costs_are_in_tokens():
+    """A call takes 0.3 ms a layer; of a token's matrix products a CPU makes 40 GFLOP a second."""
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64  # q and o, k and v, the MLP
+    costs = row_costs(tiny_llama())
+    assert costs.call_tokens == pytest.approx(3e-4 / (2 * layer / 4e10))
+    assert costs.pair_tokens == pytest.approx(1.5 * 2 * (2 * 32) / (2 * layer))
+    assert row_costs(tiny_llama(num_hidden_layers=4)).call_tokens == pytest.approx(costs.call_tokens)
+
+
 @pytest.mark.parametrize("data_seed", [None, 7])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("budget", [None, 60])

@@ -211,6 +211,25 @@ def test_costs_are_of_pairs_that_see_each_other():
     assert plan_rows([size], CPU, layout="shared_prompt").cost == 5 + 45 + 0.002 * size.pairs
 
 
+def test_the_longest_rows_come_first():
+    """A first call that fits says that the others do."""
+    for arrangement, calls in (("separate", ((1,), (2,), (0,), (3,))), ("bucketed", ((1, 2), (0, 3)))):
+        plan = plan_rows(of_sequences(5, 300, 299, 4), CPU, layout="packed", arrangements=[arrangement])
+        assert plan.calls == calls
+
+
+def test_what_attention_costs():
+    """Half of a square for each sequence alone; of padded ones all of it, where what is masked is computed."""
+    for skips, of_padded in ((False, 2 * 400), (True, 400)):
+        costs = RowCosts(call_tokens=0.0, pair_tokens=1.0, skips_masked=skips)
+        for arrangement in ("separate", "one_row"):
+            plan = plan_rows(of_sequences(10, 20), costs, layout="packed", arrangements=[arrangement])
+            assert plan.cost == 30 + 50 + 200
+        bucket = plan_rows(of_sequences(20, 20), costs, layout="packed", arrangements=["bucketed"])
+        assert bucket.cost == 40 + 2 * 200
+        assert padded_cost([10, 20], costs) == 40 + of_padded
+
+
 def test_a_plan_explains_itself():
     trees = [TreeSize(30, 400, 3), TreeSize(20, 200, 3)]
     text = str(plan_rows(trees, CPU, layout="shared_prompt", arrangements=["separate"]))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fastdpo.training.data.columns import select_columns, survey
+from fastdpo.training.data.rows import RowSource
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.loop.setup import prepare_pairs
 from fastdpo.training.settings.config import PreferenceConfig
@@ -44,6 +45,12 @@ def test_columns_of_other_names(make_args: MakeArgs, tokenizer: Any, kind: str):
         == prepare_pairs(rows, tokenizer, make_args(loss_type=LOSSES[kind])).fingerprint()
     )
     assert dataset.report.unused == ()
+
+
+def test_where_nothing_is_selected_rows_stay_as_they_are():
+    source, empty = read_rows(rows_of("pairs")), RowSource([], [], "data")
+    assert select_columns(source, {}, ()) is source
+    assert select_columns(empty, {"prompt": "question"}, ("source",)) is empty
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)

@@ -98,6 +98,8 @@ def test_cells_of_csv_are_text_and_numbers_are_read_where_they_are_wanted(tmp_pa
     assert read_columns(source.rows[1], {"margin": "margin"}, "here") == {"margin": -1}
     with pytest.raises(ValueError, match="here: column 'margin': got 'n/a', wanted a number"):
         read_columns(source.rows[2], {"margin": "margin"}, "here")
+    with pytest.raises(ValueError, match="here: no column 'gap': got .* wanted a number in it"):
+        read_columns(source.rows[2], {"margin": "gap"}, "here")
 
 
 def test_rows_need_no_columns_or_types_in_common(tmp_path: Path):

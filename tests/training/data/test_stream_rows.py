@@ -134,7 +134,7 @@ def test_rows_are_forgotten(make_args: MakeArgs, tokenizer: Any):
     """After 3000 rows no more memory is held than after 1500, and no more rows were read than are needed."""
     source = Stream(lambda: ({**row, "unused": "x" * 2000} for row in itertools.cycle(make_rows(50))))
     data = prepare_stream(source, tokenizer, make_args(per_device_train_batch_size=10))
-    assert source.read == stream.HEAD_ROWS
+    assert source.read == stream.HEAD_ROWS == 1000  # as docs/data.md has it
     batches = iter(StreamBatches(data, 10, None, buffer_size=100, seed=0))
     next(batches)
     assert source.read <= stream.PART_ROWS
@@ -274,6 +274,7 @@ def test_mismatched_answers_of_a_stream():
     assert [ids[0] for ids in others("AABBA")] == [2, 2, 1, 1, 3]
     assert [ids[0] for ids in others("AAA")] == [2, 0, 1]
     assert [len(ids) for ids in others("AB", max_length=4, size=6)] == [3, 3]
+    assert [len(ids) for ids in others("AB", max_length=1, size=6)] == [1, 1]  # no prompt is without one
     with pytest.raises(ValueError, match="kto: got one row"):
         others("A")
     endless = (answered(1, 1, number) for number in range(1, 3001))

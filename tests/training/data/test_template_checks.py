@@ -92,6 +92,7 @@ def test_tools_beside_strings_have_no_place(tokenizer: Any, kind: str):
             THINKING,
             case(answer=[assistant("", tool_calls=[{"function": {"name": "f", "arguments": '{"a": "é"}'}}])]),
         ),
+        (THINKING.replace("| tojson", "| tojson(ensure_ascii=true)"), CALLED),
         # What an assistant thought in earlier turns goes by design.
         (THINKING, case([user("seed"), assistant("<think>stone</think>lamp"), user("go")])),
         (PLAIN, case([user("  seed\n")], [assistant("\n lamp \n")])),

@@ -55,6 +55,14 @@ def test_only_the_assistant_is_scored(make_tokenizer: MakeTokenizer, kind: str, 
     assert f"{report.unscored} tokens of answers not scored" in str(report)
 
 
+def test_turns_may_be_opened_with_what_they_do_not_show(make_tokenizer: MakeTokenizer):
+    """A thought is asked for, and the turns of a conversation have none."""
+    template = PLAIN.replace("<|assistant|>\n", "<|assistant|>\n<think>\n")
+    tokenizer = make_tokenizer(chat_template=template)
+    dataset = encode("pairs", [row_of("pairs", *ROW)], tokenizer)
+    assert scored_text(dataset, tokenizer) == SCORED[PLAIN][0]
+
+
 @pytest.mark.parametrize("template", [PLAIN, MARKED, THINKING])
 def test_answers_of_the_assistant_alone_are_scored_whole(make_tokenizer: MakeTokenizer, template: str):
     tokenizer = make_tokenizer(chat_template=template)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,20 @@ def test_a_nan_of_answers_there_are_is_not_hidden(side: str):
     means = sums.means(lambda table: table)
     assert means.keys() == {f"rewards/{side}", f"logps/{side}"}
     assert all(math.isnan(mean) for mean in means.values())
+
+
+def test_a_filler_is_in_no_mean():
+    """The batch of a rank that has no rows: a copy of another's, which counts nowhere."""
+    ones, sums = torch.ones(2, 3, dtype=torch.int64), MetricSums()
+    batch = PaddedBatch(
+        kind=KINDS["samples"], rows=torch.arange(2), num_answers=(1, 1), numbers={},
+        sequences=Padded(ones, ones, ones),
+    )  # fmt: skip
+    for is_filler, value in ((False, 3.0), (True, 5.0)):
+        metrics = {"rewards": torch.tensor(value), "entropy": torch.tensor(value)}
+        result = PreferenceLossOutput(torch.zeros(()), torch.zeros(2), None, None, metrics)
+        record(sums, replace(batch, is_filler=is_filler), result)
+    assert sums.means(lambda table: table) == {"rewards": 3.0, "entropy": 3.0}
 
 
 # BCO's and KTO's numbers of a step come from all of it.

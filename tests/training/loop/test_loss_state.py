@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from fastdpo.losses.controllers import BetaController, RunningMean
+from fastdpo.training.batches.forward import sequence_logps
 from fastdpo.training.loop.loss_state import STATE_FILE
 from fastdpo.training.loop.reference_sync import REFERENCE_FILE
 from fastdpo.training.loop.trainer import PreferenceTrainer
@@ -129,6 +130,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert read_metrics(tmp_path / "parts") == read_metrics(tmp_path / "whole")
     for name, value in straight.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_kto_is_evaluated_at_the_reference_point_of_all_rows(make_args: MakeArgs, tokenizer: Any, size: int):
+    """However they are cut into batches; what training has come to is there again afterwards."""
+    trainer = made_trainer(make_args(loss_type="kto"), tokenizer)
+    state, data = trainer.loss_state, trainer.eval_dataset
+    assert len(data) == 6 and state.kl is not None
+    state.kl.update(torch.tensor([0.25]), torch.zeros(1))
+    mismatched = trainer.data_collator([data[i] for i in range(6)]).mismatched
+    with torch.no_grad():
+        ratios = sequence_logps(trainer.model, mismatched) - sequence_logps(
+            trainer.reference.model, mismatched
+        )
+    state.begin_evaluation(trainer.model, data, trainer.data_collator, size)
+    assert float(state.kl.value) == pytest.approx(float(ratios.mean()), rel=1e-4) and ratios.mean() > 1e-3
+    state.end_evaluation()
+    assert float(state.kl.value) == 0.25
 
 
 class AfterTwoSteps(TrainerCallback):

@@ -284,6 +284,15 @@ def test_the_fingerprint_sees_weights_config_and_adapter():
     assert fingerprint_model(rescaled, without_adapter=True) == prints[0]
 
 
+def test_the_cache_is_in_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert ReferenceCache(None).directory == tmp_path / ".cache" / "fastdpo" / "reference"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert ReferenceCache(None).directory == tmp_path / "elsewhere" / "fastdpo" / "reference"
+    assert not any(tmp_path.iterdir())
+
+
 def test_files_of_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     cache = ReferenceCache(tmp_path / "new" / "folder")
     scores = torch.tensor([[-1.5, -2.25], [0.0, -1e-30]])

@@ -126,6 +126,12 @@ def test_wrong_settings_are_refused(make_args: MakeArgs, changes: dict[str, Any]
         make_args(**changes)
 
 
+def test_an_optimizer_that_wants_the_model_is_accepted(make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch):
+    """Whether what it needs is installed is asked before there is a model, and it says that it wants one."""
+    monkeypatch.setattr("transformers.trainer_optimizer.is_lomo_available", lambda: True)
+    assert make_args(optim="lomo").optim == "lomo"
+
+
 def test_an_unknown_setting_is_refused(make_args: MakeArgs):
     with pytest.raises(TypeError, match="betta"):
         make_args(betta=0.1)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from fastdpo.training.loop.models import load_model, load_tokenizer
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.hub import check_push, check_there
+from fastdpo.training.settings.run import AdapterArguments, DataArguments, ModelArguments, RunArguments
 
 
 @pytest.fixture
@@ -87,6 +88,21 @@ def test_ids_that_may_be_there_go_on(hub: Any, tmp_path: Path, monkeypatch: pyte
         check_there("model", "org/model")
     with pytest.raises(ValueError, match="nor can it be an id of the hub"):
         check_there("model", "my model")
+
+
+def test_the_hub_is_not_asked_for_files_of_data(hub: Any, tmp_path: Path):
+    """Whether those are there is for what reads them to say."""
+    hub.answer = RepositoryNotFoundError("404", response=_RESPONSE)
+
+    def check(dataset: str) -> None:
+        model, config = ModelArguments(model=str(tmp_path)), PreferenceConfig(use_cpu=True)
+        RunArguments(model, DataArguments(dataset=dataset), AdapterArguments(), config).check_there()
+
+    for name in ("pairs.jsonl", "./pairs", "data/pairs.parquet"):
+        check(name)
+    assert hub.asked == 0
+    with pytest.raises(ValueError, match="dataset: got 'org/pairs', and there is no such folder"):
+        check("org/pairs")
 
 
 def test_pushing_wants_a_hub_and_a_token(hub: Any):

@@ -261,3 +261,9 @@ def test_names_of_others_on_the_command_line():
             parse_train([*words.split(), word])
     with pytest.raises(ArgumentError, match="model_name_or_path and model: give one"):
         parse_train([*words.split(), "--model", "other"])
+
+
+def test_an_adapter_that_is_not_described_is_trls():
+    """But for dropout, which TRL has 0.05 of."""
+    ours, theirs = AdapterArguments(), pytest.importorskip("trl").ModelConfig()
+    assert (ours.lora_r, ours.lora_alpha) == (theirs.lora_r, theirs.lora_alpha)

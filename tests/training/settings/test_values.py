@@ -90,6 +90,7 @@ def test_every_dataclass_reads_its_values():
             "trainer_output",
         )
     assert ModelArguments(trust_remote_code="yes").trust_remote_code is True
+    assert ModelArguments().trust_remote_code is False
     assert DataArguments(held_out="1e-1").held_out == 0.1
     assert AdapterArguments(use_peft="yes", lora_r="4").lora_r == 4
     assert PreferenceConfig(use_cpu="on", max_length="none").max_length is None
