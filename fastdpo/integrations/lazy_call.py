@@ -48,21 +48,24 @@ def check_whole_head(model: Any) -> None:
         )
 
 
-def wants_lazy(choice: str, arguments: Mapping[str, Any]) -> bool:
+def wants_lazy(choice: str, arguments: Mapping[str, Any], *, is_training: bool) -> bool:
     """Whether this call gets lazy logits: not generation, not compiled code, nor a plain evaluation.
 
     Args:
         choice: one of `LOGITS`.
         arguments: of the model's forward, by name.
+        is_training: the model's mode. What a step scores without gradients (a reference that is the model
+            without its adapter, KTO's estimate of the KL) is of a model in training mode.
     """
     if choice == "real" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     kept = [arguments.get(name) for name in ("logits_to_keep", "num_logits_to_keep")]
-    if any(value is not None and not (isinstance(value, int) and value == 0) for value in kept):
-        return False
+    if any(isinstance(value, int) and value == 1 for value in kept):
+        return False  # of the next token
     if arguments.get("use_cache") or any(arguments.get(name) is not None for name in CACHES):
         return False
-    return choice == "always_lazy" or torch.is_grad_enabled() or arguments.get("labels") is not None
+    is_step = is_training or torch.is_grad_enabled() or arguments.get("labels") is not None
+    return choice == "always_lazy" or is_step
 
 
 def call_lazily(

@@ -198,9 +198,13 @@ def _difference(func: Any, x: Any, y: Any, **kwargs: Any) -> Any:
 
 @register(T.sum, torch.sum)
 def _sum(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    if _is(x, "logprobs") and _is_last(x, dim):
-        total = _mean(func, x, dim, keepdim, dtype=dtype or _dtype_of(torch.sum, x))
-        return total if total is NotImplemented else total * x.shape[-1]
+    if _is(x, *OF_LABEL) and (dim is None or _is_last(x, dim)):
+        wide = torch.promote_types(dtype or x.dtype, torch.float32)
+        total = _mean(func, x, -1, keepdim, dtype=wide if dim is None else dtype or _dtype_of(torch.sum, x))
+        if total is NotImplemented:
+            return total
+        total = total * x.shape[-1]
+        return total if dim is not None else total.sum().to(dtype or x.dtype)
     if not _is(x, "p_logp", "p_logit") or not _is_last(x, dim):
         return NotImplemented
     rows, factor = (x.rows.unsqueeze(-1) if keepdim else x.rows), x.memory.factor
@@ -208,6 +212,13 @@ def _sum(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: An
     if x.kind == "p_logp":
         return copied(x, rows, kind="entropy", factor=-factor, dtype=dtype)
     return copied(x, rows, kind="expected", dtype=dtype)
+
+
+@register(T.nansum, torch.nansum)
+def _nansum(func: Any, x: Any) -> Any:
+    total = _sum(torch.sum, x) if _is(x, "logits") else NotImplemented
+    # One NaN among the logits would make the sum NaN: then they are looked at one by one.
+    return total if total is not NotImplemented and bool(total.isfinite()) else NotImplemented
 
 
 @register(T.mean, torch.mean)

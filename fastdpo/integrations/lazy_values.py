@@ -216,8 +216,8 @@ class Memory:
             return self._label_logit(rows, labels)
         names = _OUTPUTS[self.kind]
         mean = None
-        if "mean_logit" in names and self.has_grad:
-            # The op's has no gradient. Without a cap the mean of logits is the product with the mean weight.
+        if "mean_logit" in names and self._has_mean_weight():
+            # The mean of logits is the product with the mean weight: no row is projected for it.
             mean, names = self._mean_logit(rows), names[:-1]
             if not names:
                 return mean
@@ -250,8 +250,11 @@ class Memory:
         return logit if self.cap is None else self.cap * torch.tanh(logit / self.cap)
 
     def has_mean(self) -> bool:
-        """Whether the mean logit can be had without logits."""
-        return not self.has_grad or (self.cap is None and self.source.head.adapter is None)
+        """Whether the mean logit can be had without logits; the op's has no gradient."""
+        return not self.has_grad or self._has_mean_weight()
+
+    def _has_mean_weight(self) -> bool:
+        return self.cap is None and self.source.head.adapter is None
 
     def _mean_logit(self, rows: Tensor) -> Tensor:
         head = self.source.head

@@ -236,7 +236,8 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
                 if value is not None:
                     raise fail(name, "a value", "return_logps=True with it")
             if not return_states:
-                if not wants_lazy(hook.logits, {**dict(zip(names, args, strict=False)), **kwargs}):
+                given = {**dict(zip(names, args, strict=False)), **kwargs}
+                if not wants_lazy(hook.logits, given, is_training=self.training):
                     return original.forward(self, *args, **kwargs)
                 own = functools.partial(original.forward, self, *args, **kwargs)
                 return call_lazily(self, hook.tail, hook.execution, hook.on_materialize, own)
