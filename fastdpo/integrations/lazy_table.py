@@ -223,7 +223,7 @@ def _nansum(func: Any, x: Any) -> Any:
 
 @register(T.mean, torch.mean)
 def _mean(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    if not _is(x, *OF_LABEL) or not replace(x.memory, has_grad=records(x)).has_mean():
+    if not _is(x, *OF_LABEL):
         return NotImplemented
     if dim is not None and not _is_last(x, dim):
         return NotImplemented
@@ -297,7 +297,7 @@ def _cross_entropy(
         return NotImplemented
     if reduction not in ("none", "mean", "sum") or not 0.0 <= label_smoothing <= 1.0:
         return NotImplemented  # torch has its errors
-    if label_smoothing and (weight is not None or not replace(x.memory, has_grad=records(x)).has_mean()):
+    if label_smoothing and weight is not None:
         return NotImplemented
     keep, target = target != ignore_index, target.long()
     dtype = _dtype_of(torch.log_softmax, x)

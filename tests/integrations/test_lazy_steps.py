@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from fastdpo import patch_model
 from fastdpo.integrations.lazy import LazyLogits, MadeLogits
 from tests.integrations.lazy_losses import LARGE, Rows, dpo_repository
+from tests.integrations.peft_cases import HEAD, with_lora
+from tests.integrations.test_lazy_surroundings import one_process  # noqa: F401  (a fixture)
 from tests.integrations.tiny import make_model
 
 
@@ -34,20 +37,36 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
-def test_sums_and_means_of_logits(name: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without a gradient; without a cap no row is projected for those of logits."""
-    model = make_model(family).train().double()
-    patched, has_cap = lazy_model(model), family == "gemma2"
-    for context in (torch.no_grad,) if has_cap else (torch.no_grad, torch.enable_grad):
-        ours, theirs = patched(**LARGE.inputs).logits, model(**LARGE.inputs).logits
-        rows = Rows(monkeypatch)
-        with context():
-            found, wanted = METRICS[name](ours) + 0, METRICS[name](theirs)
-        assert type(found) is Tensor and found.dtype == wanted.dtype and found.shape == wanted.shape
-        assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-9)
-        if not has_cap and name != "of log-probabilities":
-            assert rows.count == 0
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi", "adapter"])
+def test_sums_and_means_of_logits(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without a gradient; of logits without a cap or LoRA on the head no row is projected."""
+    model = make_model("llama" if kind == "adapter" else kind).train().double()
+    if kind == "adapter":
+        model = with_lora(model, target_modules=HEAD, init_lora_weights=False).double()
+    patched = lazy_model(model)
+    rows = Rows(monkeypatch)
+    with torch.no_grad():
+        check(METRICS[name], patched(**LARGE.inputs).logits, model(**LARGE.inputs).logits)
+    found, wanted = (
+        check_grads(METRICS[name](each(**LARGE.inputs).logits) + 0, each) for each in (patched, model)
+    )
+    assert found.keys() == wanted.keys() and (wanted or "none" in name)
+    for parameter, grad in wanted.items():
+        assert torch.allclose(found[parameter], grad, rtol=1e-7, atol=1e-9), parameter
+    if kind in ("llama", "phi") and name != "of log-probabilities":
+        assert rows.count == 0
+
+
+def check(metric: Callable[[Tensor], Tensor], ours: Tensor, theirs: Tensor) -> None:
+    found, wanted = metric(ours) + 0, metric(theirs)
+    assert type(found) is Tensor and found.dtype == wanted.dtype and found.shape == wanted.shape
+    assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def check_grads(value: Tensor, model: Any) -> dict[str, Tensor]:
+    weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape)
+    (value * weights).sum().backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
 def test_a_nan_among_the_logits_is_left_out_as_torch_does() -> None:
@@ -100,3 +119,47 @@ def test_one_position_to_keep_is_the_next_token() -> None:
     assert type(patched(**LARGE.inputs, logits_to_keep=1).logits) is Tensor
     with pytest.raises(MadeLogits, match="topk"):
         patched(**LARGE.inputs, logits_to_keep=2).logits.topk(3)
+
+
+def test_the_default_is_lazy_where_it_can_be(one_process: None) -> None:  # noqa: F811
+    """A head that an engine has split makes real logits, as without the hook, and a warning says why."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    model = patch_model(make_model().train())
+    assert isinstance(model(**LARGE.inputs).logits, LazyLogits)
+    wanted = model(**LARGE.inputs, labels=LARGE.labels, return_logps=True).logps
+    fsdp.fully_shard(model, mesh=mesh)
+    with pytest.warns(UserWarning, match="real ones are made of a FSDPLlamaForCausalLM: .*return_logps=True"):
+        logits = model(**LARGE.inputs).logits
+    assert type(logits) is Tensor
+    assert torch.allclose(dpo_repository(logits, LARGE.labels), wanted.sum(-1), atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model(**LARGE.inputs, labels=LARGE.labels, return_logps=True).logps, wanted)
+    split = make_model().train()
+    fsdp.fully_shard(split, mesh=mesh)
+    assert type(patch_model(split).lm_head.weight).__name__ == "DTensor"
+
+
+class _Sine(torch.autograd.Function):
+    """Stands for a kernel that takes the tensor's memory, with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.weights = torch.arange(x.numel(), dtype=x.dtype).view(x.shape).sin()
+        return (ctx.weights * x).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.weights
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_gradients_of_kernels_reach_tied_weights_once(family: str) -> None:
+    model = make_model(family).train().double()
+    patched = lazy_model(model, on_materialize="warn")
+    with pytest.warns(UserWarning, match="logits"):
+        _Sine.apply(patched(**LARGE.inputs).logits).backward()
+    _Sine.apply(model(**LARGE.inputs).logits).backward()
+    for ours, theirs in zip(patched.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9)

@@ -411,7 +411,7 @@ def test_patching_with_other_options_and_copies_of_the_model() -> None:
         assert is_patched(each) and isinstance(each(**LARGE.inputs).logits, LazyLogits)
     unpatch_model(model)
     assert type(model(**LARGE.inputs).logits) is Tensor
-    plain = patch_model(model)
+    plain = patch_model(model, logits="real")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert type(plain(**LARGE.inputs).logits) is Tensor

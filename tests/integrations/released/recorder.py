@@ -114,7 +114,13 @@ class _Logits(TorchDispatchMode):
                 is_plain = (
                     isinstance(leaf, Tensor) and not isinstance(leaf, lazy.LazyLogits) and not leaf.is_meta
                 )
-                if is_plain and leaf.dim() > 1 and leaf.shape[-1] == VOCAB and leaf.shape[-2] != 32:
+                if (
+                    is_plain
+                    and leaf.is_floating_point()
+                    and leaf.dim() > 1
+                    and leaf.shape[-1] == VOCAB
+                    and leaf.shape[-2] != 32
+                ):
                     # The rows that take memory: expanded ones are one row.
                     self.run.largest = max(self.run.largest, leaf.untyped_storage().nbytes() // (4 * VOCAB))
         return result
