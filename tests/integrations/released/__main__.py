@@ -17,7 +17,7 @@ from tests.integrations.released.cases import Case, cases_of
 
 
 def report(environment: str, case: Case) -> dict[str, Any]:
-    kind = "trl_trainers" if environment.startswith("trl-") else "loops"
+    kind = "trl_trainers" if environment.startswith("trl-") or environment == "axolotl" else "loops"
     module = importlib.import_module(f"tests.integrations.released.{kind}")
     if kind == "trl_trainers" and (reason := module.why_not(case)) is not None:
         return {"not_run": reason}

@@ -16,6 +16,7 @@ class Case(NamedTuple):
         options: of the trainer's config. A release that has one of them not has no such case.
         rows: that are trained: ``labelled``; ``twice`` where the likelihood of the chosen answers is a second
             loss, of the same tokens or of their prompts too; ``all`` positions.
+        hook: ``patch_model``; ``patch_trl``, or the plugin of ``axolotl`` or ``ms-swift``, instead.
         is_lora: whether the reference is the policy without its adapter.
     """
 
@@ -23,6 +24,7 @@ class Case(NamedTuple):
     options: dict[str, Any] = {}
     rows: str = "labelled"
     is_lora: bool = False
+    hook: str = "patch_model"
 
 
 TRL_CASES: dict[str, Case] = {
@@ -34,10 +36,13 @@ TRL_CASES: dict[str, Case] = {
     "dpo-padding-free": Case("dpo", {"padding_free": True}),
     "dpo-ld": Case("dpo", {"ld_alpha": 0.5}),
     "dpo-lora": Case("dpo", is_lora=True),
+    "dpo, patch_trl": Case("dpo", hook="patch_trl"),
     "kto": Case("kto"),
+    "kto, patch_trl": Case("kto", hook="patch_trl"),
     "cpo": Case("cpo", rows="twice"),
     "simpo": Case("cpo", {"loss_type": "simpo", "cpo_alpha": 0.0}),
     "orpo": Case("orpo", rows="twice"),
+    "orpo, patch_trl": Case("orpo", rows="twice", hook="patch_trl"),
     "tpo": Case("tpo", rows="twice"),
 }
 LOOP_CASES: dict[str, Case] = {
@@ -45,6 +50,14 @@ LOOP_CASES: dict[str, Case] = {
     "simpo-repository": Case("simpo-repository"),
     "openrlhf": Case("openrlhf", rows="all"),  # it writes the logsumexp of all rows into a tensor
     "ms-swift": Case("ms-swift"),
+    "ms-swift, plugin": Case("ms-swift-trainer", hook="ms-swift"),
+}
+
+
+AXOLOTL_CASES: dict[str, Case] = {
+    "dpo": Case("dpo", hook="axolotl"),
+    "kto": Case("kto", hook="axolotl"),
+    "orpo": Case("orpo", rows="twice", hook="axolotl"),
 }
 
 
@@ -52,8 +65,10 @@ def cases_of(environment: str) -> dict[str, Case]:
     """The cases of an environment, by its requirements' file."""
     if environment.startswith("trl-"):
         return TRL_CASES
+    if environment == "axolotl":
+        return AXOLOTL_CASES
     if environment in LOOP_CASES:
-        return {environment: LOOP_CASES[environment]}
+        return {name: case for name, case in LOOP_CASES.items() if name.startswith(environment)}
     return {name: case for name, case in LOOP_CASES.items() if name.endswith("-repository")}
 
 

@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from tests.integrations.lazy_losses import average_logps, dpo_repository
 from tests.integrations.released.cases import PAIRS_PER_STEP, STEPS, Case
-from tests.integrations.released.recorder import Run, load_rows, make_models, make_tokenizer, recorded
+from tests.integrations.released.recorder import Run, hooked_models, load_rows, make_tokenizer, recorded
 
 Logps = Callable[[Tensor, Tensor], Tensor]  # logits (2P, T, V), labels (2P, T) -> (2P,)
+Score = Callable[[Any, dict[str, Tensor], Tensor], Tensor]  # model, its inputs, labels (2P, T) -> (2P,)
 
 
 def openrlhf() -> Logps:
@@ -55,29 +56,66 @@ def ms_swift() -> Logps:
     return logps
 
 
-LOOPS: dict[str, Callable[[], Logps]] = {
-    "dpo-repository": lambda: dpo_repository,
-    "simpo-repository": lambda: average_logps,
-    "openrlhf": openrlhf,
-    "ms-swift": ms_swift,
+def ms_swift_trainer() -> Score:
+    """The step of its DPO trainer, of a trainer that has what the step asks for."""
+    trainer_class = importlib.import_module("swift.rlhf_trainers.dpo_trainer").DPOTrainer
+    trainer = SimpleNamespace(
+        template=SimpleNamespace(sequence_parallel_size=1, padding_free=False),
+        args=SimpleNamespace(ld_alpha=None),
+        aux_loss_enabled=False,
+        is_encoder_decoder=False,
+        label_pad_token_id=-100,
+        get_use_logits_to_keep=lambda default: False,
+    )
+    trainer.get_per_token_logps = MethodType(trainer_class.get_per_token_logps, trainer)
+
+    def score(model: Any, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+        out = trainer_class.concatenated_forward(trainer, model, {**batch, "labels": labels})
+        return torch.cat([out["chosen_logps"], out["rejected_logps"]])
+
+    return score
+
+
+def _of_logits(logps: Logps) -> Score:
+    return lambda model, batch, labels: logps(model(**batch).logits, labels)
+
+
+LOOPS: dict[str, Callable[[], Score]] = {
+    "dpo-repository": lambda: _of_logits(dpo_repository),
+    "simpo-repository": lambda: _of_logits(average_logps),
+    "openrlhf": lambda: _of_logits(openrlhf()),
+    "ms-swift": lambda: _of_logits(ms_swift()),
+    "ms-swift-trainer": ms_swift_trainer,
 }
 
 
 def run(case: Case, is_lazy: bool, into: Run) -> None:
     """Train `STEPS` steps in fp32 on real rows."""
-    logps, has_reference = LOOPS[case.kind](), case.kind != "simpo-repository"
+    score, has_reference = LOOPS[case.kind](), case.kind != "simpo-repository"
     rows = load_rows("preference_en.jsonl")
     tokenizer = make_tokenizer([value for row in rows for value in row.values()])
-    policy, reference = make_models(is_lazy=is_lazy)
+    with hooked_models(case.hook if is_lazy else None) as models:
+        _train(score, has_reference, models, rows, tokenizer, into)
+
+
+def _train(
+    score: Score,
+    has_reference: bool,
+    models: tuple[Any, Any],
+    rows: list[dict[str, Any]],
+    tokenizer: Any,
+    into: Run,
+) -> None:
+    policy, reference = models
     optimizer = torch.optim.SGD(policy.train().parameters(), lr=1e-2)
     with recorded(into) as step:
         for start in range(0, STEPS * PAIRS_PER_STEP, PAIRS_PER_STEP):
             batch = _batch(tokenizer, rows[start : start + PAIRS_PER_STEP])
             labels = batch.pop("labels")
-            chosen, rejected = logps(policy(**batch).logits, labels).chunk(2)
+            chosen, rejected = score(policy, batch, labels).chunk(2)
             if has_reference:
                 with torch.no_grad():
-                    ref_chosen, ref_rejected = logps(reference(**batch).logits, labels).chunk(2)
+                    ref_chosen, ref_rejected = score(reference, batch, labels).chunk(2)
                 loss = -F.logsigmoid(0.1 * (chosen - rejected - ref_chosen + ref_rejected)).mean()
             else:
                 loss = -F.logsigmoid(2.0 * (chosen - rejected) - 0.5).mean()

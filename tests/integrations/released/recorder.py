@@ -5,6 +5,7 @@ Runs in environments of old libraries, so it imports nothing but torch, transfor
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastdpo import patch_model
+from fastdpo import patch_model, patch_trl, unpatch_trl
 from fastdpo.integrations import lazy, lazy_values
 from tests.integrations.released.cases import PAIRS_PER_STEP, STEPS
 
@@ -91,13 +92,28 @@ def make_model(seed: int) -> Any:
     return model
 
 
-def make_models(*, is_lazy: bool) -> tuple[Any, Any]:
-    """Policy and reference; the hook and nothing else where ``is_lazy``."""
+@contextmanager
+def hooked_models(hook: str | None) -> Iterator[tuple[Any, Any]]:
+    """Policy and reference; the hook and nothing else, or, where it is None, no hook."""
     policy, reference = make_model(0), make_model(1)
-    if is_lazy:
+    if hook == "patch_model":
         patch_model(policy, logits="lazy")
         patch_model(reference, logits="always_lazy")
-    return policy, reference
+    elif hook == "patch_trl":
+        patch_trl()
+    elif hook == "axolotl":
+        from axolotl.integrations.base import load_plugin
+
+        load_plugin("fastdpo.integrations.axolotl.FastDPOPlugin").pre_model_load({})
+    elif hook == "ms-swift":
+        from swift.utils.utils import import_external_file
+
+        path = importlib.util.find_spec("fastdpo.integrations").submodule_search_locations[0]  # type: ignore
+        import_external_file(f"{path}/ms_swift.py")
+    try:
+        yield policy, reference
+    finally:
+        unpatch_trl()
 
 
 class _Logits(TorchDispatchMode):

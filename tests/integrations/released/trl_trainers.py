@@ -17,8 +17,8 @@ from torch import Tensor
 from tests.integrations.released.cases import PAIRS_PER_STEP, STEPS, Case
 from tests.integrations.released.recorder import (
     Run,
+    hooked_models,
     load_rows,
-    make_models,
     make_tokenizer,
     recorded,
 )
@@ -57,13 +57,21 @@ def why_not(case: Case) -> str | None:
 
 def run(case: Case, is_lazy: bool, into: Run) -> None:
     """Train `STEPS` steps in fp32 on real rows."""
-    kind, options = case.kind, case.options
-    trainer_class, config_class = find(kind)  # type: ignore[misc]
+    kind = case.kind
     rows = load_rows("unpaired_en.jsonl" if kind == "kto" else "preference_en.jsonl")
     tokenizer = make_tokenizer([value for row in rows for value in row.values() if isinstance(value, str)])
     if kind == "tpo":
         rows = [{**row, "reference": row["chosen"]} for row in rows]
-    policy, reference = make_models(is_lazy=is_lazy)
+    with hooked_models(case.hook if is_lazy else None) as models:
+        _train(case, models, rows, tokenizer, into)
+
+
+def _train(
+    case: Case, models: tuple[Any, Any], rows: list[dict[str, Any]], tokenizer: Any, into: Run
+) -> None:
+    kind, options = case.kind, case.options
+    trainer_class, config_class = find(kind)  # type: ignore[misc]
+    policy, reference = models
     if options.get("use_weighting"):
         for model in (policy, reference):
             model.lm_head.weight.data.mul_(0.1)  # else the weights of random answers are 0
