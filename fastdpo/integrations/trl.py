@@ -140,7 +140,7 @@ def trl_status(trainer: type | None = None) -> list[tuple[str, str]]:
         lines = [("patch_trl", f"TRL {version} is patched")]
         lines += [("replaced", entry.path) for entry in _active.replaced]
         return lines if trainer is None else [*lines, *_not_reached(_active, trainer)]
-    if _is_before_the_seam(version):  # not imported for a look: its trainers load half of transformers
+    if is_before_the_seam(version):  # not imported for a look: its trainers load half of transformers
         return [("patch_trl", f"TRL {version} is not patched; fastdpo.patch_trl() would, with lazy logits")]
     try:
         reason = refusal()
@@ -157,7 +157,8 @@ def _not_reached(active: _Active, trainer: type) -> list[tuple[str, str]]:
     return [] if is_reached else [("not fused", f"{trainer.__name__} is not one that is replaced")]
 
 
-def _is_before_the_seam(version: str) -> bool:
+def is_before_the_seam(version: str) -> bool:
+    """Whether a release has no log-prob function that its trainers share."""
     from packaging.version import InvalidVersion, Version
 
     try:
@@ -181,7 +182,7 @@ def refusal() -> str | None:
         Version(version)
     except InvalidVersion:
         return f"trl has the version {version!r}, which cannot be compared with {FIRST_VERSION}"
-    if _is_before_the_seam(version):
+    if is_before_the_seam(version):
         return None
     try:
         owner, _, function = find(SEAM)
@@ -212,7 +213,7 @@ def _replacements(options: _Options) -> dict[str, Any]:
     assert version is not None
     made: dict[str, Any] = {}
     classes = EXPERIMENTAL if options.experimental else ()
-    if _is_before_the_seam(version):
+    if is_before_the_seam(version):
         return steps_of((*BEFORE_THE_SEAM, *classes), options.execution)
     made[SEAM] = Around(lambda own: FusedLogProb(options.execution, own))
     if hasattr(find(SEAM)[0], "_use_triton"):
