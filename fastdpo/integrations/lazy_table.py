@@ -287,12 +287,8 @@ def _cross_entropy(
 ) -> Any:
     kind = "logits" if func is F.cross_entropy else "logprobs"
     is_known = _is(x, kind) and isinstance(target, Tensor) and not isinstance(target, LazyLogits)
-    is_known = (
-        is_known
-        and not target.is_floating_point()
-        and (x.rows.dim() <= 1 or x.is_turned)
-        and target.shape == x.rows.shape
-    )
+    is_known = is_known and not target.is_floating_point() and target.shape == x.rows.shape
+    is_known = is_known and (x.rows.dim() <= 1 or x.is_turned)
     if not is_known or size_average is not None or reduce is not None or x.memory.factor != 1.0:
         return NotImplemented
     if reduction not in ("none", "mean", "sum") or not 0.0 <= label_smoothing <= 1.0:
