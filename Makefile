@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slow quick test-gpu test-deepspeed test-llama-factory gpu demo bench bench-repeat tables evidence clean
+.PHONY: help setup check test test-slow quick test-gpu test-deepspeed test-llama-factory test-trainers gpu demo bench bench-repeat tables evidence clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,19 @@ $(LLAMA_FACTORY)/.ready: tests/integrations/llama_factory.txt pyproject.toml
 test-llama-factory: $(LLAMA_FACTORY)/.ready  ## patch_llama_factory, and patch_trl of TRL 0.24, in an environment of their own
 	OMP_NUM_THREADS=1 $(LLAMA_FACTORY)/bin/python -m pytest tests/integrations/test_llama_factory.py \
 	  tests/integrations/test_trl_0_24*.py
+
+# Trainers of other times: an environment for each, which has its own libraries and, behind them, those of .venv:
+# torch is there once.
+TRAINERS := $(patsubst tests/integrations/released/%.txt,.venv-trainers/%/.ready,$(wildcard tests/integrations/released/*.txt))
+.venv-trainers/%/.ready: tests/integrations/released/%.txt $(READY)
+	@$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps --requirement $<
+	@$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	  > "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth"
+	@touch $@
+
+test-trainers: setup $(BIN)/.deepspeed $(TRAINERS)  ## released trainers on lazy logits, each in an environment of its own
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_released_trainers.py
 
 # Uses the active Python with what it has, no .venv and no network: GPU images bring their own torch. All of it is
 # `python -m benchmarks.gpu`, which needs no make. A failed test does not keep the measurements from being made (each

@@ -154,7 +154,7 @@ def score(argv: Sequence[str]) -> None:
     """``fastdpo score``: fills the cache for ``train --reference precomputed`` with the same settings."""
     from accelerate import Accelerator
 
-    from fastdpo.integrations.model import patch_model
+    from fastdpo.integrations.model import ensure_patched
     from fastdpo.training.batches.collate import pad_token_id
     from fastdpo.training.batches.layouts import choose_collator
     from fastdpo.training.loop.models import load_model, told_tokenizer
@@ -172,7 +172,7 @@ def score(argv: Sequence[str]) -> None:
         loading.pop("revision", None)
     model = load_model(arguments.model.ref_model or arguments.model.name, **loading)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.use_cpu)
-    model = patch_model(model.to(accelerator.device), execution=config.execution())
+    model = ensure_patched(model.to(accelerator.device), config.execution())
     collator = choose_collator([model], config, pad_token_id(tokenizer), data_sets[0], accelerator)
     reference = PrecomputedReference(model, accelerator, collator, config, is_base=False)
     scored = [reference.add_to(pairs) for pairs in data_sets if pairs is not None]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastdpo.doctor.trainers import trainer_lines
 from fastdpo.ops.backends import backend_report, explain_auto
 from fastdpo.plan.schedule import MIB
 from fastdpo.types import Execution
@@ -71,6 +72,7 @@ def doctor(
         "Devices": _devices(),
         "Kernels": _kernels(),
         "Extension": [("fastdpo._C", _extension())],
+        "Trainers": trainer_lines(),
         "TRL": _trl(),
         "LLaMA-Factory": _llama_factory(),
     }

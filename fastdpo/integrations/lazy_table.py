@@ -198,9 +198,13 @@ def _difference(func: Any, x: Any, y: Any, **kwargs: Any) -> Any:
 
 @register(T.sum, torch.sum)
 def _sum(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    if _is(x, "logprobs") and _is_last(x, dim):
-        total = _mean(func, x, dim, keepdim, dtype=dtype or _dtype_of(torch.sum, x))
-        return total if total is NotImplemented else total * x.shape[-1]
+    if _is(x, *OF_LABEL) and (dim is None or _is_last(x, dim)):
+        wide = torch.promote_types(dtype or x.dtype, torch.float32)
+        total = _mean(func, x, -1, keepdim, dtype=wide if dim is None else dtype or _dtype_of(torch.sum, x))
+        if total is NotImplemented:
+            return total
+        total = total * x.shape[-1]
+        return total if dim is not None else total.sum().to(dtype or x.dtype)
     if not _is(x, "p_logp", "p_logit") or not _is_last(x, dim):
         return NotImplemented
     rows, factor = (x.rows.unsqueeze(-1) if keepdim else x.rows), x.memory.factor
@@ -210,9 +214,16 @@ def _sum(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: An
     return copied(x, rows, kind="expected", dtype=dtype)
 
 
+@register(T.nansum, torch.nansum)
+def _nansum(func: Any, x: Any) -> Any:
+    total = _sum(torch.sum, x) if _is(x, "logits") else NotImplemented
+    # One NaN among the logits would make the sum NaN: then they are looked at one by one.
+    return total if total is not NotImplemented and bool(total.isfinite()) else NotImplemented
+
+
 @register(T.mean, torch.mean)
 def _mean(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    if not _is(x, *OF_LABEL) or not replace(x.memory, has_grad=records(x)).has_mean():
+    if not _is(x, *OF_LABEL):
         return NotImplemented
     if dim is not None and not _is_last(x, dim):
         return NotImplemented
@@ -276,17 +287,13 @@ def _cross_entropy(
 ) -> Any:
     kind = "logits" if func is F.cross_entropy else "logprobs"
     is_known = _is(x, kind) and isinstance(target, Tensor) and not isinstance(target, LazyLogits)
-    is_known = (
-        is_known
-        and not target.is_floating_point()
-        and (x.rows.dim() <= 1 or x.is_turned)
-        and target.shape == x.rows.shape
-    )
+    is_known = is_known and not target.is_floating_point() and target.shape == x.rows.shape
+    is_known = is_known and (x.rows.dim() <= 1 or x.is_turned)
     if not is_known or size_average is not None or reduce is not None or x.memory.factor != 1.0:
         return NotImplemented
     if reduction not in ("none", "mean", "sum") or not 0.0 <= label_smoothing <= 1.0:
         return NotImplemented  # torch has its errors
-    if label_smoothing and (weight is not None or not replace(x.memory, has_grad=records(x)).has_mean()):
+    if label_smoothing and weight is not None:
         return NotImplemented
     keep, target = target != ignore_index, target.long()
     dtype = _dtype_of(torch.log_softmax, x)

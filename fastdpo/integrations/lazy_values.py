@@ -165,7 +165,8 @@ class Memory:
             values = self._of_vocab(rows) if self.has_vocab else self._statistic(rows, labels)
             return (values if self.factor == 1.0 else values * self.factor).to(self.dtype)
 
-    def _transformed(self, rows: Tensor) -> Tensor:
+    def transformed(self, rows: Tensor) -> Tensor:
+        """``(N, V)``: logits as the model makes them, scaled and capped."""
         logits = self.source.logits(rows)
         # The model's own logits, to the bit, where nothing was done to them.
         logits = logits.to(self.dtype) if self.dtype.is_floating_point else logits
@@ -173,7 +174,7 @@ class Memory:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def _of_vocab(self, rows: Tensor) -> Tensor:
-        logits = self._transformed(rows)
+        logits = self.transformed(rows)
         if self.kind == "logits":
             return logits
         logprobs = logits.log_softmax(-1)
@@ -182,9 +183,13 @@ class Memory:
         probs = logprobs.exp()
         return probs if self.kind == "probs" else probs * (logprobs if self.kind == "p_logp" else logits)
 
-    def _argmax(self, rows: Tensor) -> Tensor:
+    def in_pieces(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows ``(N,)`` by as many as the workspace holds the logits of."""
         size = max(1, (self.source.execution.workspace_mib << 20) // (4 * self.source.vocab_size))
-        return torch.cat([self._transformed(some).argmax(-1) for some in rows.split(size)])
+        return rows.split(size)
+
+    def _argmax(self, rows: Tensor) -> Tensor:
+        return torch.cat([self.transformed(some).argmax(-1) for some in self.in_pieces(rows)])
 
     def statistics(self, rows: Tensor, labels: Tensor | None, outputs: Iterable[str]) -> Any:
         """`LinearLogprobOutput` of ``(N,)`` tensors for rows ``(N,)`` of the hidden states."""
@@ -216,13 +221,11 @@ class Memory:
             return self._label_logit(rows, labels)
         names = _OUTPUTS[self.kind]
         mean = None
-        if "mean_logit" in names and self.has_grad:
-            # The op's has no gradient. Without a cap the mean of logits is the product with the mean weight.
+        if "mean_logit" in names:
             mean, names = self._mean_logit(rows), names[:-1]
             if not names:
                 return mean
         out = self.statistics(rows, labels, names)
-        mean = out.mean_logit if mean is None else mean
         made: dict[str, Callable[[], Any]] = {
             "logp": lambda: out.logps,
             "lse": lambda: out.lse,
@@ -249,13 +252,39 @@ class Memory:
         logit = logit * self.scale
         return logit if self.cap is None else self.cap * torch.tanh(logit / self.cap)
 
-    def has_mean(self) -> bool:
-        """Whether the mean logit can be had without logits."""
-        return not self.has_grad or (self.cap is None and self.source.head.adapter is None)
-
     def _mean_logit(self, rows: Tensor) -> Tensor:
+        """The product with the mean weight, for which no row is projected; of a cap or LoRA the op's."""
         head = self.source.head
+        if self.cap is not None or head.adapter is not None:
+            mean: Tensor = _MeanLogit.apply(self, rows, *self.source.tensors)
+            return mean
         dtype = torch.promote_types(self.source.hidden.dtype, torch.float32)
         states = self.source.hidden.index_select(0, rows).to(dtype)
         mean = states @ head.weight.mean(0, dtype=dtype)
         return (mean if head.bias is None else mean + head.bias.mean(dtype=dtype)) * self.scale
+
+
+class _MeanLogit(torch.autograd.Function):
+    """The op's mean logit; its gradient, where it is asked for, makes some rows of logits after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, memory: Memory, rows: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.memory, ctx.rows = memory, rows
+        mean: Tensor = memory.statistics(rows, None, ["mean_logit"]).mean_logit
+        return mean
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        memory: Memory = ctx.memory
+        memory.source.check_unchanged()
+        tensors = memory.source.tensors
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        sums = [torch.zeros_like(tensor) for tensor in wanted]
+        pieces = memory.in_pieces(ctx.rows)
+        for rows, part in zip(pieces, grad.split([len(rows) for rows in pieces]), strict=True):
+            with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+                mean = memory.transformed(rows).to(grad.dtype).mean(-1)
+            for total, found in zip(sums, torch.autograd.grad(mean, wanted, part), strict=True):
+                total += found
+        made = iter(sums)
+        return None, None, *(next(made) if tensor.requires_grad else None for tensor in tensors)

@@ -156,7 +156,13 @@ def _index(func: Any, x: Any, index: Any) -> Any:
     if not isinstance(x, LazyLogits):
         return NotImplemented
     index = index if isinstance(index, tuple) else (index,)
-    index = tuple(torch.as_tensor(i, device=x.device) if isinstance(i, list | range) else i for i in index)
+    # An empty list is one of row numbers, though torch makes floats of it.
+    index = tuple(
+        torch.as_tensor(i, dtype=None if i else torch.int64, device=x.device)
+        if isinstance(i, list | range)
+        else i
+        for i in index
+    )
     plain = [i for i in index if i is None or i is Ellipsis or isinstance(i, slice | int)]
     if len(plain) == len(index) and not any(isinstance(i, bool) for i in index):
         return _view(func, x, index)

@@ -152,7 +152,12 @@ def current_head(model: Any, tail: ModelTail) -> LMHead:
     return _read(model, find_linear(model), head_module(model), tail)
 
 
-def _read(model: Any, linear: nn.Linear, layer: Any, tail: ModelTail) -> LMHead:
+def plain_head(model: Any) -> LMHead:
+    """The head as it is now, without what the model does to its output; `find_linear` was asked before."""
+    return _read(model, bare(_parts(model)[-1]), head_module(model), None)
+
+
+def _read(model: Any, linear: nn.Linear, layer: Any, tail: ModelTail | None) -> LMHead:
     weight: Any = linear.weight
     bias: Any = linear.bias
     shard = vocab_shard(model, linear)
@@ -162,7 +167,9 @@ def _read(model: Any, linear: nn.Linear, layer: Any, tail: ModelTail) -> LMHead:
     adapter = read_adapter(model, layer) if has_adapter(layer) else None
     if shard is not None and adapter is not None:
         refuse(model, "its head is split over ranks by vocabulary and carries LoRA. Leave lm_head out of one")
-    logits: dict[str, Any] = {"logit_scale": tail.logit_scale, "softcap": tail.softcap}
+    logits: dict[str, Any] = {}
+    if tail is not None:
+        logits = {"logit_scale": tail.logit_scale, "softcap": tail.softcap}
     return LMHead(weight, bias=bias, adapter=adapter, vocab_parallel=shard, **logits)
 
 

@@ -1,10 +1,11 @@
-"""``patch_model``: teach a Hugging Face causal LM to return log-probabilities without making logits.
+"""``patch_model``: a Hugging Face causal LM that makes no logits where a training step only asks of them.
 
 The model's class is replaced by a dynamic subclass of the same name, module and ``forward`` signature, so
 that whatever looks at the class (deepcopy, pickle, ``save_pretrained``, ``generate``, `Trainer`,
 accelerate's wrapping and unwrapping) finds what it found before. Nothing is stored on the instance: a copy
-of a patched model is a patched model with its own weights. Only ``model(..., return_logps=True)`` takes
-another path; every other call is the original's, with ``logits="lazy"`` around a head that makes no logits.
+of a patched model is a patched model with its own weights. ``model(..., return_logps=True)`` takes another
+path; an ordinary call is the original's, in a training step around a head whose logits are not there until
+somebody looks (`lazy_call.py`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class _Hook:
     tail: ModelTail
     execution: Execution
     ignore_index: int
-    logits: str = "real"
+    logits: str = "auto"
     on_materialize: str = "warn"
 
     @property
@@ -65,18 +66,22 @@ def patch_model(
     *,
     execution: Execution | None = None,
     ignore_index: int = -100,
-    logits: str = "real",
+    logits: str = "auto",
     on_materialize: str = "warn",
 ) -> nn.Module:
-    """Let ``model(input_ids=..., labels=labels, return_logps=True)`` return log-probabilities, not logits.
+    """Make no logits where a training step only asks of them; a loop's code stays as it is.
 
-    A patched model takes, beside its own arguments, ``return_logps`` and ``logps_outputs``, the names of
+    ``model(...).logits`` of an ordinary call is a tensor that is not there: a loop's or trainer's own
+    log-softmax, gather, mask and loss run in the fused op, on the rows that count; see docs/lazy.md. With
+    ``logits="real"`` an ordinary call is the unpatched model's, to the bit.
+
+    ``model(input_ids=..., labels=labels, return_logps=True)`` returns log-probabilities, not logits. A
+    patched model takes, beside its own arguments, ``return_logps`` and ``logps_outputs``, the names of
     further statistics (``lse``, ``entropy``, ``log_sum_sq_probs``, ``mean_logit``, ``is_top1``,
     ``topk_mass``, ``topk_entropy``; ``logps_topk`` is the k of the last two), and returns a
     `FusedLMOutput`. Labels are as Hugging Face has them: ``(B, T)``, aligned with ``input_ids``; in packed
     rows the first token of every sequence must be ignored. The rest reaches the backbone unchanged, except
-    that ``use_cache`` is False unless given: nothing will be generated from a scored sequence. Every call
-    without ``return_logps`` is the unpatched model's, to the bit.
+    that ``use_cache`` is False unless given: nothing will be generated from a scored sequence.
 
     ``shift_labels`` take the place of ``labels`` where these have been shifted already, as for sequences that
     are split over ranks; results are then aligned with them: entry [b, t] belongs to ``shift_labels[b, t]``.
@@ -109,16 +114,15 @@ def patch_model(
     caller's own tokens, the first of which is not scored here either; patch it after they were added, or
     again.
 
-    With ``logits="lazy"`` the logits of ordinary calls are a tensor that is not there: a loop's or trainer's
-    own log-softmax, gather, mask and loss run in the fused op, on the rows that count; see docs/lazy.md.
-
     Args:
         model: a causal language model of transformers, or a PEFT, DDP or compiled wrapper around one.
         execution: how to run the head; see `Execution`.
         ignore_index: the label of tokens that are not scored.
-        logits: ``"real"``; ``"lazy"`` for lazy logits of calls that record gradients or get labels;
-            ``"always_lazy"`` for those of calls without either too (a reference under ``torch.no_grad()``).
-            Calls with a cache, or with ``logits_to_keep``, and compiled ones have real logits in any case.
+        logits: of ordinary calls. ``"auto"``: lazy where gradients are recorded, labels are given or the
+            model is in training mode; real where an engine has split the head, with a warning. ``"lazy"``:
+            the same, but a split head is refused. ``"always_lazy"``: without gradients too, as for a
+            reference under ``torch.no_grad()``. ``"real"``: never lazy. Calls with a cache or for the next
+            token alone (``logits_to_keep=1``), and compiled ones, have real logits in any case.
         on_materialize: of an operation that needs the real values of lazy logits: ``"warn"``, once a line, or
             ``"error"``.
 
@@ -153,7 +157,7 @@ def patch_model(
         own_forward(inner)
         original: Any = type(inner)
         hook = _Hook(examine(inner), run, ignore_index, *choices)
-        if logits != "real":
+        if logits in ("lazy", "always_lazy"):
             check_whole_head(inner)
         exchange_class(inner, _patched_class(original, hook))
     for wrapper in unpatched:
@@ -181,6 +185,17 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     for each in patched:
         restore_class(each)
     return model
+
+
+def ensure_patched(model: nn.Module, execution: Execution) -> nn.Module:
+    """Patch a model for log-probabilities alone; one that is patched keeps its kind of logits.
+
+    Raises:
+        ValueError, TypeError: as `patch_model`.
+    """
+    hook = getattr(type(unwrap(model)), "_fastdpo_hook", None)
+    logits, on_materialize = ("real", "warn") if hook is None else (hook.logits, hook.on_materialize)
+    return patch_model(model, execution=execution, logits=logits, on_materialize=on_materialize)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -236,10 +251,12 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
                 if value is not None:
                     raise fail(name, "a value", "return_logps=True with it")
             if not return_states:
-                if not wants_lazy(hook.logits, {**dict(zip(names, args, strict=False)), **kwargs}):
+                given = {**dict(zip(names, args, strict=False)), **kwargs}
+                if not wants_lazy(hook.logits, given, is_training=self.training):
                     return original.forward(self, *args, **kwargs)
                 own = functools.partial(original.forward, self, *args, **kwargs)
-                return call_lazily(self, hook.tail, hook.execution, hook.on_materialize, own)
+                how = (hook.execution, hook.logits, hook.on_materialize)
+                return call_lazily(self, *how, own)
         elif return_states:
             raise fail("return_states", "True with return_logps", "one of the two")
         if repeated := set(names[: len(args)]) & kwargs.keys():

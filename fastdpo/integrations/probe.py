@@ -183,9 +183,10 @@ class Probe:
         """Every name that the forward takes and hands to the backbone as it came."""
         names = set(self.names)
         if self.has_kwargs:
-            from transformers.utils import TransformersKwargs
+            import transformers.utils as utils
 
-            names |= TransformersKwargs.__annotations__.keys()
+            # Before transformers 4.54 there is no list of what a forward may be given beside its own names.
+            names |= getattr(utils, "TransformersKwargs", Any).__annotations__.keys()
             for signature in self.backbones.values():
                 names |= {n for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
         names -= HEAD_ARGUMENTS | self.inputs.keys()

@@ -1,7 +1,7 @@
-"""Methods of other packages, replaced where their source is the one that was read, and put back as they were.
+"""Attributes of other packages, replaced and put back as they were, where their source is one that was read.
 
-What `patch_trl` and `patch_llama_factory` replace is private to those packages and changes without notice: it
-is known by a hash of its source, whatever the package's version says.
+What `patch_trl` replaces is private to TRL and changes without notice: it is known by a hash of its source,
+whatever the package's version says.
 """
 
 from __future__ import annotations

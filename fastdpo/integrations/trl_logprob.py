@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastdpo.integrations.patched_call import say_own
 from fastdpo.integrations.probe import NotSupported
+from fastdpo.integrations.trainer_steps import say_own
 from fastdpo.ops.checks import check_execution, fail
 from fastdpo.ops.linear_logprob import linear_logprob
 from fastdpo.types import Execution, LinearLogprobOutput, LMHead

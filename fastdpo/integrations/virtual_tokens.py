@@ -45,11 +45,6 @@ def check_virtual_tokens(model: Any) -> None:
         )
 
 
-def is_switched_off(model: Any) -> bool:
-    """Whether this PEFT model of virtual tokens is inside its own ``disable_adapter()``."""
-    return bool(getattr(vars(model).get("forward"), "__self__", None) is model.base_model)
-
-
 def num_in_front(model: Any) -> int:
     """How many virtual tokens the forward of a PEFT model puts before every row."""
     config = model.active_peft_config

@@ -200,8 +200,7 @@ def test_generation_and_evaluation_without_labels_have_real_logits() -> None:
             torch.manual_seed(0)
             found.append(each.generate(**PROMPT, max_new_tokens=5, **{"do_sample": False, **options}))
         assert torch.equal(*found)
-    for keep in (1, torch.tensor([3, 5])):
-        assert type(patched(**PROMPT, logits_to_keep=keep).logits) is Tensor
+    assert type(patched(**PROMPT, logits_to_keep=1).logits) is Tensor
     cached = patched(**PROMPT, use_cache=True)
     assert type(cached.logits) is Tensor
     assert type(patched(input_ids=PROMPT["input_ids"][:, :1], past_key_values=cached.cache).logits) is Tensor
@@ -412,7 +411,7 @@ def test_patching_with_other_options_and_copies_of_the_model() -> None:
         assert is_patched(each) and isinstance(each(**LARGE.inputs).logits, LazyLogits)
     unpatch_model(model)
     assert type(model(**LARGE.inputs).logits) is Tensor
-    plain = patch_model(model)
+    plain = patch_model(model, logits="real")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert type(plain(**LARGE.inputs).logits) is Tensor

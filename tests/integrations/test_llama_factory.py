@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -16,7 +17,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 import fastdpo
 from fastdpo import Execution, patch_llama_factory, unpatch_llama_factory
@@ -30,6 +30,7 @@ if is_installed and find_spec("torchaudio") is None:
     sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
 
 STEPS = 30
+FORWARD = "llamafactory.train.dpo.trainer:CustomDPOTrainer.concatenated_forward"
 OPTIONS: dict[str, dict[str, Any]] = {
     "sigmoid": {"pref_loss": "sigmoid"},
     "sigmoid-smoothed-ftx": {"pref_loss": "sigmoid", "dpo_label_smoothing": 0.1, "pref_ftx": 0.5},
@@ -39,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ipo": {"pref_loss": "ipo"},
     "orpo": {"pref_loss": "orpo"},
     "simpo": {"pref_loss": "simpo", "pref_beta": 2.0},
+    "kto": {"stage": "kto", "dataset": "answers", "per_device_train_batch_size": 4},
     "lora": {"pref_loss": "sigmoid", "finetuning_type": "lora", "lora_target": "q_proj,v_proj"},
 }
 
@@ -51,7 +53,7 @@ def unpatched() -> Iterator[None]:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hook, "installed_version", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="wanted llamafactory == 0.9.5"):
+    with pytest.raises(ModuleNotFoundError, match="wanted llamafactory"):
         patch_llama_factory()
     lines = fastdpo.doctor().sections["LLaMA-Factory"]
     assert lines == [("patch_llama_factory", "LLaMA-Factory is not installed")]
@@ -62,40 +64,20 @@ def test_bad_options() -> None:
         patch_llama_factory(execution="fast")  # type: ignore[arg-type]
 
 
-def test_what_both_answers_have() -> None:
-    """LD-DPO's public length, arXiv:2409.06411 eq. 9, counted from each answer's own first token."""
-    mask = torch.tensor(
-        [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 0, 1, 1, 0], [0, 1, 1, 1, 1]], dtype=torch.bool
-    )
-    wanted = mask & torch.tensor(
-        [[0, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 1, 1, 0], [0, 1, 0, 0, 0]], dtype=torch.bool
-    )
-    assert torch.equal(hook._shared_part(mask) & mask, wanted)
-
-
 @needs_package
 def test_the_very_method_comes_back() -> None:
     from llamafactory.train.dpo.trainer import CustomDPOTrainer
 
     before = vars(CustomDPOTrainer)["concatenated_forward"]
     with patch_llama_factory() as done:
-        assert done.is_new and done.replaced == (hook.FORWARD,)
+        assert done.is_new and FORWARD in done.replaced
         assert vars(CustomDPOTrainer)["concatenated_forward"] is not before
         assert not patch_llama_factory().is_new
         with pytest.raises(ValueError, match="unpatch_llama_factory"):
             patch_llama_factory(execution=Execution(workspace_mib=16))
-        assert fastdpo.doctor().sections["LLaMA-Factory"][1] == ("replaced", hook.FORWARD)
+        assert fastdpo.doctor().sections["LLaMA-Factory"][1][0] == "replaced"
     assert vars(CustomDPOTrainer)["concatenated_forward"] is before
     assert "would" in fastdpo.doctor().sections["LLaMA-Factory"][0][1]
-
-
-@needs_package
-@pytest.mark.parametrize("path", list(hook.SOURCES))
-def test_everything_is_held_to_its_source(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(path.replace(":", "."), lambda *args: None)
-    with pytest.raises(RuntimeError, match=f"the source of {path} has the sha256"):
-        patch_llama_factory()
-    assert fastdpo.doctor().sections["LLaMA-Factory"][0][1].startswith("refused: ")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +105,15 @@ def folder(
     ]
     (folder / "pairs.json").write_text(json.dumps(rows))
     columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
-    info = {"pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}}
+    info: dict[str, Any] = {"pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}}
+    answers = [
+        {"instruction": row["instruction"], "input": "", "output": row[name], "kto_tag": name == "chosen"}
+        for row in rows
+        for name in ("chosen", "rejected")
+    ]
+    (folder / "answers.json").write_text(json.dumps(answers))
+    columns = {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "kto_tag"}
+    info["answers"] = {"file_name": "answers.json", "columns": columns}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     make_model("llama").save_pretrained(folder / "model")
     word_tokenizer([text for row in rows for text in row.values()]).save_pretrained(folder / "model")
@@ -153,7 +143,7 @@ def run(folder: Path, name: str, output: Path) -> list[dict[str, float]]:
             "dataset": "pairs",
             "dataset_dir": str(folder),
             "template": "empty",
-            "cutoff_len": 96,
+            "cutoff_len": 40,  # a reward is 0.1 of a sum over an answer: of 600 nats fp32 knows 3e-5
             "finetuning_type": "full",
             "pref_beta": 0.1,
             "output_dir": str(output),
@@ -178,24 +168,20 @@ def run(folder: Path, name: str, output: Path) -> list[dict[str, float]]:
 
 @needs_package
 @pytest.mark.parametrize("name", OPTIONS)
-def test_curves_of_thirty_steps(
-    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_curves_of_thirty_steps(name: str, folder: Path, tmp_path: Path) -> None:
     plain = run(folder, name, tmp_path / "plain")
-    with patch_llama_factory(), monkeypatch.context() as patch:
-        patch.setattr("llamafactory.train.dpo.trainer.get_batch_logps", forbidden)
+    with patch_llama_factory(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="logits")  # are made of lazy ones
         fused = run(folder, name, tmp_path / "fused")
     assert len(plain) == len(fused) == STEPS
     compared = 0
     for step, (ours, theirs) in enumerate(zip(fused, plain, strict=True)):
         assert ours.keys() == theirs.keys()
-        for key in ours.keys() - {"epoch", "logits/chosen", "logits/rejected"}:
+        # KTO logs sums of thousands of logits of both signs, of which next to nothing is left.
+        sums = {"logits/chosen", "logits/rejected"} if name == "kto" else set()
+        for key in ours.keys() - {"epoch", *sums}:
             rounding = 1.01e-4 if key == "loss" else 1e-5  # transformers logs a loss to four places
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=rounding), (step, key)
             compared += 1
     assert compared >= 8 * STEPS
     assert plain[0]["loss"] != pytest.approx(plain[-1]["loss"], abs=1e-3)  # there was something to compare
-
-
-def forbidden(*args: Any, **kwargs: Any) -> None:
-    raise AssertionError("the logits of a batch were asked for")

@@ -130,16 +130,6 @@ def test_every_option_of_dpo(changes: dict[str, Any], tmp_path: Path) -> None:
     compare(lambda: make_dpo(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("name", ["use_logits_to_keep", "use_weighting", "ld_alpha"])
-def test_what_padding_free_breaks_in_trl_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    changes = {"padding_free": True, "max_steps": 1, name: 0.5 if name == "ld_alpha" else True}
-    with pytest.raises((RuntimeError, IndexError, ValueError)) as own:
-        runs.record(make_dpo(tmp_path, **changes))
-    assert "padding_free" not in str(own.value)
-    with patch_trl(), pytest.raises(ValueError, match=f"{name}: got .* padding_free=True"):
-        runs.record(make_dpo(tmp_path, **changes))
-
-
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "phi", "llama-tied"])
 def test_softcap_scale_bias_and_tied_heads(family: str, tmp_path: Path) -> None:
     compare(lambda: make_dpo(tmp_path, family=family))

@@ -36,7 +36,6 @@ from trl.experimental.tpo import TPOConfig, TPOTrainer
 from fastdpo import patch_trl
 from tests.integrations import trl_runs as runs
 from tests.integrations.test_trl_dpo import LOSSES
-from tests.integrations.test_trl_experimental import OF_ALL_POSITIONS
 from tests.integrations.test_trl_trainers import make_online
 
 pytestmark = pytest.mark.slow
@@ -135,11 +134,11 @@ def test_kto(loss_type: str, thirty_steps: Any, texts: Any) -> None:
     ids=str,
 )
 def test_cpo(changes: dict[str, Any], thirty_steps: Any, texts: Any) -> None:
-    thirty_steps(CPOTrainer, CPOConfig, texts, but=OF_ALL_POSITIONS["cpo"], max_length=LENGTH, **changes)
+    thirty_steps(CPOTrainer, CPOConfig, texts, max_length=LENGTH, **changes)
 
 
 def test_orpo(thirty_steps: Any, texts: Any) -> None:
-    thirty_steps(ORPOTrainer, ORPOConfig, texts, but=OF_ALL_POSITIONS["orpo"], max_length=LENGTH)
+    thirty_steps(ORPOTrainer, ORPOConfig, texts, max_length=LENGTH)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "tpo-l"])

@@ -6,7 +6,6 @@ import copy
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +14,10 @@ import transformers
 
 import fastdpo
 from fastdpo import Execution, LMHead
+from fastdpo.integrations.lazy import LazyLogits
+from fastdpo.integrations.lazy_call import lazy_head
 from fastdpo.integrations.lm_head import unwrap
 from fastdpo.integrations.model import backbone_states, is_patched, patch_model, unpatch_model
-from fastdpo.integrations.patched_call import without_logits
 from fastdpo.types import TokenLayout
 from tests.integrations.peft_cases import CASES, with_lora, with_peft
 from tests.integrations.test_token_layout import layout_of_labels
@@ -114,9 +114,9 @@ def test_embeddings_with_a_token_layout_say_how_many_of_them_are_virtual() -> No
 def test_everything_else_is_unchanged(tmp_path: Path) -> None:
     plain, model = filled("prompt"), filled("prompt")
     model.load_state_dict(plain.state_dict())
-    patch_model(model)
+    patch_model(model, logits="real")
     assert is_patched(model) and isinstance(model, peft.PeftModelForCausalLM)
-    assert type(model).__name__ == "PeftModelForCausalLM" and patch_model(model) is model
+    assert type(model).__name__ == "PeftModelForCausalLM" and patch_model(model, logits="real") is model
     assert torch.equal(plain_logps(model, BATCH), plain_logps(plain, BATCH))
     ids = BATCH.input_ids[:1, :4]
     tokens = [each.generate(input_ids=ids, max_new_tokens=4, do_sample=False) for each in (plain, model)]
@@ -181,26 +181,26 @@ def accelerator() -> Iterator[Any]:
     reset()
 
 
-def test_patched_for_one_call_under_mixed_precision(accelerator: Any) -> None:
+def test_lazy_logits_for_one_call_under_mixed_precision(accelerator: Any) -> None:
     """As the trainers of other packages run: policy, and reference inside ``disable_adapter``."""
     expected = fused_logps(patch_model(filled("prompt")), BATCH)
     reference = fused_logps(patch_model(make_model()), BATCH)
-    trainer = SimpleNamespace(accelerator=accelerator)
     torch.manual_seed(0)
     model = accelerator.prepare(filled("prompt"))
     before = vars(model)["forward"]
 
-    def check(wanted: torch.Tensor) -> None:
+    def check(wanted: torch.Tensor, *, is_rounded: bool) -> None:
         own = vars(model)["forward"]
-        with torch.no_grad(), without_logits(trainer, model, Execution()):
-            found = fused_logps(model, BATCH)
+        with torch.no_grad(), lazy_head(unwrap(model), Execution(), "error"):
+            assert isinstance(model(**BATCH.inputs).logits, LazyLogits)
+            found = plain_logps(model, BATCH)
         assert vars(model)["forward"] == own and not is_patched(model)
-        assert found.shape == wanted.shape and not torch.equal(found, wanted)
+        assert found.shape == wanted.shape and torch.equal(found, wanted) != is_rounded
         assert (found - wanted).abs().max() < 0.2  # bf16 through two layers, logits of about 3
 
-    check(expected)
+    check(expected, is_rounded=True)
     with model.disable_adapter():
-        check(reference)
+        check(reference, is_rounded=False)  # PEFT calls past accelerate's wrapper
     assert vars(model)["forward"] == before
 
 

@@ -133,7 +133,7 @@ def test_dispatched_models_keep_their_hooks() -> None:
     exact = plain_logps(model, BATCH)
     model = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
     own = model.forward
-    patch_model(model)
+    patch_model(model, logits="real")
     assert_logps_close(fused_logps(model, BATCH), exact.double(), torch.float32)
     assert torch.equal(plain_logps(model, BATCH), exact) and model.forward is own
     unpatch_model(model)

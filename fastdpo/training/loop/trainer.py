@@ -24,7 +24,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from fastdpo.integrations.model import patch_model
+from fastdpo.integrations.model import ensure_patched
 from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.budget import budget_dataloader
 from fastdpo.training.batches.collate import pad_token_id
@@ -160,7 +160,7 @@ class PreferenceTrainer(SavingTrainer):
         ref_model = reference_model(kind, policy, ref_model)
         for patched in (policy, ref_model):
             if patched is not None:
-                patch_model(patched, execution=args.execution())
+                ensure_patched(patched, args.execution())
         monitor = monitor_options(args.over_optimisation_monitor)
         teacher_model = prepare_teacher(args, policy, teacher_model)
         self._owns_output_dir = is_unused(args.output_dir)  # what is in there later on is our own

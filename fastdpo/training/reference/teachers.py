@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fastdpo.integrations.lm_head import find_linear, unwrap
-from fastdpo.integrations.model import patch_model
+from fastdpo.integrations.model import ensure_patched
 from fastdpo.training.settings.config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def prepare_teacher(args: PreferenceConfig, policy: nn.Module, given: nn.Module 
         )
     if given is policy:
         raise ValueError("teacher_model: got the model that is trained, wanted another")
-    return patch_model(given.requires_grad_(False).eval(), execution=args.execution())
+    return ensure_patched(given.requires_grad_(False).eval(), args.execution())
 
 
 def common_vocabulary(models: Sequence[nn.Module], tokenizer: Any) -> int | None:

@@ -219,7 +219,7 @@ def test_the_longest_rows_come_first():
 
 
 def test_what_attention_costs():
-    """Half of a square for each sequence alone; of padded ones all of it, where what is masked is computed."""
+    """Half of a square for each sequence; of padded ones all of it where what is masked is computed."""
     for skips, of_padded in ((False, 2 * 400), (True, 400)):
         costs = RowCosts(call_tokens=0.0, pair_tokens=1.0, skips_masked=skips)
         for arrangement in ("separate", "one_row"):
