@@ -40,8 +40,10 @@ class Method:
 
 WHOLE = "the whole case"  # what failed where no contender did
 OUR_LAYOUTS = ("padded", "packed", "shared_prompt", "auto")
+OUR_CONTEXTS = ("checkpointed", "carried", "carried-host", "carried-disk")
 
 
 def is_ours(name: str) -> bool:
     """Whether a contender is fastdpo: a peer that fails is a result, ours is a mistake to mend."""
-    return name.startswith("fastdpo") or name in ("triton", "cuda", "cpu", "reference") or name in OUR_LAYOUTS
+    kernels = ("triton", "cuda", "cpu", "reference")
+    return name.startswith("fastdpo") or name in (*kernels, *OUR_LAYOUTS, *OUR_CONTEXTS)

@@ -38,9 +38,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--preset", choices=PRESETS, help="which sizes; default: gpu on a GPU, small on a CPU"
     )
     parser.add_argument(
-        "--models", nargs="+", metavar="MODEL", help=f"of {', '.join(MODELS)}; of suite step its own sizes"
+        "--models", nargs="+", metavar="MODEL", help=f"of {', '.join(MODELS)}; of step and context their own"
     )
-    parser.add_argument("--tokens", nargs="+", type=int, help="N, positions")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, help="N, positions; of suite context T, its row's tokens"
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS)
     parser.add_argument("--contenders", nargs="+", help="only these; the floor runs always")
     parser.add_argument("--without", nargs="+", default=[], help="all but these")

@@ -62,6 +62,8 @@ def _chapter(device: str, cases: dict[str, Result]) -> list[str]:
             missing.append(f"`{suite}`")
             continue
         parts.append(f"#### {title}")
+        if suite == "context":
+            parts.append(OF_CONTEXT)
         for name, group in groups.items():
             parts.append(_grid(name, group, cell))
         if suite == "op":
@@ -116,6 +118,8 @@ def _group(case: Result) -> str:
         return f"{head}, N = {case['num_tokens']}, {case['dtype']}{ignored}"
     if case["suite"] == "memory" and "axis" in case:
         return f"{case['model']}, `{case['task']}`, {case['dtype']}, against {case['axis']}"
+    if case["suite"] == "context" and "tokens" in case:
+        return f"{case['model']}, {case['precision']}, one pair a step"
     return {"row": "row kernels, D written in bf16"}.get(case["suite"], case["suite"])
 
 
@@ -123,6 +127,8 @@ def _column(case: Result) -> str:
     if case["suite"] == "memory" and "axis" in case:
         shape = {"N": "num_tokens", "V": "vocab_size", "T": "length"}
         return f"{case['axis']} = {case[shape[case['axis']]]}"
+    if case["suite"] == "context" and "tokens" in case:
+        return f"T = {case['tokens']}"
     return f"`{case['task']}`" if "task" in case else case["key"].partition("/")[2]
 
 
@@ -154,10 +160,18 @@ def _error(cell: Result) -> str:
     return " / ".join(f"{cell[name]:.1e}" for name in names if name in cell)
 
 
+OF_CONTEXT = (
+    "One pair a step: a prompt and two answers of T / 8 tokens, 512 at most, which alone have labels. Equal "
+    "for all: token ids, seed of the weights, optimiser, two numbers in place of a reference model. Not "
+    "equal: ours run the prompt once, `trl` once for each answer. `plain` keeps all activations, "
+    "`checkpointed` and `trl` run layers again. Before they are timed, all are checked against `plain` or "
+    "`checkpointed` at the same T, or fp64 at the shortest; they do not take turns."
+)
 SECTIONS: tuple[tuple[str, str, Callable[[Result], str]], ...] = (
     ("op", "Time, its ratio to the products alone, and errors against fp64", _time),
     ("row", "Row kernels, beside a copy", _time),
     ("step", "Whole DPO steps, and by how much their losses are off", _time),
+    ("context", "Whole DPO steps on one row of T tokens, prompt and two answers", _time),
     ("memory", "Peak memory above inputs, gradients included", _peak),
     ("accuracy", "Errors against fp64: values in nats / dhidden / dweight, relative", _error),
 )

@@ -66,6 +66,27 @@ def memory_data(cases: Sequence[Result]) -> Panels:
     return _sorted(panels)
 
 
+def _context_data(cases: Sequence[Result], number: str) -> Panels:
+    """A number of whole steps over the tokens of their row, a panel for every model."""
+    panels: Panels = {}
+    for case in cases:
+        if case["suite"] != "context" or "skipped" in case:
+            continue
+        for name, cell in case["contenders"].items():
+            if cell.get(number) is not None:
+                series = panels.setdefault(f"{case['model']}, {case['precision']}", {}).setdefault(name, [])
+                series.append((case["tokens"], cell[number]))
+    return _sorted(panels)
+
+
+def context_time_data(cases: Sequence[Result]) -> Panels:
+    return _context_data(cases, "median_ms")
+
+
+def context_memory_data(cases: Sequence[Result]) -> Panels:
+    return _context_data(cases, "peak_mib")
+
+
 def error_data(cases: Sequence[Result]) -> Panels:
     """Bars, one a contender: 0 is the error of values, 1 of dhidden, 2 of dweight."""
     panels: Panels = {}
@@ -105,6 +126,8 @@ PLOTS = (
         error_data,
         is_bars=True,
     ),
+    Plot("context-time", "Time of a step on one row", "T, tokens", "ms", context_time_data),
+    Plot("context-memory", "Peak memory of a step on one row", "T, tokens", "MiB", context_memory_data),
 )
 
 

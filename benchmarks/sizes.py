@@ -30,6 +30,15 @@ STEPS = {
     "small": (("mini-llama", "fp32"), ("small-llama", "fp32")),
     "gpu": (("qwen2.5-0.5b", "bf16"), ("llama-3.2-1b", "bf16"), ("llama-3-8b-lora", "bf16")),
 }
+# Of whole steps against context length: the same, and tokens of a row, shortest first.
+CONTEXTS: dict[str, tuple[tuple[tuple[str, str], ...], tuple[int, ...]]] = {
+    "tiny": ((("tiny", "fp32"),), (64, 128)),
+    "small": ((("mini-llama", "fp32"),), (2048, 4096, 8192, 16384)),
+    "gpu": (
+        (("llama-3.2-1b", "bf16"), ("llama-3-8b-lora", "bf16")),
+        tuple(2048 * 2**k for k in range(8)),
+    ),
+}
 
 SizeTasks = list[tuple[Size, tuple[str, ...]]]
 
@@ -121,6 +130,11 @@ def row_backends(device: torch.device) -> list[str]:
 def step_sizes(preset: str) -> Sequence[tuple[str, str]]:
     """Models and precisions of whole steps."""
     return STEPS.get(preset, STEPS["gpu"])
+
+
+def context_sizes(preset: str) -> tuple[Sequence[tuple[str, str]], Sequence[int]]:
+    """Models and precisions of steps against context length, and the lengths of their row."""
+    return CONTEXTS.get(preset, CONTEXTS["gpu"])
 
 
 def is_compiled_at(size: Size) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastdpo.training.batches.batch import IGNORE_INDEX, PaddedBatch
 from fastdpo.training.batches.collate import PaddedCollator
 from fastdpo.training.data.dataset import RowDataset
-from fastdpo.training.data.row import Row
+from fastdpo.training.data.row import REF_COLUMNS, REFERENCE, Row
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 
@@ -50,7 +50,13 @@ SIZES = {
 
 
 class Contender:
-    """A model, its reference and its way to a loss, built from the same seed as all others."""
+    """A model, its reference and its way to a loss, built from the same seed as all others.
+
+    Args:
+        data: with the reference's numbers where there is to be no reference model.
+        settings: of the trainer, beside those that all have (`benchmarks.context`); None for the layout that
+            ``name`` says.
+    """
 
     def __init__(
         self,
@@ -61,31 +67,43 @@ class Contender:
         device: torch.device,
         precision: str,
         attention: str,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.size, self.data = name, size, data
+        self.settings = dict(settings or {})
         self.device, self.precision = device, precision
         how = {"device": device, "dtype": weights_dtype(size, precision), "attention": attention}
         self.model = make_model(size, tokenizer, seed=0, **how)
         self.peft_config: Any = None
         # Of another seed, so that losses differ from ln 2 and from batch to batch.
-        self.reference = None if size.is_adapted else make_model(size, tokenizer, seed=1, **how)
+        has_model = not (size.is_adapted or data.has_reference)
+        self.reference = make_model(size, tokenizer, seed=1, **how) if has_model else None
         if size.is_adapted:
             self.peft_config = lora_config()
         builders = {"plain": self._build_plain, **dict.fromkeys(OURS, self._build_ours)}
+        if settings is not None and name != "trl":
+            builders[name] = self._build_ours
         with tempfile.TemporaryDirectory() as folder:  # nothing is written: no trainer trains by itself
             self.trainer, self.collate = builders.get(name, self._build_trl)(tokenizer, folder)
         self.model = self.trainer.model.train()
         self.model.to(device)
+        if self.settings.get("gradient_checkpointing"):  # which trainers do when they train
+            enable: Any = getattr(
+                self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable
+            )
+            enable({"use_reentrant": False})
         if size.is_adapted:
             move_adapter(self.model)
         self.optimizer = make_optimizer(self.model)
 
     def _build_ours(self, tokenizer: Any, folder: str) -> tuple[Any, Callable[..., Any]]:
+        reference = "adapter" if self.size.is_adapted else "copy"
+        layout = {"batch_layout": self.name, "gradient_checkpointing": False}
         args = PreferenceConfig(
-            output_dir=folder, batch_layout=self.name, beta=BETA, bf16=False,
-            reference="adapter" if self.size.is_adapted else "copy",
-            use_cpu=self.device.type == "cpu", gradient_checkpointing=False, disable_tqdm=True,
-            per_device_train_batch_size=self.size.pairs, report_to="none",
+            output_dir=folder, beta=BETA, bf16=False,
+            reference="precomputed" if self.data.has_reference else reference,
+            use_cpu=self.device.type == "cpu", disable_tqdm=True,
+            per_device_train_batch_size=self.size.pairs, report_to="none", **{**layout, **self.settings},
         )  # fmt: skip
         trainer = PreferenceTrainer(
             self.model,
@@ -111,7 +129,9 @@ class Contender:
 
         args = DPOConfig(
             output_dir=folder, beta=BETA, use_cpu=self.device.type == "cpu", bf16=False,
-            gradient_checkpointing=False, max_length=None, disable_tqdm=True, report_to="none",
+            max_length=None, disable_tqdm=True, report_to="none",
+            precompute_ref_log_probs=self.data.has_reference,  # here of the stand-in; a batch brings its own
+            **{"gradient_checkpointing": False, **self.settings},
         )  # fmt: skip
         stand_in = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
         with _quiet_data():
@@ -123,9 +143,15 @@ class Contender:
 
         def collate(pairs: Sequence[Row]) -> Any:
             parts = [(pair.prompt, *(answer.ids for answer in pair.answers)) for pair in pairs]
-            return trainer.data_collator(
-                [{name: ids.tolist() for name, ids in zip(names, part, strict=True)} for part in parts]
-            )
+            found: list[dict[str, Any]] = [
+                {name: ids.tolist() for name, ids in zip(names, part, strict=True)} for part in parts
+            ]
+            for pair, row in zip(pairs, found, strict=True):
+                if REFERENCE in pair.numbers:
+                    row.update(
+                        zip(REF_COLUMNS, torch.as_tensor(pair.numbers[REFERENCE]).tolist(), strict=True)
+                    )
+            return trainer.data_collator(found)
 
         return trainer, collate
 
@@ -251,7 +277,7 @@ def make_model(
     config = LlamaConfig(
         vocab_size=size.vocab, hidden_size=size.hidden, intermediate_size=size.intermediate,
         num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.kv_heads,
-        max_position_embeddings=32768, tie_word_embeddings=size.hidden < 2048,
+        max_position_embeddings=2**18, tie_word_embeddings=size.hidden < 2048,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
     with device:

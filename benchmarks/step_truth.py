@@ -27,7 +27,7 @@ from benchmarks.step_contenders import (
     update,
     weights_dtype,
 )
-from fastdpo.training.data.row import Row
+from fastdpo.training.data.row import REFERENCE, Row
 
 # By how much losses may differ from fp64, in nats. fp32: sums of some thousand tokens of 1e-5 nats, times
 # beta; sums over H have random signs, 1e-4 nats (`fastdpo.testing.accuracy`) times the root of as many. bf16:
@@ -73,7 +73,7 @@ def wrong(errors: Mapping[str, float], precision: str) -> str | None:
 
 def true_steps(
     size: Size,
-    batches: Sequence[Sequence[Mapping[str, Any]]],
+    batches: Sequence[Sequence[Row]],
     tokenizer: Any,
     device: torch.device,
     precision: str,
@@ -100,7 +100,7 @@ def true_steps(
 
 def _steps(
     size: Size,
-    batches: Sequence[Sequence[Mapping[str, Any]]],
+    batches: Sequence[Sequence[Row]],
     tokenizer: Any,
     device: torch.device,
     precision: str,
@@ -115,7 +115,7 @@ def _steps(
 
         model = get_peft_model(model, lora_config())
         move_adapter(model)
-    else:
+    elif any(REFERENCE not in pair.numbers for pairs in batches for pair in pairs):
         reference = make_model(size, tokenizer, seed=1, **how).requires_grad_(False).eval().to(dtype)
     model = model.to(dtype).train()
     optimizer = make_optimizer(model)
@@ -123,15 +123,23 @@ def _steps(
     for pairs in batches:
         loss = torch.zeros((), dtype=torch.float64)
         for pair in pairs:
-            adapter_off = contextlib.nullcontext if reference is not None else model.disable_adapter
-            with torch.no_grad(), adapter_off():
-                of_reference = _margin(model if reference is None else reference, pair, device)
+            of_reference = _reference_margin(model, reference, pair, device)
             of_pair = -nn.functional.logsigmoid(BETA * (_margin(model, pair, device) - of_reference))
             (of_pair / len(pairs)).backward()  # a pair's graph at a time
             loss += of_pair.detach().cpu() / len(pairs)
         truth.losses.append(loss.item())
         truth.gradient_norms.append(update(model, optimizer).item())
     return truth
+
+
+def _reference_margin(model: Any, reference: nn.Module | None, pair: Row, device: torch.device) -> Tensor:
+    """The same of the reference: the pair's own numbers, a model, or the policy without its adapter."""
+    if REFERENCE in pair.numbers:
+        chosen, rejected = torch.as_tensor(pair.numbers[REFERENCE]).to(device, torch.float64)
+        return chosen - rejected
+    adapter_off = contextlib.nullcontext if reference is not None else model.disable_adapter
+    with torch.no_grad(), adapter_off():
+        return _margin(model if reference is None else reference, pair, device)
 
 
 def _margin(model: nn.Module, pair: Row, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from benchmarks.sizes import (
     COMPILED,
     SizeTasks,
     accuracy_sizes,
+    context_sizes,
     is_compiled_at,
     memory_points,
     op_sizes,
@@ -27,7 +28,7 @@ from benchmarks.sizes import (
 )
 from fastdpo.ops.backends import DEVICE_TYPE
 
-SUITES = ("op", "row", "step", "memory", "accuracy")
+SUITES = ("op", "row", "step", "memory", "accuracy", "context")
 BY_REQUEST = "left out: not asked for"
 
 
@@ -106,6 +107,7 @@ def make_cases(suite: str, options: Options) -> list[Case]:
         "memory": memory_cases,
         "row": row_cases,
         "step": step_cases,
+        "context": context_cases,
     }
     cases = [replace(case, settings=options.settings()) for case in makers[suite](options)]
     if not cases:
@@ -119,6 +121,8 @@ def contenders_of(suite: str) -> tuple[str, ...]:
         return (*DEVICE_TYPE, "reference")
     if suite == "step":
         return _step().CONTENDERS
+    if suite == "context":
+        return tuple(_context().WAYS)
     return tuple(method.name for method in METHODS)
 
 
@@ -129,6 +133,7 @@ TAKES = {
     "memory": ("models", "tokens", "tasks"),
     "row": ("repeats", "seconds"),
     "step": ("models", "data"),
+    "context": ("models", "tokens"),
 }
 
 
@@ -286,6 +291,44 @@ def step_cases(options: Options) -> list[Case]:
     return cases
 
 
+def context_cases(options: Options) -> list[Case]:
+    """Whole steps on rows of growing length."""
+    context = _context()
+    asked = options.contenders or context.names_for(options.device)
+    names = [name for name in context.WAYS if name in asked and name not in options.without]
+    if not names:
+        return []
+    cases = []
+    sizes, lengths = context_sizes(options.preset)
+    brief = {"steps": 1} if options.is_brief or options.preset == "tiny" else {}
+    for model, precision in sizes:
+        for tokens in lengths:
+            if options.models is not None and model not in options.models:
+                continue
+            if options.tokens is not None and tokens not in options.tokens:
+                continue
+            key = context.context_key(model, tokens, precision)
+            size = _step().SIZES[model]
+            weights = _weights(size)
+            # Products of a step that runs its forward pass twice, of weights and of scores.
+            step = options.seconds_of(8 * tokens * (weights + size.layers * size.hidden * tokens))
+
+            def run(
+                model: str = model, precision: str = precision, tokens: int = tokens, step: float = step,
+                key: str = key,
+            ) -> dict[str, Any]:  # fmt: skip
+                return context.bench_context(
+                    model, tokens, precision, options.device, names, shortest=lengths[0], step_seconds=step,
+                    lost_to=options.lost.get(key), **brief,
+                )  # fmt: skip
+
+            held = weights * (2 if size.is_adapted else 16)  # weights, gradients, two moments
+            lacking = "peft" if size.is_adapted and package_version("peft") is None else None
+            cost = len(names) * (20 + 5 * step)
+            cases.append(Case(key, "context", run, cost, held, model, tokens, lacking=lacking))
+    return cases
+
+
 def step_names(device: torch.device) -> list[str]:
     """Contenders of whole steps of who names none: on a GPU TRL drops unlabelled tokens by itself."""
     return [n for n in _step().CONTENDERS if n != "trl-compacted" or device.type == "cpu"]
@@ -313,6 +356,14 @@ def _step() -> Any:
     except ImportError as error:
         raise ValueError(f"step: cannot run here: {error}") from error
     return step
+
+
+def _context() -> Any:
+    try:
+        from benchmarks import context
+    except ImportError as error:
+        raise ValueError(f"context: cannot run here: {error}") from error
+    return context
 
 
 def _left_out(options: Options, *, keeps_compiled: bool) -> dict[str, str]:

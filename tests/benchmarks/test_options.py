@@ -33,7 +33,7 @@ def known_commit(monkeypatch: pytest.MonkeyPatch) -> None:
         (["op", "--tokens", "256", "5"], "--tokens: got 5, wanted some of 256"),
         (
             ["row", "--models", "tiny"],
-            "--models: got ['tiny'] for row, wanted a suite of op, accuracy, memory, step",
+            "--models: got ['tiny'] for row, wanted a suite of op, accuracy, memory, step, context",
         ),
         (["row", "--tokens", "256"], "--tokens: got [256] for row"),
         (["row", "--tasks", "pairs"], "--tasks: got ['pairs'] for row"),
