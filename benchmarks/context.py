@@ -14,7 +14,8 @@ Before anything is timed, a contender's first loss and gradient norm are held to
 same length, or of ``checkpointed`` where that does not fit, and these two, and whoever is left without them,
 to fp64 at the shortest length of the preset (`benchmarks.step_truth`). On a CPU each has a process of its
 own, one after the other, whose ``VmHWM`` is its peak; on a GPU all run in this one. A peak is what a step
-takes above weights and Adam's state. What does not fit, or takes too long, is ``not_run``.
+takes above weights and Adam's state; on a CPU pages of ``carried-disk``'s files count too while they are
+resident, which the system may write out and drop. What does not fit, or takes too long, is ``not_run``.
 """
 
 from __future__ import annotations

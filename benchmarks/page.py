@@ -165,7 +165,8 @@ OF_CONTEXT = (
     "for all: token ids, seed of the weights, optimiser, two numbers in place of a reference model. Not "
     "equal: ours run the prompt once, `trl` once for each answer. `plain` keeps all activations, "
     "`checkpointed` and `trl` run layers again. Before they are timed, all are checked against `plain` or "
-    "`checkpointed` at the same T, or fp64 at the shortest; they do not take turns."
+    "`checkpointed` at the same T, or fp64 at the shortest; they do not take turns. "
+    "On a CPU resident pages of files count as memory."
 )
 SECTIONS: tuple[tuple[str, str, Callable[[Result], str]], ...] = (
     ("op", "Time, its ratio to the products alone, and errors against fp64", _time),
