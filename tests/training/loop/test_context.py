@@ -69,8 +69,8 @@ def test_every_pass_is_carried(make_args: MakeArgs, tokenizer: Any, monkeypatch:
     seen: list[int] = []
     chunk = _Run._chunk
 
-    def noted(self: _Run, start: int, **options: Any) -> torch.Tensor:
-        states = chunk(self, start, **options)
+    def noted(self: _Run, *args: Any) -> torch.Tensor:
+        states = chunk(self, *args)
         seen.append(states.shape[1])
         return states
 
