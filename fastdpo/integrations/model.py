@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdpo.integrations.backbone_call import all_positions, backbone_calls, passed_through, run_backbone
+from fastdpo.integrations.forest.attention import restore_attention
 from fastdpo.integrations.fused_output import FusedLMOutput as FusedLMOutput
 from fastdpo.integrations.fused_output import HeadStates, ScoreRequest, Teachers
 from fastdpo.integrations.lazy_call import (
@@ -182,6 +183,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
                 f"model: got a {type(each).__name__} made from a patched class, wanted the patched model"
             )
         own_forward(each)  # refuses before anything is changed
+    restore_attention(inner)
     for each in patched:
         restore_class(each)
     return model

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import pickle
+import subprocess
 import sys
 from typing import Any
 
@@ -18,7 +21,7 @@ from fastdpo.integrations.forest import backends
 from fastdpo.integrations.forest.attention import own_attention, restore_attention
 from fastdpo.integrations.forest.backends import attend
 from fastdpo.integrations.forest.plant import plant
-from fastdpo.integrations.model import patch_model
+from fastdpo.integrations.model import patch_model, unpatch_model
 from fastdpo.types import TokenLayout
 from tests.integrations.tiny import make_model
 
@@ -279,6 +282,24 @@ def test_other_calls_of_the_model_are_what_they_were():
     )
     restore_attention(model)
     assert model.config._attn_implementation == own
+
+
+def test_a_model_in_another_process_knows_its_attention():
+    """One that was used on forests, pickled; and what unpatch_model leaves."""
+    model = patch_model(make_model("llama"))
+    rows = forest_batch(SEQUENCES, LABELS)
+    wanted = model(row_batches=rows.calls, token_layout=rows.tokens, return_logps=True).logps
+    text = base64.b64encode(pickle.dumps((model, rows))).decode()
+    program = (
+        "import base64, pickle, sys; model, rows = pickle.loads(base64.b64decode(sys.stdin.read()));"
+        "out = model(row_batches=rows.calls, token_layout=rows.tokens, return_logps=True);"
+        "print(float(out.logps.sum()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=text, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout.split()[-1]) == pytest.approx(float(wanted.sum()), rel=1e-6)
+    assert unpatch_model(model).config._attn_implementation == "sdpa"
 
 
 def test_checkpointed_layers_see_the_forest_again():

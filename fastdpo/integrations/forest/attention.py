@@ -79,9 +79,10 @@ def attention_by(model: nn.Module, use: Attention) -> Iterator[None]:
 
 
 def restore_attention(model: nn.Module) -> None:
-    """Give a model its own attention implementation back."""
+    """Give a model its own attention implementation back, where it was exchanged."""
     config = text_config(model)
-    config._attn_implementation = own_attention(config)
+    if (own := own_attention(config)) + _SUFFIX == getattr(config, "_attn_implementation", None):
+        config._attn_implementation = own
 
 
 def own_attention(config: Any) -> str:
@@ -94,11 +95,14 @@ def _exchange_attention(model: nn.Module) -> None:
     config = text_config(model)
     own = own_attention(config)
     name = own + _SUFFIX
-    if config._attn_implementation == name:
-        return
-    AttentionInterface.register(name, _attention_function(own))
-    AttentionMaskInterface.register(name, _mask_function(own))
-    config._attn_implementation = name
+    if config._attn_implementation != name:
+        _register(own)
+        config._attn_implementation = name
+
+
+def _register(own: str) -> None:
+    AttentionInterface.register(own + _SUFFIX, _attention_function(own))
+    AttentionMaskInterface.register(own + _SUFFIX, _mask_function(own))
 
 
 def _attention_function(own: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -132,3 +136,9 @@ def _eager_function(module: nn.Module) -> Callable[..., Any]:
     """Eager attention is no entry of the registry: each family's file has its own."""
     function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
     return function
+
+
+# A pickled model may come to a process in which no forest was seen yet.
+for _own in ("eager", *ALL_ATTENTION_FUNCTIONS):
+    if not _own.endswith(_SUFFIX):
+        _register(_own)
