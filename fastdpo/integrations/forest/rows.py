@@ -110,6 +110,7 @@ def forest_batch(
     *,
     ignore_index: int = -100,
     shortest_shared: int = SHORTEST_SHARED,
+    device: torch.device | str = "cpu",
 ) -> Rows:
     """Sequences in one row without padding, in which those that begin alike share their beginning.
 
@@ -127,9 +128,10 @@ def forest_batch(
         labels: of the same lengths: the token itself where it is scored, else ``ignore_index``. The first of
             a sequence is never scored.
         shortest_shared: common beginnings of fewer tokens are computed for each sequence.
+        device: of the call's inputs, which is the model's.
 
     Returns:
-        `Rows` with one call, on the CPU.
+        `Rows` with one call.
 
     Raises:
         ValueError: no sequences, labels of another length, or that are not the tokens that they label.
@@ -148,4 +150,9 @@ def forest_batch(
         is_scored[:1] = False
         texts.append(Text(ids, is_scored.nonzero()[:, 0]))
     trees = plant([(number, text.ids) for number, text in enumerate(texts)], shortest=shortest_shared)
-    return lay_out(texts, trees, [range(len(trees))], pad_token_id=0)
+    rows = lay_out(texts, trees, [range(len(trees))], pad_token_id=0)
+    calls = (
+        {name: value.to(device) if isinstance(value, Tensor) else value for name, value in call.items()}
+        for call in rows.calls
+    )
+    return Rows(tuple(calls), rows.tokens)
