@@ -24,7 +24,6 @@ import gc
 import json
 import math
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -35,8 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness import free_bytes, package_version, peak_mib, recover, summarise, why
-from benchmarks.results import ROOT
+from benchmarks.harness import free_bytes, in_a_process, package_version, peak_mib, recover, summarise, why
 from benchmarks.step_contenders import SIZES, Contender
 from benchmarks.step_data import made_up_rows, make_data
 from benchmarks.step_truth import Truth, true_steps, wrong
@@ -188,25 +186,11 @@ def measure_apart(job: dict[str, Any], device: torch.device) -> dict[str, Any]:
         DeviceLost: after it the device answers no more.
     """
     if device.type != "cuda":
-        return _in_a_process(job)
+        found = in_a_process("benchmarks.context", job, CONTENDER_SECONDS)
+        # No mistake of its own: the machine is too small or too slow.
+        return {"not_run": f"{found['beyond']}: {found['failed']}"} if "beyond" in found else found
     found = measure(job)
     recover(device, job["name"], found.get("failed", "the device was lost after it"))
-    return found
-
-
-def _in_a_process(job: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.context", json.dumps(job)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=CONTENDER_SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"not_run": f"too long: more than {CONTENDER_SECONDS:.0f} s"}
-    lines = done.stdout.splitlines()
-    if done.returncode == -9:
-        return {"not_run": "does not fit: its process was killed"}
-    if done.returncode != 0 or not lines:
-        said = (done.stderr.strip().splitlines() or [""])[-1][:200]
-        return {"failed": f"its process ended with {done.returncode}: {said}"}
-    found: dict[str, Any] = json.loads(lines[-1])
     return found
 
 

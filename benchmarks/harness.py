@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -75,6 +78,27 @@ def _command(*words: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def in_a_process(module: str, job: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """What ``python -m module JOB`` prints as its last line; or ``failed``, with why.
+
+    Where it took longer than ``seconds``, or was killed, as one is that needs more memory than there is,
+    ``beyond`` says which of the two.
+    """
+    command = [sys.executable, "-m", module, json.dumps(job)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took longer than {seconds:.0f} s", "beyond": "too long"}
+    lines = done.stdout.splitlines()
+    if done.returncode == -signal.SIGKILL:
+        return {"failed": "its process was killed", "beyond": "does not fit"}
+    if done.returncode != 0 or not lines:
+        said = (done.stderr.strip().splitlines() or [""])[-1][:200]
+        return {"failed": f"its process ended with {done.returncode}: {said}"}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
 
 
 def package_version(package: str) -> str | None:

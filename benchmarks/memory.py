@@ -9,7 +9,6 @@ A point that lies on several curves is measured once, and named after the first.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -17,11 +16,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import package_version, peak_mib, recover
+from benchmarks.harness import in_a_process, package_version, peak_mib, recover
 from benchmarks.method import Method
 from benchmarks.op import METHODS, checked, reason_not_to_run
 from benchmarks.problem import HeadProblem, Outcome, Size, problem_of
-from benchmarks.results import ROOT
 
 CHILD_SECONDS = 900
 
@@ -93,17 +91,8 @@ def _in_a_process(size: Size, task: str, device: torch.device, name: str) -> dic
         "device": device.type,
         "name": name,
     }
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(job)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=CHILD_SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took longer than {CHILD_SECONDS} s"}
-    lines = done.stdout.splitlines()
-    if done.returncode != 0 or not lines:
-        why = (done.stderr.strip().splitlines() or [""])[-1][:200]
-        return {"failed": f"its process ended with {done.returncode}: {why}"}
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
+    found = in_a_process("benchmarks.memory", job, CHILD_SECONDS)
+    return {key: value for key, value in found.items() if key != "beyond"}  # here a failure as others
 
 
 def measure(method: Method, size: Size, task: str, device: torch.device) -> dict[str, Any]:

@@ -27,7 +27,7 @@ DEFAULT_CHUNK = 1024
 # Tokens at which to count; of a carried context chunks, from where on each adds the same. Elsewhere other
 # things are most at once in long contexts than in short ones, and between two points a line is never too low.
 _CHUNKS = (3, 4)
-_LENGTHS = (2**12, 2**16, 2**20)
+_LENGTHS = (2**9, 2**12, 2**16, 2**20)
 # Layers at the least of the smaller of two models that many layers are counted by, each of whole patterns of
 # types of layers, and their vocabulary: the gradient of a large one would be most of all in so small a model.
 _FEW_LAYERS, _FEW_WORDS = 2, 1024
@@ -91,8 +91,7 @@ def context_needs(
         dtype: of weights and activations; None for the config's, or else bfloat16.
 
     Raises:
-        ValueError: a model that `patch_model` or a carried context refuses, or one whose needs do not grow in
-            proportion to the context.
+        ValueError: a model that `patch_model` or a carried context refuses.
         ImportError: adapters without PEFT.
     """
     kind = dtype or getattr(config, "dtype", None) or torch.bfloat16

@@ -107,14 +107,18 @@ def _context(
     model: Any, context: int, memory_gib: float | None, context_chunk: int | None
 ) -> list[tuple[str, str]]:
     from fastdpo.doctor.context import DEFAULT_CHUNK, context_lines
+    from fastdpo.doctor.model import is_trainer
     from fastdpo.integrations.auto_class import read_config
     from fastdpo.integrations.lm_head import unwrap
 
     if memory_gib is None:
         memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     try:
-        inner: Any = None if isinstance(model, str) else unwrap(getattr(model, "model", model))
-        config = read_config(model) if inner is None else inner.config
+        if isinstance(model, str):
+            config = read_config(model)
+        else:
+            inner: Any = unwrap(model.model if is_trainer(model) else model)
+            config = inner.config
     except (OSError, ValueError, KeyError) as error:
         return [("model", f"cannot be read: {_one_line(error)}")]
     chunk = DEFAULT_CHUNK if context_chunk is None else context_chunk

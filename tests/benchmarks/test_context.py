@@ -25,7 +25,7 @@ def cases(preset: str, **picks: Any) -> list[Case]:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a process for each, which takes seconds to import trainers."""
-    monkeypatch.setattr(context, "_in_a_process", context.measure)
+    monkeypatch.setattr(context, "in_a_process", lambda module, job, seconds: context.measure(job))
 
 
 def bench(tokens: int, names: list[str], model: str = "tiny", **more: Any) -> dict[str, Any]:
@@ -130,11 +130,11 @@ def test_what_ends_without_a_result_says_why(monkeypatch: pytest.MonkeyPatch) ->
         raise subprocess.TimeoutExpired("python", 1)
 
     monkeypatch.setattr(subprocess, "run", ended(-9))
-    assert context._in_a_process({}) == {"not_run": "does not fit: its process was killed"}
+    assert context.measure_apart({}, CPU) == {"not_run": "does not fit: its process was killed"}
     monkeypatch.setattr(subprocess, "run", ended(1))
-    assert context._in_a_process({}) == {"failed": "its process ended with 1: Error: no"}
+    assert context.measure_apart({}, CPU) == {"failed": "its process ended with 1: Error: no"}
     monkeypatch.setattr(subprocess, "run", late)
-    assert "too long" in context._in_a_process({})["not_run"]
+    assert "too long" in context.measure_apart({}, CPU)["not_run"]
 
     def full(job: Any, device: torch.device) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastdpo import patch_model
 from fastdpo.integrations import lazy_values
 from fastdpo.integrations.lazy import LazyLogits
+from fastdpo.testing import assert_close_to_fp64
 from tests.integrations.tiny import Batch, make_batch
 
 LARGE = make_batch(4, 24, seed=3)
@@ -232,3 +235,16 @@ class Rows:
             return own(hidden, head, layout, **options)
 
         patch.setattr(lazy_values, "linear_logprob", counted)
+
+
+def lazy_model(model: Any, **options: Any) -> Any:
+    return patch_model(copy.deepcopy(model), **{"logits": "lazy", "on_materialize": "error", **options})
+
+
+def assert_like_real(ours: Result, real: Result, truth: Result) -> None:
+    """By the rule; values of one sequence each."""
+    values = ours.value.reshape(-1), truth.value.reshape(-1).double(), real.value.reshape(-1)
+    assert_close_to_fp64(*values)
+    assert ours.grads.keys() == real.grads.keys()
+    for name, own in real.grads.items():
+        assert_close_to_fp64(ours.grads[name], truth.grads[name].double(), own, name=name)

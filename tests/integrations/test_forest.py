@@ -148,8 +148,24 @@ def test_a_variable_length_kernel_gets_each_chains_path(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(backends, "_varlen_kernel", lambda *_, **__: backends._torch_varlen)
-    for window in (None, 3):
-        assert_alike(FOREST, sliding_window=window)
+    for forest in (FOREST, Forest.of_sequences((4, 1, 9))):
+        for window in (None, 3):
+            assert_alike(forest, sliding_window=window)
+
+
+def test_keys_that_lie_in_order_are_not_copied():
+    """Of packed sequences, of one path, and of none but these."""
+
+    def index(forest: Forest, num_keys: int) -> Tensor | None:
+        return backends._bounds(forest.pieces(), num_keys, torch.device("cpu"))[1]
+
+    assert index(Forest.of_sequences((4, 1, 9)), 14) is None
+    assert index(Forest((6, 9), (-1, 0)), 15) is None
+    found = index(Forest((3, 2, 1), (-1, 0, 0)), 6)
+    assert found is not None and found.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5]
+    # Of a chunk of the second sequence alone: keys before it are there.
+    second = backends._bounds(Forest.of_sequences((2, 3)).pieces(2, 5), 5, torch.device("cpu"))[1]
+    assert second is not None and second.tolist() == [2, 3, 4]
 
 
 def test_which_kernel_where(monkeypatch: pytest.MonkeyPatch):
@@ -276,7 +292,7 @@ def test_other_calls_of_the_model_are_what_they_were():
     model(row_batches=rows.calls, token_layout=rows.tokens, return_logps=True)
     assert model.config._attn_implementation != own == own_attention(model.config)
     assert torch.equal(model(**padded).logits, before)
-    assert own not in str(model.config.to_dict().get("_attn_implementation"))
+    assert "_in_forests" not in model.config.to_json_string()
     assert torch.equal(
         model.generate(**padded, max_new_tokens=3, do_sample=False)[:, :4], padded["input_ids"]
     )
@@ -363,5 +379,6 @@ def test_a_layout_by_hand_is_that_of_the_sequences():
         torch.tensor([26, 27, 28, 26, 27, 28, 30]), torch.tensor([40, 41, 42, 40, 41, 50, 51]),
         torch.tensor([0, 0, 0, 1, 1, 1, 1]), (3, 4),
     )  # fmt: skip
-    assert "flash_attn" not in sys.modules
     assert rows.tokens.lengths == wanted.lengths
+    for name in ("token_index", "target_ids", "sequence_ids"):
+        assert torch.equal(getattr(rows.tokens, name), getattr(wanted, name)), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +12,10 @@ from torch import Tensor
 
 from fastdpo import patch_model
 from fastdpo.integrations.lazy import LazyLogits, MadeLogits
-from tests.integrations.lazy_losses import LARGE, Rows, dpo_repository
+from tests.integrations.lazy_losses import LARGE, Rows, dpo_repository, lazy_model
 from tests.integrations.peft_cases import HEAD, with_lora
 from tests.integrations.test_lazy_surroundings import one_process  # noqa: F401  (a fixture)
 from tests.integrations.tiny import make_model
-
-
-def lazy_model(model: Any, **options: Any) -> Any:
-    return patch_model(copy.deepcopy(model), logits="lazy", **{"on_materialize": "error", **options})
-
 
 METRICS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda logits: logits.mean(),

@@ -62,20 +62,23 @@ def attention_by(model: nn.Module, use: Attention) -> Iterator[None]:
     """
     _exchange_attention(model)
     token = _USED.set(use)
-    refusal = ValueError(
-        f"forest: got a {type(unwrap(model)).__name__}, whose attention is its own, wanted one whose layers "
-        "take theirs from transformers' AttentionInterface"
-    )
     try:
         yield
     except (TypeError, AttributeError) as error:
         if use.was_seen:
             raise
-        raise refusal from error  # its layers did arithmetic with what stands in the mask's place
+        raise _refusal(model) from error  # its layers did arithmetic with what stands in the mask's place
     finally:
         _USED.reset(token)
     if not use.was_seen:
-        raise refusal
+        raise _refusal(model)
+
+
+def _refusal(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"forest: got a {type(unwrap(model)).__name__}, whose attention is its own, wanted one whose layers "
+        "take theirs from transformers' AttentionInterface"
+    )
 
 
 def restore_attention(model: nn.Module) -> None:

@@ -190,11 +190,10 @@ def _varlen_kernel(
     def with_flash_attn(
         q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: float | None, window: int | None
     ) -> Tensor:
-        bounds, index = _gathered(tuple(pieces), q.device)
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
+        (q, k, v), bounds = _gathered(q, k, v, pieces)
         out: Tensor = flash(
-            q, k[index], v[index], *bounds, dropout_p=dropout, softmax_scale=scale, causal=True,
-            window_size=(-1 if window is None else window - 1, 0), softcap=softcap or 0.0,
+            q, k, v, *bounds, dropout_p=dropout, softmax_scale=scale, causal=True,
+            window_size=_reach(window), softcap=softcap or 0.0,
         )  # fmt: skip
         return out[None]
 
@@ -206,30 +205,49 @@ def _torch_varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds, index = _gathered(tuple(pieces), q.device)
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
-    left = -1 if window is None else window - 1
-    out = varlen_attn(
-        q.contiguous(), k[index], v[index], *bounds, scale=scale, window_size=(left, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+    (q, k, v), bounds = _gathered(q, k, v, pieces)
+    is_gqa = q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, *bounds, scale=scale, window_size=_reach(window), enable_gqa=is_gqa)
     assert isinstance(out, Tensor)  # it is a pair only where more is asked of it
     return out[None]
 
 
-@lru_cache(maxsize=4)  # the layers of a model ask for the same again and again
+def _reach(window: int | None) -> tuple[int, int]:
+    """Keys that are seen to the left and to the right; -1 for all."""
+    return -1 if window is None else window - 1, 0
+
+
 def _gathered(
-    pieces: tuple[Piece, ...], device: torch.device
-) -> tuple[tuple[Tensor, Tensor, int, int], Tensor]:
-    """Bounds of each piece's queries and keys with the longest of both, and the keys' rows ``(K,)``."""
+    q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece]
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, int, int]]:
+    """Queries ``(n, heads, d)``, and keys and values along each piece's path; with the bounds of both."""
+    bounds, index = _bounds(tuple(pieces), k.shape[2], q.device)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
+    if index is None:
+        return (q.contiguous(), k.contiguous(), v.contiguous()), bounds
+    return (q.contiguous(), k[index], v[index]), bounds
+
+
+@lru_cache(maxsize=4)  # the layers of a model ask for the same again and again
+def _bounds(
+    pieces: tuple[Piece, ...], num_keys: int, device: torch.device
+) -> tuple[tuple[Tensor, Tensor, int, int], Tensor | None]:
+    """Bounds of each piece's queries and keys with the longest of both, and the keys' rows ``(K,)``.
+
+    None for rows that are all of the keys in their order: of packed sequences, or of one path.
+    """
     counts = [piece.stop - piece.start for piece in pieces]
     sizes = [sum(stop - start for start, stop in piece.spans) for piece in pieces]
 
     def bounds(lengths: list[int]) -> Tensor:
         return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device, non_blocking=True)
 
-    index = torch.cat([torch.arange(*span) for piece in pieces for span in piece.spans])
-    return (bounds(counts), bounds(sizes), max(counts), max(sizes)), index.to(device, non_blocking=True)
+    spans = [span for piece in pieces for span in piece.spans]
+    ends = [0, *(stop for _, stop in spans)]
+    index = None
+    if ends[-1] != num_keys or ends[:-1] != [start for start, _ in spans]:
+        index = torch.cat([torch.arange(*span) for span in spans]).to(device, non_blocking=True)
+    return (bounds(counts), bounds(sizes), max(counts), max(sizes)), index
 
 
 @cache

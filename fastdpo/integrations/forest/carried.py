@@ -4,8 +4,9 @@ A row goes through the backbone some tokens at a time. The forward pass keeps no
 hidden states, and of each layer keys and values. The backward pass takes the chunks from the last to the
 first: it runs each again, with a graph of its own, and hands the gradients of the keys and values that it saw
 on to the chunks that they are of. It is two forward passes and one backward pass, as activation checkpointing
-is, and the activations of one chunk are all that is ever alive. To the caller it is one differentiable call:
-of all losses, in any mode of the head, with one gradient for each parameter, which DDP reduces once.
+is, and a third one of attention alone, which saves nothing of its first two; the activations of one chunk are
+all that is ever alive. To the caller it is one differentiable call: of all losses, in any mode of the head,
+with one gradient for each parameter, which DDP reduces once.
 """
 
 from __future__ import annotations

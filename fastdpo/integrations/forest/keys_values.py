@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-MIB = 2**20
+from fastdpo.plan.schedule import MIB
 
 
 class KeysValues:
@@ -61,7 +61,7 @@ class KeysValues:
     def expect_gradients(self) -> None:
         """Make room for them, all 0."""
         for kept, grads in ((self._keys, self._key_grads), (self._values, self._value_grads)):
-            grads += [self._new(tensor).zero_() for tensor in kept]
+            grads += [self._new(tensor) for tensor in kept]
 
     def add_gradients(
         self, layer: int, first: int, start: int, keys: Tensor, values: Tensor
@@ -89,6 +89,7 @@ class KeysValues:
             kept.clear()
 
     def _new(self, like: Tensor) -> Tensor:
+        """Zeros as long as the row."""
         shape = (*like.shape[:2], self.num_tokens, *like.shape[3:])
         size = prod(shape) * like.element_size()
         for place, room in self._room.items():
@@ -96,12 +97,12 @@ class KeysValues:
                 self._room[place] -= size
                 on_host = place == "host" and self.device.type != "cpu"
                 device = torch.device("cpu") if place == "host" else self.device
-                return torch.empty(shape, dtype=like.dtype, device=device, pin_memory=on_host)
+                return torch.zeros(shape, dtype=like.dtype, device=device, pin_memory=on_host)
         return _in_file(shape, like.dtype, size, self.directory)
 
 
 def _in_file(shape: tuple[int, ...], dtype: torch.dtype, size: int, directory: str | None) -> Tensor:
-    """A tensor in a file that is gone from its directory at once, and from the disk with the tensor.
+    """Zeros in a file that is gone from its directory at once, and from the disk with the tensor.
 
     Raises:
         OSError: the disk has no room; written to through memory, it would end the process.
