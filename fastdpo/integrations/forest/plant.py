@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -63,6 +63,11 @@ def plant(sequences: Sequence[tuple[int, Tensor]], *, shortest: int = SHORTEST_S
         if len(ids):
             _insert(roots, number, torch.as_tensor(ids), shortest)
     return [_flattened(root) for root in roots.values()]
+
+
+def distinct_tokens(sequences: Iterable[Tensor]) -> int:
+    """How many tokens a backbone computes of sequences ``(n,)`` in one row: common beginnings once."""
+    return sum(tree.num_tokens for tree in plant(list(enumerate(sequences))))
 
 
 def _insert(children: dict[bytes, _Node], number: int, ids: Tensor, shortest: int) -> None:

@@ -37,8 +37,8 @@ _ATTEMPTS = 3
 class TokenBudget:
     """At most ``tokens`` in a batch of a layout (``padded``, ``packed``, ``shared_prompt``).
 
-    What counts is what the backbone computes; padding counts for padded batches, and not for rows, where the
-    planner may add some.
+    What counts is what the backbone computes of each row; padding counts for padded batches, and not for
+    rows, where the planner may add some.
     """
 
     tokens: int
@@ -70,11 +70,12 @@ class TokenBudget:
 
     def of_row(self, row: Row) -> tuple[int, int]:
         """Tokens that a row adds to a batch, of a padded one those of its longest sequence; its sequences."""
-        answers = [len(answer.ids) for answer in row.answers]
+        lengths = [len(row.prompt) + len(answer.ids) for answer in row.answers]
         if self.is_padded:
-            longest = len(row.prompt) + max(answers)
-            return -(-longest // self.multiple_of) * self.multiple_of, len(answers)
-        return len(row.prompt) * (len(answers) if self.layout == "packed" else 1) + sum(answers), len(answers)
+            return -(-max(lengths) // self.multiple_of) * self.multiple_of, len(lengths)
+        if self.layout == "packed":
+            return sum(lengths), len(lengths)
+        return row.distinct_tokens, len(lengths)
 
     def refusal(self, cost: int, row: str) -> str:
         """What is said of a row that alone costs more than the budget."""

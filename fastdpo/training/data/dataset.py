@@ -195,11 +195,24 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         return [[int(self.prompt_lengths[i]), *self.answers[i].tolist()] for i in rows.tolist()]
 
     def batch_tokens(self, layout: str) -> Tensor:
-        """``(R,)``: tokens that a row adds to a batch; those of its longest sequence where it is padded."""
+        """``(R,)``: tokens that a row adds to a batch; those of its longest sequence where it is padded.
+
+        What rows of one batch have in common with each other is not known here: under ``shared_prompt`` it
+        counts for each.
+        """
         if layout == "padded":
             return self.lengths
-        prompts = self.prompt_lengths * (self.answers.counts if layout == "packed" else 1)
-        return prompts + self.answers.sums()
+        if layout == "shared_prompt":
+            return self._distinct_tokens
+        return self.prompt_lengths * self.answers.counts + self.answers.sums()
+
+    @cached_property
+    def _distinct_tokens(self) -> Tensor:
+        """``(R,)``: tokens of a row's sequences, what several begin with once."""
+        found = self.prompt_lengths + self.answers.sums()
+        for index in (self.answers.counts > 1).nonzero()[:, 0].tolist():
+            found[index] = self[index].distinct_tokens
+        return found
 
     # Mismatched answers
 

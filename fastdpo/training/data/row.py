@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from fastdpo.integrations.forest.plant import distinct_tokens
 
 # The reference of a row: of pairs in two columns of a file, of other kinds in one.
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -46,3 +49,8 @@ class Row:
     numbers: Mapping[str, float | Tensor] = field(default_factory=dict)
     pieces: tuple[int, ...] = ()
     mismatched: Answer | None = None
+
+    @property
+    def distinct_tokens(self) -> int:
+        """Tokens that ``shared_prompt`` computes of the row: what its sequences begin alike with once."""
+        return distinct_tokens(torch.cat([self.prompt, answer.ids]) for answer in self.answers)

@@ -13,7 +13,12 @@ from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdpo.integrations.forest.plant import SHORTEST_SHARED
 from fastdpo.training.batches.budget import STRATEGIES, TokenBudget, TokenBudgetSampler, pair_tokens
+from fastdpo.training.batches.collate import RowCollator
+from fastdpo.training.batches.plan import RowCosts
+from fastdpo.training.data.dataset import RowDataset
+from fastdpo.training.data.report import DataReport
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
@@ -120,7 +125,27 @@ def test_tokens_of_a_pair():
     m, c, r = torch.tensor(data.sizes(torch.arange(5))).unbind(1)
     assert torch.equal(pair_tokens(data, "padded"), m + torch.maximum(c, r))
     assert torch.equal(pair_tokens(data, "packed"), 2 * m + c + r)
-    assert torch.equal(pair_tokens(data, "shared_prompt"), m + c + r)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared_prompt"])
+@pytest.mark.parametrize("alike", [0, SHORTEST_SHARED - 1, SHORTEST_SHARED, 40])
+def test_tokens_of_a_row_are_those_that_its_trees_have(layout: str, alike: int):
+    """Three sequences whose answers begin with ``alike`` equal tokens; of a prompt of 5, and without one."""
+    beginning = list(range(100, 100 + alike))
+    answers = [[1, *range(30)], [2, 3], [*range(4, 9)]]
+    for prompt in ([*range(50, 55)], []):
+        flat = prompt + [token for answer in answers for token in beginning + answer]
+        bounds = torch.tensor([0, len(prompt), *(alike + len(answer) for answer in answers)]).cumsum(0)
+        numbers = torch.tensor([1])
+        data = RowDataset.of_pairs(
+            torch.tensor(flat, dtype=torch.int32), bounds[None], numbers, {}, DataReport("rows", 1, 1)
+        )
+        collator = RowCollator(0, layout, RowCosts(1.0, 0.0, skips_masked=True), ("separate",))
+        tokens = collator.plan([data[0]]).tokens
+        assert int(data.batch_tokens(layout)) == tokens
+        assert TokenBudget(1, layout).of_row(data[0]) == (tokens, 3)
+        is_shared = layout == "shared_prompt" and len(prompt) + alike >= SHORTEST_SHARED
+        assert tokens == len(flat) + 2 * len(prompt) - 2 * is_shared * (len(prompt) + alike)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prompt"])

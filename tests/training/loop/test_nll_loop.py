@@ -152,7 +152,6 @@ def test_gold_answers_are_tokenised_like_the_others(tokenizer: Any) -> None:
     )
     whole = [len(data[0].prompt), *(len(answer.ids) for answer in data[0].answers)]
     assert data.lengths[0] == whole[0] + max(whole[1:])
-    assert data.batch_tokens("shared_prompt")[0] == sum(whole)
     assert data.batch_tokens("packed")[0] == sum(whole) + 2 * whole[0]
     cut = encode_rows(
         read_rows(rows), tokenizer, EncodingOptions(max_length=12), Wanted(gold_column="reference")
