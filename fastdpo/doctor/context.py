@@ -31,6 +31,8 @@ _LENGTHS = (2**9, 2**12, 2**16, 2**20)
 # Layers at the least of the smaller of two models that many layers are counted by, each of whole patterns of
 # types of layers, and their vocabulary: the gradient of a large one would be most of all in so small a model.
 _FEW_LAYERS, _FEW_WORDS = 2, 1024
+# Tokens that answers have: of others a carried context keeps no hidden states.
+LABELLED = 512
 
 
 class Curve(NamedTuple):
@@ -122,8 +124,9 @@ def context_lines(
     lines = [
         (
             "assumed",
-            f"one row of {context} tokens (a prompt and its answers) at a time on a card of {memory_gib:g} "
-            f"GiB, carried in chunks of {chunk}; counted on the step's own code, without what kernels take "
+            f"one row of {context} tokens (a prompt and its answers, of which the last "
+            f"{min(LABELLED, context)} are labelled) at a time on a card of {memory_gib:g} GiB, carried in "
+            f"chunks of {chunk}; counted on the step's own code, without what kernels take "
             f"inside; no second model as reference; {_gib(head)} for the head",
         )
     ]
@@ -200,7 +203,7 @@ def _count(
     model = _model(config, dtype, is_lora, way)
     how: dict[str, Any] = {"forest": Forest.of_sequences([tokens])}
     if way == "carried":
-        how["context"] = CarriedContext(chunk)
+        how |= {"context": CarriedContext(chunk), "wanted": range(max(0, tokens - LABELLED), tokens)}
     with without_memory(model), LiveBytes() as live:
         states = backbone_states(model, input_ids=torch.zeros(1, tokens, dtype=torch.int64), **how)
         kept = 0

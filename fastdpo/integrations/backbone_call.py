@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from fastdpo.integrations.forest.segments import Forest
 from fastdpo.integrations.lm_head import ModelTail, logit_transform
 from fastdpo.integrations.probe import HEAD_ARGUMENTS, NotSupportedArgument, load_balancing_loss
 from fastdpo.ops.checks import fail
-from fastdpo.types import CarriedContext
+from fastdpo.types import CarriedContext, TokenLayout
 
+Layout = TypeVar("Layout", TokenLayout, None)
 # One thing, by the names that releases of transformers and families have for it.
 CACHES = ("cache", "past_key_values", "cache_params")
 
@@ -25,9 +27,11 @@ CACHES = ("cache", "past_key_values", "cache_params")
 def run_backbone(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """The backbone's inputs and its output.
 
-    ``forest`` among the arguments is of the one row of the call, and ``context`` says that it is carried.
+    ``forest`` among the arguments is of the one row of the call, and ``context`` says that it is carried;
+    then ``wanted`` names the tokens of which there are to be states, unless of all.
     """
     forest, context = arguments.pop("forest", None), arguments.pop("context", None)
+    wanted = arguments.pop("wanted", None)
     backbone = attrgetter(tail.backbone)(model)
     if forest is None and context is None:
         inputs = _backbone_inputs(model, tail, arguments)
@@ -40,7 +44,7 @@ def run_backbone(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> tupl
     inputs = _backbone_inputs(model, tail, arguments)
     if context is not None:
         return inputs, SimpleNamespace(
-            last_hidden_state=carried_states(model, backbone, inputs, forest, context)
+            last_hidden_state=carried_states(model, backbone, inputs, forest, context, wanted), wanted=wanted
         )
     with attention_by(model, OverForest(forest)):
         return inputs, backbone(**inputs, return_dict=True)
@@ -51,19 +55,42 @@ def backbone_calls(
     tail: ModelTail,
     arguments: dict[str, Any],
     row_batches: Sequence[Mapping[str, Any]] | None,
-    *,
-    are_packed: bool,
-) -> list[tuple[dict[str, Any], Any]]:
-    """Inputs and output of each of the backbone's calls."""
+    layout: Layout,
+) -> tuple[list[tuple[dict[str, Any], Any]], Layout]:
+    """Inputs and output of each of the backbone's calls, and ``layout`` over the states that these give."""
     if row_batches is not None and not row_batches:
         raise fail("row_batches", "an empty list", "at least one dict of inputs")
     if row_batches is not None and (given := [n for n, v in arguments.items() if v is not None]):
         raise fail("row_batches", f"a value together with {sorted(given)}", "the inputs in row_batches alone")
     calls = row_batches or [arguments]
-    if are_packed:
+    if layout is not None or row_batches is not None:
         for call in calls:
             _check_packed(call)
-    return [run_backbone(model, tail, dict(call)) for call in calls]
+    if layout is not None:
+        calls, layout = _labelled_alone(calls, layout)
+    return [run_backbone(model, tail, dict(call)) for call in calls], layout
+
+
+def _labelled_alone(
+    calls: Sequence[Mapping[str, Any]], layout: TokenLayout
+) -> tuple[Sequence[Mapping[str, Any]], TokenLayout]:
+    """Calls whose states are those that predict a token, and ``layout`` over these; where all are carried.
+
+    States and their gradients of all of a long context are more than the activations of its chunks.
+    """
+    if not all(call.get("context") is not None and "input_ids" in call for call in calls):
+        return calls, layout
+    wanted, index = layout.token_index.cpu().unique(return_inverse=True)
+    ends = torch.tensor([call["input_ids"].numel() for call in calls]).cumsum(0)
+    if not len(wanted) or wanted[0] < 0 or wanted[-1] >= ends[-1]:
+        return calls, layout  # an error of the head's, in the caller's numbers
+    parts = torch.tensor_split(wanted, torch.searchsorted(wanted, ends[:-1]).tolist())
+    starts = [0, *ends[:-1].tolist()]
+    narrowed = [
+        {**call, "wanted": (part - start).tolist()}
+        for call, part, start in zip(calls, parts, starts, strict=True)
+    ]
+    return narrowed, replace(layout, token_index=index)
 
 
 def _check_packed(call: Mapping[str, Any]) -> None:
@@ -100,10 +127,11 @@ def _check_forest(forest: Any, context: Any, arguments: Mapping[str, Any]) -> No
 
 
 def all_positions(calls: Sequence[tuple[dict[str, Any], Any]], num_virtual: int) -> Tensor:
-    """``(M, H)``: the caller's positions of all calls one after the other."""
+    """``(M, H)``: the caller's positions of all calls one after the other, or the wanted ones of them."""
     states = [result.last_hidden_state[:, num_virtual:] for _, result in calls]  # (R, T, H) each
-    for (inputs, _), rows in zip(calls, states, strict=True):
-        if "input_ids" in inputs and rows.shape[:-1] != inputs["input_ids"].shape:
+    for (inputs, result), rows in zip(calls, states, strict=True):
+        is_whole = getattr(result, "wanted", None) is None
+        if is_whole and "input_ids" in inputs and rows.shape[:-1] != inputs["input_ids"].shape:
             raise fail(
                 "input_ids",
                 f"shape {tuple(inputs['input_ids'].shape)}, of which the backbone made rows "

@@ -342,7 +342,7 @@ def _layout_forward(
         raise fail("token_layout", type(layout).__name__, "a TokenLayout")
     if arguments.get("labels") is not None:
         raise fail("labels", "a value together with token_layout", "one of the two")
-    calls = backbone_calls(model, hook.tail, arguments, row_batches, are_packed=True)
+    calls, layout = backbone_calls(model, hook.tail, arguments, row_batches, layout)
     hidden = all_positions(calls, num_virtual)
     if len(calls) > 1 and any(inputs.get("output_router_logits") for inputs, _ in calls):
         raise fail("output_router_logits", "True with several row_batches", "one, or False")
@@ -371,7 +371,7 @@ def _head_states(
     """What the head would see."""
     if arguments.get("labels") is not None:
         raise fail("labels", "a value together with return_states", "return_logps=True with it")
-    calls = backbone_calls(model, hook.tail, arguments, row_batches, are_packed=row_batches is not None)
+    calls, _ = backbone_calls(model, hook.tail, arguments, row_batches, None)
     head = current_head(model, hook.tail)
     hidden = all_positions(calls, num_virtual)
     if row_batches is None:

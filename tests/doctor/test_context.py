@@ -30,7 +30,10 @@ CHUNK = 256
 def step(model: Any, tokens: int, way: str) -> None:
     """A forward and backward pass of the backbone."""
     model.zero_grad(set_to_none=True)
-    how = {"context": CarriedContext(CHUNK)} if way == "carried" else {}
+    how: dict[str, Any] = {}
+    if way == "carried":
+        labelled = range(max(0, tokens - counted.LABELLED), tokens)
+        how = {"context": CarriedContext(CHUNK), "wanted": labelled}
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     backbone_states(model, input_ids=ids, forest=Forest.of_sequences([tokens]), **how).sum().backward()
 
@@ -94,15 +97,15 @@ def test_few_layers_tell_of_many(is_lora: bool):
 
 
 def test_a_carried_step_takes_keys_values_gradients_and_a_constant():
-    """Beside them grow the hidden states with their gradients, and what one layer's attention works on."""
+    """Beside them grows what one layer's attention works on; hidden states are of labelled tokens alone."""
     kept_a_token = 2 * 2 * 6 * 128 * 4  # keys and values, with gradients, of six layers of 2 heads of 64
-    states = 2 * 256 * 4
+    gradients = 2 * 128 * 4  # of one layer's keys and values, before they are added to those kept
     of_a_layer = 2 * 256 * 4  # keys and values for 4 heads: copied, kept for a backward pass, their gradients
     found = {n: counted._count(CONFIG, torch.float32, False, "carried", 1024, n) for n in (4096, 8192, 32768)}
     for few, many in ((4096, 8192), (8192, 32768)):
         per_token = (found[many][0] - found[few][0]) / (many - few)
         assert found[many][1] - found[few][1] == kept_a_token * (many - few)
-        assert kept_a_token + states <= per_token <= kept_a_token + states + 4 * of_a_layer + 64
+        assert kept_a_token <= per_token <= kept_a_token + gradients + 4 * of_a_layer + 64
 
 
 def test_curves():
@@ -114,7 +117,8 @@ def test_curves():
 
 def test_what_is_said(needs: ContextNeeds):
     lines = context_lines(CONFIG, 2**20, memory_gib=8.0, chunk=512)
-    assert "one row of 1048576 tokens" in lines[0][1] and "8 GiB, carried in chunks of 512" in lines[0][1]
+    assert "one row of 1048576 tokens" in lines[0][1] and "the last 512 are labelled" in lines[0][1]
+    assert "8 GiB, carried in chunks of 512" in lines[0][1]
     ways = ["  plain", "  checkpointed", "  carried", "  carried, K and V away"]
     assert [name for name, _ in lines] == ["assumed", "full", *ways, "LoRA", *ways]
     # 8 GiB less weights, moments and the head's leave 3.375; what is carried takes 1 and 2 KiB a token.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import os
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdpo import CarriedContext, forest_batch, patch_model
+from fastdpo.doctor.live_bytes import LiveBytes
 from fastdpo.integrations.forest import keys_values
 from fastdpo.integrations.forest.carried import _Run
 from tests.integrations.tiny import VOCAB, make_model
@@ -235,6 +238,84 @@ def test_graphs_do_not_grow_with_the_context():
     of_a_layer = 2 * 4 * config.num_key_value_heads * config.head_dim  # bytes a token
     assert plain[1] - plain[0] > 20 * of_a_layer * 384
     assert carried[1] - carried[0] <= 2 * of_a_layer * 384
+
+
+def long_pair(tokens: int) -> Any:
+    """A pair that shares a prompt: a row of so many tokens, 16 of them of each answer."""
+    generator = torch.Generator().manual_seed(tokens)
+    prompt, *answers = (torch.randint(3, VOCAB, (n,), generator=generator) for n in (tokens - 32, 16, 16))
+    labels = [torch.cat([torch.full_like(prompt, -100), answer]) for answer in answers]
+    return forest_batch([torch.cat([prompt, answer]) for answer in answers], labels)
+
+
+def train_step(model: nn.Module, rows: Any, context: CarriedContext | None) -> float:
+    calls = [call if context is None else {**call, "context": context} for call in rows.calls]
+    loss = {"loss_type": "sigmoid", "beta": 0.3, "ref_logps": torch.zeros(2)}
+    made = model(row_batches=calls, token_layout=rows.tokens, return_logps=True, pair_loss=loss).pair_loss
+    made.loss.backward()
+    return float(made.loss.detach())
+
+
+@pytest.mark.slow
+def test_sixteen_times_the_context_that_checkpointing_holds():
+    """Counted in bytes of tensors alive, gradients among them, files not: 4096 tokens in what 256 take.
+
+    20 steps there give the curve of a run that keeps the whole row.
+    """
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=1024, num_hidden_layers=2,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=16, max_position_embeddings=8192,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = patch_model(LlamaForCausalLM(config)).train()
+    on_disk = CarriedContext(64, device_mib=0, host_mib=0)
+    of_files = 4 * 4096 * config.num_hidden_layers * config.head_dim * 4  # keys, values, their gradients
+
+    checkpointed = copy.deepcopy(model)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    with LiveBytes() as few:
+        train_step(checkpointed, long_pair(256), None)
+    with LiveBytes() as many:
+        train_step(copy.deepcopy(model), long_pair(4096), on_disk)
+    assert many.peak - of_files <= few.peak
+
+    rows, curves = long_pair(4096), []
+    for context in (on_disk, None):
+        trained = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
+        curve = []
+        for _ in range(20):
+            curve.append(train_step(trained, rows, context))
+            optimizer.step()
+            optimizer.zero_grad()
+        curves.append(curve)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5) and curves[0][-1] < 0.5 * curves[0][0]
+
+
+def test_states_are_made_of_labelled_tokens_alone(monkeypatch: pytest.MonkeyPatch):
+    """And what the layout names lies where it did: two calls, one of which nothing is labelled in."""
+    model = patch_model(make_model("llama"))
+    rows, unlabelled = make_rows(), {"input_ids": torch.arange(3, 10)[None]}
+    calls = [{**call, "context": CarriedContext(9)} for call in (unlabelled, *rows.calls)]
+    index = rows.tokens.token_index
+    tokens = dataclasses.replace(rows.tokens, token_index=index + 7)
+    seen: list[Tensor] = []
+    run = _Run.forward
+    monkeypatch.setattr(
+        _Run, "forward", lambda self, **how: seen.append(states := run(self, **how)) or states
+    )
+    plain = run_step(model, rows)
+    model.zero_grad()
+    logps = model(row_batches=calls, token_layout=tokens, return_logps=True).logps
+    torch.testing.assert_close(logps, plain.logps, rtol=1e-5, atol=1e-5)
+    assert [len(states[0]) for states in seen] == [0, len(index.unique())]
+    logps.sum().backward()
+    with pytest.raises(ValueError, match="token_index"):
+        model(
+            row_batches=calls,
+            token_layout=dataclasses.replace(tokens, token_index=index + 700),
+            return_logps=True,
+        )
 
 
 def test_a_second_backward_pass_is_refused():

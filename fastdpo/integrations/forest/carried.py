@@ -1,19 +1,21 @@
 """Contexts without a limit: keys and values are carried from chunk to chunk, activations are not.
 
 A row goes through the backbone some tokens at a time. The forward pass keeps no graph: of each chunk the
-hidden states, and of each layer keys and values. The backward pass takes the chunks from the last to the
-first: it runs each again, with a graph of its own, and hands the gradients of the keys and values that it saw
-on to the chunks that they are of. It is two forward passes and one backward pass, as activation checkpointing
-is, and a third one of attention alone, which saves nothing of its first two; the activations of one chunk are
-all that is ever alive. To the caller it is one differentiable call: of all losses, in any mode of the head,
-with one gradient for each parameter, which DDP reduces once.
+hidden states of labelled tokens, and of each layer keys and values. The backward pass takes the chunks from
+the last to the first: it runs each again, with a graph of its own, and hands the gradients of the keys and
+values that it saw on to the chunks that they are of. It is two forward passes and one backward pass, as
+activation checkpointing is, and a third one of attention alone, which saves nothing of its first two; the
+activations of one chunk are all that is ever alive. To the caller it is one differentiable call: of all
+losses, in any mode of the head, with one gradient for each parameter, which DDP reduces once.
 """
 
 from __future__ import annotations
 
 import contextlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,12 +39,14 @@ def carried_states(
     inputs: dict[str, Tensor],
     forest: Forest,
     context: CarriedContext,
+    wanted: Sequence[int] | None = None,
 ) -> Tensor:
-    """``(1, N, H)``: the backbone's hidden states of a row.
+    """``(1, K, H)``: the backbone's hidden states of a row, at the tokens that are wanted.
 
     Args:
         model: the causal LM around ``backbone``.
         inputs: ``input_ids``, ``position_ids`` ``(1, N)``; others are handed to every chunk as they are.
+        wanted: K places in the row, ascending; None for all N.
 
     Raises:
         ValueError: layers that carry more than keys and values, checkpointed layers, an engine that splits
@@ -50,7 +54,9 @@ def carried_states(
         OSError: no room on the disk for what does not fit elsewhere.
     """
     _check(model, backbone, inputs)
-    run = _Run(model, backbone, inputs, forest, context)
+    if wanted is None:
+        wanted = range(forest.num_tokens)
+    run = _Run(model, backbone, inputs, forest, context, wanted)
     trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
     if not torch.is_grad_enabled() or not trained:
         with torch.no_grad():
@@ -106,11 +112,19 @@ class _Run:
         inputs: dict[str, Tensor],
         forest: Forest,
         context: CarriedContext,
+        wanted: Sequence[int],
     ) -> None:
         self.model, self.backbone, self.inputs, self.forest = model, backbone, inputs, forest
         self.starts = range(0, forest.num_tokens, context.chunk)
         self.chunk = context.chunk
         device = inputs["input_ids"].device
+        # Of each chunk the wanted tokens, counted from its first, and where their states lie among all.
+        bounds = [0, *(bisect_left(wanted, start) for start in self.starts[1:]), len(wanted)]
+        self.slices = [slice(*pair) for pair in pairwise(bounds)]
+        self.places = [
+            torch.tensor([place - start for place in wanted[part]], dtype=torch.int64, device=device)
+            for start, part in zip(self.starts, self.slices, strict=True)
+        ]
         self.kept = KeysValues(
             forest.num_tokens, device, context.device_mib, context.host_mib, context.directory
         )
@@ -120,33 +134,35 @@ class _Run:
     def forward(self, *, keeps: bool) -> Tensor:
         """Without a graph. ``keeps`` what a backward pass needs."""
         states: Tensor | None = None
-        for start in self.starts:
+        for number, place in enumerate(self.slices):
             if keeps and self.model.training:
                 self.random.append(_random_state(self.inputs["input_ids"].device))
-            part = self._chunk(start)
+            part = self._chunk(number)
             if states is None:
-                states = part.new_empty(1, self.forest.num_tokens, part.shape[-1])
-            states[:, start : start + self.chunk] = part
+                states = part.new_empty(1, self.slices[-1].stop, part.shape[-1])
+            states[:, place] = part
         if not keeps:
             self.kept.close()
         assert states is not None  # a forest has a token
         return states
 
     def backward(self, trained: dict[str, Tensor], grad: Tensor) -> list[Tensor | None]:
-        """Of each parameter its gradient, given that of the hidden states ``(1, N, H)``."""
+        """Of each parameter its gradient, given that of the hidden states ``(1, K, H)``."""
         # In the parameters' place, so that gradients add up layer by layer, and no hook of a parameter is
         # called before its gradient is whole.
         stand_ins = {name: parameter.detach().requires_grad_() for name, parameter in trained.items()}
         self.kept.expect_gradients()
-        for number, start in reversed(list(enumerate(self.starts))):
+        for number in reversed(range(len(self.starts))):
             with torch.enable_grad(), self.surroundings(), _replayed(self.random, number, grad.device):
-                states = self._chunk(start, stand_ins)
-            torch.autograd.backward(states, grad[:, start : start + self.chunk])
+                states = self._chunk(number, stand_ins)
+            torch.autograd.backward(states, grad[:, self.slices[number]])
         self.kept.close()
         return [stand_in.grad for stand_in in stand_ins.values()]
 
-    def _chunk(self, start: int, stand_ins: dict[str, Tensor] | None = None) -> Tensor:
-        """Hidden states of a chunk; with parameters to run it again with, for its backward pass."""
+    def _chunk(self, number: int, stand_ins: dict[str, Tensor] | None = None) -> Tensor:
+        """Hidden states of a chunk's wanted tokens; with parameters to run it again with, for its backward
+        pass, in which a chunk of which nothing is wanted has its part too: keys and values."""
+        start = self.starts[number]
         stop = min(start + self.chunk, self.forest.num_tokens)
         inputs = {
             name: value[:, start:stop] if name in ("input_ids", "position_ids") else value
@@ -156,7 +172,8 @@ class _Run:
         with attention_by(self.model, use):
             result = functional_call(self.backbone, stand_ins or {}, (), {**inputs, "return_dict": True})
         states: Tensor = result.last_hidden_state
-        return states
+        places = self.places[number]
+        return states if len(places) == stop - start else states[:, places]
 
 
 class _OverChunk(Attention):
