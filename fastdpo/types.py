@@ -56,7 +56,7 @@ class VocabShard:
     start: int
     vocab_size: int
     group: Any = None
-    checked: set[Any] = field(default_factory=set, init=False, repr=False)
+    checked: dict[Any, int] = field(default_factory=dict, init=False, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

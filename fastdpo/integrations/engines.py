@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from fastdpo.types import VocabShard
 FSDP1, FSDP2, ZERO3 = "FSDP1", "FSDP2", "ZeRO-3"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _16_BIT = (torch.bfloat16, torch.float16)
+Hooks: TypeAlias = list[tuple[nn.Module, str, Any]]  # of a module, by the name that it has for them
 
 
 def bare(module: Any) -> Any:
@@ -67,8 +68,13 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 def weight_shape(linear: Any) -> torch.Size:
     """``(V, H)``, also of a weight that is partitioned."""
-    shape = linear._parameters["weight"].shape
+    shape = kept_weight(linear).shape
     return shape if len(shape) == 2 else torch.Size((linear.out_features, linear.in_features))
+
+
+def kept_weight(linear: Any) -> Any:
+    """The weight as it lies: read as an attribute or an item, ZeRO-3 would gather it for who reads."""
+    return linear._parameters.get("weight")
 
 
 def is_split_by_vocabulary(model: nn.Module, weight: Any) -> bool:
@@ -150,7 +156,7 @@ def _policies_around(model: Any) -> Iterator[Any]:
     states = {id(state): state for known in own for state in known._state_ctx.all_states or [known]}
     for state in states.values():
         if state._is_root or model in state._modules:
-            yield state._mp_policy
+            yield policy_of(state)
 
 
 def _fsdp2_states(model: nn.Module) -> Iterator[Any]:
@@ -159,30 +165,69 @@ def _fsdp2_states(model: nn.Module) -> Iterator[Any]:
     return (state for state in states if state is not None)
 
 
+def units_of(model: nn.Module, modules: Iterable[nn.Module]) -> list[Any]:
+    """What FSDP2 knows of the units that have weights of ``modules``, the outermost first."""
+    wanted = set(modules)
+    known = (state for one in _fsdp2_states(model) for state in one._state_ctx.all_states or [one])
+    return [state for state in dict.fromkeys(known) if any(_owned(state, wanted))]
+
+
+def _owned(state: Any, modules: set[nn.Module]) -> Iterator[Any]:
+    for group in _groups(state):
+        for parameter in group.fsdp_params:
+            place = parameter._module_info
+            if not modules.isdisjoint({place.module, *place.shared_modules}):
+                yield parameter
+
+
+def shards_of(units: Iterable[Any], modules: Iterable[nn.Module]) -> list[Any]:
+    """The weights of ``modules`` as FSDP2's units keep them: DTensors, whatever a module has now."""
+    wanted = set(modules)
+    return [parameter.sharded_param for state in units for parameter in _owned(state, wanted)]
+
+
+def policy_of(unit: Any) -> Any:
+    """The mixed precision of one of FSDP2's units."""
+    return unit._mp_policy
+
+
+def is_unit_alone(module: nn.Module) -> bool:
+    """Whether a module, with what is in it, is a unit of FSDP2's, and nothing else is."""
+    state: Any = getattr(module, "_get_fsdp_state", lambda: None)()
+    return state is not None and tuple(state._modules) == (module,)
+
+
 def call_through(
-    outer: nn.Module, chain: Sequence[nn.Module], hidden: Tensor, run: Callable[[Tensor], dict[str, Any]]
+    outer: nn.Module,
+    chain: Sequence[nn.Module],
+    hidden: Tensor,
+    run: Callable[[Tensor], dict[str, Any]],
+    *,
+    is_argument: bool = True,
 ) -> dict[str, Any]:
     """``run(hidden)`` inside the call of the head.
 
     Args:
         outer: what the model calls for the logits.
         chain: the modules whose weights ``run`` reads, each called by the one before it.
+        is_argument: whether ``hidden`` is an argument of the call. FSDP2 takes a unit's gradients to be done
+            where that of its argument is: not so where the unit has weights of before the head.
 
     Returns:
         What ``run`` returned: its tensors bear the engine's hooks for the backward pass.
     """
     found: list[dict[str, Any]] = []
 
-    def innermost(states: Tensor) -> dict[str, Any]:
+    def innermost(states: Tensor = hidden) -> dict[str, Any]:
         # An engine's hook on a view would be lost where somebody changes it in place.
         found.append({name: _whole(value) for name, value in run(states).items()})
         # A dict of tensors, which every engine looks into.
         return {name: value for name, value in found[0].items() if isinstance(value, Tensor)}
 
     # Each module's forward calls the next; the last one's is `innermost`.
-    following: list[Callable[[Tensor], Any]] = [*chain[1:], innermost]
+    following: list[Callable[..., Any]] = [*chain[1:], innermost]
     with forwards_replaced(dict(zip(chain, map(_calls, following), strict=True))):
-        returned = outer(hidden)
+        returned = outer(hidden) if is_argument else outer()
     # FSDP hooks the tensors in place, and may return rounded copies; ZeRO-3 hooks those that it returns.
     if any(hasattr(weight, "ds_id") for part in chain for weight in part._parameters.values()):
         found[0].update(returned)
@@ -211,18 +256,29 @@ def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
                 vars(module)["forward"] = forward
 
 
-def _calls(following: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    return lambda hidden: following(hidden)
+def _calls(following: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *states: following(*states)
 
 
 @contextmanager
 def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Calls of modules that reach no engine: nothing is gathered for a stand-in, nor takes it for a root."""
-    kept = [(module, name, vars(module)[name]) for module in dict.fromkeys(modules) for name in _HOOKS]
+    with hooks_replaced([(module, name, type(hooks)()) for module, name, hooks in hooks_of(modules)]):
+        yield
+
+
+def hooks_of(modules: Iterable[nn.Module]) -> Hooks:
+    return [(module, name, vars(module)[name]) for module in dict.fromkeys(modules) for name in _HOOKS]
+
+
+@contextmanager
+def hooks_replaced(hooks: Hooks) -> Iterator[None]:
+    """Modules with other hooks of their forward pass, as long as the context lasts."""
+    own = [(module, name, vars(module)[name]) for module, name, _ in hooks]
     try:
-        for module, name, hooks in kept:
-            vars(module)[name] = type(hooks)()
+        for module, name, others in hooks:
+            vars(module)[name] = others
         yield
     finally:
-        for module, name, hooks in kept:
-            vars(module)[name] = hooks
+        for module, name, others in own:
+            vars(module)[name] = others

@@ -29,7 +29,7 @@ from fastdpo.integrations.lazy_call import (
     ON_MATERIALIZE,
     call_lazily,
     check_choice,
-    check_whole_head,
+    check_head,
     wants_lazy,
 )
 from fastdpo.integrations.lm_head import (
@@ -120,8 +120,8 @@ def patch_model(
         execution: how to run the head; see `Execution`.
         ignore_index: the label of tokens that are not scored.
         logits: of ordinary calls. ``"auto"``: lazy where gradients are recorded, labels are given or the
-            model is in training mode; real where an engine has split the head, with a warning. ``"lazy"``:
-            the same, but a split head is refused. ``"always_lazy"``: without gradients too, as for a
+            model is in training mode; real under FSDP1, with a warning. ``"lazy"``: the same, but FSDP1 is
+            refused. ``"always_lazy"``: without gradients too, as for a
             reference under ``torch.no_grad()``. ``"real"``: never lazy. Calls with a cache or for the next
             token alone (``logits_to_keep=1``), and compiled ones, have real logits in any case.
         on_materialize: of an operation that needs the real values of lazy logits: ``"warn"``, once a line, or
@@ -159,7 +159,7 @@ def patch_model(
         original: Any = type(inner)
         hook = _Hook(examine(inner), run, ignore_index, *choices)
         if logits in ("lazy", "always_lazy"):
-            check_whole_head(inner)
+            check_head(inner)
         exchange_class(inner, _patched_class(original, hook))
     for wrapper in unpatched:
         kind: Any = type(wrapper)

@@ -19,16 +19,27 @@ def check_shard(head: LMHead) -> None:
     shard = head.vocab_parallel
     if not isinstance(shard, VocabShard):
         raise TypeError(f"lm_head.vocab_parallel: got {type(shard).__name__}, wanted a VocabShard")
-    adapter = None if head.adapter is None else tuple(head.adapter[0].shape)
-    settings = (head.logit_scale, head.softcap, head.temperature, head.bias is not None, adapter)
-    mine = (shard.start, tuple(head.weight.shape), shard.vocab_size, str(head.weight.dtype), settings)
+    mine = _of_rank(head, shard)
     if mine in shard.checked:
         return
     said: list[Any] = [None] * dist.get_world_size(shard.group)
     dist.all_gather_object(said, mine, group=shard.group)
     if wrong := _disagreement(said):
         raise ValueError(f"lm_head.vocab_parallel: {wrong}")
-    shard.checked.add(mine)
+    shard.checked[mine] = max(one[1][0] for one in said)
+
+
+def largest_part(head: LMHead) -> int:
+    """Rows of the largest shard of a head that was checked: ranks plan by it what all have to plan alike."""
+    assert head.vocab_parallel is not None
+    return head.vocab_parallel.checked[_of_rank(head, head.vocab_parallel)]
+
+
+def _of_rank(head: LMHead, shard: VocabShard) -> tuple[Any, ...]:
+    """What a rank says of its shard."""
+    adapter = None if head.adapter is None else tuple(head.adapter[0].shape)
+    settings = (head.logit_scale, head.softcap, head.temperature, head.bias is not None, adapter)
+    return (shard.start, tuple(head.weight.shape), shard.vocab_size, str(head.weight.dtype), settings)
 
 
 def _disagreement(said: list[Any]) -> str | None:

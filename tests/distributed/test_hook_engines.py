@@ -50,6 +50,10 @@ def test_fsdp_gives_what_one_process_gives(fsdp: dict[str, Any], name: str):
         ("FSDP2 own loss", 2),  # for the forward and for the backward pass
         ("FSDP2 tail packed", 1),  # kept in between
         ("FSDP2 own logps, frozen head", 2),
+        ("FSDP2 root lazy", 0),
+        ("FSDP2 own lazy", 2),
+        ("FSDP2 own lazy twice, a rank without labels", 4),  # for each look
+        ("FSDP2 tail lazy", 1),
     ],
 )
 def test_fsdp2_gathers_the_head_once_a_direction(fsdp: dict[str, Any], name: str, gathers: int):
