@@ -116,6 +116,40 @@ VOCABULARY_SHARDS: dict[str, dict[str, Any]] = {
         ("rows that predict several tokens", {"size": 61, "how": "layout", "bias": True}),
         ("LoRA on the head", {"size": 61, "how": "logps", "adapter": True, "trained": "hidden"}),
         ("the loss", {"size": 61, "how": "loss"}),
+        ("pairs", {"size": 61, "how": "pairs", "mode": "pairs"}),
+        (
+            "pairs, many groups",
+            {"size": 3001, "how": "pairs", "mode": "pairs", "bias": True, "softcap": 3.0, "cache_mib": 1},
+        ),
+        ("pairs, many chunks", {"size": 3001, "how": "pairs", "mode": "pairs", "workspace_mib": 1}),
+        (
+            "pairs, a reference's states",
+            {"size": 3001, "how": "pairs with states", "mode": "pairs", "cache_mib": 1, "logit_scale": 0.5},
+        ),
+        ("pairs, the head alone", {"size": 3001, "how": "pairs", "mode": "pairs", "trained": "only head"}),
+        ("pairs, answers", {"size": 3001, "how": "answers", "mode": "pairs", "cache_mib": 1}),
+        (
+            "pairs, fp32",
+            {
+                "size": 3001,
+                "how": "pairs",
+                "mode": "pairs",
+                "dtype": "float32",
+                "softcap": 20.0,
+                "cache_mib": 1,
+            },
+        ),
+        (
+            "pairs, bf16",
+            {
+                "size": 3001,
+                "how": "pairs",
+                "mode": "pairs",
+                "dtype": "bfloat16",
+                "bias": True,
+                "cache_mib": 1,
+            },
+        ),
         ("the loss, and a reference's states", {"size": 61, "how": "loss with a reference's states"}),
         (
             "fp32",
