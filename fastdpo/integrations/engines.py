@@ -85,11 +85,11 @@ def is_split_by_vocabulary(model: nn.Module, weight: Any) -> bool:
     placements: Any = getattr(weight, "placements", ())
     if len(placements) != 1 or not placements[0].is_shard(0):
         return False
-    groups = (group for state in _fsdp2_states(model) for group in _groups(state))
+    groups = (group for state in _fsdp2_states(model) for group in groups_of(state))
     return all(weight.device_mesh != group.mesh_info.mesh for group in groups)
 
 
-def _groups(state: Any) -> list[Any]:
+def groups_of(state: Any) -> list[Any]:
     """The parameters of a unit, by the names of torch 2.13 and before."""
     groups = getattr(state, "_fsdp_param_groups", None)
     return [state._fsdp_param_group] * (state._fsdp_param_group is not None) if groups is None else groups
@@ -110,13 +110,13 @@ def vocab_shard(model: nn.Module, linear: nn.Module) -> VocabShard | None:
     _, (start, *_) = compute_local_shape_and_global_offset(
         weight.shape, weight.device_mesh, weight.placements
     )
-    return _kept_shard(start, weight.shape[0], weight.device_mesh.get_group())
+    return kept_shard(start, weight.shape[0], weight.device_mesh.get_group())
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_shard(start: int, vocab_size: int, group: Any) -> VocabShard:
+def kept_shard(start: int, vocab_size: int, group: Any, has_own_rows: bool = False) -> VocabShard:
     """One for all calls: its first use takes an exchange of the ranks."""
-    return VocabShard(start, vocab_size, group)
+    return VocabShard(start, vocab_size, group, has_own_rows)
 
 
 def check_precision(model: Any, dtype: torch.dtype, arguments: Mapping[str, Any] | None) -> None:
@@ -173,7 +173,7 @@ def units_of(model: nn.Module, modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def _owned(state: Any, modules: set[nn.Module]) -> Iterator[Any]:
-    for group in _groups(state):
+    for group in groups_of(state):
         for parameter in group.fsdp_params:
             place = parameter._module_info
             if not modules.isdisjoint({place.module, *place.shared_modules}):

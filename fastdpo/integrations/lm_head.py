@@ -36,6 +36,7 @@ from fastdpo.integrations.head_adapter import (
     is_trained_copy,
     trained_copy,
 )
+from fastdpo.integrations.moved_states import moves_states, own_part
 from fastdpo.integrations.probe import Probe, refuse
 from fastdpo.integrations.virtual_tokens import check_virtual_tokens, is_peft
 from fastdpo.ops.checks import fail
@@ -198,16 +199,27 @@ def call_head(
     hidden: Tensor,
     run: Callable[[Tensor, LMHead], dict[str, Any]],
     arguments: Mapping[str, Any] | None,
+    how: str = "weight",
+    count: Callable[[], int] = lambda: 0,
 ) -> dict[str, Any]:
     """``run(hidden, head)``, both on one device, where the weights of the head are whole.
 
     Args:
         arguments: of ``pair_loss``, which mixed precision must not have touched.
+        how: of a head that FSDP2 splits, one of `moved_states.SPLIT_HEAD`.
+        count: gives the number of labelled tokens.
 
     Raises:
-        ValueError: as `current_head`, or an engine's mixed precision would round what comes or goes.
+        ValueError: as `current_head`, the hidden states cannot move where ``how`` says so, or an engine's
+            mixed precision would round what comes or goes.
     """
     linear = find_linear(model)
+    if how != "weight" and moves_states(model, linear, hidden, how, count, adapter_of(model)):
+        weight, bias, shard, dtype = own_part(model, linear)
+        check_precision(model, weight.dtype, arguments)
+        transform = {"logit_scale": tail.logit_scale, "softcap": tail.softcap}
+        head = LMHead(weight, bias=bias, vocab_parallel=shard, **transform)  # type: ignore[arg-type]
+        return run(hidden if dtype is None else hidden.to(dtype), head)
     if engine_of_head(head_parts(model)) is None:
         head = current_head(model, tail)
         # With device_map the backbone may end on another device.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastdpo.ops.checks import fail
 from fastdpo.ops.library import raise_on_bad_labels
+from fastdpo.ops.shard_rows import all_rows, all_tokens, own_tokens, rank_rows
 from fastdpo.types import TOPK_STATISTICS, HeadAdapter, LinearLogprobOutput, LMHead, VocabShard
 
 Logprob = Callable[..., tuple[LinearLogprobOutput, Tensor | None]]
@@ -43,6 +44,8 @@ def sharded_logprob(
 ) -> tuple[LinearLogprobOutput, Tensor | None]:
     """``indexed_logprob`` of a head that is a shard; all ranks of its group call it, and get the same bits.
 
+    Of ranks with rows of their own each gets the results of these.
+
     Args:
         local_logprob: ``indexed_logprob``, of a head that is whole.
 
@@ -62,13 +65,18 @@ def sharded_logprob(
         index = token_index
     if index_kind in ("found", "given"):
         targets = targets.index_select(0, index)
-    if check_labels:
+    local = _own_head(head, shard)
+    everyones = _Everyones(targets, index, index_kind, shard) if shard.has_own_rows else None
+    if check_labels and everyones is not None:
+        raise_on_bad_labels(everyones.targets, everyones.places, shard.vocab_size)
+    elif check_labels:
         raise_on_bad_labels(targets, index, shard.vocab_size)
         _check_alike(targets, shard)
 
-    local = _own_head(head, shard)
-
     def score(states: Tensor, names: tuple[str, ...], **how: Any) -> LinearLogprobOutput:
+        if everyones is not None:
+            of_all = (everyones.rows(states), local, everyones.targets, everyones.places, everyones.kind)
+            return everyones.own(_joined(local_logprob, *of_all, shard, names, **how))
         rows, places, kind = summed_rows(states, index, index_kind, shard)
         return _joined(local_logprob, rows, local, targets, places, kind, shard, names, **how)
 
@@ -85,6 +93,37 @@ def sharded_logprob(
         return value.new_zeros(labels.numel()).index_copy(0, index, value).view(labels.shape)
 
     return LinearLogprobOutput(*map(full, found)), full(ref_logps)  # type: ignore[arg-type]
+
+
+class _Everyones:
+    """The labelled tokens of all ranks, of which each has its own."""
+
+    def __init__(self, targets: Tensor, index: Tensor, index_kind: str, shard: VocabShard) -> None:
+        places = torch.arange(len(index), device=index.device)
+        self._index = index
+        if index_kind == "repeated":  # a row goes over once
+            self._index, places = index.unique(return_inverse=True)
+        self.kind = "repeated" if index_kind == "repeated" else "tokens"
+        self._of = rank_rows(len(self._index), len(targets), index.device, shard.group)
+        first = sum(self._of.rows[: self._of.rank])
+        both = all_tokens(torch.stack([targets.long(), places + first], -1), self._of)
+        self.targets, self.places = both.unbind(-1)
+
+    def rows(self, states: Tensor) -> Tensor:
+        """``(M, H)``: those that labels of any rank are predicted from."""
+        return all_rows(states.index_select(0, self._index), self._of)
+
+    def own(self, found: LinearLogprobOutput) -> LinearLogprobOutput:
+        """Of results for all ranks' tokens those of this one's."""
+        numbers = {n: v for n, v in found._asdict().items() if v is not None and v.dtype != torch.bool}
+        mine = own_tokens(torch.stack(list(numbers.values()), -1), self._of).unbind(-1)
+        made = {
+            name: value if numbers[name].requires_grad else value.detach()
+            for name, value in zip(numbers, mine, strict=True)
+        }
+        if found.is_top1 is not None:
+            made["is_top1"] = found.is_top1[self._of.own_tokens]
+        return LinearLogprobOutput(**made)
 
 
 def _joined(

@@ -88,12 +88,15 @@ def _case(
     checkpointing: bool = False,
     reshards: bool = False,
     is_late_sync: bool = False,
+    split_head: str = "weight",
     **model: Any,
 ) -> dict[str, Any]:
     base, whole = tiny(**model), batch(without_labels_from=labels)
     options: Any = {"execution": Execution(mode=mode)}
     if how.startswith("lazy"):
         options["on_materialize"] = "error"
+    elif how != "made":
+        options |= {"split_head": split_head, "logits": "real"}
     expected = truth(base, whole, how)
     ours = copy.deepcopy(base)
     if not is_late:
@@ -119,7 +122,7 @@ def _case(
                 total = total + loss.detach()
         calls = dict(counted.calls)
         errors.append(worst_error(total, _gradients(ours), expected))
-    return {"error": max(errors), "calls": calls}
+    return {"error": max(errors), "calls": calls, "sent": dict(counted.sent)}
 
 
 if __name__ == "__main__":

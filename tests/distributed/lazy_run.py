@@ -43,15 +43,19 @@ def _compared(base: Any, unit: str, loss_of: Callable[[Any, dict[str, Tensor]], 
     return {"error": worst_error(loss, _gradients(ours), (expected.detach(), grads))}
 
 
-def _steps(base: Any, unit: str) -> dict[str, Any]:
+def _steps(base: Any, unit: str, *, split_head: str = "weight") -> dict[str, Any]:
     """Weights after two steps of AdamW with clipped gradients."""
-    whole = batch()
-    models = (copy.deepcopy(base), _split(base, unit))
+    whole, how = batch(), "lazy" if split_head == "weight" else "loss"
+    alone = copy.deepcopy(base)
+    if split_head == "weight":
+        models = (alone, _split(base, unit))
+    else:
+        models = (patch_model(alone), _moved(base, unit))
     for model, of, times in zip(models, (whole, _mine(whole)), (1, 2), strict=True):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
         for _ in range(2):
             optimizer.zero_grad()
-            (dpo(model, of, "lazy") * times).backward()
+            (dpo(model, of, how) * times).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
             optimizer.step()
     found = {name: value.full_tensor() for name, value in models[1].named_parameters()}
@@ -61,6 +65,58 @@ def _steps(base: Any, unit: str) -> dict[str, Any]:
         for value, first in zip(models[0].parameters(), base.parameters(), strict=True)
     ]
     return {"error": max(errors), "moved": min(moved)}
+
+
+def _moved(base: Any, unit: str) -> Any:
+    ours = patch_model(copy.deepcopy(base), logits="real", split_head="states")
+    return _fsdp2(ours.train(), unit)
+
+
+def _outputs(base: Any, unit: str) -> dict[str, Any]:
+    """Statistics of this rank's own tokens, while other ranks have others."""
+    whole, names = batch(), ("lse", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
+    errors = []
+    models = (patch_model(copy.deepcopy(base)), _moved(base, unit))
+    found = []
+    for model in models:
+        of = _mine(whole)
+        with torch.no_grad():
+            out = model(**{n: of[n] for n in ("input_ids", "labels")}, return_logps=True, logps_outputs=names)
+        found.append({name: getattr(out, name) for name in ("logps", *names)})
+    for name, value in found[0].items():
+        same = found[1][name].double() - value.double()
+        errors.append(float(same.abs().max() / value.double().abs().max().clamp_min(1e-30)))
+    return {"error": max(errors)}
+
+
+def _moved_bits(base: Any, unit: str) -> dict[str, Any]:
+    """In bf16: no further from fp64 than with the weight gathered."""
+    whole, found = batch(), {}
+    exact = patch_model(copy.deepcopy(base).double())
+    truth = dpo(exact, {n: v.double() if v.is_floating_point() else v for n, v in whole.items()}, "logps")
+    truth.backward()
+    wanted: Any = {n: p.grad for n, p in exact.named_parameters()}
+    for choice in ("weight", "states"):
+        ours = patch_model(copy.deepcopy(base), logits="real", split_head=choice)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        mesh = init_device_mesh("cpu", (2,))
+        for module in (*ours.model.layers, ours.lm_head, ours):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        (dpo(ours, _mine(whole), "logps") * 2).backward()
+        head = ours.lm_head.weight.grad
+        errors = [(g.double() - wanted[n]).norm() / wanted[n].norm() for n, g in _gradients(ours).items()]
+        found[choice] = [max(errors).item(), str(head.dtype), str(tuple(head.placements))]
+    return found
+
+
+def _refused(base: Any, unit: str) -> dict[str, Any]:
+    of = _mine(batch())
+    model = _moved(base, unit)
+    try:
+        model(input_ids=of["input_ids"], labels=of["labels"], return_logps=True)
+    except ValueError as error:
+        return {"said": str(error)}
+    return {"said": None}
 
 
 def _reference(base: Any, unit: str) -> dict[str, Any]:
@@ -176,7 +232,9 @@ def _said(run: Callable[[], Any]) -> dict[str, Any]:
     return {"said": None}
 
 
-def _case(unit: str, run: str, **model: Any) -> dict[str, Any]:
+def _case(unit: str, run: str, split_head: str = "weight", **model: Any) -> dict[str, Any]:
+    if split_head == "states":
+        return _steps(tiny(**model), unit, split_head=split_head)
     if run == "statistics":
         return _compared(tiny(**model), unit, lambda m, of: dpo(m, of, run))
     runs = {
@@ -185,6 +243,9 @@ def _case(unit: str, run: str, **model: Any) -> dict[str, Any]:
         "masks": _masks,
         "bits": _bits,
         "stale": _stale,
+        "outputs": _outputs,
+        "moved bits": _moved_bits,
+        "refused": _refused,
         "different": _different,
         "function": _function,
         "alone": _alone,

@@ -1,4 +1,4 @@
-"""Lazy logits of a head that FSDP2 splits: steps, masks, statistics, and mistakes that must not hang."""
+"""A head that FSDP2 splits, lazy or used in parts: steps, masks, statistics, mistakes that must not hang."""
 
 from __future__ import annotations
 
@@ -24,14 +24,21 @@ def results() -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["two steps", "two steps, tail", "two steps, root"])
+@pytest.mark.parametrize(
+    "name", ["two steps", "two steps, tail", "two steps, root", "states moved, two steps"]
+)
 def test_two_steps_give_the_weights_of_one_process(results: list[dict[str, Any]], name: str):
     assert results[0][name]["error"] < 1e-6 < 1e-4 < results[0][name]["moved"]
 
 
 @pytest.mark.parametrize(
     "name",
-    ["a reference without the adapter, asked later", "masks of which one rank knows the rows", "statistics"],
+    [
+        "a reference without the adapter, asked later",
+        "masks of which one rank knows the rows",
+        "statistics",
+        "states moved, statistics",
+    ],
 )
 def test_it_gives_what_one_process_gives(results: list[dict[str, Any]], name: str):
     assert results[0][name]["error"] < 2e-6
@@ -45,6 +52,12 @@ def test_16_bits_are_as_near_to_the_truth_as_real_logits(results: list[dict[str,
     assert max(results[0][name]["losses"]) < 0.1 * 40**0.5 * 2**-7
 
 
+def test_parts_in_16_bits_are_as_near_to_the_truth_as_the_gathered_weight(results: list[dict[str, Any]]):
+    found = results[0]["states moved, 16 bits"]
+    error, *kept = found["states"]
+    assert error < 1.2 * found["weight"][0] and kept == found["weight"][1:]
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -54,6 +67,8 @@ def test_16_bits_are_as_near_to_the_truth_as_real_logits(results: list[dict[str,
             "ranks that ask for different things",
             r"ask for \['lse of all rows', 'mean of all rows'\] of lazy logits, wanted the same on all",
         ),
+        ("states of another unit", "not in a unit of FSDP2's of its own"),
+        ("states of LoRA", "but it carries LoRA"),
         ("a function of its own", "a function with a backward pass of its own"),
     ],
 )
