@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -59,6 +59,15 @@ def engine_around(model: nn.Module) -> str | None:
 def is_partitioned(model: nn.Module) -> bool:
     """Whether ZeRO-3 has split a model's weights, which are whole in its engine's calls alone."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def gathered(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
+    """A context in which parameters that ZeRO-3 has split are whole; those that are so are left alone."""
+    split = {id(p): p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"}
+    if not split:
+        return nullcontext()
+    context: AbstractContextManager[Any] = sys.modules["deepspeed"].zero.GatheredParameters([*split.values()])
+    return context
 
 
 def _is_fsdp2(module: nn.Module) -> bool:

@@ -310,3 +310,13 @@ TRL: dict[str, dict[str, Any]] = {
     for unit in ("root", "tail", "own")
     for is_patched in (False, True)
 }
+
+# TRL's fused head under ZeRO-3.
+TRL_ZERO: dict[str, dict[str, Any]] = {
+    "as it is": {"is_patched": False},
+    "patched": {"is_patched": True},
+    "patched, tied": {"is_patched": True, "tied": True},
+    "patched, head frozen": {"is_patched": True, "frozen_head": True},
+    "patched, with an entropy": {"is_patched": True, "outputs": ("log_probs", "entropy")},
+    "patched, a rank without labels": {"is_patched": True, "labels": 2},
+}
