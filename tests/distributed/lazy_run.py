@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from fastdpo import patch_model
+from fastdpo import Execution, patch_model
 from fastdpo.integrations import lazy_split
+from fastdpo.integrations.lazy_call import lazy_head
+from fastdpo.integrations.lm_head import unwrap
 from tests.distributed.cases import LAZY
 from tests.distributed.fsdp_run import _fsdp2, _gradients
 from tests.distributed.problem import PAIRS, batch, dpo, part, print_results, tiny, worst_error
@@ -65,6 +67,31 @@ def _steps(base: Any, unit: str, *, split_head: str = "weight") -> dict[str, Any
         for value, first in zip(models[0].parameters(), base.parameters(), strict=True)
     ]
     return {"error": max(errors), "moved": min(moved)}
+
+
+def _method(base: Any, unit: str) -> dict[str, Any]:
+    """As `patch_trl` has it: a model that is not patched, lazy for as long as the loss is made."""
+
+    def loss_of(model: Any, of: dict[str, Tensor]) -> Tensor:
+        with lazy_head(unwrap(model), Execution(), "error"):
+            return dpo(model, of, "lazy twice")
+
+    whole, alone = batch(), copy.deepcopy(base).train()
+    expected = dpo(alone, whole, "lazy twice")
+    expected.backward()
+    grads = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
+    ours = _fsdp2(copy.deepcopy(base).train(), unit)
+    loss = loss_of(ours, _mine(whole))
+    (loss * 2).backward()
+    return {"error": worst_error(loss, _gradients(ours), (expected.detach(), grads))}
+
+
+def _evaluation(base: Any, unit: str) -> dict[str, Any]:
+    ours = patch_model(copy.deepcopy(base), logits="always_lazy", on_materialize="error").eval()
+    with torch.no_grad():
+        expected = dpo(base, batch(), "statistics")
+        loss = dpo(_fsdp2(ours, unit), _mine(batch()), "statistics")
+    return {"error": worst_error(loss, {}, (expected, {}))}
 
 
 def _moved(base: Any, unit: str) -> Any:
@@ -244,6 +271,8 @@ def _case(unit: str, run: str, split_head: str = "weight", **model: Any) -> dict
         "bits": _bits,
         "stale": _stale,
         "outputs": _outputs,
+        "method": _method,
+        "evaluation": _evaluation,
         "moved bits": _moved_bits,
         "refused": _refused,
         "different": _different,
