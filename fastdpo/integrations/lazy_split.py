@@ -78,6 +78,7 @@ class SplitHead:
     # What the idle hooks make of hidden states, and of the logits.
     casts_to: torch.dtype | None = field(init=False)
     returns: torch.dtype | None = field(init=False)
+    is_trained: bool = field(init=False)
     group: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +104,7 @@ class SplitHead:
             "dtype": dtype,
             "casts_to": casts_to,
             "returns": returns,
+            "is_trained": any(p.requires_grad for p in outer.parameters()),
             "group": _meeting(tuple(ranks), dist.group.WORLD) if len(ranks) > 1 else None,
         }
         for name, value in made.items():
@@ -111,10 +113,6 @@ class SplitHead:
     @property
     def vocab_size(self) -> int:
         return weight_shape(self.linear)[0]
-
-    @property
-    def is_trained(self) -> bool:
-        return any(p.requires_grad for module in self.chain[-1:] for p in module.parameters())
 
     def read(self) -> LMHead:
         """The head, inside a call."""

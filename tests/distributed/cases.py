@@ -47,6 +47,7 @@ FSDP: dict[str, dict[str, Any]] = {
         ("FSDP2", "root", "lazy", ", LoRA on the head", {"adapter": "head"}),
         ("FSDP2", "own", "lazy twice", ", LoRA on the head", {"adapter": "head"}),
         ("FSDP2", "tail", "lazy", ", LoRA on the head", {"adapter": "head"}),
+        ("FSDP2", "own", "lazy", ", LoRA on the head alone", {"adapter": "head alone"}),
         ("FSDP2", "own", "lazy", ", head trained whole", {"adapter": "saved"}),
         ("FSDP2", "own", "made", "", {}),
         ("FSDP2", "own", "loss", ", states moved", {"split_head": "states"}),
@@ -136,6 +137,7 @@ ZERO: dict[str, dict[str, Any]] = {
         (3, "lazy", ", partitioned first", {"is_partitioned_first": True}),
         (3, "lazy", ", LoRA", {"adapter": "backbone"}),
         (3, "lazy twice", ", LoRA on the head", {"adapter": "head"}),
+        (3, "lazy", ", LoRA on the head alone", {"adapter": "head alone"}),
         (3, "lazy", ", head trained whole", {"adapter": "saved"}),
         (3, "made", "", {}),
     ]

@@ -25,7 +25,7 @@ PAIRS = 4
 
 
 def tiny(*, tied: bool = False, adapter: str | None = None, frozen_head: bool = False) -> Any:
-    """A Llama; ``adapter``: LoRA on its ``backbone``, on its ``head`` too, or a ``saved`` head."""
+    """A Llama; ``adapter``: LoRA on its ``backbone``, its ``head`` too or ``head alone``; a ``saved`` head."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -45,7 +45,8 @@ def tiny(*, tied: bool = False, adapter: str | None = None, frozen_head: bool = 
         return model
     from peft import LoraConfig, get_peft_model
 
-    head = {"target_modules": ["q_proj", "v_proj", *(["lm_head"] if adapter == "head" else [])]}
+    backbone = [] if adapter == "head alone" else ["q_proj", "v_proj"]
+    head = {"target_modules": [*backbone, *(["lm_head"] if adapter.startswith("head") else [])]}
     saved = {"modules_to_save": ["lm_head"]} if adapter == "saved" else {}
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **head, **saved))
     for name, parameter in model.named_parameters():
