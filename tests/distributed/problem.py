@@ -25,7 +25,7 @@ PAIRS = 4
 
 
 def tiny(*, tied: bool = False, adapter: str | None = None, frozen_head: bool = False) -> Any:
-    """A Llama; ``adapter``: LoRA on its ``backbone``, its ``head`` too or ``head alone``; a ``saved`` head."""
+    """A Llama; ``adapter``: LoRA on its ``backbone``, its ``head`` too, or ``head alone``; or ``saved``."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
