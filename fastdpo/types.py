@@ -44,19 +44,24 @@ class HeadAdapter(NamedTuple):
 class VocabShard:
     """Which part of the vocabulary a rank's head has: rows ``start`` to ``start + V_r`` of the whole weight.
 
-    Hidden states and labels are the same on all ranks of the group, as under tensor parallelism. The first
-    use of a shard holds those of all ranks against each other, in one exchange: keep it from call to call.
+    Hidden states and labels are the same on all ranks of the group, as under tensor parallelism; or, with
+    ``has_own_rows``, each rank's own, as under data parallelism: the labelled ones then go to all ranks, and
+    the gradient of each part is that of the sum of all ranks' losses. The first use of a shard holds those of
+    all ranks against each other, in one exchange: keep it from call to call.
 
     Args:
         start: the first entry of the vocabulary that this rank has.
         vocab_size: of all ranks together.
         group: of the ranks that have parts; None: all ranks.
+        has_own_rows: whether the ranks have other hidden states and labels each, in any number. All of them
+            call the op, and its backward pass, also a rank that has none.
     """
 
     start: int
     vocab_size: int
     group: Any = None
-    checked: set[Any] = field(default_factory=set, init=False, repr=False)
+    has_own_rows: bool = False
+    checked: dict[Any, int] = field(default_factory=dict, init=False, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

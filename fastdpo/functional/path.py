@@ -315,6 +315,7 @@ def _settle_mode(run: Execution, hidden: Tensor, head: LMHead, given: Data) -> s
     # fp16 gradients are too small before a loss scaler has had its say, which comes with the backward pass.
     is_fp16 = op_checks.resolve_dtypes(hidden, head.weight, run)[0] == torch.float16
     has_row_loss = given.objective.is_sum_over_rows and not is_fp16 and not is_differentiated
-    # Ranks with parts of the vocabulary, or of the sequences, would have to meet after every group.
-    has_row_loss = has_row_loss and head.vocab_parallel is None and given.sequence_group is None
+    # Ranks with parts of the sequences, or with rows of their own, would have to meet after every group.
+    shard = head.vocab_parallel
+    has_row_loss = has_row_loss and given.sequence_group is None and not (shard and shard.has_own_rows)
     return settle_mode(hidden, head, run, has_row_loss=has_row_loss)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from fastdpo.types import VocabShard
 FSDP1, FSDP2, ZERO3 = "FSDP1", "FSDP2", "ZeRO-3"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _16_BIT = (torch.bfloat16, torch.float16)
+Hooks: TypeAlias = list[tuple[nn.Module, str, Any]]  # of a module, by the name that it has for them
 
 
 def bare(module: Any) -> Any:
@@ -60,6 +61,15 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def gathered(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
+    """A context in which parameters that ZeRO-3 has split are whole; those that are so are left alone."""
+    split = {id(p): p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"}
+    if not split:
+        return nullcontext()
+    context: AbstractContextManager[Any] = sys.modules["deepspeed"].zero.GatheredParameters([*split.values()])
+    return context
+
+
 def _is_fsdp2(module: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
@@ -67,8 +77,13 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 def weight_shape(linear: Any) -> torch.Size:
     """``(V, H)``, also of a weight that is partitioned."""
-    shape = linear._parameters["weight"].shape
+    shape = kept_weight(linear).shape
     return shape if len(shape) == 2 else torch.Size((linear.out_features, linear.in_features))
+
+
+def kept_weight(linear: Any) -> Any:
+    """The weight as it lies: read as an attribute or an item, ZeRO-3 would gather it for who reads."""
+    return linear._parameters.get("weight")
 
 
 def is_split_by_vocabulary(model: nn.Module, weight: Any) -> bool:
@@ -79,11 +94,11 @@ def is_split_by_vocabulary(model: nn.Module, weight: Any) -> bool:
     placements: Any = getattr(weight, "placements", ())
     if len(placements) != 1 or not placements[0].is_shard(0):
         return False
-    groups = (group for state in _fsdp2_states(model) for group in _groups(state))
+    groups = (group for state in _fsdp2_states(model) for group in groups_of(state))
     return all(weight.device_mesh != group.mesh_info.mesh for group in groups)
 
 
-def _groups(state: Any) -> list[Any]:
+def groups_of(state: Any) -> list[Any]:
     """The parameters of a unit, by the names of torch 2.13 and before."""
     groups = getattr(state, "_fsdp_param_groups", None)
     return [state._fsdp_param_group] * (state._fsdp_param_group is not None) if groups is None else groups
@@ -104,13 +119,13 @@ def vocab_shard(model: nn.Module, linear: nn.Module) -> VocabShard | None:
     _, (start, *_) = compute_local_shape_and_global_offset(
         weight.shape, weight.device_mesh, weight.placements
     )
-    return _kept_shard(start, weight.shape[0], weight.device_mesh.get_group())
+    return kept_shard(start, weight.shape[0], weight.device_mesh.get_group())
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_shard(start: int, vocab_size: int, group: Any) -> VocabShard:
+def kept_shard(start: int, vocab_size: int, group: Any, has_own_rows: bool = False) -> VocabShard:
     """One for all calls: its first use takes an exchange of the ranks."""
-    return VocabShard(start, vocab_size, group)
+    return VocabShard(start, vocab_size, group, has_own_rows)
 
 
 def check_precision(model: Any, dtype: torch.dtype, arguments: Mapping[str, Any] | None) -> None:
@@ -150,7 +165,7 @@ def _policies_around(model: Any) -> Iterator[Any]:
     states = {id(state): state for known in own for state in known._state_ctx.all_states or [known]}
     for state in states.values():
         if state._is_root or model in state._modules:
-            yield state._mp_policy
+            yield policy_of(state)
 
 
 def _fsdp2_states(model: nn.Module) -> Iterator[Any]:
@@ -159,30 +174,69 @@ def _fsdp2_states(model: nn.Module) -> Iterator[Any]:
     return (state for state in states if state is not None)
 
 
+def units_of(model: nn.Module, modules: Iterable[nn.Module]) -> list[Any]:
+    """What FSDP2 knows of the units that have weights of ``modules``, the outermost first."""
+    wanted = set(modules)
+    known = (state for one in _fsdp2_states(model) for state in one._state_ctx.all_states or [one])
+    return [state for state in dict.fromkeys(known) if any(_owned(state, wanted))]
+
+
+def _owned(state: Any, modules: set[nn.Module]) -> Iterator[Any]:
+    for group in groups_of(state):
+        for parameter in group.fsdp_params:
+            place = parameter._module_info
+            if not modules.isdisjoint({place.module, *place.shared_modules}):
+                yield parameter
+
+
+def shards_of(units: Iterable[Any], modules: Iterable[nn.Module]) -> list[Any]:
+    """The weights of ``modules`` as FSDP2's units keep them: DTensors, whatever a module has now."""
+    wanted = set(modules)
+    return [parameter.sharded_param for state in units for parameter in _owned(state, wanted)]
+
+
+def policy_of(unit: Any) -> Any:
+    """The mixed precision of one of FSDP2's units."""
+    return unit._mp_policy
+
+
+def is_unit_alone(module: nn.Module) -> bool:
+    """Whether a module, with what is in it, is a unit of FSDP2's, and nothing else is."""
+    state: Any = getattr(module, "_get_fsdp_state", lambda: None)()
+    return state is not None and tuple(state._modules) == (module,)
+
+
 def call_through(
-    outer: nn.Module, chain: Sequence[nn.Module], hidden: Tensor, run: Callable[[Tensor], dict[str, Any]]
+    outer: nn.Module,
+    chain: Sequence[nn.Module],
+    hidden: Tensor,
+    run: Callable[[Tensor], dict[str, Any]],
+    *,
+    is_argument: bool = True,
 ) -> dict[str, Any]:
     """``run(hidden)`` inside the call of the head.
 
     Args:
         outer: what the model calls for the logits.
         chain: the modules whose weights ``run`` reads, each called by the one before it.
+        is_argument: whether ``hidden`` is an argument of the call. FSDP2 takes a unit's gradients to be done
+            where that of its argument is: not so where the unit has weights of before the head.
 
     Returns:
         What ``run`` returned: its tensors bear the engine's hooks for the backward pass.
     """
     found: list[dict[str, Any]] = []
 
-    def innermost(states: Tensor) -> dict[str, Any]:
+    def innermost(states: Tensor = hidden) -> dict[str, Any]:
         # An engine's hook on a view would be lost where somebody changes it in place.
         found.append({name: _whole(value) for name, value in run(states).items()})
         # A dict of tensors, which every engine looks into.
         return {name: value for name, value in found[0].items() if isinstance(value, Tensor)}
 
     # Each module's forward calls the next; the last one's is `innermost`.
-    following: list[Callable[[Tensor], Any]] = [*chain[1:], innermost]
+    following: list[Callable[..., Any]] = [*chain[1:], innermost]
     with forwards_replaced(dict(zip(chain, map(_calls, following), strict=True))):
-        returned = outer(hidden)
+        returned = outer(hidden) if is_argument else outer()
     # FSDP hooks the tensors in place, and may return rounded copies; ZeRO-3 hooks those that it returns.
     if any(hasattr(weight, "ds_id") for part in chain for weight in part._parameters.values()):
         found[0].update(returned)
@@ -211,18 +265,29 @@ def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
                 vars(module)["forward"] = forward
 
 
-def _calls(following: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    return lambda hidden: following(hidden)
+def _calls(following: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *states: following(*states)
 
 
 @contextmanager
 def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Calls of modules that reach no engine: nothing is gathered for a stand-in, nor takes it for a root."""
-    kept = [(module, name, vars(module)[name]) for module in dict.fromkeys(modules) for name in _HOOKS]
+    with hooks_replaced([(module, name, type(hooks)()) for module, name, hooks in hooks_of(modules)]):
+        yield
+
+
+def hooks_of(modules: Iterable[nn.Module]) -> Hooks:
+    return [(module, name, vars(module)[name]) for module in dict.fromkeys(modules) for name in _HOOKS]
+
+
+@contextmanager
+def hooks_replaced(hooks: Hooks) -> Iterator[None]:
+    """Modules with other hooks of their forward pass, as long as the context lasts."""
+    own = [(module, name, vars(module)[name]) for module, name, _ in hooks]
     try:
-        for module, name, hooks in kept:
-            vars(module)[name] = type(hooks)()
+        for module, name, others in hooks:
+            vars(module)[name] = others
         yield
     finally:
-        for module, name, hooks in kept:
-            vars(module)[name] = hooks
+        for module, name, others in own:
+            vars(module)[name] = others

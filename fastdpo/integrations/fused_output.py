@@ -18,6 +18,7 @@ from fastdpo.ops.checks import check_outputs, fail
 from fastdpo.ops.linear_logprob import flat_rows, linear_logprob
 from fastdpo.ops.token_divergence import token_divergence
 from fastdpo.types import (
+    TOPK_STATISTICS,
     DPOLossOutput,
     Execution,
     LMHead,
@@ -182,6 +183,12 @@ class ScoreRequest:
             raise TypeError(f"reference: got {type(self.reference).__name__}, wanted HeadStates or Teachers")
         elif self.topk is not None:
             raise fail("logps_topk", repr(self.topk), "None with a reference, beside which there are none")
+
+    def settled_split(self, choice: str, execution: Execution) -> str:
+        """``split_head`` for this request: what no part of a head gives settles the choice."""
+        wants_more = self.reference is not None or any(name in TOPK_STATISTICS for name in self.outputs)
+        wants_more = wants_more or "ref_hidden" in (self.pair_loss or ()) or execution.mode == "pairs"
+        return "weight" if choice == "auto" and wants_more else choice
 
     def _check_pair_loss(self, arguments: Mapping[str, Any]) -> None:
         given = {"logps_outputs": self.outputs or None, "logps_topk": self.topk, "reference": self.reference}

@@ -7,7 +7,7 @@ known, ``base(x) + sum of B(A(dropout(x))) * scaling`` over the active adapters,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -53,7 +53,19 @@ def check_adapter_layer(model: nn.Module, layer: Any, *, may_have_hooks: bool) -
         refuse(model, "the LoRA layer of its head has forward hooks or a forward of its own. Remove them")
 
 
-def read_adapter(model: nn.Module, layer: Any) -> HeadAdapter | None:
+class FoundAdapter(NamedTuple):
+    """The modules of a LoRA; their weights may be elsewhere, and are not read before `weights`."""
+
+    down: nn.Linear
+    up: nn.Linear
+    scale: float
+    dropout: float
+
+    def weights(self) -> HeadAdapter:
+        return HeadAdapter(self.down.weight, self.up.weight, self.scale, self.dropout)
+
+
+def find_adapter(model: nn.Module, layer: Any) -> FoundAdapter | None:
     """The LoRA that ``layer`` (checked) adds to its base layer now; None where it adds nothing.
 
     Raises:
@@ -83,8 +95,7 @@ def read_adapter(model: nn.Module, layer: Any) -> HeadAdapter | None:
             refuse(model, f"{part} of its head is no plain nn.Linear")
         if module.bias is not None:
             refuse(model, f"{part} of its head has a bias (lora_bias=True). Train the head's LoRA without it")
-    if type(dropout) is nn.Dropout and dropout.training:
-        return HeadAdapter(down.weight, up.weight, float(layer.scaling[name]), dropout.p)
     if type(dropout) not in (nn.Dropout, nn.Identity):
         refuse(model, f"the dropout of its head's adapter is a {type(dropout).__name__}, wanted nn.Dropout")
-    return HeadAdapter(down.weight, up.weight, float(layer.scaling[name]))
+    rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return FoundAdapter(down, up, float(layer.scaling[name]), rate)

@@ -56,6 +56,11 @@ class _InGraph(torch.autograd.Function):
             for view in ctx.views:
                 value = view(value)
         tensors = ctx.memory.source.tensors
+        if ctx.memory.source.is_split:
+            raise RuntimeError(
+                "logits: got lazy ones of a head that an engine splits in a function with a backward pass of "
+                "its own, whose gradient would not reach the head, wanted real ones: logits='real'"
+            )
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         found = iter(torch.autograd.grad(value, wanted, grads[0], retain_graph=True, allow_unused=True))
         return None, *(next(found) if tensor.requires_grad else None for tensor in tensors)
@@ -86,8 +91,9 @@ class LazyLogits(Tensor):
 
     def of_memory(self, value: Tensor) -> Tensor:
         """The part of ``value``, a tensor of the memory's shape, that this tensor is."""
+        is_tied = self.requires_grad  # again, by an engine, whose own functions detach and change nothing
         for view in self.views:
-            value = view(value)
+            value = value if is_tied and view is Tensor.detach else view(value)
         return value
 
     def real_values(self, func: Any = None) -> Tensor:

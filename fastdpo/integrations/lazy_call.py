@@ -12,10 +12,26 @@ import torch
 from torch import Tensor
 
 from fastdpo.integrations.backbone_call import CACHES
-from fastdpo.integrations.engines import engine_around, engine_of_head, forwards_replaced, is_tensor_parallel
+from fastdpo.integrations.engines import (
+    FSDP1,
+    engine_around,
+    engine_of_head,
+    forwards_replaced,
+    hooks_replaced,
+    is_tensor_parallel,
+    without_hooks,
+)
+from fastdpo.integrations.lazy_split import SplitHead, SplitSource, idle_hooks, split_head
 from fastdpo.integrations.lazy_table import lazy_tensor  # from there, so that the table is filled
 from fastdpo.integrations.lazy_values import Memory, Source
-from fastdpo.integrations.lm_head import find_linear, head_module, plain_head
+from fastdpo.integrations.lm_head import (
+    adapter_of,
+    bare_linear,
+    find_linear,
+    head_module,
+    head_parts,
+    plain_head,
+)
 from fastdpo.integrations.probe import refuse
 from fastdpo.ops.checks import fail
 from fastdpo.types import Execution, HeadAdapter, LMHead
@@ -30,26 +46,26 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise fail(name, repr(value), f"one of {choices}")
 
 
-def check_whole_head(model: Any) -> None:
-    """Raise ValueError for a model whose head `why_split`."""
-    if (reason := why_split(model)) is not None:
+def check_head(model: Any) -> None:
+    """Raise ValueError for a model whose logits cannot be lazy: `why_real`."""
+    if (reason := why_real(model)) is not None:
         refuse(model, reason)
 
 
-def why_split(model: Any) -> str | None:
-    """Why lazy logits of a model cannot be: its head is whole only inside the head's own call, or never."""
-    linear: Any = find_linear(model)
-    parts = [model.get_output_embeddings(), head_module(model), linear]
-    engine = engine_of_head(parts) or engine_around(model)
-    if engine is None and (hasattr(linear.weight, "device_mesh") or is_tensor_parallel(_own(linear))):
-        engine = "tensor parallelism"
-    if engine is None:
+def why_real(model: Any) -> str | None:
+    """Why lazy logits of a model cannot be: FSDP1 gathers its head within its own forward pass alone."""
+    find_linear(model)  # which refuses
+    if _engine(model) != FSDP1:
         return None
     return (
-        f"its head is split by {engine}, and lazy logits are computed after the head's own call, when "
+        "its head is split by FSDP1, and lazy logits are computed after the model's own call, when "
         "its weight is no longer whole. Use logits='real' with return_logps=True or pair_loss, which run "
-        "inside that call"
+        "inside that call, or FSDP2 (fully_shard)"
     )
+
+
+def _engine(model: Any) -> str | None:
+    return engine_of_head(head_parts(model)) or engine_around(model)
 
 
 def wants_lazy(choice: str, arguments: Mapping[str, Any], *, is_training: bool) -> bool:
@@ -78,12 +94,12 @@ def call_lazily(
     """``run()``, the model's own forward, with a head that makes lazy logits.
 
     Args:
-        choice: one of `LOGITS`; with ``auto`` a head that is split makes real logits, and a warning says so.
+        choice: one of `LOGITS`; with ``auto`` a head under FSDP1 makes real logits, and a warning says so.
 
     Raises:
-        ValueError: as `check_whole_head`.
+        ValueError: as `check_head`.
     """
-    if not _is_followed(model) and choice == "auto" and (reason := why_split(model)) is not None:
+    if not _is_followed(model) and choice == "auto" and (reason := why_real(model)) is not None:
         warnings.warn(f"logits: real ones are made of a {type(model).__name__}: {reason}", stacklevel=4)
         return run()
     with lazy_head(model, execution, on_materialize):
@@ -101,26 +117,36 @@ def lazy_head(model: Any, execution: Execution, on_materialize: str = "warn") ->
         model: an unwrapped one.
 
     Raises:
-        ValueError: as `check_whole_head`, or its head is none that the op knows.
+        ValueError: as `check_head`, or its head is none that the op knows.
     """
     if _is_followed(model):
         yield
         return
-    check_whole_head(model)
+    check_head(model)
     outer = model.get_output_embeddings()
     own: Callable[[Tensor], Tensor] = outer.forward
+    engine, inner = _engine(model), vars(bare_linear(model)).get("forward", own)
+    idle = [] if engine is None else idle_hooks(model)
+
+    def real(hidden: Tensor) -> Tensor:
+        if not idle:
+            return own(hidden)
+        with hooks_replaced(idle), forwards_replaced({outer: own}):
+            logits: Tensor = outer(hidden)
+            return logits
 
     def forward(hidden: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return own(hidden)
-        head = plain_head(model)
-        has_dropout = head.adapter is not None and len(head.adapter) > 3 and head.adapter[3] > 0
-        if head.weight.is_meta or has_dropout:  # offloaded; or other entries would be dropped at every look
-            return own(hidden)
-        made = _lazy_logits(hidden, head, execution, on_materialize)
-        return own(hidden) if made is None else made
+        adapter = adapter_of(model)
+        # Where entries are dropped, others would be at every look.
+        if torch.compiler.is_compiling() or (adapter is not None and adapter.dropout):
+            return real(hidden)
+        if engine is None:
+            made = _lazy_logits(hidden, plain_head(model), inner, execution, on_materialize)
+        else:
+            made = _split_logits(hidden, split_head(model, idle, inner), execution, on_materialize)
+        return real(hidden) if made is None else made
 
-    with forwards_replaced({outer: forward}):
+    with forwards_replaced({outer: forward}), without_hooks([module for module, _, _ in idle]):
         yield
 
 
@@ -131,23 +157,57 @@ def _is_followed(model: Any) -> bool:
     return any(not is_tensor_parallel(_own(part)) for part in replaced)
 
 
-def _lazy_logits(hidden: Tensor, head: LMHead, execution: Execution, on_materialize: str) -> Tensor | None:
+def _lazy_logits(
+    hidden: Tensor,
+    head: LMHead,
+    own: Callable[[Tensor], Tensor],
+    execution: Execution,
+    on_materialize: str,
+) -> Tensor | None:
     """``(..., V)``; None where the head's own call has to say what is wrong with ``hidden``."""
-    device = head.weight.device
+    compute_dtype, is_fit = _product_dtype(hidden, head.weight.device, head.weight.dtype)
+    if not is_fit or head.weight.is_meta:  # offloaded
+        return None
+    states = hidden.to(head.weight.device).reshape(-1, hidden.shape[-1])
+    if torch.is_grad_enabled():
+        states, head = _apart(states, head)
+    return _of_source(hidden, Source(states, head, _of_rows(execution), compute_dtype, on_materialize, own))
+
+
+def _split_logits(
+    hidden: Tensor, split: SplitHead, execution: Execution, on_materialize: str
+) -> Tensor | None:
+    """The same of a head that an engine splits."""
+    if split.casts_to is not None and hidden.is_floating_point():
+        hidden = hidden.to(split.casts_to)
+    compute_dtype, is_fit = _product_dtype(hidden, hidden.device, split.dtype)
+    if not is_fit:
+        return None
+    states = hidden.reshape(-1, hidden.shape[-1])
+    how = (_of_rows(execution), compute_dtype, on_materialize, split.own)
+    made = _of_source(hidden, SplitSource(states, None, *how, split=split))  # type: ignore[arg-type]
+    return made if split.returns is None else made.to(split.returns)
+
+
+def _of_source(hidden: Tensor, source: Source) -> Tensor:
+    has_grad = torch.is_grad_enabled() and any(value.requires_grad for value in source.tensors)
+    rows = torch.arange(len(source.hidden), device=source.hidden.device).view(hidden.shape[:-1])
+    return lazy_tensor(Memory(source, "logits", rows, source.compute_dtype or hidden.dtype, has_grad))
+
+
+def _product_dtype(
+    hidden: Tensor, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.dtype | None, bool]:
+    """The dtype that autocast, where it is on, gives to the logits; whether ``hidden`` fits the weight."""
     compute_dtype = None
     if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
         compute_dtype = torch.get_autocast_dtype(device.type)
-    if not hidden.is_floating_point() or (compute_dtype is None and hidden.dtype != head.weight.dtype):
-        return None
-    states = hidden.to(device).reshape(-1, hidden.shape[-1])
-    if execution.mode == "pairs":  # of whole losses, which nobody asks for here
-        execution = replace(execution, mode="auto")
-    if torch.is_grad_enabled():
-        states, head = _apart(states, head)
-    source = Source(states, head, execution, compute_dtype, on_materialize)
-    has_grad = torch.is_grad_enabled() and any(value.requires_grad for value in source.tensors)
-    rows = torch.arange(len(states), device=device).view(hidden.shape[:-1])
-    return lazy_tensor(Memory(source, "logits", rows, compute_dtype or hidden.dtype, has_grad))
+    return compute_dtype, hidden.is_floating_point() and (compute_dtype is not None or hidden.dtype == dtype)
+
+
+def _of_rows(execution: Execution) -> Execution:
+    """Without mode ``pairs``, which is of whole losses: nobody asks for one here."""
+    return replace(execution, mode="auto") if execution.mode == "pairs" else execution
 
 
 def _apart(states: Tensor, head: LMHead) -> tuple[Tensor, LMHead]:

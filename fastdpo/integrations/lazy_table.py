@@ -218,14 +218,16 @@ def _sum(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: An
 def _nansum(func: Any, x: Any) -> Any:
     total = _sum(torch.sum, x) if _is(x, "logits") else NotImplemented
     # One NaN among the logits would make the sum NaN: then they are looked at one by one.
-    return total if total is not NotImplemented and bool(total.isfinite()) else NotImplemented
+    if total is NotImplemented or x.memory.source.agree("nansum", not bool(total.isfinite())):
+        return NotImplemented
+    return total
 
 
 @register(T.mean, torch.mean)
 def _mean(func: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if not _is(x, *OF_LABEL):
         return NotImplemented
-    if dim is not None and not _is_last(x, dim):
+    if (dim is not None and not _is_last(x, dim)) or not x.memory.has_mean:
         return NotImplemented
     rows = x.rows.unsqueeze(-1) if keepdim and dim is not None else x.rows
     kind, factor = ("mean", 1.0) if x.kind == "logits" else ("uniform", -x.memory.factor)
@@ -263,9 +265,10 @@ def _equal(func: Any, x: Any, labels: Any) -> Any:
         return NotImplemented
     memory, flat = x.memory, labels.flatten().long()
     chosen = ((flat >= 0) & (flat < memory.source.vocab_size)).nonzero().squeeze(-1)
-    memory.source.check_unchanged()
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        found = memory.statistics(x.rows.flatten()[chosen], flat[chosen], ["is_top1"]).is_top1
+    rows = x.rows.flatten()[chosen]
+    memory.source.agree("argmax == labels", True)
+    with torch.no_grad():
+        found = memory.looked_at(lambda whole: whole.statistics(rows, flat[chosen], ["is_top1"]).is_top1)
     equal = torch.zeros_like(flat, dtype=torch.bool).index_copy(0, chosen, found).view(x.shape)
     return equal if func in (T.eq, torch.eq, T.__eq__) else ~equal
 
@@ -376,7 +379,7 @@ def _new(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return func(torch.empty(1, dtype=x.dtype, device=x.device).expand(x.shape), *args, **kwargs)
 
 
-@register(T.grad_fn.__get__, T.grad.__get__)
+@register(T.grad_fn.__get__, T.grad.__get__, T._base.__get__)
 def _nothing(func: Any, x: LazyLogits) -> None:
     """None: what has a ``grad_fn`` DDP would hand through a function of its own, which takes real values.
 
@@ -392,6 +395,10 @@ def _nothing(func: Any, x: LazyLogits) -> None:
 
 @register(*(getattr(T, name) for name in _OWN_GRAD))
 def _refused(func: Any, x: LazyLogits, *args: Any) -> Any:
+    owner = type(getattr(args[0] if args else None, "__self__", None))
+    is_engines = func is T.register_hook and owner.__module__.startswith("torch.distributed.fsdp")
+    if is_engines and (handle := x.memory.source.take_hook(*args)) is not None:
+        return handle
     raise RuntimeError(
         f"logits: got {func.__name__} on lazy logits, whose gradient is never made, wanted real ones: "
         "patch_model(model, logits='real')"

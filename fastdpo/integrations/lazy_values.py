@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from fastdpo.ops.linear_logprob import linear_logprob
+from fastdpo.ops.vocab_parallel import sharded_mean_logit
 from fastdpo.types import Execution, LMHead, TokenLayout
 
 # Of shape (..., V): logits z, log-probabilities, probabilities p, and the products p log p and p z.
@@ -43,6 +45,7 @@ class Source:
         head: its scale and cap are not used: the model's own code applies them to the lazy tensor.
         compute_dtype: of the product, where autocast was on; None: that of ``hidden``.
         on_materialize: ``"warn"`` or ``"error"``.
+        own: the head's own forward, which makes the logits of a vocabulary that is split over ranks.
     """
 
     hidden: Tensor
@@ -50,6 +53,7 @@ class Source:
     execution: Execution
     compute_dtype: torch.dtype | None
     on_materialize: str
+    own: Callable[[Tensor], Tensor] | None = None
     versions: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +67,30 @@ class Source:
 
     @property
     def vocab_size(self) -> int:
-        return self.head.weight.shape[0]
+        shard = self.head.vocab_parallel
+        return self.head.weight.shape[0] if shard is None else shard.vocab_size
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether each rank has a part of the vocabulary."""
+        return self.head.vocab_parallel is not None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the weights are elsewhere but in calls of the head."""
+        return False
+
+    def within(self, run: Callable[[Source], Tensor]) -> Tensor:
+        """``run`` of a source whose head can be read: this one."""
+        return run(self)
+
+    def take_hook(self, hook: Callable[[Tensor], Any]) -> RemovableHandle | None:
+        """An engine's hook on a lazy tensor, where it will be one of all that is made of it."""
+        return None
+
+    def agree(self, what: str, is_needed: bool) -> bool:
+        """Whether this process is to look at ``what``; it is alone with its head."""
+        return is_needed
 
     def _versions(self) -> tuple[int, ...]:
         return tuple(0 if value.is_inference() else value._version for value in self.tensors)
@@ -83,6 +110,9 @@ class Source:
         states = self.hidden
         if len(rows) != len(states) or not torch.equal(rows, torch.arange(len(states), device=rows.device)):
             states = states.index_select(0, rows)
+        if head.vocab_parallel is not None:
+            assert self.own is not None
+            return self.own(states.to(dtype))
         bias = None if head.bias is None else head.bias.to(dtype)
         logits = F.linear(states.to(dtype), head.weight.to(dtype), bias)
         if head.adapter is not None:
@@ -131,17 +161,24 @@ class Memory:
         """Whether both are of one distribution, for rows that still have to be compared."""
         return (self.source, self.scale, self.cap) == (other.source, other.scale, other.cap)
 
+    @property
+    def has_mean(self) -> bool:
+        """Whether the mean over the vocabulary can be made, with a gradient."""
+        return self.cap is None or not self.source.is_shard
+
     def values(self, keep: Tensor | None = None) -> Tensor:
         """Real values in the shape of ``rows`` (and V); 0 where the bool tensor ``keep`` is False."""
         if keep is None:
             if self.real is None:
+                self.source.agree(f"{self.kind} of all rows", True)
                 with torch.set_grad_enabled(self.has_grad):
                     made = self._made(self.rows.flatten(), self._flat_labels())
                     self.real = made.view(self.shape)
             return self.real
         if self.real is not None:
             return self.real
-        if self.known is not None and not (keep & ~self.known[0]).any():
+        is_new = self.known is None or bool((keep & ~self.known[0]).any())
+        if not self.source.agree(f"{self.kind} of some rows", is_new) and self.known is not None:
             return self.known[1]
         chosen = keep.flatten().nonzero().squeeze(-1)
         labels = self._flat_labels()
@@ -156,14 +193,20 @@ class Memory:
 
     def _made(self, rows: Tensor, labels: Tensor | None) -> Tensor:
         """``(N,)`` or ``(N, V)``, in the dtype of this memory."""
+        return self.looked_at(lambda memory: memory._of_whole(rows, labels))
+
+    def looked_at(self, run: Callable[[Memory], Tensor]) -> Tensor:
+        """``run`` of this memory where the weights of its head can be read."""
         self.source.check_unchanged()
-        device = self.source.hidden.device.type
         # Casts, as gradients, are those of when it was asked for, not of where it is looked at first.
-        with torch.autocast(device, enabled=False):
-            if self.kind == "argmax":
-                return self._argmax(rows)
-            values = self._of_vocab(rows) if self.has_vocab else self._statistic(rows, labels)
-            return (values if self.factor == 1.0 else values * self.factor).to(self.dtype)
+        with torch.autocast(self.source.hidden.device.type, enabled=False):
+            return self.source.within(lambda source: run(replace(self, source=source)))
+
+    def _of_whole(self, rows: Tensor, labels: Tensor | None) -> Tensor:
+        if self.kind == "argmax":
+            return self._argmax(rows)
+        values = self._of_vocab(rows) if self.has_vocab else self._statistic(rows, labels)
+        return (values if self.factor == 1.0 else values * self.factor).to(self.dtype)
 
     def transformed(self, rows: Tensor) -> Tensor:
         """``(N, V)``: logits as the model makes them, scaled and capped."""
@@ -238,7 +281,14 @@ class Memory:
         return made[self.kind]()
 
     def _label_logit(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """No product: each row of the hidden states times its label's row of the head, in fp32."""
+        """No product: each row of the hidden states times its label's row of the head, in fp32.
+
+        Of a vocabulary that is split over ranks the op's, which asks who has the label.
+        """
+        if self.source.head.vocab_parallel is not None:
+            found = self.statistics(rows, labels, ["lse"])
+            logit: Tensor = found.logps + found.lse
+            return logit
         head, dtype = self.source.head, self.source.compute_dtype or self.source.hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
         states = self.source.hidden.index_select(0, rows)
@@ -260,6 +310,8 @@ class Memory:
             return mean
         dtype = torch.promote_types(self.source.hidden.dtype, torch.float32)
         states = self.source.hidden.index_select(0, rows).to(dtype)
+        if head.vocab_parallel is not None:
+            return sharded_mean_logit(states, head) * self.scale
         mean = states @ head.weight.mean(0, dtype=dtype)
         return (mean if head.bias is None else mean + head.bias.mean(dtype=dtype)) * self.scale
 

@@ -29,12 +29,14 @@ from fastdpo.integrations.engines import (
     vocab_shard,
 )
 from fastdpo.integrations.head_adapter import (
+    FoundAdapter,
     check_adapter_layer,
+    find_adapter,
     has_adapter,
     is_trained_copy,
-    read_adapter,
     trained_copy,
 )
+from fastdpo.integrations.moved_states import moves_states, own_part
 from fastdpo.integrations.probe import Probe, refuse
 from fastdpo.integrations.virtual_tokens import check_virtual_tokens, is_peft
 from fastdpo.ops.checks import fail
@@ -149,22 +151,40 @@ def current_head(model: Any, tail: ModelTail) -> LMHead:
     Raises:
         ValueError: as `find_linear`, or its weight is not whole here.
     """
-    return _read(model, find_linear(model), head_module(model), tail)
+    return read_parts(model, find_linear(model), adapter_of(model), tail)
 
 
 def plain_head(model: Any) -> LMHead:
     """The head as it is now, without what the model does to its output; `find_linear` was asked before."""
-    return _read(model, bare(_parts(model)[-1]), head_module(model), None)
+    return read_parts(model, bare_linear(model), adapter_of(model))
 
 
-def _read(model: Any, linear: nn.Linear, layer: Any, tail: ModelTail | None) -> LMHead:
+def bare_linear(model: Any) -> Any:
+    """The ``nn.Linear`` of a head; `find_linear` was asked before."""
+    return bare(head_parts(model)[-1])
+
+
+def adapter_of(model: Any) -> FoundAdapter | None:
+    """The LoRA that is on a head now."""
+    layer = head_module(model)
+    return find_adapter(model, layer) if has_adapter(layer) else None
+
+
+def read_parts(
+    model: Any, linear: nn.Linear, found: FoundAdapter | None, tail: ModelTail | None = None
+) -> LMHead:
+    """The head that is made of these modules, where their weights are whole, or a shard of a vocabulary.
+
+    Raises:
+        ValueError: they are neither.
+    """
     weight: Any = linear.weight
     bias: Any = linear.bias
     shard = vocab_shard(model, linear)
     if shard is not None:
         weight, bias = (None if value is None else value.to_local() for value in (weight, bias))
     _check_whole(model, weight)
-    adapter = read_adapter(model, layer) if has_adapter(layer) else None
+    adapter = None if found is None else found.weights()
     if shard is not None and adapter is not None:
         refuse(model, "its head is split over ranks by vocabulary and carries LoRA. Leave lm_head out of one")
     logits: dict[str, Any] = {}
@@ -179,36 +199,52 @@ def call_head(
     hidden: Tensor,
     run: Callable[[Tensor, LMHead], dict[str, Any]],
     arguments: Mapping[str, Any] | None,
+    how: str = "weight",
+    count: Callable[[], int] = lambda: 0,
 ) -> dict[str, Any]:
     """``run(hidden, head)``, both on one device, where the weights of the head are whole.
 
     Args:
         arguments: of ``pair_loss``, which mixed precision must not have touched.
+        how: of a head that FSDP2 splits, one of `moved_states.SPLIT_HEAD`.
+        count: gives the number of labelled tokens.
 
     Raises:
-        ValueError: as `current_head`, or an engine's mixed precision would round what comes or goes.
+        ValueError: as `current_head`, the hidden states cannot move where ``how`` says so, or an engine's
+            mixed precision would round what comes or goes.
     """
-    linear, layer = find_linear(model), head_module(model)
-    engine = engine_of_head(_parts(model))
-    if engine is None:
-        head = _read(model, linear, layer, tail)
+    linear = find_linear(model)
+    if how != "weight" and moves_states(model, linear, hidden, how, count, adapter_of(model)):
+        weight, bias, shard, dtype = own_part(model, linear)
+        check_precision(model, weight.dtype, arguments)
+        transform = {"logit_scale": tail.logit_scale, "softcap": tail.softcap}
+        head = LMHead(weight, bias=bias, vocab_parallel=shard, **transform)  # type: ignore[arg-type]
+        return run(hidden if dtype is None else hidden.to(dtype), head)
+    if engine_of_head(head_parts(model)) is None:
+        head = current_head(model, tail)
         # With device_map the backbone may end on another device.
         if head.weight.is_meta and not hidden.is_meta:
             raise fail("model", "a head whose weight is offloaded", "its weight on a device")
         check_precision(model, head.weight.dtype, arguments)
         return run(hidden.to(head.weight.device), head)
-    chain = [layer]
-    if engine == ZERO3 and has_adapter(layer):  # gathers for each module what is its own
-        names = [] if layer.disable_adapters else [n for n in layer.active_adapters if n in layer.lora_A]
-        chain += [part[name] for name in names for part in (layer.lora_A, layer.lora_B)]
-        chain.append(layer.base_layer)
 
     def inside(states: Tensor) -> dict[str, Any]:
-        head = _read(model, linear, layer, tail)
+        head = read_parts(model, linear, adapter_of(model), tail)
         check_precision(model, head.weight.dtype, arguments)
         return run(states, head)
 
-    return call_through(model.get_output_embeddings(), chain, hidden, inside)
+    return call_through(model.get_output_embeddings(), head_chain(model), hidden, inside)
+
+
+def head_chain(model: Any) -> list[Any]:
+    """The modules whose weights a head is made of, in the order in which an engine is to call them."""
+    layer = head_module(model)
+    if engine_of_head(head_parts(model)) != ZERO3 or not has_adapter(layer):
+        return [layer]
+    # It gathers for each module what is its own.
+    names = [] if layer.disable_adapters else [n for n in layer.active_adapters if n in layer.lora_A]
+    below = [part[name] for name in names for part in (layer.lora_A, layer.lora_B)]
+    return [layer, *below, layer.base_layer]
 
 
 def logit_transform(model: Any) -> tuple[float, float | None]:
@@ -232,11 +268,11 @@ def logit_transform(model: Any) -> tuple[float, float | None]:
 
 def head_module(model: Any) -> Any:
     """The module that makes the logits: an ``nn.Linear``, or PEFT's layer around one."""
-    parts = _parts(model)
+    parts = head_parts(model)
     return bare(parts[-2] if len(parts) > 1 and has_adapter(bare(parts[-2])) else parts[-1])
 
 
-def _parts(model: Any) -> list[Any]:
+def head_parts(model: Any) -> list[Any]:
     """The head from outside to inside: what the model calls, what PEFT put there, the ``nn.Linear``."""
     parts = [model.get_output_embeddings()]
     if parts[0] is None:
@@ -255,7 +291,7 @@ def find_linear(model: Any) -> nn.Linear:
         ValueError: no head, or one that does more than ``weight @ h + bias``, is quantised, or split by no
             engine that is known.
     """
-    head, engine = head_module(model), engine_of_head(_parts(model))
+    head, engine = head_module(model), engine_of_head(head_parts(model))
     if has_adapter(head):
         check_adapter_layer(model, head, may_have_hooks=engine is not None)
         head = bare(head.base_layer)
@@ -317,8 +353,7 @@ def examine(model: Any) -> ModelTail:
     if model.config.is_encoder_decoder:
         refuse(model, "it is an encoder-decoder, not a causal language model")
     linear, layer = find_linear(model), head_module(model)
-    if has_adapter(layer):
-        read_adapter(model, layer)
+    adapter_of(model)  # which refuses
     if not model.can_generate():
         refuse(model, "it does not generate text, so it is no causal language model")
     scale, softcap = in_config = logit_transform(model)

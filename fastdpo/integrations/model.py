@@ -29,7 +29,7 @@ from fastdpo.integrations.lazy_call import (
     ON_MATERIALIZE,
     call_lazily,
     check_choice,
-    check_whole_head,
+    check_head,
     wants_lazy,
 )
 from fastdpo.integrations.lm_head import (
@@ -40,6 +40,7 @@ from fastdpo.integrations.lm_head import (
     unwrap,
     wrappers_and_model,
 )
+from fastdpo.integrations.moved_states import SPLIT_HEAD
 from fastdpo.integrations.patched_class import exchange_class, make_subclass, own_forward, restore_class
 from fastdpo.integrations.probe import refuse
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens, is_patched_wrapper, patched_wrapper
@@ -56,6 +57,7 @@ class _Hook:
     ignore_index: int
     logits: str = "auto"
     on_materialize: str = "warn"
+    split_head: str = "auto"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def patch_model(
     ignore_index: int = -100,
     logits: str = "auto",
     on_materialize: str = "warn",
+    split_head: str = "auto",
 ) -> nn.Module:
     """Make no logits where a training step only asks of them; a loop's code stays as it is.
 
@@ -120,12 +123,17 @@ def patch_model(
         execution: how to run the head; see `Execution`.
         ignore_index: the label of tokens that are not scored.
         logits: of ordinary calls. ``"auto"``: lazy where gradients are recorded, labels are given or the
-            model is in training mode; real where an engine has split the head, with a warning. ``"lazy"``:
-            the same, but a split head is refused. ``"always_lazy"``: without gradients too, as for a
+            model is in training mode; real under FSDP1, with a warning. ``"lazy"``: the same, but FSDP1 is
+            refused. ``"always_lazy"``: without gradients too, as for a
             reference under ``torch.no_grad()``. ``"real"``: never lazy. Calls with a cache or for the next
             token alone (``logits_to_keep=1``), and compiled ones, have real logits in any case.
         on_materialize: of an operation that needs the real values of lazy logits: ``"warn"``, once a line, or
             ``"error"``.
+        split_head: of a head in a unit of FSDP2's of its own, with ``return_logps=True``. ``"weight"``: it is
+            gathered, and its gradient reduced, by FSDP2. ``"states"``: the labelled hidden states of all
+            ranks go to all, and each rank keeps its part of the weight; without mode ``pairs``, and refused
+            where the head is in another unit or carries LoRA. ``"auto"``: what moves fewer bytes
+            (`explain_plan` with ``num_ranks`` prints them). Lazy logits gather the weight.
 
     Returns:
         ``model`` itself. Patching again with the same options changes nothing.
@@ -145,7 +153,10 @@ def patch_model(
         raise TypeError(f"ignore_index: got {ignore_index!r}, wanted an int")
     check_choice("logits", logits, LOGITS)
     check_choice("on_materialize", on_materialize, ON_MATERIALIZE)
-    choices = (logits, on_materialize)
+    check_choice("split_head", split_head, SPLIT_HEAD)
+    if split_head == "states" and logits != "real":
+        raise fail("split_head", f"'states' with logits={logits!r}, which gather the weight", "logits='real'")
+    choices = (logits, on_materialize, split_head)
     *around, inner = wrappers_and_model(model)
     unpatched = [w for w in around if has_virtual_tokens(w) and not is_patched_wrapper(w)]
     for wrapper in unpatched:
@@ -159,7 +170,7 @@ def patch_model(
         original: Any = type(inner)
         hook = _Hook(examine(inner), run, ignore_index, *choices)
         if logits in ("lazy", "always_lazy"):
-            check_whole_head(inner)
+            check_head(inner)
         exchange_class(inner, _patched_class(original, hook))
     for wrapper in unpatched:
         kind: Any = type(wrapper)
@@ -196,8 +207,8 @@ def ensure_patched(model: nn.Module, execution: Execution) -> nn.Module:
         ValueError, TypeError: as `patch_model`.
     """
     hook = getattr(type(unwrap(model)), "_fastdpo_hook", None)
-    logits, on_materialize = ("real", "warn") if hook is None else (hook.logits, hook.on_materialize)
-    return patch_model(model, execution=execution, logits=logits, on_materialize=on_materialize)
+    kept = {} if hook is None else {"on_materialize": hook.on_materialize, "split_head": hook.split_head}
+    return patch_model(model, execution=execution, logits="real" if hook is None else hook.logits, **kept)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -314,7 +325,11 @@ def _fused_forward(
             return request.make_loss(states, head, labels.to(states.device), **how)
         return request.run(states, head, targets.to(states.device), **hook.settings)
 
-    scored = call_head(model, hook.tail, hidden, run, request.pair_loss)
+    def count() -> int:
+        return int((targets != hook.ignore_index).sum())
+
+    split = request.settled_split(hook.split_head, hook.execution)
+    scored = call_head(model, hook.tail, hidden, run, request.pair_loss, split, count)
     if request.pair_loss is not None:
         return FusedLMOutput(**scored, **passed)
     mask = (targets != hook.ignore_index).to(scored["logps"].device)
@@ -358,7 +373,8 @@ def _layout_forward(
         )
         return make(states, head, on_device, **hook.settings)
 
-    return FusedLMOutput(**call_head(model, hook.tail, hidden, run, request.pair_loss), **passed)
+    how = (request.settled_split(hook.split_head, hook.execution), lambda: len(layout.target_ids))
+    return FusedLMOutput(**call_head(model, hook.tail, hidden, run, request.pair_loss, *how), **passed)
 
 
 def _head_states(

@@ -1,7 +1,7 @@
 """Methods of other packages' trainers whose models make lazy logits, for the length of a call.
 
 Nothing of a trainer's own code is replaced: its forward pass, losses, options and metrics run as they are, on
-logits that are not there. A model that has no lazy logits (a head that is quantised, or split by an engine)
+logits that are not there. A model that has no lazy logits (a head that is quantised, or under FSDP1)
 goes on with its own, and one line says so.
 """
 

@@ -75,11 +75,12 @@ def patch_trl(*, execution: Execution | None = None, experimental: bool = True) 
     1.15 the SFT, GRPO and RLOO trainers are left as they are. Losses, gradients and metrics are TRL's up to
     rounding. `doctor` lists what is replaced.
 
-    A head that TRL's trainers refuse (LoRA on ``lm_head``) they still refuse. What fastdpo cannot run (a head
-    under ZeRO-3, or quantised) goes on in TRL's own code, and one line says so and why.
+    A head that TRL's trainers refuse (LoRA on ``lm_head``) they still refuse. What fastdpo cannot run (a
+    quantised head) goes on in TRL's own code, and one line says so and why.
 
-    Under FSDP2 the head is whole where the op runs, in the root's unit or as accelerate wraps it; in a unit
-    of its own TRL gathers it in a way that loses the other ranks' gradients, which raises.
+    Under ZeRO-3 the head is gathered for its call and for its backward pass, as TRL does. Under FSDP2 it is
+    whole where the op runs, in the root's unit or as accelerate wraps it; in a unit of its own TRL gathers it
+    in a way that loses the other ranks' gradients, which raises.
 
     Args:
         execution: how to run the head; see `Execution`.

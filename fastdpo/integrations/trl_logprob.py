@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastdpo.integrations.engines import gathered
 from fastdpo.integrations.probe import NotSupported
 from fastdpo.integrations.trainer_steps import say_own
 from fastdpo.ops.checks import check_execution, fail
@@ -82,7 +83,8 @@ class FusedLogProb:
             for. As TRL's but for what rounding does: logits are not rounded to 16 bits on the way, and a
             label that ties for the largest logit is top-1 even if it is not the first.
 
-        A head that is sharded or quantised is left to TRL's function, and one line says so.
+        A head that is quantised, or sharded by FSDP1, is left to TRL's function, and one line says so. One
+        that ZeRO-3 has gathered for this call is gathered again for its backward pass, as in TRL's function.
 
         Raises:
             ValueError: unknown outputs, or a value out of range; without TRL's function, such a head; or a
@@ -101,13 +103,31 @@ class FusedLogProb:
             scaled = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             own: Results = self._own.apply(hidden, weight, bias, targets, *scaled)
             return own
-        head = LMHead(
-            weight,
-            bias=bias,
-            logit_scale=logit_scale,
-            softcap=final_logit_softcapping,
-            temperature=temperature,
-        )
+        transform: dict[str, Any] = {
+            "logit_scale": logit_scale,
+            "softcap": final_logit_softcapping,
+            "temperature": temperature,
+        }
+        if not hasattr(weight, "ds_id") or not torch.is_grad_enabled():
+            return self._scored(hidden, weight, bias, targets, outputs, transform)
+
+        def scored(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Results:
+            return self._scored(hidden, weight, bias, targets, outputs, transform)
+
+        found: Results = _GatheredAgain.apply(scored, hidden, weight, bias)
+        return found
+
+    def _scored(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        outputs: tuple[str, ...],
+        transform: dict[str, Any],
+    ) -> Results:
+        """The same with checked arguments, of a weight that is whole here, and in the backward pass."""
+        head = LMHead(weight, bias=bias, **transform)
         run = dataclasses.replace(self.execution, compute_dtype=self._compute_dtype(hidden))
         wanted = tuple(STATISTICS[name] for name in outputs if name != "log_probs")
 
@@ -146,6 +166,42 @@ class FusedLogProb:
             return self.execution.compute_dtype
         kind = hidden.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+class _GatheredAgain(torch.autograd.Function):
+    """Results of weights that ZeRO-3 puts away after this call: they are gathered for the backward pass too.
+
+    What the op keeps of a parameter is the parameter, whose values are those of the moment.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, scored: Callable[..., Results], hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        states = hidden.detach().requires_grad_(hidden.requires_grad)
+        with torch.enable_grad():
+            ctx.made = scored(states, weight, bias)
+        ctx.operands = (states, weight, bias)
+        results = tuple(None if value is None else value.detach() for value in ctx.made)
+        made = zip(results, ctx.made, strict=True)
+        ctx.mark_non_differentiable(*(r for r, value in made if r is not None and not value.requires_grad))
+        return results
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if ctx.made is None:
+            raise RuntimeError("log_probs: got a second backward pass through ZeRO-3's head, wanted one")
+        made, ctx.made = ctx.made, None
+        known = [n for n, grad in enumerate(grads) if grad is not None]
+        wanted = [t for t in ctx.operands if t is not None and t.requires_grad]
+        if not known or not wanted:
+            return None, None, None, None
+        with gathered(ctx.operands[1:]):
+            values, upstream = ([of[n] for n in known] for of in (made, grads))
+            found = iter(torch.autograd.grad(values, wanted, upstream, allow_unused=True))
+        return None, *(next(found) if t is not None and t.requires_grad else None for t in ctx.operands)
 
 
 class _EntropyOnDemand(torch.autograd.Function):
@@ -201,11 +257,6 @@ def _as_trl(scored: LinearLogprobOutput) -> Results:
 
 def _check_weight(weight: Any) -> None:
     """What TRL hands over and `linear_logprob` cannot see is not a whole matrix of numbers."""
-    if hasattr(weight, "ds_id"):
-        raise NotSupported(
-            "lm_head.weight: got a parameter partitioned by DeepSpeed ZeRO-3, which is gone before the "
-            "backward pass, wanted a whole one (ZeRO-2)"
-        )
     if is_traceable_wrapper_subclass(weight) or not weight.dtype.is_floating_point:
         raise NotSupported(
             f"lm_head.weight: got a {type(weight).__name__} of {weight.dtype}, quantised or sharded; wanted "

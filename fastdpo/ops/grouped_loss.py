@@ -21,7 +21,9 @@ from fastdpo.ops.grouped_chunks import GroupLoss, grouped_chunks
 from fastdpo.ops.library import OPTIONS_SCHEMA, CallOptions, backward_op, empty_output, head_call
 from fastdpo.ops.linear_logprob import call_options, flat_rows
 from fastdpo.ops.scaling import scaled
-from fastdpo.types import Execution, LinearLogprobOutput, LMHead
+from fastdpo.ops.shard_groups import carried_shard, restored_shard
+from fastdpo.ops.vocab_parallel import own_labels, summed_rows
+from fastdpo.types import Execution, LinearLogprobOutput, LMHead, VocabShard
 
 # key -> (parameters as text, tensors) -> the loss of a group; filled by the layer that knows losses.
 GROUP_LOSSES: dict[str, Callable[[str, Sequence[Tensor]], GroupLoss]] = {}
@@ -48,7 +50,7 @@ def recording_gradients() -> Iterator[None]:
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor token_index, str index_kind, "
     "Tensor? ref_hidden, Tensor loss_rows, str loss_key, str loss_parameters, Tensor[] loss_tensors, "
-    "str statistics, bool needs_hidden, bool needs_weight, bool needs_bias, "
+    "str shard, str statistics, bool needs_hidden, bool needs_weight, bool needs_bias, "
     f"{OPTIONS_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -64,6 +66,7 @@ def grouped_loss_op(
     loss_key: str,
     loss_parameters: str,
     loss_tensors: list[Tensor],
+    shard: str,  # of a part of the vocabulary, what `carried_shard` wrote of it; labels are the part's own
     statistics: str,  # names joined by commas
     needs_hidden: bool,
     needs_weight: bool,
@@ -71,19 +74,22 @@ def grouped_loss_op(
     *options: Any,  # CallOptions
 ) -> tuple[Tensor, ...]:
     """The loss ``()``, six results ``(N,)`` (those not asked for ``(0,)``), the reference's log-probabilities
-    ``(N,)``, dL/dlogp ``(N,)``, dhidden, dweight and dbias (``(0,)`` where not needed)."""
+    ``(N,)``, dL/dlogp as of `GroupedResults`, dhidden, dweight and dbias (``(0,)`` where not needed)."""
     run = CallOptions(*options)
     needs: dict[str, Any] = {
         "needs_hidden": needs_hidden, "needs_weight": needs_weight, "needs_bias": needs_bias,
     }  # fmt: skip
     rows = (hidden, weight, bias, labels, token_index, index_kind)
-    call = head_call(*rows, run, **needs, ref_hidden=ref_hidden, loss_rows=loss_rows.tolist())
+    largest, join = restored_shard(shard, weight.shape[0])
+    batch: dict[str, Any] = {"loss_rows": loss_rows.tolist(), "largest_part": largest, **needs}
+    call = head_call(*rows, run, ref_hidden=ref_hidden, **batch)
     with torch.amp.autocast(hidden.device.type, enabled=False):
         results = grouped_chunks(
             call,
             tuple(filter(None, statistics.split(","))),
             GROUP_LOSSES[loss_key](loss_parameters, loss_tensors),
             **needs,
+            join=join,
         )
 
     def or_empty(value: Tensor | None, name: str = "logps") -> Tensor:
@@ -99,9 +105,9 @@ def grouped_loss_op(
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, weight, bias, labels = arguments[:4]
     ref_hidden = arguments[6]
-    statistics = arguments[11]
-    needs = GradientNeeds(*arguments[12:15])
-    run = CallOptions(*arguments[15:])
+    shard, statistics = arguments[11:13]
+    needs = GradientNeeds(*arguments[13:16])
+    run = CallOptions(*arguments[16:])
     num_tokens = labels.shape[0]
     wanted = ("logps", "lse", *statistics.split(","))
 
@@ -117,7 +123,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         empty_output(hidden, "logps", run.compute_dtype, ()),
         *(tokens(name, name in wanted) for name in RowOutputs._fields),
         tokens("logps", ref_hidden is not None),
-        tokens("logps"),
+        empty_output(hidden, "logps", run.compute_dtype, (4, num_tokens) if shard else num_tokens),
         like(hidden, needs.hidden),
         like(weight, needs.weight),
         like(bias, needs.bias),
@@ -134,8 +140,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     # Not saved tensors: the first backward pass takes them away. They have no graph, so there is no cycle.
     ctx.grads = grads
     ctx.index_kind = index_kind
-    ctx.needs = GradientNeeds(*inputs[12:15])
-    ctx.options = CallOptions(*inputs[15:])
+    ctx.needs = GradientNeeds(*inputs[13:16])
+    ctx.options = CallOptions(*inputs[16:])
     # No gradient for the rest; a list of tensors wants a list.
     ctx.no_grads = tuple([None] * len(value) if isinstance(value, list) else None for value in inputs[3:])
 
@@ -155,10 +161,14 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tup
 def _compute_again(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by recomputation, from dL/dlogp; with a graph whose second derivative raises."""
     hidden, weight, bias, labels, token_index, logps, lse, token_grads = ctx.saved_tensors
+    lse_grads = None
+    if token_grads.dim() > 1:  # of a part of the vocabulary
+        token_grads, lse_grads, logps, lse = token_grads
+        lse_grads = lse_grads * grad_loss
     rows = (hidden, weight, bias, labels, token_index, ctx.index_kind, logps, lse, hidden.new_empty(0), None)
     options = ctx.options._replace(run_mode="recompute")
     grads: tuple[Tensor, Tensor, Tensor] = backward_op(
-        token_grads * grad_loss, None, None, *rows, *ctx.needs, *options
+        token_grads * grad_loss, lse_grads, None, *rows, *ctx.needs, *options
     )
     return grads
 
@@ -189,12 +199,19 @@ def grouped_loss(
     checks.check_inputs(hidden, head)
     wanted = checks.check_outputs(outputs, False)
     run = checks.check_execution(execution)
-    own = (flat_rows(hidden), head.weight, head.bias)
+    hidden, ref_hidden = flat_rows(hidden), None if ref_hidden is None else flat_rows(ref_hidden)
+    shard, carried = head.vocab_parallel, ""
+    if isinstance(shard, VocabShard):
+        carried, labels = carried_shard(head), own_labels(labels, head.weight.shape[0], shard)
+        if ref_hidden is not None:
+            ref_hidden, *_ = summed_rows(ref_hidden.detach(), token_index, index_kind, shard)
+        hidden, token_index, index_kind = summed_rows(hidden, token_index, index_kind, shard)
+    own = (hidden, head.weight, head.bias)
     needs = (tensor is not None and tensor.requires_grad for tensor in (hidden, head.weight, head.bias))
-    ref_rows = None if ref_hidden is None else flat_rows(ref_hidden.detach())
-    options = call_options(hidden, head, run, "pairs")
+    ref_rows = None if ref_hidden is None else ref_hidden.detach()
+    options = (carried, ",".join(wanted), *needs, *call_options(hidden, head, run, "pairs"))
     loss_output, *results = grouped_loss_op(
-        *own, labels, token_index, index_kind, ref_rows, loss_rows, *loss, ",".join(wanted), *needs, *options
+        *own, labels, token_index, index_kind, ref_rows, loss_rows, *loss, *options
     )
     tokens = dict(zip(RowOutputs._fields, results, strict=False))
     named = {name: tokens[name] for name in wanted}

@@ -317,6 +317,7 @@ def head_call(
     needs_bias: bool = False,
     ref_hidden: Tensor | None = None,
     loss_rows: Sequence[int] = (0,),
+    largest_part: int = 0,
 ) -> HeadCall:
     """The call that both passes make the same way, so that they agree on every chunk."""
     num_tokens = index.shape[0]
@@ -345,6 +346,7 @@ def head_call(
         hidden_bytes=hidden.element_size(),
         weight_bytes=weight.element_size(),
         copies_weight=copies_weight(weight, run.compute_dtype, operands),
+        largest_part=largest_part,
     )
     return HeadCall(
         hidden=hidden,

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdpo.ops import checks
 from fastdpo.ops.adapted import adapted_results, settle_adapted_mode
 from fastdpo.ops.library import CallOptions, forward_op
+from fastdpo.ops.shard_check import largest_part
 from fastdpo.ops.vocab_parallel import sharded_logprob
 from fastdpo.plan.modes import resolve_mode, settled_run
 from fastdpo.plan.schedule import holds_a_chunk_row
@@ -209,7 +210,12 @@ def settle_mode(
         entropy_requires_grad=entropy_requires_grad,
         cache_mib=run.cache_mib,
         has_row_loss=has_row_loss,
-        holds_a_row=holds_a_chunk_row(head.weight.shape[0], logits_dtype.itemsize, run.workspace_mib),
+        # Ranks with parts of a vocabulary have to agree.
+        holds_a_row=holds_a_chunk_row(
+            head.weight.shape[0] if head.vocab_parallel is None else largest_part(head),
+            logits_dtype.itemsize,
+            run.workspace_mib,
+        ),
     )
     if mode == "lean" and logits_dtype == torch.bfloat16:
         raise checks.fail("execution.logits_dtype", "'bf16' with mode 'lean', which stores no logits", "None")

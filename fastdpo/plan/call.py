@@ -49,6 +49,7 @@ def make_plan(
     weight_bytes: int | None = None,
     copies_weight: bool = False,
     num_kept: int = 1,
+    largest_part: int = 0,
 ) -> Plan:
     """The plan for a mode that ``resolve_mode`` has settled; sizes in elements, budgets in MiB.
 
@@ -57,7 +58,8 @@ def make_plan(
     ``joins_chunks``: whether D may stay in the workspace for several chunks. ``hidden_bytes`` and
     ``weight_bytes``: of an element of these and of their gradients; None: as of the operands.
     ``copies_weight``: whether products need the weight in another dtype, and all of it at once.
-    ``num_kept``: D's, or products of them, that are kept for each row.
+    ``num_kept``: D's, or products of them, that are kept for each row. ``largest_part``: where ranks have
+    parts of a vocabulary, the most rows of the weight that one has: all plan the groups of that one.
     """
     hidden_bytes, weight_bytes = hidden_bytes or operand_bytes, weight_bytes or operand_bytes
     hidden_grad_bytes = needs_hidden * num_tokens * hidden_size * hidden_bytes
@@ -92,7 +94,8 @@ def make_plan(
     cached = _cached_rows(num_tokens, rows, num_kept * d_row_bytes, cache_mib) if mode == "cache" else 0
     groups: tuple[RowGroup, ...] = ()
     if mode == "pairs":
-        groups = group_loss_rows(loss_rows, min(GROUP_ROWS, cache_mib * MIB // d_row_bytes))
+        longest = leading_dim(max(largest_part, vocab_size)) * operand_bytes
+        groups = group_loss_rows(loss_rows, min(GROUP_ROWS, cache_mib * MIB // longest))
     group_rows = max((group.stop - group.start for group in groups if not group.is_recomputed), default=0)
     # In pieces of what is recomputed at a time: the rest of a batch, or a row of the loss that is too long.
     again = [group.stop - group.start for group in groups if group.is_recomputed]

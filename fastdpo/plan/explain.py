@@ -9,6 +9,7 @@ from fastdpo.plan.call import make_plan
 from fastdpo.plan.modes import resolve_mode, settled_run
 from fastdpo.plan.plan import Plan
 from fastdpo.plan.schedule import holds_a_chunk_row
+from fastdpo.plan.traffic import head_traffic
 
 # Those of `fastdpo.types`, which a plan does not import.
 _MODES = ("auto", "score", "stash", "cache", "pairs", "recompute", "lean")
@@ -34,6 +35,7 @@ def explain_plan(
     workspace_mib: int = 512,
     cache_mib: int = 1024,
     num_multiprocessors: int = 0,
+    num_ranks: int = 1,
 ) -> Plan:
     """Print and return what ``linear_logprob``, or a function with a loss, will do for N labelled tokens.
 
@@ -55,6 +57,8 @@ def explain_plan(
             for 16-bit ones on a CPU, 4 for fp32 ones under autocast. None: as ``operand_bytes``.
         workspace_mib, cache_mib: as in ``Execution``.
         num_multiprocessors: of the GPU (132 for an H100 or H200), which sets the rows of a chunk; 0: a CPU.
+        num_ranks: of several, each with N tokens of its own and a part of the head (FSDP2), what moves
+            between them is printed too, and which way is less.
 
     Raises:
         ValueError: an unknown mode or backend; the mode does not fit the gradients, the logits or the
@@ -111,4 +115,13 @@ def explain_plan(
         copies_weight=num_multiprocessors > 0 and weight_bytes not in (None, operand_bytes),
     )
     print(plan)
+    if num_ranks > 1:
+        traffic = head_traffic(
+            *(num_tokens, hidden_size, vocab_size, num_ranks),
+            weight_bytes=weight_bytes or operand_bytes,
+            states_bytes=hidden_bytes or operand_bytes,
+            needs_hidden=hidden_requires_grad,
+            needs_weight=weight_requires_grad,
+        )
+        print(traffic)
     return plan

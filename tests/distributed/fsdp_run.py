@@ -31,8 +31,12 @@ from tests.distributed.problem import (
 _WORLD = 2
 
 
-def _fsdp2(model: Any, unit: str) -> Any:
-    """``model`` under FSDP2, its head in the root's unit, in one of its own, or in one with the last norm."""
+def _fsdp2(model: Any, unit: str, *, reshards: bool = False) -> Any:
+    """``model`` under FSDP2, its head in the root's unit, in one of its own, or in one with the last norm.
+
+    Args:
+        reshards: whether the root's unit, too, is put away after its forward pass.
+    """
     mesh = init_device_mesh("cpu", (_WORLD,))
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     for layer in base.model.layers:
@@ -44,7 +48,7 @@ def _fsdp2(model: Any, unit: str) -> Any:
         is_tied = head.weight is base.model.embed_tokens.weight if isinstance(head, nn.Linear) else False
         parts = [base.model.norm, *([base.model.embed_tokens] if is_tied else []), head]
         fully_shard(parts, mesh=mesh, reshard_after_forward=False)
-    return fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh, **({"reshard_after_forward": True} if reshards else {}))
 
 
 def _fsdp1(model: Any, unit: str) -> Any:
@@ -82,17 +86,24 @@ def _case(
     accumulates: bool = False,
     is_late: bool = False,
     checkpointing: bool = False,
+    reshards: bool = False,
+    is_late_sync: bool = False,
+    split_head: str = "weight",
     **model: Any,
 ) -> dict[str, Any]:
     base, whole = tiny(**model), batch(without_labels_from=labels)
-    execution = Execution(mode=mode)
+    options: Any = {"execution": Execution(mode=mode)}
+    if how.startswith("lazy"):
+        options["on_materialize"] = "error"
+    elif how != "made":
+        options |= {"split_head": split_head, "logits": "real"}
     expected = truth(base, whole, how)
     ours = copy.deepcopy(base)
     if not is_late:
-        patch_model(ours, execution=execution)
-    ours = {"FSDP2": _fsdp2, "FSDP1": _fsdp1}[engine](ours, unit)
+        patch_model(ours, **options)
+    ours = _fsdp2(ours, unit, reshards=reshards) if engine == "FSDP2" else _fsdp1(ours, unit)
     if is_late:
-        patch_model(ours, execution=execution)
+        patch_model(ours, **options)
     if checkpointing:
         ours.gradient_checkpointing_enable()
         ours.train()
@@ -104,12 +115,14 @@ def _case(
         total = torch.zeros(())
         with Collectives() as counted:
             for pairs in [[i] for i in mine] if accumulates else [mine]:
+                if is_late_sync:
+                    ours.set_requires_gradient_sync(pairs[-1] == mine[-1])
                 loss = dpo(ours, part(whole, pairs), how)
                 (loss * _WORLD).backward()
                 total = total + loss.detach()
         calls = dict(counted.calls)
         errors.append(worst_error(total, _gradients(ours), expected))
-    return {"error": max(errors), "calls": calls}
+    return {"error": max(errors), "calls": calls, "sent": dict(counted.sent)}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ PAIRS = 4
 
 
 def tiny(*, tied: bool = False, adapter: str | None = None, frozen_head: bool = False) -> Any:
-    """A Llama; ``adapter``: LoRA on its ``backbone``, on its ``head`` too, or a ``saved`` head."""
+    """A Llama; ``adapter``: LoRA on its ``backbone``, its ``head`` too, or ``head alone``; or ``saved``."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -45,7 +45,8 @@ def tiny(*, tied: bool = False, adapter: str | None = None, frozen_head: bool = 
         return model
     from peft import LoraConfig, get_peft_model
 
-    head = {"target_modules": ["q_proj", "v_proj", *(["lm_head"] if adapter == "head" else [])]}
+    backbone = [] if adapter == "head alone" else ["q_proj", "v_proj"]
+    head = {"target_modules": [*backbone, *(["lm_head"] if adapter.startswith("head") else [])]}
     saved = {"modules_to_save": ["lm_head"]} if adapter == "saved" else {}
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **head, **saved))
     for name, parameter in model.named_parameters():
@@ -77,8 +78,12 @@ def dpo(model: Any, of: dict[str, Tensor], how: str) -> Tensor:
 
     Args:
         how: from log-probabilities (``logps``), by the hook (``loss``), or so of rows without padding
-            (``packed``).
+            (``packed``). Of logits that are lazy where the model is patched: log-probabilities (``lazy``),
+            also the logsumexp in a look of its own (``lazy twice``), the entropy, mean logits and label's
+            logits (``statistics``), or the logits themselves (``made``).
     """
+    if how in ("lazy", "lazy twice", "statistics", "made"):
+        return _of_logits(model(input_ids=of["input_ids"]).logits, of, how)
     if how == "logps":
         out = model(input_ids=of["input_ids"], labels=of["labels"], return_logps=True)
         chosen, rejected = (out.logps.sum(-1) - of["ref_logps"]).chunk(2)
@@ -99,9 +104,27 @@ def dpo(model: Any, of: dict[str, Tensor], how: str) -> Tensor:
     return packed
 
 
+def _of_logits(logits: Tensor, of: dict[str, Tensor], how: str) -> Tensor:
+    """The same loss, as a loop writes it."""
+    logits, labels = logits[:, :-1], of["labels"][:, 1:]
+    mask = labels != -100
+    if how == "made":
+        logits = logits.sin() + logits
+    picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    chosen, rejected = ((picked * mask).sum(-1) - of["ref_logps"]).chunk(2)
+    loss = -F.logsigmoid(0.1 * (chosen - rejected)).sum() / PAIRS
+    if how == "statistics":
+        probs = logits.softmax(-1)
+        entropy = logits.logsumexp(-1) - (probs * logits).sum(-1)
+        found = logits.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+        right = logits.argmax(-1) == labels.clamp(min=0)
+        loss = loss + 0.01 * ((entropy + found + 3 * logits.mean(-1)) * (mask & ~right)).sum()
+    return loss + 0.01 * (logits.logsumexp(-1) * mask).sum() if how == "lazy twice" else loss
+
+
 def truth(model: Any, of: dict[str, Tensor], how: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of one process on the whole batch."""
-    whole = patch_model(copy.deepcopy(model))
+    whole = patch_model(copy.deepcopy(model), logits="real")
     loss = dpo(whole, of, how)
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}

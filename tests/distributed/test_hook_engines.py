@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from fastdpo.plan.traffic import head_traffic
 from tests.distributed.cases import FSDP, ZERO
+from tests.distributed.problem import VOCABULARY, batch, part
 from tests.distributed.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -50,10 +52,33 @@ def test_fsdp_gives_what_one_process_gives(fsdp: dict[str, Any], name: str):
         ("FSDP2 own loss", 2),  # for the forward and for the backward pass
         ("FSDP2 tail packed", 1),  # kept in between
         ("FSDP2 own logps, frozen head", 2),
+        ("FSDP2 root lazy", 0),
+        ("FSDP2 own lazy", 2),
+        ("FSDP2 own lazy twice, a rank without labels", 4),  # for each look
+        ("FSDP2 tail lazy", 1),
     ],
 )
 def test_fsdp2_gathers_the_head_once_a_direction(fsdp: dict[str, Any], name: str, gathers: int):
     assert fsdp[name]["calls"]["_allgather_base_"] == _BESIDE + gathers
+
+
+def test_fewer_bytes_move_where_the_weight_stays(fsdp: dict[str, Any]):
+    """As many as the plan says, which counts what comes from other ranks: half, of two."""
+    weight, states, chosen = (
+        fsdp[name]
+        for name in (
+            "FSDP2 own logps, recomputed",
+            "FSDP2 own logps, states moved, recomputed",
+            "FSDP2 own logps, states moved by choice",
+        )
+    )
+    tokens = max(int((part(batch(), pairs)["labels"][:, 1:] != -100).sum()) for pairs in ([0, 1], [2, 3]))
+    plan = head_traffic(tokens, 32, VOCABULARY, 2, weight_bytes=4, states_bytes=4)
+    moved = [sum(of["sent"].values()) for of in (weight, states)]
+    assert plan.choice == "states" and moved[1] < moved[0]
+    saved = moved[0] - moved[1] - 2 * (plan.weight_bytes - plan.states_bytes)
+    assert 0 <= saved + 32 < 300  # 32 bytes of counts; the plan takes all ranks to have as many tokens
+    assert sum(chosen["sent"].values()) == moved[1] + 8  # and the number of tokens that decides
 
 
 @pytest.mark.parametrize("name", ZERO)

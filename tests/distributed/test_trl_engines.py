@@ -1,7 +1,8 @@
-"""TRL's fused head under FSDP2: patched it gives what one process gives, and refuses what TRL gets wrong."""
+"""TRL's fused head under FSDP2 and ZeRO-3: patched it gives what one process gives, or refuses."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 pytest.importorskip("trl")
 
-from tests.distributed.cases import TRL
+from tests.distributed.cases import TRL, TRL_ZERO
 from tests.distributed.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -20,6 +21,25 @@ def results() -> dict[str, Any]:
     printed = run_ranks("tests.distributed.trl_run", seconds=120)[0]
     lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"case"')]
     return {line.pop("case"): line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def zero() -> dict[str, Any]:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed (make test-deepspeed)")
+    printed = run_ranks("tests.distributed.trl_zero_run", seconds=200)[0]
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"case"')]
+    return {line.pop("case"): line for line in lines}
+
+
+@pytest.mark.parametrize("name", TRL_ZERO)
+def test_a_head_that_zero_puts_away(zero: dict[str, Any], name: str):
+    """Gathered for TRL's call, and again for its backward pass."""
+    assert "raised" not in zero[name], zero[name]["raised"]
+    assert zero[name]["error"] < 2e-6
+    # Two steps; the first entropy that is differentiated is made once more.
+    calls = {"as it is": 0, "patched, with an entropy": 3}.get(name, 2)
+    assert zero[name]["calls"] == calls
 
 
 @pytest.mark.parametrize("name", [name for name in TRL if not name.startswith("own")])

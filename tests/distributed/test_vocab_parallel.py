@@ -62,6 +62,27 @@ def test_a_call_exchanges_a_few_numbers_a_token_and_sums_dhidden(two: list[dict[
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_pairs_take_three_products_and_an_exchange_a_group(
+    two: list[dict[str, Any]], three: list[dict[str, Any]], world: int
+):
+    ranks = two if world == 2 else three
+    for name, products, num_columns in (
+        ("pairs, answers", 3, 4),  # lse, the label's logit, whose it is, entropy
+        ("pairs, a reference's states", 4, 8),  # and mean and largest logit, the reference's lse and label
+    ):
+        exchanged = ranks[0][name]["inside"]
+        assert len(exchanged) > 5 and sum(exchanged) % (8 * num_columns) == 0
+        for of_rank in ranks:  # of whatever size the part is
+            assert of_rank[name]["inside"] == exchanged
+            again = of_rank[name]["products"] - products  # of pairs longer than a group
+            assert again == 0 if name == "pairs, answers" else 0 <= again < 0.7
+    # Those handed out by a second backward pass are made again.
+    assert ranks[0]["pairs, fp32"]["products"] - 6 < 0.01
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -7,27 +7,42 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import profile
 
-from fastdpo import Execution, LMHead, TokenLayout, VocabShard, fused_dpo_loss, linear_logprob
+from fastdpo import (
+    Execution,
+    LMHead,
+    TokenLayout,
+    VocabShard,
+    fused_dpo_loss,
+    fused_preference_loss,
+    linear_logprob,
+)
 from fastdpo.testing import assert_close_to_fp64, assert_logps_close
 from fastdpo.types import HeadAdapter
 from tests.distributed.cases import MISTAKES, VOCABULARY_SHARDS
 from tests.distributed.problem import Collectives, print_results
 
 H, N = 24, 45
+PAIRS, LENGTH = 12, 45  # of mode `pairs`; a pair of two long answers outgrows a small cache
 
 
-def _whole(dtype: torch.dtype, size: int, *, bias: bool, adapter: bool, **transform: Any) -> dict[str, Any]:
+def _whole(
+    dtype: torch.dtype, size: int, *, bias: bool, adapter: bool, has_pairs: bool, **transform: Any
+) -> dict[str, Any]:
     random = torch.Generator().manual_seed(size)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=random, dtype=torch.float64) * scale).to(dtype)
 
-    labels = torch.randint(0, size, (3, N // 3), generator=random)
+    shape = (2 * PAIRS, LENGTH) if has_pairs else (3, N // 3)
+    labels = torch.randint(0, size, shape, generator=random)
     labels[0, ::4] = -100
+    for row in range(1, len(labels) if has_pairs else 0):
+        labels[row, : LENGTH * row // (len(labels) + 3)] = -100
     lora_dtype = torch.promote_types(dtype, torch.float32)
     return {
-        "hidden": normal(3, N // 3, H),
+        "hidden": normal(*shape, H),
         "weight": normal(size, H, scale=0.4),
         "bias": normal(size) if bias else None,
         "lora_a": normal(3, H, scale=0.3).to(lora_dtype) if adapter else None,
@@ -52,6 +67,8 @@ def _leaves(of: dict[str, Any], rows: slice, trained: str) -> dict[str, Tensor]:
             continue
         value = of[name][rows] if name in ("weight", "bias", "lora_b") else of[name]
         needs = name == "hidden" or name.startswith("lora") or trained == "head"
+        if trained == "only head":
+            needs = name != "hidden"
         found[name] = value.clone().requires_grad_(needs and trained != "nothing")
     return found
 
@@ -68,7 +85,9 @@ def _results(
 ) -> dict[str, Tensor]:
     """What comes out, and the gradients of a number made of it."""
     made: dict[str, Tensor] = {}
-    if how in ("loss", "loss with a reference's states"):
+    if how.startswith("pairs") or how == "answers":
+        made, objective = _of_rows(leaves, head, of, how, execution)
+    elif how in ("loss", "loss with a reference's states"):
         # A first row of chosen answers, a second of rejected ones.
         ref = torch.tensor([-30.0, -31.0], dtype=torch.float64).to(leaves["hidden"].dtype)
         reference = {"ref_logps": ref} if how == "loss" else {"ref_hidden": of["hidden"][1:]}
@@ -93,9 +112,36 @@ def _results(
         terms = [value for value in (out.logps, out.lse, out.entropy) if value is not None]
         objective = sum((term.double() * weights / (k + 1)).sum() for k, term in enumerate(terms))
     if isinstance(objective, Tensor) and objective.requires_grad:
+        if how == "pairs":  # once more, by other code: half of each
+            (objective / 2).backward(retain_graph=True)
+            objective = objective / 2
         objective.backward()
     grads = {f"grad {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {**{name: value.detach() for name, value in made.items()}, **grads}
+
+
+def _of_rows(
+    leaves: dict[str, Tensor], head: LMHead, of: dict[str, Any], how: str, execution: Execution
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Loss and metrics of pairs, or of answers, that take mode ``pairs``."""
+    labels = of["labels"]
+    given: dict[str, Any] = {"execution": execution, "ref_logps": _ref_logps(of)}
+    if how == "answers":
+        wanted = torch.arange(len(labels)) % 3 > 0
+        given |= {"loss_type": "kto", "is_desirable": wanted, "kl": torch.tensor(0.2, dtype=torch.float64)}
+        answers = fused_preference_loss(leaves["hidden"], head, labels, **given)
+        return {"loss": answers.loss, "sums": answers.logps}, answers.loss
+    if how == "pairs with states":
+        given |= {"ref_hidden": of["hidden"].flip(1), "ref_logps": None}
+    out = fused_dpo_loss(leaves["hidden"], head, labels, **given)
+    made = {"loss": out.loss, "chosen_logps": out.chosen_logps, "margins": out.chosen_rewards}
+    return {**made, **{name: out.metrics[name] for name in ("entropy",)}}, out.loss
+
+
+def _ref_logps(of: dict[str, Any]) -> Tensor:
+    """Near what the head gives: losses that are neither 0 nor straight lines."""
+    lengths = (of["labels"][:, 1:] != -100).sum(-1)
+    return (-12.0 * lengths).to(torch.promote_types(of["hidden"].dtype, torch.float32))
 
 
 def _case(
@@ -108,14 +154,16 @@ def _case(
     bias: bool = False,
     adapter: bool = False,
     workspace_mib: int = 512,
+    cache_mib: int = 1024,
     **transform: Any,
 ) -> dict[str, Any]:
     kind = getattr(torch, dtype)
-    of = _whole(kind, size, bias=bias, adapter=adapter, **transform)
+    has_pairs = mode == "pairs"
+    of = _whole(kind, size, bias=bias, adapter=adapter, has_pairs=has_pairs, **transform)
     start, stop = _rows(size)
-    execution = Execution(mode=mode, workspace_mib=workspace_mib)
+    execution = Execution(mode=mode, workspace_mib=workspace_mib, cache_mib=cache_mib)
     mine = _leaves(of, slice(start, stop), trained)
-    with Collectives() as counted:
+    with Collectives() as counted, _InOps() as inside, profile(record_shapes=True) as profiled:
         ours = _results(
             mine, _head(mine, of["transform"], VocabShard(start, size)), of, how, execution, outputs
         )
@@ -143,7 +191,42 @@ def _case(
             assert_close_to_fp64(value, wanted, near, name=name)
         else:
             torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
-    return {"calls": dict(counted.calls), "sent": dict(counted.sent), "same": _is_same_everywhere(ours)}
+    return {
+        "calls": dict(counted.calls),
+        "sent": dict(counted.sent),
+        "inside": inside.sent,
+        "same": _is_same_everywhere(ours),
+        "products": _products(profiled) / (2 * int((of["labels"][:, 1:] != -100).sum()) * H * (stop - start)),
+    }
+
+
+class _InOps:
+    """Counts all-gathers, also those of registered ops, below which no dispatch mode sees."""
+
+    def __enter__(self) -> _InOps:
+        self.sent: list[int] = []
+        self._own = dist.all_gather_into_tensor
+
+        def counted(output: Tensor, part: Tensor, **options: Any) -> Any:
+            self.sent.append(part.numel() * part.element_size())
+            return self._own(output, part, **options)
+
+        dist.all_gather_into_tensor = counted
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        dist.all_gather_into_tensor = self._own
+
+
+def _products(profiled: Any) -> int:
+    """Multiplications and additions of all matrix products."""
+    total = 0
+    for event in profiled.events():
+        first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}.get(event.name)
+        if first is not None:
+            left, right = event.input_shapes[first : first + 2]
+            total += 2 * left[0] * left[1] * right[1]
+    return total
 
 
 def _is_same_everywhere(ours: dict[str, Tensor]) -> bool:

@@ -68,7 +68,9 @@ def _case(
         ours = _partitioned(base, model)
     else:
         ours = copy.deepcopy(base)
-    patch_model(ours, execution=Execution(mode=mode))
+    patch_model(
+        ours, execution=Execution(mode=mode), on_materialize="error" if how.startswith("lazy") else "warn"
+    )
     optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=0.0)
     engine, *_ = deepspeed.initialize(model=ours, optimizer=optimizer, config=_config(stage, accumulate))
     held: list[str] = []  # whether the head was, while a layer ran

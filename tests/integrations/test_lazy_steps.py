@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdpo import patch_model
 from fastdpo.integrations.lazy import LazyLogits, MadeLogits
+from fastdpo.integrations.model import is_patched
 from tests.integrations.lazy_losses import LARGE, Rows, dpo_repository, lazy_model
 from tests.integrations.peft_cases import HEAD, with_lora
 from tests.integrations.test_lazy_surroundings import one_process  # noqa: F401  (a fixture)
@@ -115,24 +116,45 @@ def test_one_position_to_keep_is_the_next_token() -> None:
         patched(**LARGE.inputs, logits_to_keep=2).logits.topk(3)
 
 
-def test_the_default_is_lazy_where_it_can_be(one_process: None) -> None:  # noqa: F811
-    """A head that an engine has split makes real logits, as without the hook, and a warning says why."""
+def test_the_default_is_lazy_also_where_the_head_is_split(one_process: None) -> None:  # noqa: F811
+    """Split after it was patched or before, real or patched."""
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     model = patch_model(make_model().train())
     assert isinstance(model(**LARGE.inputs).logits, LazyLogits)
     wanted = model(**LARGE.inputs, labels=LARGE.labels, return_logps=True).logps
     fsdp.fully_shard(model, mesh=mesh)
-    with pytest.warns(UserWarning, match="real ones are made of a FSDPLlamaForCausalLM: .*return_logps=True"):
-        logits = model(**LARGE.inputs).logits
-    assert type(logits) is Tensor
-    assert torch.allclose(dpo_repository(logits, LARGE.labels), wanted.sum(-1), atol=1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        logits = model(**LARGE.inputs).logits
+        assert isinstance(logits, LazyLogits)
+        assert torch.allclose(dpo_repository(logits, LARGE.labels), wanted.sum(-1), atol=1e-4)
         assert torch.equal(model(**LARGE.inputs, labels=LARGE.labels, return_logps=True).logps, wanted)
     split = make_model().train()
     fsdp.fully_shard(split, mesh=mesh)
     assert type(patch_model(split).lm_head.weight).__name__ == "DTensor"
+    assert isinstance(split(**LARGE.inputs).logits, LazyLogits)
+
+
+def test_the_default_is_real_where_the_head_is_gone_after_the_call(one_process: None) -> None:  # noqa: F811
+    """FSDP1's: real logits, as without the hook, and a warning says why; asked for, lazy ones are refused."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    model = patch_model(make_model().train())
+    wanted = model(**LARGE.inputs, labels=LARGE.labels, return_logps=True).logps
+    model.lm_head = fsdp.FullyShardedDataParallel(
+        model.lm_head, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    with pytest.warns(UserWarning, match="real ones are made of a LlamaForCausalLM: .*return_logps=True"):
+        logits = model(**LARGE.inputs).logits
+    assert type(logits) is Tensor
+    assert torch.allclose(dpo_repository(logits, LARGE.labels), wanted.sum(-1), atol=1e-4)
+    other = make_model().train()
+    other.lm_head = fsdp.FullyShardedDataParallel(
+        other.lm_head, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    with pytest.raises(ValueError, match="split by FSDP1.*logits='real'"):
+        patch_model(other, logits="lazy")
+    assert not is_patched(other)
 
 
 class _Sine(torch.autograd.Function):

@@ -309,36 +309,3 @@ def test_execution_is_the_hooks(mode: str) -> None:
     patched = lazy_model(model, execution=Execution(mode=mode, workspace_mib=1))
     truth = run_loss(copy.deepcopy(model).double(), dpo_repository)
     assert_like_real(run_loss(patched, dpo_repository), run_loss(model, dpo_repository), truth)
-
-
-def test_a_split_head_is_refused(one_process: None) -> None:
-    """When it is patched, and in the call where it was split after that."""
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    model = lazy_model(make_model().train())
-    fsdp.fully_shard(model.lm_head, mesh=mesh)
-    fsdp.fully_shard(model, mesh=mesh)
-    with pytest.raises(ValueError, match="split by FSDP2.*logits='real'"):
-        model(**LARGE.inputs)
-    other = make_model().train()
-    fsdp.fully_shard(other, mesh=mesh)
-    with pytest.raises(ValueError, match="split by FSDP2.*logits='real'"):
-        patch_model(other, logits="lazy")
-    assert not is_patched(other)
-
-
-def test_a_head_split_by_vocabulary_is_refused(one_process: None) -> None:
-    tensor = pytest.importorskip("torch.distributed.tensor")
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    model = make_model().train()
-    shard = tensor.distribute_tensor(model.lm_head.weight.detach(), mesh, [tensor.Shard(0)])
-    model.lm_head.weight = nn.Parameter(shard)
-    with pytest.raises(ValueError, match="split by tensor parallelism.*logits='real'"):
-        patch_model(model, logits="lazy")
-
-
-def test_a_head_split_by_zero_is_refused() -> None:
-    model = lazy_model(make_model().train())
-    model.lm_head.weight.ds_id = 3
-    with pytest.raises(ValueError, match="split by ZeRO-3"):
-        model(**LARGE.inputs)

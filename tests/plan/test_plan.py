@@ -199,6 +199,30 @@ def test_pairs_of_the_headline_size(pair_length: int, logits_bytes: int) -> None
     assert plan.workspace_bytes + plan.kept_bytes + gradients < plan.peak_bytes <= 2.65 * 1024 * MIB
 
 
+def test_ranks_with_parts_of_a_vocabulary_meet_as_often() -> None:
+    """Shards of unlike size have unlike groups by themselves, and those of the largest where it is named."""
+    loss_rows = list(range(0, 16384 + 1, 700))
+    sizes = (16033, 16025, 9000, 64125)
+    each, alike = (
+        [
+            make_plan(
+                "pairs",
+                loss_rows[-1],
+                4096,
+                size,
+                needs_weight=True,
+                cache_mib=128,
+                loss_rows=loss_rows,
+                **options,
+            ).groups
+            for size in sizes
+        ]
+        for options in ({}, {"largest_part": max(sizes)})
+    )
+    assert len({len(groups) for groups in each}) > 1
+    assert len(set(alike)) == 1 and alike[-1] == each[-1]
+
+
 def test_a_smaller_cache_does_not_make_pairs_lighter() -> None:
     """768 MiB of D are 6 groups, one too many for bf16: dweight in fp32, D and logits are 3.3 GiB."""
     plan = make_plan(
