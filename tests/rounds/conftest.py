@@ -54,11 +54,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder to work in, with ``prompts.jsonl``, ``chats.jsonl`` and ``rules.py``; a process of its own."""
-    monkeypatch.chdir(tmp_path)
-    before = set(sys.modules)
+def make_prompts() -> None:
+    """``prompts.jsonl`` and ``chats.jsonl``, where the process is."""
     rows = make_rows(6)
     write_jsonl(
         Path("prompts.jsonl"),
@@ -66,6 +63,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     talks = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     write_jsonl(Path("chats.jsonl"), [{"prompt": talk, "letter": "a"} for talk in talks])
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to work in, with ``prompts.jsonl``, ``chats.jsonl`` and ``rules.py``; a process of its own."""
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    make_prompts()
     Path("rules.py").write_text(RULES)
     yield tmp_path
     for name in set(sys.modules) - before:
