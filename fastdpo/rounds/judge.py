@@ -52,8 +52,7 @@ def judge(args: JudgeArguments) -> JudgeReport:
         args.path, _told(args, rows), overwrite=args.overwrite_output, rank=ranks.rank, is_main=ranks.is_main
     )
     ranks.wait()
-    _judge_missing(args, work, rows, unlike, ranks)
-    ranks.wait()
+    ranks.together(lambda: _judge_missing(args, work, rows, unlike, ranks))
     verdicts = _verdicts(work, len(rows))
     ranks.wait()
     written = [
@@ -101,7 +100,6 @@ def _judge_missing(
     ranks: Ranks,
 ) -> None:
     done = {record["part"] for record in work.records()}
-    ranks.wait()  # before anyone adds to it
     asked = [(row, these.places) for row, these in zip(rows, unlike, strict=True)]
     parts = [asked[start : start + ROWS_AT_ONCE] for start in range(0, len(asked), ROWS_AT_ONCE)]
     missing = [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,28 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this one writes."""
         return self.rank == 0
+
+    def together(self, step: Callable[[], Result]) -> Result:
+        """What ``step`` returns here, once it has ended on all of them.
+
+        Raises:
+            ValueError: what it raised here, or another process's error: no one waits for one that failed.
+        """
+        error: Exception | None = None
+        try:
+            found = step()
+        except Exception as raised:  # whatever it is, the others have to hear of it
+            error = raised
+        if self.count > 1:
+            from accelerate.utils import gather_object
+
+            told = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
+            first = next(((rank, text) for rank, text in enumerate(told) if text is not None), None)
+            if error is None and first is not None:
+                raise ValueError(f"process {first[0]} failed: {first[1]}")
+        if error is not None:
+            raise error
+        return found
 
     def wait(self) -> None:
         """Until all of them are here."""

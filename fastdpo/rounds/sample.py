@@ -57,17 +57,16 @@ def sample(model: ModelArguments, args: SampleArguments) -> str:
     )  # fmt: skip
     ranks.wait()
     drawing = _Drawing(model, args, tokenizer, source.name, skips)
-    drawing.run(work, prompts, ranks)
-    ranks.wait()
+    ranks.together(lambda: drawing.run(work, prompts, ranks))
     records = work.records()
     ranks.wait()
     too_long = {number for record in records for number in record["too_long"]}
     if too_long:
         bad["long_prompt"] = sorted(too_long)
+    rows = list(drawing.rows(prompts, records, too_long))
+    if not rows:
+        raise ValueError(f"{source.name}: no prompt left that is short enough")
     if ranks.is_main:
-        rows = list(drawing.rows(prompts, records, too_long))
-        if not rows:
-            raise ValueError(f"{source.name}: no prompt left that is short enough")
         work.finish(rows)
     ranks.wait()
     return _summary(source.name, len(source), len(prompts) - len(too_long), args, bad)
@@ -130,7 +129,6 @@ class _Drawing:
     def run(self, work: PartialWork, prompts: Sequence[Prompt], ranks: Ranks) -> None:
         """Draw what is not there yet."""
         done = {(record["source"], record["batch"]) for record in work.records()}
-        ranks.wait()  # before anyone adds to it
         if done:
             logger.info("going on: %d batches are there", len(done))
         for source, count in self.args.counts.items():
