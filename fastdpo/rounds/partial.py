@@ -39,7 +39,7 @@ class PartialWork:
         self._told: dict[str, Any] = json.loads(json.dumps(dict(told)))
         self._check(overwrite)
         if is_main:
-            self._begin(overwrite)
+            self._begin()
 
     def _check(self, overwrite: bool) -> None:
         standing = next(folder for folder in self.folder.absolute().parents if folder.exists())
@@ -50,7 +50,7 @@ class PartialWork:
         if self.output.exists():
             raise ValueError(f"output: {self.output} is there: choose another, or say --overwrite_output")
         then = self._told_then()
-        if then is not None and then != self._told:
+        if then is not None and then != self._told and any(self.folder.glob("part-*")):
             names = [name for name in {**then, **self._told} if then.get(name) != self._told.get(name)]
             differences = ", ".join(
                 f"{name} {then.get(name)!r} -> {self._told.get(name)!r}" for name in names
@@ -64,8 +64,8 @@ class PartialWork:
         path = self.folder / _RUN_FILE
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def _begin(self, overwrite: bool) -> None:
-        if overwrite and self._told_then() != self._told and self.folder.exists():
+    def _begin(self) -> None:
+        if self._told_then() != self._told and self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / _RUN_FILE, self._told)

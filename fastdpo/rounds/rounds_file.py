@@ -19,6 +19,7 @@ from fastdpo.rounds.settings import (
 )
 from fastdpo.training.settings.command_line import parse_train
 from fastdpo.training.settings.config import PreferenceConfig
+from fastdpo.training.settings.engines import told_engine
 from fastdpo.training.settings.hub import is_adapter
 from fastdpo.training.settings.losses import all_loss_options
 from fastdpo.training.settings.names import our_names
@@ -179,6 +180,13 @@ def plan_round(rounds: RoundsArguments, number: int) -> RoundPlan:
     start, reference = models[rounds.start], models[rounds.reference]
     train = _train_settings(rounds, number)
     run = _named("train", lambda: _read_train({**train, "model": start}))
+    engine, _ = told_engine(run.config)
+    if engine is not None:
+        raise ArgumentError(
+            f"train: got {engine}, wanted whole models on each process (DDP): sampling and scoring in "
+            f"the same "
+            "processes have no split ones; or run `fastdpo sample`, `judge` and `train` one by one"
+        )
     sampled, sample = _sampling(rounds, number, policy, reference, train)
     judge = _judging(rounds, number, policy)
     kind = run.config.data_kind.name
@@ -199,9 +207,7 @@ def _named(part: str, make: Any) -> Any:
 def _train_settings(rounds: RoundsArguments, number: int) -> dict[str, Any]:
     known = [name for kind in _TRAINED for name in hints_of(kind)]
     given, problems = our_names(rounds.part("train", number), [*known, *all_loss_options(), "import"])
-    problems += [
-        f"{name}: is what each round says itself, wanted none" for name in OWN["train"] if name in given
-    ]
+    problems += [f"{name}: is what each round says itself" for name in OWN["train"] if name in given]
     if problems:
         raise ArgumentError("train: " + "\n  ".join(problems))
     if number > 1 and rounds.start == "last" and (given.get("use_peft") or is_adapter(str(rounds.model))):

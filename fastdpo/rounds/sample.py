@@ -233,6 +233,7 @@ class _Drawing:
 
 def _summary(name: str, num_rows: int, kept: int, args: SampleArguments, bad: dict[str, list[int]]) -> str:
     drawn = ", ".join(f"{count} of the {source}" for source, count in args.counts.items())
-    left_out = [f"{len(rows)} with {CHECKS[check].message} ({row_list(rows)})" for check, rows in bad.items()]
+    said = {check: CHECKS[check].message for check in bad} | {"long_prompt": "a prompt that leaves no room"}
+    left_out = [f"{len(rows)} with {said[check]} ({row_list(rows)})" for check, rows in bad.items()]
     skipped = f"; skipped {', '.join(left_out)}" if left_out else ""
     return f"{name}: {kept} of {num_rows} prompts, {drawn} each, written to {args.path}{skipped}"

@@ -213,6 +213,7 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"judge": {"function": "rules.py:nothing"}}, "has no function 'nothing'"),
     ({"judge": {"function": None, "reward_model": "no/such/folder/at/all"}}, "there is no such folder"),
     ({"prompts_per_round": 4}, "prompts_per_round: got 4 in each of 2 rounds, and prompts.jsonl has 6 rows"),
+    ({"train": {"deepspeed": {"zero_optimization": {"stage": 2}}}}, "train: got ZeRO-2, wanted whole models"),
     ({"start": "first"}, "start: got 'first', wanted one of last, base"),
     ({"overrides": [{"round": 2, "sample": {"temperature": -1}}]}, "sample: temperature: got -1"),
     ({"overrides": [{"from": 2}]}, "overrides: got 'from', wanted round, sample, judge or train"),
