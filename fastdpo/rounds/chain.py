@@ -85,9 +85,8 @@ def _check_folder(rounds: RoundsArguments, plans: Sequence[RoundPlan], ranks: Ra
         if names:
             changes = "; ".join(f"{name}: {then.get(name)!r} -> {told.get(name)!r}" for name in names)
             raise ValueError(
-                f"output_dir: {rounds.directory} holds rounds with other settings ({changes}); go on "
-                f"with the same, "
-                "or choose another folder"
+                f"output_dir: {rounds.directory} holds rounds with other settings ({changes}); go on with "
+                "the same, or choose another folder"
             )
     elif rounds.directory.exists() and (not rounds.directory.is_dir() or any(rounds.directory.iterdir())):
         raise ValueError(
@@ -199,8 +198,7 @@ class _Round:
 
 
 def _unfinished(folder: Path) -> Path | None:
-    """The last checkpoint that was written whole and has steps left; one at the end cannot be gone on "
-    "with."""
+    """The last whole checkpoint that has steps left: one at the end cannot be gone on with."""
     found: list[tuple[int, Path]] = []
     for state in folder.glob("checkpoint-*/trainer_state.json"):
         told = json.loads(state.read_text())

@@ -177,8 +177,7 @@ class _Mixture(LogitsProcessor):
         if theirs.shape != scores.shape:
             raise ValueError(
                 f"ref_model: got logits over {theirs.shape[-1]} tokens, wanted the model's "
-                f"{scores.shape[-1]}: a "
-                "mixture is of models with one vocabulary"
+                f"{scores.shape[-1]}: a mixture is of models with one vocabulary"
             )
         return torch.lerp(scores.float().log_softmax(-1), theirs, self.weight)
 
@@ -198,8 +197,8 @@ class VllmSampler:
             import vllm
         except ImportError:
             raise ImportError(
-                "sampler: got 'vllm', which is not installed here: pip install vllm (it needs a GPU), or say "
-                "--sampler transformers"
+                "sampler: got 'vllm', which is not installed here: pip install vllm (it needs a GPU), or "
+                "say --sampler transformers"
             ) from None
         self.vllm, self.how, base = vllm, how, name
         self.lora: Any = None

@@ -14,7 +14,7 @@ from fastdpo.rounds.choose import Chooser, JudgeReport, Unlike
 from fastdpo.rounds.functions import source_of
 from fastdpo.rounds.judge_settings import JudgeArguments
 from fastdpo.rounds.judges import make_judge
-from fastdpo.rounds.partial import PartialWork, digest, stamp, write_json
+from fastdpo.rounds.partial import PartialWork, digest, stamp
 from fastdpo.rounds.ranks import Ranks
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.settings.hub import check_there
@@ -48,10 +48,8 @@ def judge(args: JudgeArguments) -> JudgeReport:
     chooser = Chooser(args, source.name)
     unlike = [chooser.unlike(row) for row in rows]
     _check_sources(args, rows)
-    work = PartialWork(
-        args.path, _told(args, rows), overwrite=args.overwrite_output, rank=ranks.rank, is_main=ranks.is_main
-    )
-    ranks.wait()
+    told = _told(args, rows)
+    work = ranks.together(lambda: PartialWork(args.path, told, ranks, overwrite=args.overwrite_output))
     ranks.together(lambda: _judge_missing(args, work, rows, unlike, ranks))
     verdicts = _verdicts(work, len(rows))
     ranks.wait()
@@ -62,10 +60,8 @@ def judge(args: JudgeArguments) -> JudgeReport:
     ]
     if not written:
         raise ValueError(f"{chooser.report}: nothing left to write")
-    if ranks.is_main:
-        write_json(args.path.with_suffix(".report.json"), dict(chooser.report.counts))
-        work.finish(written)
-    ranks.wait()
+    counts = {args.path.with_suffix(".report.json"): dict(chooser.report.counts)}
+    ranks.together(lambda: work.finish(written, beside=counts))
     return chooser.report
 
 

@@ -45,9 +45,8 @@ class JudgeArguments(FileArguments):
     function: str | None = field(
         default=None,
         metadata=help_text(
-            "Judge: module:function or FILE.py:function, which gets prompts and completions (and "
-            "columns that it "
-            "names) and returns a number for each."
+            "Judge: module:function or FILE.py:function, which gets prompts and completions (and columns "
+            "that it names) and returns a number for each."
         ),
     )
     pairwise: str | None = field(
@@ -153,8 +152,7 @@ class JudgeArguments(FileArguments):
         ):
             raise ArgumentError(
                 "comparisons: got 'tournament', wanted 'all': who meets whom is left to chance, so its "
-                "shares of "
-                "won games are no win rates for samples, nor against a source"
+                "shares of won games are no win rates for samples, nor against a source"
             )
         if self.judge_model:
             self._check_judge_model()

@@ -129,8 +129,8 @@ class _Pairwise:
         for (row, _), chance in zip(of, found, strict=True):
             if not 0 <= chance <= 1:
                 raise ValueError(
-                    f"pairwise: got {chance:g} for {row.where}, wanted a probability in [0, 1], or true "
-                    f"or false"
+                    f"pairwise: got {chance:g} for {row.where}, wanted a probability in [0, 1], or true or "
+                    "false"
                 )
         return found
 
@@ -158,7 +158,7 @@ class _Writer:
                 raise ValueError(
                     f"judge_model: {row.where}: the question has {longest} tokens and the judgement up to "
                     f"{self.args.judge_max_new_tokens}, wanted {limit} together at most, the model's "
-                    f"positions"
+                    "positions"
                 )
 
     def judge(self, rows: Asked) -> list[Verdict]:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from fastdpo.rounds.ranks import Ranks
+
 _RUN_FILE = "run.json"
 
 
@@ -23,22 +25,20 @@ class PartialWork:
     Args:
         output: the file that they become.
         told: what decides on them, by name, as JSON has it.
+        ranks: the processes that share it.
         overwrite: replace the file, and records of other work.
-        rank, is_main: which of several processes this is.
 
     Raises:
         ValueError: the file is there, or records of other work are; says what differs.
     """
 
-    def __init__(
-        self, output: Path, told: Mapping[str, Any], *, overwrite: bool, rank: int = 0, is_main: bool = True
-    ) -> None:
+    def __init__(self, output: Path, told: Mapping[str, Any], ranks: Ranks, *, overwrite: bool) -> None:
         self.output, self.folder = output, output.with_name(output.name + ".partial")
-        self.rank = rank
+        self.ranks = ranks
         self._file: IO[bytes] | None = None
         self._told: dict[str, Any] = json.loads(json.dumps(dict(told)))
         self._check(overwrite)
-        if is_main:
+        if ranks.is_main:
             self._begin()
 
     def _check(self, overwrite: bool) -> None:
@@ -56,8 +56,8 @@ class PartialWork:
                 f"{name} {then.get(name)!r} -> {self._told.get(name)!r}" for name in names
             )
             raise ValueError(
-                f"output: {self.folder} holds unfinished work with other settings: {differences}; go on with "
-                "the same, choose another output, or say --overwrite_output"
+                f"output: {self.folder} holds unfinished work with other settings: {differences}; go on "
+                "with the same, choose another output, or say --overwrite_output"
             )
 
     def _told_then(self) -> Any:
@@ -89,8 +89,8 @@ class PartialWork:
         """Write a record; it is on the disk when this returns."""
         if self._file is None:
             # A file of its own for each start, so that nothing is written behind a broken end.
-            count = len(list(self.folder.glob(f"part-{self.rank}-*.jsonl")))
-            self._file = (self.folder / f"part-{self.rank}-{count}.jsonl").open("wb")
+            count = len(list(self.folder.glob(f"part-{self.ranks.rank}-*.jsonl")))
+            self._file = (self.folder / f"part-{self.ranks.rank}-{count}.jsonl").open("wb")
         _write(self._file, json.dumps(dict(record), ensure_ascii=True).encode() + b"\n")
 
     def close(self) -> None:
@@ -99,9 +99,15 @@ class PartialWork:
             self._file.close()
             self._file = None
 
-    def finish(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write the file and forget the records."""
+    def finish(
+        self, rows: Iterable[Mapping[str, Any]], beside: Mapping[Path, Mapping[str, Any]] | None = None
+    ) -> None:
+        """Write the file, after what is to lie beside it, and forget the records: the main process does."""
         self.close()
+        if not self.ranks.is_main:
+            return
+        for path, value in (beside or {}).items():
+            write_json(path, value)
         write_rows(self.output, rows)
         shutil.rmtree(self.folder)
 

@@ -78,8 +78,8 @@ class RewardModel:
         if self.tokenizer.pad_token_id is None:
             if self.tokenizer.eos_token is None:
                 raise ValueError(
-                    f"reward_model: the tokenizer of {self.name} has no padding token, and no EOS to "
-                    f"take for it"
+                    f"reward_model: the tokenizer of {self.name} has no padding token, and no EOS to take "
+                    "for it"
                 )
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
@@ -121,9 +121,8 @@ class RewardModel:
             return [row.prompt + row.answers[place] for place in places]
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
-                f"reward_model: {row.where} holds messages, but the tokenizer of {self.name} has no "
-                f"chat template: its own "
-                "is what it was trained with"
+                f"reward_model: {row.where} holds messages, but the tokenizer of {self.name} has no chat "
+                "template: its own is what it was trained with"
             )
         answers = [row.answers[place] for place in places]
         try:
@@ -149,16 +148,14 @@ class RewardModel:
                 raise ValueError(f"reward_model: {row.where}: got an answer without tokens")
             if max(tokens) >= known:
                 raise ValueError(
-                    f"reward_model: {row.where}: the tokenizer of {self.name} gives token "
-                    f"{max(tokens)}, and the model "
-                    f"has {known}: it is another model's"
+                    f"reward_model: {row.where}: the tokenizer of {self.name} gives token {max(tokens)}, "
+                    f"and the model has {known}: it is another model's"
                 )
             if self.limit is not None and len(tokens) > self.limit:
                 raise ValueError(
                     f"reward_model: {row.where}: got {len(tokens)} tokens of prompt and answer, wanted "
-                    f"{self.limit} at "
-                    f"most, which {self.name} reads: draw shorter answers (--max_new_tokens), or leave "
-                    f"the row out"
+                    f"{self.limit} at most, which {self.name} reads: draw shorter answers "
+                    "(--max_new_tokens), or leave the row out"
                 )
         return ids
 

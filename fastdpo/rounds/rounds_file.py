@@ -39,7 +39,7 @@ OWN = {
                "max_rows", "seed", "use_cpu"),
     "judge": ("dataset", "dataset_split", "output", "overwrite_output", "seed", "use_cpu"),
     "train": ("dataset", "dataset_split", "model", "ref_model", "output_dir", "overwrite_output_dir",
-              "resume_from_checkpoint", "use_cpu"),
+              "reference", "resume_from_checkpoint", "use_cpu"),
 }  # fmt: skip
 # Losses of which data read which format.
 _KINDS = {"pairs": ("paired", "unpaired"), "lists": ("listwise",), "samples": ("samples",)}
@@ -180,12 +180,13 @@ def plan_round(rounds: RoundsArguments, number: int) -> RoundPlan:
     start, reference = models[rounds.start], models[rounds.reference]
     train = _train_settings(rounds, number)
     run = _named("train", lambda: _read_train({**train, "model": start}))
+    if run.config.sync_ref_model:
+        raise ArgumentError("train: got sync_ref_model, wanted none: a round's reference stays what it is")
     engine, _ = told_engine(run.config)
     if engine is not None:
         raise ArgumentError(
-            f"train: got {engine}, wanted whole models on each process (DDP): sampling and scoring in "
-            f"the same "
-            "processes have no split ones; or run `fastdpo sample`, `judge` and `train` one by one"
+            f"train: got {engine}, wanted whole models on each process (DDP): sampling and scoring in the "
+            "same processes have no split ones; or run `fastdpo sample`, `judge` and `train` one by one"
         )
     sampled, sample = _sampling(rounds, number, policy, reference, train)
     judge = _judging(rounds, number, policy)

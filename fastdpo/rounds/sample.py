@@ -51,11 +51,8 @@ def sample(model: ModelArguments, args: SampleArguments) -> str:
     prompts, bad = read_prompts(
         source, tokenizer, prompt_column=args.prompt_column, ignored=args.ignore_columns or (), skips=skips
     )
-    work = PartialWork(
-        args.path, _told(model, args, prompts), overwrite=args.overwrite_output, rank=ranks.rank,
-        is_main=ranks.is_main,
-    )  # fmt: skip
-    ranks.wait()
+    told = _told(model, args, prompts)
+    work = ranks.together(lambda: PartialWork(args.path, told, ranks, overwrite=args.overwrite_output))
     drawing = _Drawing(model, args, tokenizer, source.name, skips)
     ranks.together(lambda: drawing.run(work, prompts, ranks))
     records = work.records()
@@ -66,9 +63,7 @@ def sample(model: ModelArguments, args: SampleArguments) -> str:
     rows = list(drawing.rows(prompts, records, too_long))
     if not rows:
         raise ValueError(f"{source.name}: no prompt left that is short enough")
-    if ranks.is_main:
-        work.finish(rows)
-    ranks.wait()
+    ranks.together(lambda: work.finish(rows))
     return _summary(source.name, len(source), len(prompts) - len(too_long), args, bad)
 
 
@@ -76,8 +71,8 @@ def _chosen_rows(source: RowSource, args: SampleArguments) -> RowSource:
     end = len(source) if args.max_rows is None else args.skip_rows + args.max_rows
     if args.skip_rows >= len(source) or end > len(source):
         raise ValueError(
-            f"skip_rows and max_rows: got rows {args.skip_rows + 1} to {end} of {source.name}, which "
-            f"has {len(source)}"
+            f"skip_rows and max_rows: got rows {args.skip_rows + 1} to {end} of {source.name}, which has "
+            f"{len(source)}"
         )
     if not args.skip_rows and end == len(source):
         return source
@@ -211,10 +206,9 @@ class _Drawing:
             longest = max(len(prompt.ids) for prompt in prompts)
             raise ValueError(
                 f"{self.source}: got prompts of up to {longest} tokens in {row_list(found)}, wanted "
-                f"{max(room, 0)} at "
-                f"most: the model has {limit} positions, of which max_new_tokens takes "
-                f"{self.args.max_new_tokens}. "
-                "Lower --max_new_tokens, or leave such rows out: --on_bad_row skip"
+                f"{max(room, 0)} at most: the model has {limit} positions, of which max_new_tokens takes "
+                f"{self.args.max_new_tokens}. Lower --max_new_tokens, or leave such rows out: --on_bad_row "
+                "skip"
             )
         return set(found)
 

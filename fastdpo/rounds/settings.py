@@ -119,8 +119,8 @@ class SampleArguments(FileArguments):
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata=help_text(
-            "Further settings of the sampler (transformers' GenerationConfig, vLLM's SamplingParams), a dict "
-            "or JSON: top_k, min_p, repetition_penalty ..."
+            "Further settings of the sampler (transformers' GenerationConfig, vLLM's SamplingParams), a "
+            "dict or JSON: top_k, min_p, repetition_penalty ..."
         ),
     )
     batch_size: int = field(
@@ -156,8 +156,8 @@ class SampleArguments(FileArguments):
         many = next((name for name, count in self.counts.items() if count > 1), None)
         if self.temperature == 0 and many is not None:
             raise ArgumentError(
-                f"temperature: got 0 with {self.counts[many]} samples of the {many}, wanted one: they "
-                f"would be the same"
+                f"temperature: got 0 with {self.counts[many]} samples of the {many}, wanted one: they would "
+                "be the same"
             )
         for name in self.generation:
             if name in _OWN_GENERATION:

@@ -134,7 +134,19 @@ def uninterrupted(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     }
 
 
-@pytest.mark.parametrize("where", DEATHS)
+# One of each step always; the others are as slow as these.
+OFTEN = (
+    "between batches of round 1",
+    "verdicts and no file",
+    "before scoring",
+    "third step of round 2",
+    "model saved, not marked",
+)
+
+
+@pytest.mark.parametrize(
+    "where", [pytest.param(where, marks=[] if where in OFTEN else pytest.mark.slow) for where in DEATHS]
+)
 def test_a_killed_run_ends_as_one_that_was_not(
     rounds: Callable[..., int], uninterrupted: dict[str, Any], monkeypatch: pytest.MonkeyPatch, where: str
 ):
@@ -183,6 +195,15 @@ def test_start_and_reference(rounds: Callable[..., int], models: Path):
     assert metrics["rewards/chosen"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize(("loss", "scores"), [("simpo", False), ("tdpo1", False), ("kto", True)])
+def test_losses_with_other_references(rounds: Callable[..., int], loss: str, scores: bool):
+    """Without one nothing is scored; with divergences it is the model itself; KTO has other pairings too."""
+    assert rounds(reference="base", train={"loss_type": loss}) == 0
+    assert Path("out/round-2/scored.jsonl").exists() == scores
+    told = yaml.safe_load(Path("out/round-2/train.yaml").read_text())
+    assert ("ref_model" in told) == (loss == "tdpo1")
+
+
 def test_an_adapter_goes_on(rounds: Callable[..., int], models: Path):
     pytest.importorskip("peft")
     assert rounds(train={"use_peft": True, "lora_r": 4}) == 0
@@ -214,6 +235,8 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"judge": {"function": None, "reward_model": "no/such/folder/at/all"}}, "there is no such folder"),
     ({"prompts_per_round": 4}, "prompts_per_round: got 4 in each of 2 rounds, and prompts.jsonl has 6 rows"),
     ({"train": {"deepspeed": {"zero_optimization": {"stage": 2}}}}, "train: got ZeRO-2, wanted whole models"),
+    ({"train": {"reference": "copy"}}, "train: got 'reference', which each round says itself"),
+    ({"train": {"sync_ref_model": True}}, "train: got sync_ref_model, wanted none"),
     ({"start": "first"}, "start: got 'first', wanted one of last, base"),
     ({"overrides": [{"round": 2, "sample": {"temperature": -1}}]}, "sample: temperature: got -1"),
     ({"overrides": [{"from": 2}]}, "overrides: got 'from', wanted round, sample, judge or train"),
