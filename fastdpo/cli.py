@@ -1,4 +1,4 @@
-"""``fastdpo train | score | bench | doctor``: the command line.
+"""``fastdpo train | score | sample | judge | rounds | bench | doctor``: the command line.
 
 A user's mistake is one line on standard error and exit code 2; ``--debug``, anywhere, shows the traceback.
 """
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "train a model on preference pairs",
     "score": "compute reference log-probabilities once, for the cache and as JSONL",
+    "sample": "draw answers of a model to the prompts of a data set",
+    "judge": "score drawn answers, and make pairs or lists of them to train on",
+    "rounds": "sample, judge, score and train, round after round, from one YAML file",
     "bench": "time the head beside its peers, row kernels and whole steps, from a checkout of the source",
     "doctor": "say what is installed, what will run here, and why the rest will not",
 }
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, rest = _command(argv)
         run: dict[str, Callable[[Sequence[str]], int | None]] = {
-            "train": train, "score": score, "bench": bench, "doctor": partial(diagnose, debug=debug)
+            "train": train, "score": score, "sample": sample, "judge": judge, "rounds": rounds,
+            "bench": bench, "doctor": partial(diagnose, debug=debug),
         }  # fmt: skip
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module=_LIBRARIES)
@@ -182,6 +186,48 @@ def score(argv: Sequence[str]) -> None:
     if output is not None:
         count = _write_scored(output, source, scored if arguments.data.eval_dataset is None else scored[:1])
         print(f"{count} scored rows written to {output}")
+
+
+def sample(argv: Sequence[str]) -> None:
+    """``fastdpo sample``."""
+    from fastdpo.rounds.ranks import Ranks
+    from fastdpo.rounds.sample import sample as draw
+    from fastdpo.rounds.settings import parse_sample
+
+    model, arguments = parse_sample(argv)
+    ranks = Ranks.joined(arguments.use_cpu)
+    _set_up_logging(ranks.rank)
+    done = draw(model, arguments)
+    if ranks.is_main:
+        print(done)
+
+
+def judge(argv: Sequence[str]) -> None:
+    """``fastdpo judge``."""
+    from fastdpo.rounds.judge import judge as judge_answers
+    from fastdpo.rounds.judge_settings import parse_judge
+    from fastdpo.rounds.ranks import Ranks
+
+    arguments = parse_judge(argv)
+    ranks = Ranks.joined(arguments.use_cpu)
+    _set_up_logging(ranks.rank)
+    report = judge_answers(arguments)
+    if ranks.is_main:
+        print(report)
+
+
+def rounds(argv: Sequence[str]) -> None:
+    """``fastdpo rounds``."""
+    from fastdpo.rounds.chain import run_rounds
+    from fastdpo.rounds.ranks import Ranks
+    from fastdpo.rounds.rounds_file import parse_rounds
+
+    arguments = parse_rounds(argv)
+    ranks = Ranks.joined(arguments.use_cpu)
+    _set_up_logging(ranks.rank)
+    done = run_rounds(arguments, train=train, score=score)
+    if ranks.is_main:
+        print(done)
 
 
 def bench(argv: Sequence[str]) -> int:

@@ -18,6 +18,7 @@ from fastdpo.cli import main
 from fastdpo.losses import LOSSES, TokenDivergences
 from fastdpo.training.settings.command_line import parse_train
 from fastdpo.training.settings.kinds import KINDS
+from fastdpo.training.settings.steps import COLUMN_FIELDS
 from tests import ROOT
 from tests.cli_cases import (  # noqa: F401  (fixtures)
     REAL_PAIRS,
@@ -152,7 +153,8 @@ def test_every_option_of_every_loss_of_the_loop_is_a_flag():
         words = ["--model", "m", "--dataset", "d", "--use_cpu", "--loss_type", spec.name]
         for option in spec.options:
             words += [f"--{option.name}", str(option.default)]
-        words += ["--reward_gap_column", "gap"] if "reward_gap" in spec.needs else []
+        for name in COLUMN_FIELDS.keys() & set(spec.needs):
+            words += [f"--{COLUMN_FIELDS[name]}", "number"]
         distils = spec.inputs is TokenDivergences
         config = parse_train([*words, *(("--teacher_model", "t") if distils else ())]).config
         assert config.options == {option.name: option.default for option in spec.options}

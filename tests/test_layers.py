@@ -31,6 +31,7 @@ LAYERS = (
     "training.batches",
     "training.reference",
     "training.loop",
+    "rounds",
     "cli",
 )
 # What does not follow from the order: pure maths stays pure, and the checker must not rest on what it checks.
@@ -156,6 +157,8 @@ def test_imports_go_downwards(path: Path):
         ("fastdpo.losses.pairwise", "from fastdpo.types import LMHead"),
         ("fastdpo.training.data.encode", "from fastdpo.training.batches import collate"),
         ("fastdpo.training.settings.config", "def f():\n    from fastdpo.training.loop import models"),
+        ("fastdpo.training.loop.trainer", "from fastdpo.rounds.sample import sample"),
+        ("fastdpo.rounds.chain", "def f():\n    from fastdpo.cli import train"),
         ("fastdpo.ops.linear_logprob", "from fastdpo.losses import registry"),
         ("fastdpo.ops.linear_logprob", "def f():\n    import transformers"),
         ("fastdpo.functional.pairs", "from fastdpo.integrations import lm_head"),

@@ -43,6 +43,7 @@ def fused_dpo_loss(
     reward_gap: PerPair | None = None,
     chosen_win_rate: PerPair | None = None,
     rejected_win_rate: PerPair | None = None,
+    chosen_is_reference: PerPair | None = None,
     token_weights: Tensor | None = None,
     nll_labels: Tensor | None = None,
     num_pairs: float | Tensor | None = None,
@@ -80,6 +81,7 @@ def fused_dpo_loss(
             ``rpo_sq``, ``rpo_bwd_kl``, ``rpo_fwd_kl``); a number or ``(P,)``.
         chosen_win_rate, rejected_win_rate: probability in [0, 1] that the answer beats another sample of the
             policy, for losses that regress on it (``sppo``): both or neither, numbers or ``(P,)``.
+        chosen_is_reference: 1 where the reference gave the chosen answer, 0 where the rejected one (``xpo``).
         token_weights: the labels' shape, aligned with them; an answer's log-probability becomes the
             weighted sum, for policy and reference. Lengths and the NLL of sft stay unweighted.
         nll_labels: the labels' shape; its tokens of the chosen sequences, and no others, are what sft trains
@@ -131,6 +133,7 @@ def fused_dpo_loss(
         "loss_type": loss_type, "loss_weights": loss_weights, "beta": beta, "margin": margin,
         "pair_weights": pair_weights, "soft_labels": soft_labels, "reward_gap": reward_gap,
         "chosen_win_rate": chosen_win_rate, "rejected_win_rate": rejected_win_rate,
+        "chosen_is_reference": chosen_is_reference,
         "num_pairs": num_pairs, "num_tokens": num_tokens,
         **loss_options,
     }  # fmt: skip
@@ -166,8 +169,8 @@ def dpo_loss_from_logps(
         nll_mask: bool; its tokens of the chosen sequences are those of an NLL term. None: ``mask``.
         token_weights, layout: as in ``fused_dpo_loss``. loss_arguments: ``loss_type``, ``loss_weights``,
         ``beta``, ``margin``, ``soft_labels``, ``reward_gap``,
-            ``chosen_win_rate``, ``rejected_win_rate``, ``pair_weights``, ``num_pairs``, ``num_tokens`` and
-            the losses' own options, as there.
+            ``chosen_win_rate``, ``rejected_win_rate``, ``chosen_is_reference``, ``pair_weights``,
+            ``num_pairs``, ``num_tokens`` and the losses' own options, as there.
 
     Returns, raises: as ``fused_dpo_loss``.
     """

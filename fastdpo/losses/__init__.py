@@ -8,6 +8,7 @@ from fastdpo.losses import listwise as _listwise  # noqa: F401
 from fastdpo.losses import pairwise as _pairwise  # noqa: F401
 from fastdpo.losses import pairwise_anchored as _anchored  # noqa: F401
 from fastdpo.losses import pairwise_batch as _batch  # noqa: F401
+from fastdpo.losses import pairwise_exploration as _exploration  # noqa: F401
 from fastdpo.losses import pairwise_free as _free  # noqa: F401
 from fastdpo.losses import pairwise_margins as _margins  # noqa: F401
 from fastdpo.losses import pairwise_rewards as _rewards  # noqa: F401

@@ -23,6 +23,7 @@ def build_objective(
     reward_gap: PerPair | None = None,
     chosen_win_rate: PerPair | None = None,
     rejected_win_rate: PerPair | None = None,
+    chosen_is_reference: PerPair | None = None,
     pair_weights: PerPair | None = None,
     num_pairs: float | Tensor | None = None,
     num_tokens: float | Tensor | None = None,
@@ -41,6 +42,7 @@ def build_objective(
         one's. chosen_win_rate, rejected_win_rate: likewise, both or neither: the probability in [0, 1] that
         the
             answer beats another sample of the policy (``sppo``).
+        chosen_is_reference: likewise, 1 where the reference gave the chosen answer, else 0 (``xpo``).
         pair_weights: a number or ``(P,)``, at least 0; multiplies the pair's share of every named loss.
         num_pairs, num_tokens: positive numbers or 0-d tensors to divide by. Where one is given, all that
             the named losses divide by must be.
@@ -57,8 +59,8 @@ def build_objective(
 
     given = {
         "beta": beta, "margin": margin, "soft_labels": soft_labels, "reward_gap": reward_gap,
-        "chosen_win_rate": chosen_win_rate, "rejected_win_rate": rejected_win_rate, "pair_weights":
-        pair_weights,
+        "chosen_win_rate": chosen_win_rate, "rejected_win_rate": rejected_win_rate,
+        "chosen_is_reference": chosen_is_reference, "pair_weights": pair_weights,
     }  # fmt: skip
     per_pair = {name: _check_per_pair(name, value) for name, value in given.items() if value is not None}
     for name in PER_PAIR[1:]:  # a beta is also that of the rewards

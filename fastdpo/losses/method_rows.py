@@ -205,8 +205,8 @@ F3 | IPO-MD | 2403.08635 | recipe | spec only
     -> Rounds of self-play
 F4 | Nash-MD | 2312.00886 | loss | TRL
     `nash_md`
-F5 | XPO | 2405.21046 | term | TRL
-    `terms.exploration_bonus`
+F5 | XPO | 2405.21046 | loss | TRL
+    `xpo` with `chosen_is_reference`; in the loop `--chosen_is_reference_column`
     -> Terms on samples
 F6 | APO (accelerated) | 2410.06293 | recipe | spec only
     `reference_updates.extrapolate_parameters` between rounds, from the point that each round reached itself

@@ -28,7 +28,7 @@ Loss = TypeVar("Loss", bound=Callable[..., Tensor])
 # Keyword-only parameters with these names are no options: they take a number or a (P,) tensor, and a
 # loss that has no such parameter refuses them.
 WIN_RATES = ("chosen_win_rate", "rejected_win_rate")
-PER_PAIR = ("beta", "margin", "soft_labels", "reward_gap", *WIN_RATES)
+PER_PAIR = ("beta", "margin", "soft_labels", "reward_gap", *WIN_RATES, "chosen_is_reference")
 
 # What a loss needs beside its own row, and what its sum over the batch is divided by (a row is a pair,
 # or whatever the loss returns a number for):
@@ -56,7 +56,7 @@ RANGES = {
     "reward_gap": FINITE,
     "soft_labels": PROBABILITY,
     "pair_weights": NOT_NEGATIVE,
-    **{name: PROBABILITY for name in WIN_RATES},
+    **{name: PROBABILITY for name in (*WIN_RATES, "chosen_is_reference")},
 }
 
 

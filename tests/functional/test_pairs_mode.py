@@ -33,7 +33,10 @@ pytestmark = pytest.mark.usefixtures("tiny_budgets")
 PAIRWISE = [
     name for name, spec in LOSSES.items() if spec.inputs is PairLogps and spec.scope in ("pair", "token")
 ]
-GAPS = torch.linspace(-1.0, 2.0, len(LENGTHS))  # of rewards
+NEEDED = {  # of rewards, and of who gave which answer
+    "reward_gap": torch.linspace(-1.0, 2.0, len(LENGTHS)),
+    "chosen_is_reference": (torch.arange(len(LENGTHS)) % 2).float(),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -41,7 +44,7 @@ GAPS = torch.linspace(-1.0, 2.0, len(LENGTHS))  # of rewards
 def test_equals_fp64_and_the_cache(name: str, dtype: torch.dtype) -> None:
     """What is reported is that of `cache` to the last bit, gradients are right by the tolerance rule."""
     pairs = make_pairs(dtype)
-    said: dict[str, Any] = {"loss_type": name} | ({"reward_gap": GAPS} if LOSSES[name].needs else {})
+    said: dict[str, Any] = {"loss_type": name} | {need: NEEDED[need] for need in LOSSES[name].needs}
     want, _ = dense(pairs, torch.float64, **said)
     cache, _ = gradients(pairs, mode("cache"), **said)
     out, got = gradients(pairs, mode("pairs"), **said)

@@ -70,8 +70,11 @@ def example_batch(spec: LossSpec) -> Any:
 
 def needed(name: str, rows: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """Numbers per row without which the loss cannot be computed."""
-    gaps = torch.linspace(-1.5, 2.0, rows, dtype=dtype)
-    return {"reward_gap": gaps} if "reward_gap" in LOSSES[name].needs else {}
+    numbers = {
+        "reward_gap": torch.linspace(-1.5, 2.0, rows, dtype=dtype),
+        "chosen_is_reference": torch.arange(rows) % 2 * torch.ones((), dtype=dtype),
+    }
+    return {key: value for key, value in numbers.items() if key in LOSSES[name].needs}
 
 
 def made(name: str, rows: int, **arguments: Any) -> Objective:
@@ -103,6 +106,7 @@ def variants(spec: LossSpec, pairs: int = 5) -> list[dict[str, Any]]:
         "margin": torch.linspace(-1.0, 2.0, pairs, dtype=torch.float64),
         "soft_labels": torch.linspace(0.0, 1.0, pairs, dtype=torch.float64),
         "reward_gap": torch.linspace(2.0, -1.0, pairs, dtype=torch.float64),
+        "chosen_is_reference": (torch.arange(pairs) < 2).double(),
         "chosen_win_rate": torch.linspace(0.4, 1.0, pairs, dtype=torch.float64),
     }
     beside = {"chosen_win_rate": {"rejected_win_rate": torch.linspace(0.6, 0.0, pairs, dtype=torch.float64)}}

@@ -20,6 +20,7 @@ PER_PAIR = {
     "margin": (-LARGE, 0.0, LARGE),
     "soft_labels": (0.0, SMALL, 1.0),
     "reward_gap": (-LARGE, SMALL, LARGE),
+    "chosen_is_reference": (0.0, 1.0, 1.0),
 }
 
 

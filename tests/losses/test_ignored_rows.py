@@ -54,7 +54,7 @@ def spoilt(batch: Any, value: float, *, without_tokens: bool) -> tuple[Any, list
 
 def arguments_of(name: str, value: float) -> dict[str, Any]:
     """Numbers per row where the loss takes them, ``value`` in the ignored row."""
-    usual = {"beta": 0.3, "margin": 0.2, "soft_labels": 0.7, "reward_gap": 0.5}
+    usual = {"beta": 0.3, "margin": 0.2, "soft_labels": 0.7, "reward_gap": 0.5, "chosen_is_reference": 1.0}
     names = [key for key in usual if key in LOSSES[name].per_pair]
     if name == "aligndistil":
         names = []

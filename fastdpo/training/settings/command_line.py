@@ -77,13 +77,25 @@ def given_settings(kinds: Sequence[type], argv: Sequence[str], *, prog: str = "f
     in_file = read_settings(Path(first.config)) if "config" in first else {}
     import_losses([*_names(in_file.pop("import", None)), *_names(vars(first).get("import"))])
     given, unknown = _Parser(kinds, prog=prog).parse_known_args(argv)
-    known = [*(name for kind in kinds for name in hints_of(kind)), *all_loss_options()]
+    known = _known(kinds)
     if unknown:
         words = [word for word in unknown if word.startswith("-")] or unknown[:1]
         raise ArgumentError("\n  ".join(_unknown(word, known) for word in words))
     flags = {name: _word(value) for name, value in vars(given).items() if name not in ("config", "import")}
     from_file = _ours(in_file, known, f"{first.config}: " if in_file else "")
     return _both(from_file, _ours(flags, known, ""))
+
+
+def _known(kinds: Sequence[type]) -> list[str]:
+    """Names of settings: the losses' options are some of a command that trains."""
+    return [
+        *(name for kind in kinds for name in hints_of(kind)),
+        *(all_loss_options() if _trains(kinds) else ()),
+    ]
+
+
+def _trains(kinds: Sequence[type]) -> bool:
+    return PreferenceConfig in kinds
 
 
 def _word(value: Any) -> Any:
@@ -102,7 +114,7 @@ def _ours(given: Mapping[str, Any], known: Sequence[str], where: str) -> dict[st
     ours, problems = our_names(given, known)
     if problems:
         raise ArgumentError(where + (problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])))
-    return with_loss_options(ours)
+    return with_loss_options(ours) if "loss_type" in known else ours
 
 
 def _both(in_file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,8 +149,9 @@ class _Parser(argparse.ArgumentParser):
             fields: Any = dataclasses.fields(kind)
             for item in (item for item in fields if item.init):
                 self._add(group, item.name, hints_of(kind)[item.name], _help_of(item))
-        if kinds:
+        if _trains(kinds):
             self._add_loss_options()
+        if kinds:
             for name in (*SWITCHES, *UNSUPPORTED):
                 self._add(self, name, _SWITCH, argparse.SUPPRESS)
 

@@ -48,6 +48,10 @@ class DataSettings:
     )
     chosen_win_rate_column: str | None = field(default=None, metadata=_help("Column with SPPO's win rate."))
     rejected_win_rate_column: str | None = field(default=None, metadata=_help("The same of the rejected."))
+    chosen_is_reference_column: str | None = field(
+        default=None,
+        metadata=_help("Column with 1 where the reference gave the chosen answer, else 0 (XPO)."),
+    )
     assistant_only: bool = field(
         default=True,
         metadata=_help(

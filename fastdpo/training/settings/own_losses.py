@@ -19,17 +19,26 @@ def import_losses(names: Sequence[str]) -> None:
         ValueError: there is no such module or file, or it fails; says which and how.
     """
     for name in names:
-        try:
-            _import(name)
-            IMPORTED.extend([name] if name not in IMPORTED else [])
-        except ModuleNotFoundError as error:
-            missing = f"no module {error.name!r}" if error.name != name.split(".")[0] else "no such module"
-            raise ValueError(
-                f"import: got {name}, wanted a module or a .py file: {missing}, here or where Python looks"
-            ) from error
-        except Exception as error:
-            # Whatever a user's code does wrong, the user has to know which code it was.
-            raise ValueError(f"import: {name} fails: {type(error).__name__}: {error}") from error
+        import_code("import", name)
+        IMPORTED.extend([name] if name not in IMPORTED else [])
+
+
+def import_code(setting: str, name: str) -> None:
+    """Import a user's module by name, from the working directory too, or a ``.py`` file by path.
+
+    Raises:
+        ValueError: as ``import_losses``; names the setting.
+    """
+    try:
+        _import(name)
+    except ModuleNotFoundError as error:
+        missing = f"no module {error.name!r}" if error.name != name.split(".")[0] else "no such module"
+        raise ValueError(
+            f"{setting}: got {name}, wanted a module or a .py file: {missing}, here or where Python looks"
+        ) from error
+    except Exception as error:
+        # Whatever a user's code does wrong, the user has to know which code it was.
+        raise ValueError(f"{setting}: {name} fails: {type(error).__name__}: {error}") from error
 
 
 def _import(name: str) -> None:

@@ -19,6 +19,7 @@ COLUMN_FIELDS = {
     "reward_gap": "reward_gap_column",
     "chosen_win_rate": "chosen_win_rate_column",
     "rejected_win_rate": "rejected_win_rate_column",
+    "chosen_is_reference": "chosen_is_reference_column",
 }
 # What a loss may refuse, by a number that any loss with a use for it takes.
 _STAND_INS = {
@@ -27,6 +28,7 @@ _STAND_INS = {
     "reward_gap": 0.0,
     "chosen_win_rate": 0.5,
     "rejected_win_rate": 0.5,
+    "chosen_is_reference": 0.0,
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from fastdpo.losses import LOSSES, PairLogps
 from fastdpo.training.settings.config import PreferenceConfig
+from fastdpo.training.settings.steps import COLUMN_FIELDS
 
 MakeArgs = Callable[..., PreferenceConfig]
 
@@ -140,7 +141,7 @@ def test_an_unknown_setting_is_refused(make_args: MakeArgs):
 @pytest.mark.parametrize("name", sorted(name for name, spec in LOSSES.items() if spec.inputs is PairLogps))
 def test_every_loss_of_pairs_is_a_setting(make_args: MakeArgs, name: str):
     spec = LOSSES[name]
-    column = {"reward_gap_column": "gap"} if "reward_gap" in spec.needs else {}
+    column = {COLUMN_FIELDS[name]: "number" for name in COLUMN_FIELDS.keys() & set(spec.needs)}
     options = {option.name: option.default for option in spec.options}
     args = make_args(loss_type=name, loss_options=options, **column)
     assert args.losses == [spec]
