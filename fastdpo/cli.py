@@ -129,6 +129,7 @@ def train(argv: Sequence[str]) -> None:
 
 def _load_run(arguments: RunArguments) -> dict[str, Any]:
     """What `PreferenceTrainer` takes."""
+    from fastdpo.training.data.stream import has_images
     from fastdpo.training.loop.models import load_model, told_tokenizer
 
     # What is cheap comes first: a wrong name or a broken row shows before gigabytes of weights are read.
@@ -139,6 +140,7 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
         arguments.data, tokenizer, arguments.config, reads_reference=arguments.model.ref_model is None
     )
     loading = arguments.model.loading_options(adapted=arguments.is_adapted)
+    loading["with_images"] = has_images(train_pairs, eval_pairs)
     # A revision is of the model that is trained.
     others = {name: value for name, value in loading.items() if name != "revision"}
     ref_name, teacher_name = arguments.model.ref_model, arguments.model.teacher_model
@@ -159,8 +161,11 @@ def score(argv: Sequence[str]) -> None:
     from accelerate import Accelerator
 
     from fastdpo.integrations.model import ensure_patched
+    from fastdpo.integrations.processor import ImageTokens, tokenizer_of
     from fastdpo.training.batches.collate import pad_token_id
     from fastdpo.training.batches.layouts import choose_collator
+    from fastdpo.training.data.model_fit import check_fit
+    from fastdpo.training.data.stream import has_images
     from fastdpo.training.loop.models import load_model, told_tokenizer
     from fastdpo.training.reference.precompute import PrecomputedReference
     from fastdpo.training.settings.command_line import parse_score
@@ -172,12 +177,15 @@ def score(argv: Sequence[str]) -> None:
     tokenizer = told_tokenizer(arguments.model)
     source, *data_sets = _load_pairs(arguments.data, tokenizer, config, reads_reference=False)
     loading = arguments.model.loading_options(adapted=arguments.is_adapted)
+    loading["with_images"] = has_images(*data_sets)
     if arguments.model.ref_model is not None:
         loading.pop("revision", None)
     model = load_model(arguments.model.ref_model or arguments.model.name, **loading)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.use_cpu)
     model = ensure_patched(model.to(accelerator.device), config.execution())
-    collator = choose_collator([model], config, pad_token_id(tokenizer), data_sets[0], accelerator)
+    check_fit(data_sets[0], {"model": model}, config)
+    pad_id, images = pad_token_id(tokenizer_of(tokenizer)), ImageTokens.of(tokenizer)
+    collator = choose_collator([model], config, pad_id, data_sets[0], accelerator, images)
     reference = PrecomputedReference(model, accelerator, collator, config, is_base=False)
     scored = [reference.add_to(pairs) for pairs in data_sets if pairs is not None]
     if not accelerator.is_main_process:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastdpo.integrations.backbone_config import takes_positions
 from fastdpo.losses.aggregate import sequence_sums, weighted_sums
+from fastdpo.training.batches.media import Media
 from fastdpo.training.settings.kinds import DataKind
 from fastdpo.types import PackedLayout, TokenLayout
 
@@ -29,11 +30,15 @@ Self = TypeVar("Self", bound="Batch")
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """S right-padded sequences, ``(S, T)`` int64 each: labels are -100 but for the answers' scored tokens."""
+    """S right-padded sequences, ``(S, T)`` int64 each: labels are -100 but for the answers' scored tokens.
+
+    With ``media`` where they have images.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    media: Media | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -44,11 +49,14 @@ class Padded:
 
     def pick(self, sequences: Tensor) -> Padded:
         """Some of the sequences."""
-        return Padded(self.input_ids[sequences], self.attention_mask[sequences], self.labels[sequences])
+        media = None if self.media is None else self.media.pick(sequences.tolist())
+        parts = (self.input_ids[sequences], self.attention_mask[sequences], self.labels[sequences])
+        return Padded(*parts, media)
 
     def model_inputs(self, model: nn.Module | None = None) -> dict[str, Tensor]:
         """Arguments of a model's call for its states."""
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        media = {} if self.media is None else {**self.media.inputs, **self.media.per_token}
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **media}
 
     def label_inputs(self) -> dict[str, Any]:
         """What says to a patched model which tokens to score."""
@@ -359,7 +367,7 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         return {name: mapped(item, change) for name, item in value.items()}
-    if isinstance(value, Batch | Padded | TokenLayout):
+    if isinstance(value, Batch | Padded | Media | TokenLayout):
         parts = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
         return replace(value, **{name: mapped(part, change) for name, part in parts.items()})
     if isinstance(value, tuple | list) and value and isinstance(value[0], Mapping):

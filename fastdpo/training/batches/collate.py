@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdpo.integrations.forest.plant import SHORTEST_SHARED, Tree, plant
 from fastdpo.integrations.forest.rows import Text, lay_out
+from fastdpo.integrations.processor import ImageTokens
 from fastdpo.losses.aggregate import ld_weights
 from fastdpo.training.batches.batch import (
     IGNORE_INDEX,
@@ -21,6 +22,7 @@ from fastdpo.training.batches.batch import (
     bounds_of,
 )
 from fastdpo.training.batches.plan import RowCosts, RowPlan, TreeSize, plan_rows
+from fastdpo.training.batches.seen_rows import SeenRows
 from fastdpo.training.data.row import LD_COLUMN, REF_MISMATCHED, REFERENCE, Answer, Row
 from fastdpo.training.settings.choices import ARRANGEMENTS
 from fastdpo.training.settings.kinds import PAIRS, DataKind
@@ -38,24 +40,29 @@ class PaddedCollator:
         pad_to_multiple_of: rounds T up.
         ld_alpha: of LD-DPO, whose ``token_weights`` ``(2P, T)`` the batch then has.
         kind: of the data.
+        images: the processor of rows with images.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     ld_alpha: float | None = None
     kind: DataKind = PAIRS
+    images: ImageTokens | None = None
 
     def __call__(self, rows: Sequence[Row]) -> PaddedBatch:
+        seen = SeenRows(self.images)
+
         def padded(places: Sequence[tuple[int, int]]) -> Padded:
             texts = [(rows[i].prompt, rows[i].answers[k]) for i, k in places]
-            return pad_sequences(texts, self.pad_token_id, self.pad_to_multiple_of)
+            made = pad_sequences(texts, self.pad_token_id, self.pad_to_multiple_of)
+            return seen.beside(made, [(rows[i], k) for i, k in places])
 
         judged, gold = answer_places(rows, self.kind)
         sequences = padded(judged)
         batch = PaddedBatch(
             sequences=sequences,
             gold=padded(gold) if gold else None,
-            **numbers_of(rows, self.kind, self.pad_token_id),
+            **numbers_of(rows, self.kind, self.pad_token_id, seen),
         )
         if self.kind.has_pieces:
             # Every labelled token belongs to a piece, in the order of both.
@@ -118,7 +125,7 @@ class RowCollator:
             num_tokens=torch.tensor(count),
             more=more,
             segment_ids=segments(rows) if self.kind.has_pieces else None,
-            **numbers_of(rows, self.kind, self.pad_token_id),
+            **numbers_of(rows, self.kind, self.pad_token_id, SeenRows(None)),
         )
         return with_ld_weights(batch, self.ld_alpha)
 
@@ -217,7 +224,7 @@ def pad_sequences(
     return Padded(input_ids, attention_mask, labels)
 
 
-def numbers_of(rows: Sequence[Row], kind: DataKind, pad_token_id: int) -> dict[str, Any]:
+def numbers_of(rows: Sequence[Row], kind: DataKind, pad_token_id: int, seen: SeenRows) -> dict[str, Any]:
     """What a batch holds beside its tokens: fields of ``Batch``."""
     named = {name: [row.numbers[name] for row in rows] for name in rows[0].numbers}
     given: dict[str, Any] = {
@@ -236,7 +243,8 @@ def numbers_of(rows: Sequence[Row], kind: DataKind, pad_token_id: int) -> dict[s
     given["numbers"] |= _groups(rows, kind, given["num_pieces"] or given["num_answers"])
     if rows[0].mismatched is not None:
         others = [(row.prompt, row.mismatched) for row in rows if row.mismatched is not None]
-        given["mismatched"] = pad_sequences(others, pad_token_id)
+        made = pad_sequences(others, pad_token_id)
+        given["mismatched"] = seen.beside(made, [(row, 0) for row in rows if row.mismatched is not None])
     return given
 
 

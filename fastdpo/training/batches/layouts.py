@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from fastdpo.integrations.backbone_config import backbone_size, text_config
 from fastdpo.integrations.engines import is_partitioned
 from fastdpo.integrations.forest.attention import own_attention
 from fastdpo.integrations.lm_head import wrappers_and_model
+from fastdpo.integrations.processor import ImageTokens
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens
 from fastdpo.training.batches.budget import TokenBudget, training_sampler
 from fastdpo.training.batches.collate import PaddedCollator, RowCollator
@@ -51,18 +53,20 @@ def choose_collator(
     pad_token_id: int,
     dataset: RowDataset | None,
     accelerator: Any,
+    images: ImageTokens | None = None,
 ) -> Collator:
     """The collator of a run, after the models have shown which layouts change nothing.
 
     Args:
         models: the policy, and the reference where it is another model; patched, on their devices.
         dataset: the pairs that the run is about; None before any are known.
+        images: the processor of a model that sees images.
 
     Raises:
         ValueError: the layout asked for changes a model's results, or cannot be arranged; says why.
     """
     pad_token_id = fitting_pad_id(pad_token_id, models)
-    padded = padded_collator(args, pad_token_id)
+    padded = replace(padded_collator(args, pad_token_id), images=images)
     if args.batch_layout == "padded":
         return padded
     if any(map(is_partitioned, models)):

@@ -160,6 +160,7 @@ def _with_gold(batch: PaddedBatch, gold: Padded) -> LossTokens:
         together(judged.input_ids, gold.input_ids, 0),
         together(judged.attention_mask, gold.attention_mask, 0),
         together(judged.labels, gold.labels, IGNORE_INDEX),
+        None if judged.media is None or gold.media is None else judged.media.joined(gold.media, width),
     )
     nothing = torch.zeros_like(gold.labels, dtype=torch.bool)
     order = _gold_behind_chosen(scored.labels)

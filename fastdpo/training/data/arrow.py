@@ -50,6 +50,41 @@ class KeptRows(Sequence[Mapping[str, Any]]):
         return json.loads(self.data[place]["text"])
 
 
+class _Undecoded(Sequence[Mapping[str, Any]]):
+    """Rows of ``datasets`` as they are kept: their images as bytes and paths."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for batch in self.data.iter(_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.data[place : place + 1].to_pylist()[0] if isinstance(place, int) else list(self)[place]
+
+
+def undecoded(data: Any) -> Any:
+    """Rows of ``datasets`` with images, which stay undecoded when rows are looked at; others as given."""
+    features = getattr(data, "features", None)
+    form = getattr(data, "format", None)
+    if not features or not _has_images(features) or (isinstance(form, Mapping) and form.get("type")):
+        return data
+    return _Undecoded(data) if hasattr(data, "__len__") else data.decode(False)
+
+
+def _has_images(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, Mapping):
+        return any(map(_has_images, feature.values()))
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return isinstance(feature, datasets.Image) or (inner is not None and _has_images(inner))
+
+
 class _KeptNumbers(Sequence[int]):
     """The numbers of the rows of a file with gaps."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from fastdpo.training.data.messages import ASSISTANT, Messages
+from fastdpo.training.data.messages import ASSISTANT, IMAGES_OF, MARK, Message, Messages
 from fastdpo.training.data.template_checks import contains, last_words, words_of
 from fastdpo.training.settings.row_checks import BadRow
 
@@ -151,7 +151,13 @@ class Conversation:
         return text
 
     def _as_the_template_wants(self, messages: Messages) -> Messages:
-        return [{**m, "content": _parts(m["content"])} for m in messages] if self.as_parts else messages
+        return [self._as_it_wants(message) for message in messages]
+
+    def _as_it_wants(self, message: Message) -> Message:
+        if not self.as_parts and IMAGES_OF not in message:
+            return message
+        own = {key: value for key, value in message.items() if key != IMAGES_OF}
+        return {**own, "content": _parts(message["content"])}
 
 
 def wants_parts(tokenizer: Any) -> bool:
@@ -168,7 +174,12 @@ def wants_parts(tokenizer: Any) -> bool:
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
+    """Text as parts, with an image for each mark."""
+    first, *others = text.split(MARK)
+    parts = [{"type": "text", "text": first}] if first or not others else []
+    for other in others:
+        parts += [{"type": "image"}, *([{"type": "text", "text": other}] if other else [])]
+    return parts
 
 
 def _shared(one: str, other: str) -> int:

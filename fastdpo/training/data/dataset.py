@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.training.data.chunks import Chunks
+from fastdpo.training.data.images import RowImages
 from fastdpo.training.data.mismatched import mismatched_rows
 from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.report import DataReport
@@ -20,7 +21,7 @@ from fastdpo.training.settings.kinds import PAIRS, DataKind
 
 _FIELDS = (
     "kind", "tokens", "starts", "prompt_lengths", "answers", "rows", "report", "pieces", "has_mismatched",
-    "max_length", "scored", "made_with",
+    "max_length", "scored", "made_with", "images",
 )  # fmt: skip
 
 
@@ -42,6 +43,7 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         max_length: where a mismatched answer is cut.
         scored: bool, as ``tokens``: which of the answers' tokens are scored; None for all of them.
         made_with: what beside the rows' texts decided on the tokens, in words.
+        images: of the rows; None where none has any.
 
     Raises:
         ValueError: pieces where the kind has none, or none where it has; an empty prompt or answer, but in
@@ -64,6 +66,7 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         max_length: int | None = None,
         scored: Tensor | Chunks | None = None,
         made_with: str = "",
+        images: RowImages | None = None,
     ) -> None:
         counts = (prompt_lengths, answers.values, answers.counts)
         if not kind.is_paired and any(bool((count < 1).any()) for count in counts):
@@ -81,7 +84,7 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         self.scored = Chunks([scored]) if isinstance(scored, Tensor) else scored
         self.answers, self.rows, self.numbers, self.report = answers, rows, dict(numbers), report
         self.pieces, self.has_mismatched, self.max_length = pieces, has_mismatched, max_length
-        self.made_with = made_with
+        self.made_with, self.images = made_with, images
 
     @classmethod
     def of_pairs(
@@ -117,6 +120,8 @@ class RowDataset(torch.utils.data.Dataset[Row]):
             },
             () if self.pieces is None else tuple(self.pieces[index].tolist()),
             self._mismatched(index) if self.has_mismatched else None,
+            () if self.images is None else self.images[index],
+            self.report.source,
         )
 
     def _parts(self, values: Chunks, index: int) -> list[Tensor]:
@@ -253,6 +258,7 @@ class RowDataset(torch.utils.data.Dataset[Row]):
             answers=self.answers.subset(index),
             rows=self.rows[index],
             pieces=None if self.pieces is None else self.pieces.subset(index),
+            images=None if self.images is None else self.images.subset(index),
         )
 
     def with_numbers(self, **numbers: Tensor | Ragged) -> RowDataset:
@@ -272,6 +278,9 @@ class RowDataset(torch.utils.data.Dataset[Row]):
         lengths = [self.prompt_lengths, self.answers.offsets, self.answers.values]
         for part in lengths if self.pieces is None else [*lengths, self.pieces.offsets, self.pieces.values]:
             digest.update(part.contiguous().numpy().tobytes())
+        if self.images is not None:
+            for index in range(len(self)):
+                digest.update(self.images.digests(index).encode())
         for start, end in self.row_bounds.tolist():
             digest.update(self.tokens[start:end].numpy().tobytes())
             if self.scored is not None:
@@ -286,7 +295,8 @@ class RowDataset(torch.utils.data.Dataset[Row]):
             sizes = [len(prompt), *map(len, answers)]
             pieces = [] if self.pieces is None else self.pieces[index].tolist()
             scored = None if self.scored is None else torch.cat(self._judged(self.scored, index)[1:])
-            found.append(token_digest(torch.cat([prompt, *answers]), [*sizes, *pieces], scored))
+            ends = [*sizes, *pieces, *([] if self.images is None else [self.images.digests(index)])]
+            found.append(token_digest(torch.cat([prompt, *answers]), ends, scored))
         return found
 
     def _judged(self, values: Chunks, index: int) -> list[Tensor]:

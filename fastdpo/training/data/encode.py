@@ -20,15 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.integrations.processor import ImageTokens, tokenizer_of
 from fastdpo.training.data.columns import Survey, check_prompt_column, survey
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.encoded import EncodedRows, encoded_rows
 from fastdpo.training.data.formats import RowReader, Wanted
+from fastdpo.training.data.images import IMAGE_COLUMNS, ImageFolders, RowImages
 from fastdpo.training.data.maker import PER_ANSWER, RowMaker
 from fastdpo.training.data.processes import made_in_order
 from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.references import RowReferences
 from fastdpo.training.data.report import DataReport
+from fastdpo.training.data.seen import ImageReader
 from fastdpo.training.data.source import RowSource
 from fastdpo.training.data.texts import TextReader
 from fastdpo.training.data.tokens import RowTokenizer, short_hash
@@ -63,6 +66,7 @@ class RowEncoder:
 
     Args:
         name: of the place that the rows come from.
+        tokenizer: or a processor, which sees images.
         found: which columns they have.
     """
 
@@ -75,7 +79,31 @@ class RowEncoder:
     @cached_property
     def maker(self) -> RowMaker:
         """Makes token ids of rows."""
-        return RowMaker(self.reader.render, RowTokenizer(self.tokenizer), self.options, self.wanted.kind)
+        tokenizer = RowTokenizer(self.texts_tokenizer)
+        return RowMaker(self.reader.render, tokenizer, self.options, self.wanted.kind, self.images)
+
+    @cached_property
+    def texts_tokenizer(self) -> Any:
+        """The tokenizer itself."""
+        return tokenizer_of(self.tokenizer)
+
+    @cached_property
+    def images(self) -> ImageReader | None:
+        """Reads images; None of a tokenizer. Raises ValueError for images that nothing looks at."""
+        found = ImageTokens.of(self.tokenizer)
+        columns = [name for name in IMAGE_COLUMNS if name in self.found.filled]
+        if found is None and columns:
+            raise ValueError(
+                f"{self.name}: the rows have images (column {columns[0]!r}), but a "
+                f"{type(self.tokenizer).__name__} sees none: wanted a model of images and text with its "
+                f"processor, or --ignore_columns {' '.join(columns)}"
+            )
+        return None if found is None else ImageReader(found, self.folders)
+
+    @property
+    def folders(self) -> ImageFolders:
+        """What paths of images are relative to."""
+        return ImageFolders(self.name, self.options.image_folder)
 
     @cached_property
     def reader(self) -> RowReader:
@@ -84,18 +112,20 @@ class RowEncoder:
         check_prompt_column(self.found, self.name, may_be_shared=may_be_shared)
         texts = TextReader(
             self.name,
-            self.tokenizer,
+            self.texts_tokenizer,
             self.options.assistant_only,
             # Where no row has one it is what two answers share, or misses.
             has_prompts="prompt" in self.found.filled or not may_be_shared,
             cuts_echoes=self.found.prompts_repeated,
+            placeholder=None if self.images is None else self.images.tokens.placeholder,
         )
         return RowReader(texts, self.wanted, self.options.columns)
 
     @cached_property
     def made_with(self) -> str:
         """What beside the rows' texts decides on the tokens, in words."""
-        return made_with(self.options, self.tokenizer)
+        told = made_with(self.options, self.texts_tokenizer)
+        return told if self.images is None else f"{told} images={short_hash(self.images.tokens.told())}"
 
     def whole(self, source: RowSource) -> RowDataset:
         """All rows of a source. Raises ValueError, as ``encode_rows``."""
@@ -115,7 +145,8 @@ class RowEncoder:
 
     def told(self, source: RowSource) -> str | None:
         """All that decides on the rows' tokens and numbers, in words; None where not all of it has a name."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        tokenizer = self.texts_tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
         if source.fingerprint is None or backend is None:
             return None
         options = replace(
@@ -124,8 +155,10 @@ class RowEncoder:
         texts = self.reader.texts
         words = (
             source.fingerprint, source.name, options, self.wanted, texts.has_prompts,
-            texts.cuts_echoes, self.made_with, type(self.tokenizer).__name__,
-            self.tokenizer.special_tokens_map, self.tokenizer.chat_template, backend.to_str(),
+            texts.cuts_echoes, self.made_with, type(tokenizer).__name__,
+            tokenizer.special_tokens_map, tokenizer.chat_template, backend.to_str(),
+            # An image that was not there may be there now.
+            "" if self.images is None else self.folders.state(source),
         )  # fmt: skip
         return "\n".join(map(str, words))
 
@@ -182,7 +215,15 @@ class _Encoding:
             max_length=self.options.max_length,
             scored=rows.scored if rows.num_unscored.any() else None,
             made_with=self.encoder.made_with,
+            images=self._images(rows),
         )
+
+    def _images(self, rows: EncodedRows) -> RowImages | None:
+        if self.encoder.images is None or rows.images.nbytes <= 4 * (
+            len(rows.images) + len(rows.images.chunks)
+        ):
+            return None  # no more than the offsets of empty texts
+        return RowImages(self.source, self.encoder.folders, rows.images, rows.entries, rows.places)
 
     def _with_reference(self, references: RowReferences, rows: EncodedRows) -> Tensor:
         """Places of the rows whose reference can be used, and is taken; the others are left out."""
@@ -216,6 +257,7 @@ class _Encoding:
             if number in kept:
                 self._count(self._noted[finding.check], number, finding)
         used = ("prompt", "tools", "chat_template_kwargs", *self.reader.used(found.names))
+        used = (*used, *([] if self.encoder.images is None else IMAGE_COLUMNS))
         used = (*used, *self.options.columns.values(), *self.options.references)
         return DataReport(
             self.source.name,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastdpo.training.data.arrow import bars, cache_folder
 from fastdpo.training.data.chunks import Chunks
+from fastdpo.training.data.images import images_digest
 from fastdpo.training.data.maker import LeftOut, MadeRow
 from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.settings.row_checks import Finding
@@ -42,7 +43,9 @@ class EncodedRows:
         values: what the losses use, by name, one for each row.
         left_out, found: a row's number and what was found in it; where the row is not kept, and where it is.
         is_cut: ``(R,)``, whether ``max_length`` took something off.
-        digests: ``(R,)`` int64, equal where all tokens are.
+        digests: ``(R,)`` int64, equal where all tokens and images are.
+        images: what ``told_images`` made of each row that was read, a column of Arrow.
+        entries, places: ``(R,)`` int64, the places of the rows in it, and in the source.
     """
 
     numbers: Tensor
@@ -56,6 +59,9 @@ class EncodedRows:
     found: list[tuple[int, Finding]]
     is_cut: Tensor
     digests: Tensor
+    images: Any
+    entries: Tensor
+    places: Tensor
 
     @cached_property
     def starts(self) -> Tensor:
@@ -92,6 +98,8 @@ def encoded_rows(made: Made, told: str | None) -> EncodedRows:
         findings=datasets.Value("string"),
         is_cut=datasets.Value("bool"),
         digest=datasets.Value("int64"),
+        place=datasets.Value("int64"),
+        images=datasets.Value("string"),
     )
     if told is None or not datasets.is_caching_enabled():
         return _read(pyarrow.Table.from_pylist(list(_records(made)), schema=features.arrow_schema))
@@ -127,20 +135,21 @@ def _code() -> str:
 
 
 def _records(made: Made) -> Iterator[dict[str, Any]]:
-    for parts in made():
+    for place, parts in enumerate(made()):
         for part in parts:
-            yield _left_out(part) if isinstance(part, LeftOut) else _kept(part)
+            yield {**(_left_out(part) if isinstance(part, LeftOut) else _kept(part)), "place": place}
 
 
 def _left_out(row: LeftOut) -> dict[str, Any]:
     nothing: dict[str, Any] = {name: [] for name in ("tokens", "scored", "sizes", "pieces")}
-    told = {"values": "", "findings": json.dumps([row.finding]), "is_cut": False, "digest": 0}
+    told = {"values": "", "findings": json.dumps([row.finding]), "is_cut": False, "digest": 0, "images": ""}
     return {"number": row.number, **nothing, **told}
 
 
 def _kept(row: MadeRow) -> dict[str, Any]:
     tokens = row.tokens.flat()
-    digest = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=8).digest()
+    of_images = images_digest(row.images).encode()
+    digest = hashlib.blake2b(tokens.numpy().tobytes() + of_images, digest_size=8).digest()
     return {
         "number": row.number,
         "tokens": tokens.numpy(),
@@ -151,6 +160,7 @@ def _kept(row: MadeRow) -> dict[str, Any]:
         "findings": json.dumps(row.findings) if row.findings else "",
         "is_cut": row.is_cut,
         "digest": int.from_bytes(digest, "little", signed=True),
+        "images": row.images,
     }
 
 
@@ -180,6 +190,9 @@ def _read(table: Any) -> EncodedRows:
         found,
         _tensor(table["is_cut"].cast("uint8"))[kept],
         _tensor(table["digest"])[kept],
+        table["images"],
+        kept,
+        _tensor(table["place"])[kept],
     )
 
 

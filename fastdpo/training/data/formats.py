@@ -124,6 +124,7 @@ class RowReader:
                 pair,
                 answers=pair.answers[place : place + 1],
                 cuts=pair.cuts[place : place + 1],
+                images=pair.images[place : place + 1],
                 numbers={**own, **numbers},
             )
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
+from fastdpo.training.data.images import told_images
+from fastdpo.training.data.seen import ImageReader, told_refs
 from fastdpo.training.data.texts import RowTexts
 from fastdpo.training.data.tokens import RowTokenizer, RowTokens, common_prefix, scored_between
 from fastdpo.training.settings.encoding import EncodingOptions
@@ -30,6 +32,7 @@ class MadeRow(NamedTuple):
         numbers: what the losses use.
         findings: of checks that the row stays in spite of, or that mended it.
         is_cut: whether ``max_length`` took something off it.
+        images: what ``told_images`` says of its images.
     """
 
     number: int
@@ -37,6 +40,7 @@ class MadeRow(NamedTuple):
     numbers: Mapping[str, float | tuple[float, ...]]
     findings: tuple[Finding, ...]
     is_cut: bool
+    images: str = ""
 
 
 class LeftOut(NamedTuple):
@@ -53,12 +57,14 @@ class RowMaker:
     Args:
         render: a row's texts; a row may be several.
         kind: of the data.
+        images: reads them; None where rows have none.
     """
 
     render: Render
     tokenizer: RowTokenizer
     options: EncodingOptions
     kind: DataKind
+    images: ImageReader | None = None
 
     def made(self, batch: Sequence[tuple[int, Mapping[str, Any]]]) -> list[list[MadeRow | LeftOut]]:
         """What becomes of each row, by its number; fast tokenizers spread a batch over the cores.
@@ -75,9 +81,18 @@ class RowMaker:
 
     def _attempts(self, row: Mapping[str, Any], number: int) -> Iterable[RowTexts | BadRow]:
         try:
-            yield from self.render(row, number)
+            for item in self.render(row, number):
+                yield self._with_images(item)
         except BadRow as bad:
             yield bad
+
+    def _with_images(self, item: RowTexts | BadRow) -> RowTexts | BadRow:
+        if self.images is None or isinstance(item, BadRow):
+            return item
+        try:
+            return self.images.read(item)
+        except BadRow as bad:
+            return bad
 
     def _one(self, number: int, item: RowTexts | BadRow, ids: Iterator[list[int]]) -> MadeRow | LeftOut:
         if isinstance(item, BadRow):
@@ -109,7 +124,7 @@ class RowMaker:
             for full, part in zip(whole, cuts, strict=False)
         ]
         row = self._cut_into(RowTokens(prompt, answers), ends)
-        kept = self._within_max_length(row)
+        kept = self._within_max_length(row, texts)
         findings = (*texts.findings, *self._named(kept, is_merged))
         numbers: Any = texts.numbers
         if kept.pieces:
@@ -117,7 +132,8 @@ class RowMaker:
             numbers = {
                 name: value[:count] if name in PER_ANSWER else value for name, value in numbers.items()
             }
-        return MadeRow(texts.row, kept, numbers, findings, kept.size < row.size)
+        images = told_images(told_refs(texts))
+        return MadeRow(texts.row, kept, numbers, findings, kept.size < row.size, images)
 
     def _cut_into(self, row: RowTokens, ends: list[list[int]]) -> RowTokens:
         """The row with its pieces, or with what is scored of its answers."""
@@ -135,19 +151,34 @@ class RowMaker:
         ]
         return replace(row, scored=scored)
 
-    def _within_max_length(self, row: RowTokens) -> RowTokens:
-        if self._are_equal(row.answers):
+    def _within_max_length(self, row: RowTokens, texts: RowTexts) -> RowTokens:
+        # What differs in its images is no repeat.
+        is_one_view = len(set(texts.digests)) <= 1
+        if is_one_view and self._are_equal(row.answers):
             raise BadRow("identical")
+        self._check_images(row, texts, "image_tokens")
         kept, fault = row.truncated(self.options.max_length, self.options.truncation_mode)
         if fault is not None:
             raise BadRow(fault)
-        if self._are_equal(kept.answers):
+        if is_one_view and self._are_equal(kept.answers):
             raise BadRow("identical_cut")
+        self._check_images(kept, texts, "image_cut")
         if self.kind.name == "ranking" and len(kept.pieces) < 2:
             raise BadRow("one_candidate_cut")
         if not all(kept.num_scored):
             raise BadRow("nothing_scored")
         return kept
+
+    def _check_images(self, row: RowTokens, texts: RowTexts, check: str) -> None:
+        """Raise BadRow where a sequence has other than its images' tokens."""
+        if self.images is None:
+            return
+        in_prompt = self.images.tokens.count(row.prompt)
+        wanted = texts.image_tokens or (0,) * len(row.answers)
+        for answer, count in zip(row.answers, wanted, strict=True):
+            found = in_prompt + self.images.tokens.count(answer)
+            if found != count:
+                raise BadRow(check, f"{found} tokens of images, wanted {count}")
 
     def _are_equal(self, answers: Sequence[list[int]]) -> bool:
         if self.kind.is_paired:

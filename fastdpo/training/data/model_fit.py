@@ -48,11 +48,27 @@ def check_fit(
     elif data is not None:
         for name, model in models.items():
             if model is not None:
+                _check_eyes(data, name, model, args)
                 _check_ids(data, name, vocabulary_size(model))
                 longest = sequence_lengths(data).argmax()
                 number, length = int(data.rows[longest]), int(sequence_lengths(data)[longest])
                 row = row_of(data.report.source, number)
                 check_positions(row, length, name, model, args.pad_to_multiple_of or 1, warns=warns)
+
+
+def _check_eyes(dataset: RowDataset, name: str, model: nn.Module, args: PreferenceConfig) -> None:
+    """Raise ValueError for images that a model does not see, or settings that do not go with them."""
+    if dataset.images is None:
+        return
+    if not hasattr(unwrap(model), "get_image_features"):
+        raise ValueError(
+            f"{name}: got a {type(unwrap(model)).__name__}, which sees no images, with rows that have some; "
+            "wanted one that AutoModelForImageTextToText loads"
+        )
+    if args.nll_on_prompt:
+        raise ValueError(
+            "nll_on_prompt: got True with rows that have images, which nothing predicts; wanted False"
+        )
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.integrations.forest.plant import distinct_tokens
+from fastdpo.training.data.images import RowImage
 
 # The reference of a row: of pairs in two columns of a file, of other kinds in one.
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -41,6 +42,8 @@ class Row:
         numbers: what the losses use, by name: a number of the row, or ``(k,)`` for its answers or pieces.
         pieces: how many tokens each piece of the answer has, of one in pieces.
         mismatched: another row's answer, for KTO's reference point.
+        images: of each answer's sequence, in the order of its text; nothing where there are none.
+        source: the data's name, for messages.
     """
 
     number: int
@@ -49,6 +52,8 @@ class Row:
     numbers: Mapping[str, float | Tensor] = field(default_factory=dict)
     pieces: tuple[int, ...] = ()
     mismatched: Answer | None = None
+    images: tuple[tuple[RowImage, ...], ...] = ()
+    source: str = ""
 
     @property
     def distinct_tokens(self) -> int:

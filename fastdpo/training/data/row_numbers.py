@@ -41,6 +41,11 @@ def row_of(source: str, number: int) -> str:
     return f"row {row} of {file or source}"
 
 
+def file_of(source: str, number: int) -> str:
+    """The name of the one of a source's files that has a row, or of the source."""
+    return _apart(number)[0] or source
+
+
 def _apart(number: int) -> tuple[str | None, int]:
     file = number >> _BITS
     return list(_files)[file - 1] if file else None, number & (1 << _BITS) - 1

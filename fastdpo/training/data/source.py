@@ -12,7 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from fastdpo.training.data.arrow import cache_folder, file_fingerprint, kept_records, table_rows, table_stream
+from fastdpo.training.data.arrow import (
+    cache_folder,
+    file_fingerprint,
+    kept_records,
+    table_rows,
+    table_stream,
+    undecoded,
+)
 from fastdpo.training.data.files import check_no_split, files_of, suffixes
 from fastdpo.training.data.mixture import joined, joined_streams
 from fastdpo.training.data.records import READERS, records
@@ -122,7 +129,7 @@ def _rows_of(path: Path) -> RowSource:
     fingerprint = file_fingerprint(path, suffix + compression)
     if suffix in READERS:
         return RowSource(*kept_records(path, suffix, compression), str(path), fingerprint)
-    return numbered(table_rows(path, suffix), str(path), fingerprint)
+    return numbered(undecoded(table_rows(path, suffix)), str(path), fingerprint)
 
 
 def _stream_of(path: Path) -> RowStream:
@@ -132,7 +139,7 @@ def _stream_of(path: Path) -> RowStream:
         return RowStream(lambda: ((number, json.loads(text)) for number, text in texts()), str(path))
     if suffix == ".arrow":  # is not copied as it is
         return RowStream(_rows_of(path).__iter__, str(path))
-    return counted(lambda: table_stream(path), str(path))
+    return counted(lambda: undecoded(table_stream(path)), str(path))
 
 
 def _from_datasets(name: str, split: str, streaming: bool, *, is_saved: bool) -> RowSource | RowStream:
@@ -168,11 +175,12 @@ def _in_memory(source: Any, split: str, name: str, streaming: bool) -> RowSource
         source = _FrameRows(source)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, str | bytes):
         # Of `datasets`: of all that made it.
-        return _as_asked(numbered(source, name, getattr(source, "_fingerprint", None)), streaming)
+        fingerprint = getattr(source, "_fingerprint", None)
+        return _as_asked(numbered(undecoded(source), name, fingerprint), streaming)
     is_iterable = hasattr(source, "__iter__") and not hasattr(source, "__next__")
     if streaming and is_iterable:
         if hasattr(source, "with_format"):  # of `datasets`: likewise
-            source = source.with_format(None)
+            source = undecoded(source.with_format(None))
         return counted(lambda: source, name)
     hint = "; a stream is trained on, as train_dataset, and read with streaming=True" if is_iterable else ""
     if hasattr(source, "__next__"):

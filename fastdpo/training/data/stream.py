@@ -161,6 +161,12 @@ def _by_itself(row: Row) -> Row:
     return replace(row, prompt=own(row.prompt), answers=answers, numbers=numbers)
 
 
+def has_images(*data: Any) -> bool:
+    """Whether any of some data sets has rows with images, as far as is known."""
+    rows = map(known_rows, data)
+    return any(one is not None and one.images is not None for one in rows)
+
+
 def known_rows(data: Any) -> Any:
     """The rows that are at hand: all, or the head of a stream."""
     return data.head if isinstance(data, StreamDataset) else data

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastdpo.training.data.messages import ASSISTANT, Message, Messages, reasoning_of
+from fastdpo.training.data.messages import ASSISTANT, MARK, Message, Messages, reasoning_of
 from fastdpo.training.settings.row_checks import Finding
 
 _THOUGHT, _THOUGHT_ENDS = "<think>", "</think>"
@@ -31,7 +31,7 @@ def sayings(message: Message) -> Iterator[tuple[str, str]]:
         thought, _, content = content.rpartition(_THOUGHT_ENDS)
         yield "reasoning_lost", thought.replace(_THOUGHT, "")
     yield "reasoning_lost", reasoning_of(message)
-    yield "answer_lost", content
+    yield from (("answer_lost", text) for text in content.split(MARK))
     for call in message.get("tool_calls") or ():
         function = call.get("function", call)
         called = function if isinstance(function, dict) else {"name": function}

@@ -12,10 +12,14 @@ from functools import cached_property
 from typing import Any
 
 from fastdpo.training.data.chat import Conversation, wants_parts
+from fastdpo.training.data.images import IMAGES_REJECTED, ImageRef, column_refs, row_refs
 from fastdpo.training.data.messages import (
     ASSISTANT,
+    WORD,
     Messages,
     check_unicode,
+    fill_images,
+    images_of,
     is_list,
     read_messages,
     read_template_arguments,
@@ -38,6 +42,8 @@ class RowTexts:
             and end by turns, or where its pieces end; none where all of it is scored, in one piece.
         numbers: what the losses use: a number, or one for each answer or piece.
         findings: of checks that the row may stay in spite of, or that mended it.
+        images: of each answer's sequence, in the order of the placeholders in its text; of all or none.
+        digests, image_tokens: of these, and how many tokens they take in each sequence; once they are read.
     """
 
     row: int
@@ -47,6 +53,9 @@ class RowTexts:
     cuts: tuple[tuple[str, ...], ...]
     numbers: Mapping[str, float | tuple[float, ...]]
     findings: tuple[Finding, ...] = ()
+    images: tuple[tuple[ImageRef, ...], ...] = ()
+    digests: tuple[tuple[str, ...], ...] = ()
+    image_tokens: tuple[int, ...] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -64,6 +73,7 @@ class TextReader:
         assistant_only: of answers of several turns only the assistant's are scored.
         has_prompts: rows have a prompt of their own; else it is what chosen and rejected share.
         cuts_echoes: answers that begin with the prompt's text are meant so.
+        placeholder: what stands in a text where an image does; None where images are not seen.
     """
 
     source: str
@@ -71,6 +81,7 @@ class TextReader:
     assistant_only: bool = True
     has_prompts: bool = True
     cuts_echoes: bool = False
+    placeholder: str | None = None
 
     @cached_property
     def _as_parts(self) -> bool:
@@ -109,7 +120,9 @@ class TextReader:
         notes: list[Finding] = []
         if all(isinstance(value, str) for value in texts.values()):
             prompt, values = self._plain(texts, names, where, notes)
-            found = RowTexts(number, prompt, tuple(prompt + text for text in values), False, (), numbers)
+            prompt, values, images = self._plain_images(row, prompt, values, names)
+            whole = tuple(prompt + text for text in values)
+            found = RowTexts(number, prompt, whole, False, (), numbers, images=images)
             notes += lost_tools(read_tools(row), "\n".join(found.answers))
         else:
             found = self._chat(row, number, texts, names, numbers, notes)
@@ -137,6 +150,42 @@ class TextReader:
             raise BadRow("empty_completion")
         return prompt, answers
 
+    def _plain_images(
+        self, row: Mapping[str, Any], prompt: str, answers: tuple[str, ...], names: Sequence[str]
+    ) -> tuple[str, tuple[str, ...], tuple[tuple[ImageRef, ...], ...]]:
+        """Texts with a placeholder for each image of the row, and the images of each."""
+        refs = [] if self.placeholder is None else row_refs(row)
+        if self.placeholder is None or not refs:
+            return prompt, answers, ()
+        texts = [text.replace(WORD, self.placeholder) for text in (prompt, *answers)]
+        counts = [text.count(self.placeholder) for text in texts]
+        if sum(counts) != len(refs):
+            raise BadRow(
+                "image_places",
+                f"{len(refs)} images for {sum(counts)} places ({self.placeholder} in the texts)",
+            )
+        parts = [[refs.pop(0) for _ in range(count)] for count in counts]
+        return texts[0], tuple(texts[1:]), self._of_sequences(row, names, parts[0], parts[1:])
+
+    @staticmethod
+    def _of_sequences(
+        row: Mapping[str, Any],
+        names: Sequence[str],
+        of_prompt: Sequence[ImageRef],
+        of_answers: Sequence[Sequence[ImageRef]],
+    ) -> tuple[tuple[ImageRef, ...], ...]:
+        """The images of each answer's sequence; the rejected one's prompt may have others."""
+        found = [(*of_prompt, *own) for own in of_answers]
+        others = column_refs(row, IMAGES_REJECTED)
+        if others and "rejected" in names:
+            if len(others) != len(of_prompt):
+                raise BadRow(
+                    "image_places", f"{len(others)} images_rejected for {len(of_prompt)} images of the prompt"
+                )
+            place = list(names).index("rejected")
+            found[place] = (*others, *of_answers[place])
+        return tuple(found) if any(found) else ()
+
     def _chat(
         self,
         row: Mapping[str, Any],
@@ -148,6 +197,10 @@ class TextReader:
     ) -> RowTexts:
         where = self.where(number)
         prompt, answers = self._messages(texts, names, where, notes)
+        images: tuple[tuple[ImageRef, ...], ...] = ()
+        if self.placeholder is not None:
+            fill_images(prompt, answers, row_refs(row))
+            images = self._of_sequences(row, names, images_of(prompt), list(map(images_of, answers)))
         if not answers or not all(map(bool, answers)):
             raise BadRow("empty_completion")
         for name, answer in zip(names, answers, strict=True):
@@ -174,7 +227,7 @@ class TextReader:
             cuts.append(tuple(text[:end] for span in spans or () for end in span))
         if any(cuts):
             notes.append(Finding("others_turns"))
-        return RowTexts(number, opened, tuple(talk.texts), True, tuple(cuts), numbers)
+        return RowTexts(number, opened, tuple(talk.texts), True, tuple(cuts), numbers, images=images)
 
     def _lost(self, talk: Conversation) -> Iterator[Finding]:
         eos = getattr(self.tokenizer, "eos_token", None)
@@ -194,13 +247,17 @@ class TextReader:
         )
         if not all(is_list(texts[name]) for name in names):
             raise wrong
-        answers = {name: read_messages(texts[name], name, where, notes) for name in names}
+        sees = self.placeholder is not None
+        answers = {
+            name: read_messages(texts[name], name, where, notes, _path(name) if sees else None)
+            for name in names
+        }
         if "prompt" not in texts:
             start, cut = _without_shared_start(answers, where)
             return start, list(cut)
         prompt = texts["prompt"]
         if is_list(prompt):
-            prompt = read_messages(prompt, "prompt", where, notes)
+            prompt = read_messages(prompt, "prompt", where, notes, ("prompt",) if sees else None)
         elif not isinstance(prompt, str):
             raise wrong
         whole, rest = without_repeated_prompt(prompt, list(answers.values()))
@@ -209,6 +266,12 @@ class TextReader:
         if any(len(after) < len(before) for after, before in zip(rest, answers.values(), strict=True)):
             notes.append(Finding("prompt_repeated"))
         return whole, rest
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+    """Where in its row an answer is: a column, or the place in one that is a list."""
+    word, _, place = name.partition(" ")
+    return ("completions", int(place) - 1) if word == "answer" and place else (name,)
 
 
 def _without_shared_start(answers: Mapping[str, Any], where: str) -> tuple[Any, tuple[Any, ...]]:

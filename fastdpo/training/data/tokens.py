@@ -150,7 +150,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def token_digest(ids: torch.Tensor, ends: Sequence[int], scored: torch.Tensor | None) -> str:
+def token_digest(ids: torch.Tensor, ends: Sequence[int | str], scored: torch.Tensor | None) -> str:
     """A short hash of a row's token ids, int32, of where its parts end, and of what is scored."""
     digest = hashlib.blake2b(repr(list(ends)).encode(), digest_size=8)
     digest.update(ids.contiguous().numpy().tobytes())

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from fastdpo.integrations.auto_class import auto_class, read_config
+from fastdpo.integrations.auto_class import auto_class, read_config, sees_images
+from fastdpo.integrations.lm_head import unwrap
+from fastdpo.integrations.processor import tokenizer_of
 from fastdpo.integrations.virtual_tokens import has_prefix
 from fastdpo.training.reference.sources import disable_dropout, is_adapter_model
 from fastdpo.training.settings.checkpointing import recomputes_activations
@@ -25,12 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(
-    name: str, *, what: str = "model", dtype: str | torch.dtype = "auto", **options: Any
+    name: str,
+    *,
+    what: str = "model",
+    dtype: str | torch.dtype = "auto",
+    with_images: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """A causal LM, or an adapter on one, to train, by path or hub id; ``dtype`` "auto" is the checkpoint's.
 
     Args:
         what: the setting, for messages.
+        with_images: the data have some: of a family that has a language model by itself, the whole.
 
     Raises:
         ValueError: there is no such model, or it cannot be loaded; names it.
@@ -45,7 +53,7 @@ def load_model(
             raise ImportError(f"{what}: {name} is an adapter, which needs peft: pip install peft") from None
         options["is_trainable"] = True
     try:
-        loader = loader or auto_class(read_config(name, **options))
+        loader = loader or auto_class(read_config(name, **options), with_images=with_images)
         with _without_future_warnings():
             model: nn.Module = loader.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -54,35 +62,44 @@ def load_model(
 
 
 def load_tokenizer(name: str, *, what: str = "tokenizer", **options: Any) -> Any:
-    """A tokenizer by path or hub id. Raises ValueError where there is none."""
-    from transformers import AutoTokenizer
+    """A tokenizer by path or hub id, or the processor of a model of images and text, where it is there.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoProcessor, AutoTokenizer
 
     check_there(what, name)
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     try:
+        if _has_processor(name, **options):
+            return AutoProcessor.from_pretrained(name, **options)
         return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{what}: could not load {name!r}: {first_line(error)}") from error
 
 
+def _has_processor(name: str, **options: Any) -> bool:
+    """Whether a name is of a model of images and text that comes with what its images go through."""
+    from transformers.utils import cached_file
+
+    try:
+        if not sees_images(read_config(name, **options)):
+            return False
+    except (OSError, ValueError, KeyError):  # a tokenizer alone
+        return False
+    files = ("preprocessor_config.json", "processor_config.json")
+    return any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files)
+
+
 def told_tokenizer(told: ModelArguments) -> Any:
-    """The tokenizer that the command line names, with the chat template given."""
+    """The tokenizer, or processor, that the command line names, with the chat template given."""
     options = {"revision": told.revision} if told.revision and told.tokenizer is None else {}
     tokenizer = load_tokenizer(
         told.tokenizer or told.name, trust_remote_code=told.trust_remote_code, **options
     )
     if told.chat_template is not None:
-        tokenizer.chat_template = template_text(told.chat_template)
-    return tokenizer
-
-
-def tokenizer_of(processing_class: Any) -> Any:
-    """The tokenizer, which a processor has inside, with the processor's chat template where it has none."""
-    tokenizer = getattr(processing_class, "tokenizer", None)
-    if tokenizer is None or not hasattr(tokenizer, "eos_token_id"):
-        return processing_class
-    if getattr(tokenizer, "chat_template", None) is None:
-        tokenizer.chat_template = getattr(processing_class, "chat_template", None)
+        tokenizer_of(tokenizer).chat_template = tokenizer.chat_template = template_text(told.chat_template)
     return tokenizer
 
 
@@ -106,6 +123,8 @@ def prepare_policy(model: str | nn.Module, args: PreferenceConfig, peft_config: 
     if peft_config is not None:
         set_seed(args.seed)  # as Trainer does, but for the adapter's first weights too
         policy = _add_adapter(policy, peft_config)
+    if args.freeze_vision_tower:
+        freeze_vision_tower(policy)
     if is_adapter_model(policy):
         if has_prefix(policy) and recomputes_activations(args):
             raise ValueError(
@@ -121,6 +140,22 @@ def prepare_policy(model: str | nn.Module, args: PreferenceConfig, peft_config: 
     if getattr(getattr(policy, "config", None), "output_router_logits", False):
         raise ValueError("model: a router loss (output_router_logits=True) is not supported by this version")
     return policy
+
+
+def freeze_vision_tower(model: nn.Module) -> None:
+    """Train nothing of what looks at images, adapters in it included; what takes its features is trained.
+
+    Raises:
+        ValueError: the model has none that is known.
+    """
+    inner = unwrap(model)
+    tower = inner.get_encoder(modality="image")
+    if tower is inner or tower is inner.base_model:
+        raise ValueError(
+            f"freeze_vision_tower: got True with a {type(inner).__name__}, which has no part that looks at "
+            "images; wanted False"
+        )
+    tower.requires_grad_(False)
 
 
 def other_model(what: str, model: str | nn.Module | None, policy: nn.Module) -> nn.Module | None:

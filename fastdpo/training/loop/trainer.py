@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from fastdpo.integrations.model import ensure_patched
+from fastdpo.integrations.processor import ImageTokens, tokenizer_of
 from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.budget import budget_dataloader
 from fastdpo.training.batches.collate import pad_token_id
@@ -46,7 +47,6 @@ from fastdpo.training.loop.models import (
     load_tokenizer,
     other_model,
     prepare_policy,
-    tokenizer_of,
 )
 from fastdpo.training.loop.offload import offloaded_activations
 from fastdpo.training.loop.over_optimisation import OverOptimisationMonitor
@@ -135,6 +135,7 @@ class PreferenceTrainer(SavingTrainer):
         if processing_class is None and isinstance(model, str):
             processing_class = load_tokenizer(model)
         self.args, self._tokenizer = args, tokenizer_of(processing_class)
+        self._reads_with = processing_class
         if ref_model is model and not isinstance(model, str):
             raise ValueError(
                 "ref_model: got the model that is trained, wanted another, or None for a copy of it"
@@ -202,8 +203,9 @@ class PreferenceTrainer(SavingTrainer):
         for data in (pairs, self.eval_dataset):
             check_fit(data, self._models, self.args)
         self.data_collator = data_collator or choose_collator(
-            models, self.args, pad_token_id(self._tokenizer), pairs, self.accelerator
-        )
+            models, self.args, pad_token_id(self._tokenizer), pairs, self.accelerator,
+            ImageTokens.of(self._reads_with),
+        )  # fmt: skip
         # Only now: before, each rank looks at whole models by itself.
         ref_model, teacher = (split_frozen(self.accelerator, frozen) for frozen in (ref_model, teacher))
         self.reference = Reference(kind, ref_model, teacher=teacher, vocab_size=size)
@@ -223,7 +225,7 @@ class PreferenceTrainer(SavingTrainer):
             check_no_stream_settings(self.args)
         if may_be_many and isinstance(data, Mapping):
             return {name: self._prepare_data(item) for name, item in data.items()}
-        dataset = prepare_pairs(data, self._tokenizer, self.args, reads_reference=not self.has_ref_model)
+        dataset = prepare_pairs(data, self._reads_with, self.args, reads_reference=not self.has_ref_model)
         if dataset is not None:
             check_pairs(dataset, self.args)
         if hasattr(self, "_models"):  # data that come after them
@@ -232,7 +234,7 @@ class PreferenceTrainer(SavingTrainer):
 
     def _prepare_stream(self, data: Any) -> StreamDataset:
         if not isinstance(data, StreamDataset):
-            data = prepare_stream(data, self._tokenizer, self.args, reads_reference=not self.has_ref_model)
+            data = prepare_stream(data, self._reads_with, self.args, reads_reference=not self.has_ref_model)
         check_stream_settings(self.args)
         check_pairs(data.head, self.args)
         dataset: StreamDataset = data

@@ -10,7 +10,7 @@ ARRANGEMENTS_OF = {"packed": ARRANGEMENTS, "shared_prompt": ("separate", "one_ro
 # Texts and judgements of a row, each read from another column where the settings name one (`prompt_column`).
 ROW_COLUMNS = (
     "prompt", "chosen", "rejected", "completion", "completions", "label", "scores", "ranks", "advantages",
-    "win_rate",
+    "win_rate", "images", "images_rejected",
 )  # fmt: skip
 # "score" has no backward pass. `pairs` is what `auto` takes wherever a loss and a trained head let it; the
 # reference and some losses (of ranks, with a beta of the step) want log-probabilities, which it has none of.

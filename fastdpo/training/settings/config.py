@@ -86,6 +86,7 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
             max_bad_rows=self.max_bad_rows,
             processes=self.dataset_num_proc,
             show_progress=not self.disable_tqdm and self.process_index == 0,
+            image_folder=self.image_folder,
         )
 
     def _choose_defaults(self) -> None:

@@ -17,6 +17,7 @@ def check_data_settings(args: SettingFields) -> None:
     read = kind.columns
     if kind.name in ("unpaired", "prompt-completion"):
         read = (*read, "chosen", "rejected")
+    read = (*read, "images", "images_rejected") if "rejected" in read else (*read, "images")
     if "scores" in read:
         read = (*read, "ranks")
     for name in args.column_names:

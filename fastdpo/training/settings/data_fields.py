@@ -70,6 +70,12 @@ class DataSettings:
     ignore_columns: list[str] | None = field(
         default=None, metadata=_help("Columns to read as if they were not there.")
     )
+    image_folder: str | None = field(
+        default=None,
+        metadata=_help("Folder that paths of images are relative to. Default: that of the data file."),
+    )
+    images_column: str | None = _column("the images (one, or a list)")
+    images_rejected_column: str | None = _column("the images that the rejected answer's prompt has")
     prompt_column: str | None = _column("the prompt")
     chosen_column: str | None = _column("the chosen answer")
     rejected_column: str | None = _column("the rejected answer")

@@ -24,6 +24,7 @@ class EncodingOptions:
         references: the columns of the reference's log-probabilities to read with each row, if any.
         processes: how many tokenise; None for as many as pay.
         show_progress: whether a bar shows how far they are.
+        image_folder: what paths of images are relative to; None for the folder of their row's file.
     """
 
     max_length: int | None = 1024
@@ -36,3 +37,4 @@ class EncodingOptions:
     references: Sequence[str] = ()
     processes: int | None = 1
     show_progress: bool = False
+    image_folder: str | None = None

@@ -232,6 +232,12 @@ class SettingFields(DataSettings, TrainingArguments):
         default=None,
         metadata=_help("Pairs per batch while precomputing. Default per_device_eval_batch_size."),
     )
+    freeze_vision_tower: bool = field(
+        default=False,
+        metadata=_help(
+            "Of a model of images and text: train nothing of what looks at the images, adapters included."
+        ),
+    )
     disable_dropout: bool = field(default=True, metadata=_help("Set every dropout of the model to 0."))
 
     mode: str = field(

@@ -49,7 +49,7 @@ class DataKind:
     @property
     def is_paired(self) -> bool:
         """Whether rows are pairs: their answers have roles, and a batch has all chosen ones first."""
-        return self is PAIRS
+        return self == PAIRS  # a batch of a worker has a copy
 
     @property
     def unit(self) -> str:

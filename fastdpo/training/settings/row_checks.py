@@ -67,9 +67,57 @@ _TABLE = (
     ),
     Check(
         "not_text", LEFT_OUT, "content that is not text",
-        "The content of a message, or its reasoning, is a number, an object, an image or another part that "
-        "is no text. A list of text parts is the text of its parts; null is the empty text.",
-        "Give text. Images are not supported by this version.",
+        "The content of a message, or its reasoning, is a number, an object, or a part that is neither text "
+        "nor, with a model that sees images, an image. A list of text parts is the text of its parts; null "
+        "is the empty text.",
+        "Give text; for images, a model of images and text with its processor.",
+    ),
+    # Images
+    Check(
+        "not_image", LEFT_OUT, "an image that is none",
+        "An item of `images`, or a message's part, is a number, an empty object, or the like.",
+        "Give a path, bytes, base64 text, a data URL, or an image of PIL or `datasets`.",
+    ),
+    Check(
+        "image_missing", LEFT_OUT, "an image that is not there",
+        "The file of an image does not exist. Paths are relative to the data file, or to `image_folder`.",
+        "Repair the path, or say `--image_folder FOLDER`.",
+    ),
+    Check(
+        "image_broken", LEFT_OUT, "an image that cannot be decoded",
+        "The image is cut off, or of no format that Pillow reads.",
+        "Repair the image, or remove the row.",
+    ),
+    Check(
+        "image_remote", LEFT_OUT, "an image that would have to be fetched",
+        "The image is an address on a network, which is read in no run.",
+        "Fetch the images first, and give their files.",
+    ),
+    Check(
+        "image_refused", LEFT_OUT, "an image that the model's processor refuses",
+        "The processor raises an error on the image (too small, or too far from square).",
+        "Look at the error; remove the row.",
+    ),
+    Check(
+        "image_places", LEFT_OUT, "other than one place for each image",
+        "The texts have more or fewer places for images (parts of messages, `<image>`, the model's own "
+        "placeholder) than the row has images, or the chat template leaves some out.",
+        "Give as many places as images, or none: they are then put before the user's first text.",
+    ),
+    Check(
+        "image_tokens", LEFT_OUT, "tokens of images in the text",
+        "A text has tokens that stand for an image, and no image to go with them.",
+        "Take them out of the text.",
+    ),
+    Check(
+        "image_cut", LEFT_OUT, "an image that max_length would cut",
+        "What `max_length` takes off a row has tokens of an image.",
+        "Raise `--max_length`, or cut answers alone (`--truncation_mode keep_start`).",
+    ),
+    Check(
+        "image_changed", REFUSED, "an image that is another than the one that was tokenised",
+        "The pixels of an image are others than those that its row was tokenised with.",
+        "Leave the files as they are while a run lasts.",
     ),
     Check(
         "not_unicode", LEFT_OUT, "text that is not Unicode",

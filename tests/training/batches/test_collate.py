@@ -40,7 +40,9 @@ def test_layout():
         [-100, -100, 10, 11, -100],
     ]
     assert batch.rows.tolist() == [7, 9]
-    assert {x.dtype for x in (*vars(batch.sequences).values(), batch.rows)} == {torch.int64}
+    assert {
+        x.dtype for x in (*batch.sequences.model_inputs().values(), batch.sequences.labels, batch.rows)
+    } == {torch.int64}
 
 
 @pytest.mark.parametrize(("multiple", "width"), [(1, 5), (4, 8), (5, 5), (64, 64)])
