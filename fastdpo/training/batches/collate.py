@@ -22,7 +22,7 @@ from fastdpo.training.batches.batch import (
     bounds_of,
 )
 from fastdpo.training.batches.plan import RowCosts, RowPlan, TreeSize, plan_rows
-from fastdpo.training.batches.seen_rows import SeenRows
+from fastdpo.training.batches.seen_rows import SeenRows, plant_seen
 from fastdpo.training.data.row import LD_COLUMN, REF_MISMATCHED, REFERENCE, Answer, Row
 from fastdpo.training.settings.choices import ARRANGEMENTS
 from fastdpo.training.settings.kinds import PAIRS, DataKind
@@ -88,6 +88,7 @@ class RowCollator:
         kind: of the data.
         shortest_shared: tokens that a common beginning has at least.
         context: how the backbone is carried over rows; None for all of a row at once.
+        images: the processor of rows with images.
     """
 
     pad_token_id: int
@@ -101,12 +102,13 @@ class RowCollator:
     kind: DataKind = PAIRS
     shortest_shared: int = SHORTEST_SHARED
     context: CarriedContext | None = None
+    images: ImageTokens | None = None
 
     def __call__(self, rows: Sequence[Row]) -> RowBatch:
         judged, gold = answer_places(rows, self.kind)
         has_more = bool(gold) or self.nll_on_prompt
-        texts = make_texts(rows, self.kind, labels_prompt=self.nll_on_prompt)
-        trees = self._trees(texts)
+        texts, seen = make_texts(rows, self.kind, labels_prompt=self.nll_on_prompt), SeenRows(self.images)
+        trees = self._trees(texts, rows)
         plan = self._plan(trees)
         made = lay_out(
             texts,
@@ -118,14 +120,16 @@ class RowCollator:
         )
         tokens, more = split_tokens(made.tokens, len(judged)) if has_more else (made.tokens, None)
         count = sum(len(rows[i].prompt) + len(rows[i].answers[k].ids) for i, k in (*judged, *gold))
+        trees_of_calls = [[trees[number] for number in call] for call in plan.calls]
+        calls = seen.in_rows(made.calls, trees_of_calls, [(rows[i], k) for i, k in (*judged, *gold)])
         batch = RowBatch(
-            rows_of_calls=self._carried(made.calls),
+            rows_of_calls=self._carried(calls),
             tokens=tokens,
             cu_seqlens=bounds_of(tokens.lengths or ()),
             num_tokens=torch.tensor(count),
             more=more,
             segment_ids=segments(rows) if self.kind.has_pieces else None,
-            **numbers_of(rows, self.kind, self.pad_token_id, SeenRows(None)),
+            **numbers_of(rows, self.kind, self.pad_token_id, seen),
         )
         return with_ld_weights(batch, self.ld_alpha)
 
@@ -134,10 +138,17 @@ class RowCollator:
 
     def plan(self, rows: Sequence[Row]) -> RowPlan:
         """How a batch of these rows is arranged."""
-        return self._plan(self._trees(make_texts(rows, self.kind, labels_prompt=self.nll_on_prompt)))
+        texts = make_texts(rows, self.kind, labels_prompt=self.nll_on_prompt)
+        return self._plan(self._trees(texts, rows))
 
-    def _trees(self, texts: Sequence[Text]) -> list[Tree]:
+    def _trees(self, texts: Sequence[Text], rows: Sequence[Row]) -> list[Tree]:
         numbered = [(number, text.ids) for number, text in enumerate(texts)]
+        if self.layout == "shared_prompt" and self.images is not None:
+            places = (place for part in answer_places(rows, self.kind) for place in part)
+            salted = [rows[i].salted(text.ids, k) for (i, k), text in zip(places, texts, strict=False)]
+            of_prompts = numbered[len(salted) :]
+            numbered = [*enumerate(salted), *of_prompts]
+            return plant_seen(numbered, self.images.ids, shortest=self.shortest_shared)
         if self.layout == "shared_prompt":
             return plant(numbered, shortest=self.shortest_shared)
         # A prompt that is scored too is the beginning of a sequence that is there.

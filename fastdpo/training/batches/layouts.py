@@ -88,7 +88,11 @@ def choose_collator(
     if single_call:
         asked = tuple(name for name in asked if name != "separate")
     longest = (args.max_length or 0) if dataset is None else int(dataset.lengths.max())
-    refused = _refusals(models, layouts, asked, longest, accelerator, is_carried=context is not None)
+    # Rows of text alone are what they are without images.
+    sees = images if dataset is not None and dataset.images is not None else None
+    refused = _refusals(
+        models, layouts, asked, longest, accelerator, is_carried=context is not None, sees=sees
+    )
     collators: list[Collator] = []
     for layout in layouts:
         allowed = tuple(name for case, name in refused if case == layout and refused[case, name] is None)
@@ -97,7 +101,7 @@ def choose_collator(
                 RowCollator(
                     pad_token_id, layout, costs, allowed, single_call, args.pad_to_multiple_of,
                     ld_alpha=args.ld_alpha, nll_on_prompt=bool(args.nll_on_prompt), kind=args.data_kind,
-                    context=context,
+                    context=context, images=images,
                 )
             )  # fmt: skip
     for (layout, name), reason in refused.items():
@@ -161,6 +165,7 @@ def _refusals(
     accelerator: Any,
     *,
     is_carried: bool,
+    sees: ImageTokens | None,
 ) -> dict[tuple[str, str], str | None]:
     """Why each layout and arrangement will not do, for any model on any rank."""
     candidates = [
@@ -174,7 +179,7 @@ def _refusals(
             verdicts: dict[tuple[str, str], str | None] = dict.fromkeys(candidates, _VIRTUAL_TOKENS)
         else:
             with accelerator.autocast() if is_flash else contextlib.nullcontext():
-                verdicts = refusals(model, candidates, longest=longest, is_carried=is_carried)
+                verdicts = refusals(model, candidates, longest=longest, is_carried=is_carried, images=sees)
         found = {key: found[key] or verdicts[key] for key in candidates}
     if accelerator.num_processes > 1 and candidates:
         is_bad = torch.tensor([found[key] is not None for key in candidates], device=accelerator.device)

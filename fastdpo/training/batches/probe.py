@@ -22,8 +22,9 @@ nothing but the grouping of a mixture of experts may change: a tenth of the roun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,13 +38,17 @@ from fastdpo.integrations.backbone_config import (
     why_no_neighbours,
 )
 from fastdpo.integrations.forest.attention import restore_attention
-from fastdpo.integrations.forest.plant import plant
-from fastdpo.integrations.forest.rows import lay_out
+from fastdpo.integrations.forest.plant import Tree, plant
+from fastdpo.integrations.forest.rows import Rows, Text, lay_out
 from fastdpo.integrations.lm_head import unwrap
 from fastdpo.integrations.model import backbone_states
+from fastdpo.integrations.processor import ImageTokens
 from fastdpo.training.batches.batch import mapped
-from fastdpo.training.batches.collate import make_texts
+from fastdpo.training.batches.collate import answer_places, make_texts
+from fastdpo.training.batches.seen_rows import SeenRows, plant_seen
+from fastdpo.training.data.images import RowImage, pixel_digest
 from fastdpo.training.data.row import Answer, Row
+from fastdpo.training.settings.kinds import PAIRS
 from fastdpo.types import CarriedContext
 
 # Longer sequences than this only where a sliding window, a chunk or their like, and the data reach further.
@@ -54,7 +59,12 @@ _CHUNK = 7
 
 @torch.no_grad()
 def refusals(
-    model: nn.Module, candidates: Sequence[tuple[str, str]], *, longest: int, is_carried: bool = False
+    model: nn.Module,
+    candidates: Sequence[tuple[str, str]],
+    *,
+    longest: int,
+    is_carried: bool = False,
+    images: ImageTokens | None = None,
 ) -> dict[tuple[str, str], str | None]:
     """Why each ``(layout, arrangement)`` would change the model's results; None where it does not.
 
@@ -62,8 +72,9 @@ def refusals(
         model: a patched causal LM on its device; left as it was.
         longest: tokens of the longest sequence of the data.
         is_carried: whether rows go through the backbone in chunks.
+        images: the processor of data with images, which each prompt of the probe then has one of.
     """
-    of_forests = why_no_neighbours(model)
+    of_forests = why_no_neighbours(model) or (None if images is None else _why_no_images(model))
     known = {case: of_forests if is_carried or _has_neighbours(case) else None for case in candidates}
     if all(known.values()):
         return known
@@ -72,7 +83,8 @@ def refusals(
     was_training = model.training
     model.eval()
     try:
-        probe = _Probe(model, max([_SHORT, *reaches]), CarriedContext(_CHUNK) if is_carried else None)
+        context = CarriedContext(_CHUNK) if is_carried else None
+        probe = _Probe(model, max([_SHORT, *reaches]), context, images)
         return {case: reason or probe.why_not(*case) for case, reason in known.items()}
     except Exception as error:  # whatever a model's own code raises where it has other ideas of its inputs
         return {case: reason or _failure("on rows of one sequence", error) for case, reason in known.items()}
@@ -87,6 +99,13 @@ def _has_neighbours(case: tuple[str, str]) -> bool:
     return layout == "shared_prompt" or arrangement == "one_row"
 
 
+def _why_no_images(model: nn.Module) -> str | None:
+    """Why images may not have neighbours in a row, as far as a model says."""
+    if hasattr(unwrap(model).base_model, "get_rope_index"):
+        return "its positions of images have several dimensions (M-RoPE), which a row's do not"
+    return None
+
+
 def _failure(where: str, error: Exception) -> str:
     lines = str(error).splitlines() or [""]
     return f"its forward fails {where} ({type(error).__name__}: {lines[0][:160]})"
@@ -95,25 +114,29 @@ def _failure(where: str, error: Exception) -> str:
 class _Probe:
     """Two pairs, the truth about them, and what other forms may differ by."""
 
-    def __init__(self, model: nn.Module, length: int, context: CarriedContext | None) -> None:
-        self.model, self.context = model, context
+    def __init__(
+        self, model: nn.Module, length: int, context: CarriedContext | None, images: ImageTokens | None
+    ) -> None:
+        self.model, self.context, self.images = model, context, images
         self.device = next(model.parameters()).device
         sizes = _pair_sizes(length)
         vocab = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         generator = torch.Generator().manual_seed(0)
         self.pairs = []
         for number, pair in enumerate(sizes):
-            prompt, *answers = (torch.randint(vocab // 8, vocab, (n,), generator=generator) for n in pair)
-            self.pairs.append(Row(number, prompt, tuple(map(Answer, answers))))
-        size = sizes[0][1]
-        self.other_answer = torch.randint(vocab // 8, vocab, (size,), generator=generator)
+            prompt, *answers = (self._text(n, vocab, generator) for n in pair)
+            self.pairs.append(self._with_image(Row(number, prompt, tuple(map(Answer, answers))), generator))
+        self.other_answer = self._text(sizes[0][1], vocab, generator)
         self.texts = make_texts(self.pairs)
-        self.alone = [self._plain(text.ids[None])[0] for text in self.texts]
+        apart = [tree for number, text in enumerate(self.texts) for tree in plant([(number, text.ids)])]
+        one_by_one = [[number] for number in range(len(apart))]
+        calls = self._laid_out(self.pairs, self.texts, apart, one_by_one).calls
+        self.first = calls[0]
+        self.alone = [self._plain(call)[0] for call in calls]
         self.truth = self._labelled(self.alone)
 
-        trees = [tree for number, text in enumerate(self.texts) for tree in plant([(number, text.ids)])]
-        apart = lay_out(self.texts, trees, [range(len(trees))], pad_token_id=0, in_one_row=False)
-        together = self._plain(apart.calls[0]["input_ids"])
+        padded = self._laid_out(self.pairs, self.texts, apart, [range(len(apart))], in_one_row=False)
+        together = self._plain(padded.calls[0])
         noise = _largest_change(self._labelled(list(together)), self.truth)
         factor, eps = self._precision()
         self.rounding = factor * eps * math.sqrt(2 * backbone_size(model).layers)
@@ -125,7 +148,7 @@ class _Probe:
         try:
             found, sequences = self._in_rows(self.pairs, layout, arrangement)
             again, _ = self._in_rows(changed, layout, arrangement)
-            plain = self._plain(self.texts[0].ids[None])[0]
+            plain = self._plain(self.first)[0]
         except Exception as error:  # whatever a model's own code raises on inputs it was not made for
             return _failure("on such rows", error)
         change = _largest_change(found, self.truth)
@@ -143,19 +166,60 @@ class _Probe:
     def _in_rows(self, pairs: list[Row], layout: str, arrangement: str) -> tuple[Tensor, Tensor]:
         """States that predict labels ``(N, H)``, and the sequence of each ``(N,)``."""
         texts = make_texts(pairs)
-        numbered = [(number, text.ids) for number, text in enumerate(texts)]
+        places = [place for part in answer_places(pairs, PAIRS) for place in part]
+        numbered = [
+            (number, pairs[i].salted(text.ids, k))
+            for number, ((i, k), text) in enumerate(zip(places, texts, strict=True))
+        ]
         groups = [numbered] if layout == "shared_prompt" else [[one] for one in numbered]
-        trees = [tree for group in groups for tree in plant(group, shortest=1)]
+        image_ids = frozenset() if self.images is None else self.images.ids
+        trees = [tree for group in groups for tree in plant_seen(group, image_ids, shortest=1)]
         calls = [[i] for i in range(len(trees))] if arrangement == "separate" else [[*range(len(trees))]]
-        rows = lay_out(texts, trees, calls, pad_token_id=0, in_one_row=arrangement != "bucketed")
+        rows = self._laid_out(pairs, texts, trees, calls, in_one_row=arrangement != "bucketed")
         states = [self._states(mapped(call, lambda tensor: tensor.to(self.device))) for call in rows.calls]
         flat = torch.cat([state.flatten(0, -2) for state in states])
         index, sequences = rows.tokens.token_index, rows.tokens.sequence_ids
         return flat[index.to(self.device)].double(), sequences.to(self.device)
 
+    def _laid_out(
+        self,
+        pairs: list[Row],
+        texts: Sequence[Text],
+        trees: Sequence[Tree],
+        calls: Sequence[Sequence[int]],
+        *,
+        in_one_row: bool = True,
+    ) -> Rows:
+        rows = lay_out(texts, trees, calls, pad_token_id=0, in_one_row=in_one_row)
+        sequences = [(pairs[i], k) for part in answer_places(pairs, PAIRS) for i, k in part]
+        of_calls = [[trees[number] for number in call] for call in calls]
+        return replace(rows, calls=SeenRows(self.images).in_rows(rows.calls, of_calls, sequences))
+
+    def _text(self, size: int, vocab: int, generator: torch.Generator) -> Tensor:
+        """Tokens, none of which is an image's."""
+        ids = torch.randint(vocab // 8, vocab, (size,), generator=generator)
+        while self.images is not None and self.images.count(ids.tolist()):
+            ids = ids.where(~torch.isin(ids, torch.tensor(sorted(self.images.ids))), ids - 1)
+        return ids
+
+    def _with_image(self, row: Row, generator: torch.Generator) -> Row:
+        """The row with an image of noise in its prompt."""
+        if self.images is None:
+            return row
+        noise = torch.randint(256, (56, 56, 3), generator=generator, dtype=torch.uint8)
+        from PIL import Image
+
+        image = Image.fromarray(noise.numpy())
+        (text,) = self.images.see([image]).texts
+        ids = torch.tensor(self.images.tokenizer(text, add_special_tokens=False)["input_ids"])
+        middle = len(row.prompt) // 2
+        prompt = torch.cat([row.prompt[:middle], ids, row.prompt[middle:]])
+        images = (RowImage(image, "of the probe", Path(), pixel_digest(image)),)
+        return replace(row, prompt=prompt, images=(images,) * len(row.answers))
+
     def _states(self, call: dict[str, Any]) -> Tensor:
         if not takes_positions(self.model):
-            del call["position_ids"]
+            call.pop("position_ids", None)
         if self.context is not None:
             call["context"] = self.context
         return backbone_states(self.model, **call)
@@ -164,15 +228,17 @@ class _Probe:
         """What changes when all sequences see each other; without bound where they are too long together."""
         together = torch.cat([text.ids for text in self.texts])
         try:
-            merged = self._plain(together[None])[0]
+            merged = self._plain({"input_ids": together[None]})[0]
         except Exception:  # beyond the model's positions
             return math.inf
         return _largest_change(
             self._labelled(list(merged.split([len(t.ids) for t in self.texts]))), self.truth
         )
 
-    def _plain(self, input_ids: Tensor) -> Tensor:
-        return backbone_states(self.model, input_ids=input_ids.to(self.device))
+    def _plain(self, call: Mapping[str, Any]) -> Tensor:
+        """Of sequences a row each: without positions."""
+        inputs = {name: value.to(self.device) for name, value in call.items() if name != "position_ids"}
+        return backbone_states(self.model, **inputs)
 
     def _labelled(self, states: list[Tensor]) -> Tensor:
         """Of each sequence's states ``(T, H)``, those that predict its answer."""

@@ -8,6 +8,7 @@ Arrow (Parquet, ``datasets``) has one schema for all rows, and fills what a row 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -190,9 +191,9 @@ def fill_images(prompt: Messages, answers: Sequence[Messages], refs: Sequence[Im
     if not waiting and refs:
         if sum(message["content"].count(WORD) for message in messages) == len(refs):
             for message in messages:
-                _open(message, message["content"].replace(WORD, MARK))
+                _open(message, message["content"])
         elif user := next((message for message in prompt if message["role"] == "user"), None):
-            _open(user, MARK * len(refs) + user["content"], in_front=len(refs))
+            _open(user, WORD * len(refs) + user["content"])
         waiting = [ref for message in messages for ref in message.get(IMAGES_OF, ()) if ref.value is None]
     if len(waiting) != len(refs):
         raise BadRow("image_places", f"{len(refs)} images for {len(waiting)} places")
@@ -202,12 +203,12 @@ def fill_images(prompt: Messages, answers: Sequence[Messages], refs: Sequence[Im
             message[IMAGES_OF] = [next(given) if ref.value is None else ref for ref in message[IMAGES_OF]]
 
 
-def _open(message: Message, text: str, *, in_front: int = 0) -> None:
-    """Give a message places, all of them new or so many of them in front."""
-    count = in_front or text.count(MARK)
-    if count:
-        message["content"] = text
-        message[IMAGES_OF] = [ImageRef(None)] * count + message.get(IMAGES_OF, [])
+def _open(message: Message, text: str) -> None:
+    """Give a message the text, with a place for an image where it has the word for one."""
+    own, places = iter(message.get(IMAGES_OF, ())), re.findall(f"{WORD}|{MARK}", text)
+    if places:
+        message["content"] = text.replace(WORD, MARK)
+        message[IMAGES_OF] = [ImageRef(None) if place == WORD else next(own) for place in places]
 
 
 def images_of(messages: Messages) -> list[ImageRef]:

@@ -65,6 +65,11 @@ def _check_eyes(dataset: RowDataset, name: str, model: nn.Module, args: Preferen
             f"{name}: got a {type(unwrap(model)).__name__}, which sees no images, with rows that have some; "
             "wanted one that AutoModelForImageTextToText loads"
         )
+    if args.context_chunk is not None:
+        raise ValueError(
+            f"context_chunk: got {args.context_chunk} with rows that have images, which are not carried in "
+            "chunks; wanted none"
+        )
     if args.nll_on_prompt:
         raise ValueError(
             "nll_on_prompt: got True with rows that have images, which nothing predicts; wanted False"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,6 +23,10 @@ REF_MISMATCHED_OF = "ref_mismatched_of"
 REF_OF = "ref_of"
 # All that `fastdpo score` may write.
 WRITTEN_COLUMNS = (*REF_COLUMNS, LD_COLUMN, REFERENCE, REF_MISMATCHED, REF_MISMATCHED_OF, REF_OF)
+
+
+# Of a salted token id, those of the id itself.
+SALT_BITS = 32
 
 
 class Answer(NamedTuple):
@@ -58,4 +63,17 @@ class Row:
     @property
     def distinct_tokens(self) -> int:
         """Tokens that ``shared_prompt`` computes of the row: what its sequences begin alike with once."""
-        return distinct_tokens(torch.cat([self.prompt, answer.ids]) for answer in self.answers)
+        return distinct_tokens(
+            self.salted(torch.cat([self.prompt, a.ids]), k) for k, a in enumerate(self.answers)
+        )
+
+    def salted(self, ids: Tensor, answer: int) -> Tensor:
+        """Token ids of one answer's sequence ``(n,)``, equal to those of another only where its images are.
+
+        The lower ``SALT_BITS`` are the ids.
+        """
+        images = self.images[answer] if self.images else ()
+        if not images:
+            return ids
+        digest = hashlib.blake2b(repr([image.digest for image in images]).encode(), digest_size=3).digest()
+        return ids.to(torch.int64) + ((1 + int.from_bytes(digest, "little")) << SALT_BITS)
