@@ -111,6 +111,9 @@ A41 | RPO (reward-aware) | 2502.00203 | loss | NeMo-Aligner
 A42 | REBEL | 2404.16767 | loss | authors' code
     `rebel` with `reward_gap`; in the loop `--reward_gap_column`
     -> Rewards beside the pairs
+A43 | mDPO | 2406.11839 | loss | authors' code
+    `sigmoid` with `mdpo_anchor`, `--loss_weights 2 1` and, in the loop, `--image_conditional_pairs`
+    -> Several kinds of pairs
 B1 | S-DPO | 2406.09215 | loss | authors' code
     `sdpo`
 B2 | Plackett-Luce DPO | 2305.18290 app. A.3 | loss | spec only

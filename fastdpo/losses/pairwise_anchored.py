@@ -16,6 +16,7 @@ from fastdpo.losses.inputs import PairLogps, PerPair
 from fastdpo.losses.ranges import NonNegative
 from fastdpo.losses.registry import Example, preference_loss
 from fastdpo.losses.stable import token_mean
+from fastdpo.losses.terms import anchor
 
 # u_w = 1 and u_l = -1, over 2 and 4 tokens: beta u is 0.1 and -0.1 at beta 0.1.
 _PAIR = Example(
@@ -151,6 +152,20 @@ def apo_down_loss(pair: PairLogps, *, beta: PerPair = 0.1) -> Tensor:
     sigmoid(beta u_w) + (1 - sigmoid(beta (u_w - u_l))).
     """
     return torch.sigmoid(beta * pair.chosen_logratios) + unlikelihood(beta * pair.delta)
+
+
+@preference_loss(
+    "mdpo_anchor",
+    paper="arXiv:2406.11839 sec. 3",
+    example=replace(_PAIR, loss=0.6443966600),  # -log sigmoid(0.1)
+)
+def mdpo_anchor_loss(pair: PairLogps, *, beta: PerPair = 0.1, delta: float = 0.0) -> Tensor:
+    """mDPO's anchor, beside another loss: the chosen answer's reward is held above delta.
+
+    -log sigmoid(beta u_w - delta). mDPO's three terms are ``sigmoid`` with weight 2 and this with weight 1,
+    as means over each row's text pair and its image-conditional one, which have the same chosen answer.
+    """
+    return anchor(pair.chosen_logratios, beta=beta, delta=delta)
 
 
 @preference_loss(

@@ -146,6 +146,24 @@ def test_cal_dpo_is_its_authors() -> None:
     assert_same(plain, pair_loss("sigmoid", pair, beta=1.0))
 
 
+def test_mdpo_is_its_authors() -> None:
+    """Over pairs of two texts and pairs of two views, which have their chosen answers in common."""
+    both = random_pair(pairs=20)
+    chosen = torch.arange(20) % 10
+    both = PairLogps(
+        **{
+            name: value if value is None or "rejected" in name else value[chosen]
+            for name, value in vars(both).items()
+        }
+    )
+    held, rejected = both.chosen_logratios, both.rejected_logratios
+    text, view = held[:10] - rejected[:10], held[10:] - rejected[10:]
+    want = (-ls(0.2 * text) - ls(0.2 * view) - ls(0.2 * held[:10])).mean()
+    ours = build_objective(["sigmoid", "mdpo_anchor"], [2.0, 1.0], beta=0.2)
+    assert_same(ours.loss(both), want)
+    assert_same(pair_loss("mdpo_anchor", both, delta=0.3), -ls(0.1 * held - 0.3))
+
+
 def answers(desirable: list[bool], *, with_reference: bool) -> UnpairedLogps:
     batch = random_batch(LOSSES["apo_zero_unpaired"])
     batch = replace(batch, is_desirable=torch.tensor(desirable))

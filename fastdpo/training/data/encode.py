@@ -25,7 +25,7 @@ from fastdpo.training.data.columns import Survey, check_prompt_column, survey
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.encoded import EncodedRows, encoded_rows
 from fastdpo.training.data.formats import RowReader, Wanted
-from fastdpo.training.data.images import IMAGE_COLUMNS, ImageFolders, RowImages
+from fastdpo.training.data.images import IMAGE_COLUMNS, IMAGES_REJECTED, ImageFolders, RowImages
 from fastdpo.training.data.maker import PER_ANSWER, RowMaker
 from fastdpo.training.data.processes import made_in_order
 from fastdpo.training.data.ragged import Ragged
@@ -119,7 +119,22 @@ class RowEncoder:
             cuts_echoes=self.found.prompts_repeated,
             placeholder=None if self.images is None else self.images.tokens.placeholder,
         )
-        return RowReader(texts, self.wanted, self.options.columns)
+        self._check_two_views()
+        return RowReader(texts, self.wanted, self.options.columns, self.options.image_conditional_pairs)
+
+    def _check_two_views(self) -> None:
+        if not self.options.image_conditional_pairs:
+            return
+        if self.images is None or IMAGES_REJECTED not in self.found.filled:
+            raise ValueError(
+                f"image_conditional_pairs: got True with {self.name}, which has the columns "
+                f"{', '.join(self.found.names)}, wanted {IMAGES_REJECTED} and a model that sees images"
+            )
+        if self.options.references:
+            raise ValueError(
+                "image_conditional_pairs: got True with rows that have reference log-probabilities, which "
+                "are of one pair a row; wanted --ignore_columns " + " ".join(self.options.references)
+            )
 
     @cached_property
     def made_with(self) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fastdpo.training.data.images import IMAGES_REJECTED
 from fastdpo.training.data.messages import is_list
 from fastdpo.training.data.numbers import (
     check_finite,
@@ -61,11 +62,13 @@ class RowReader:
         texts: reads their texts.
         wanted: by the losses.
         columns: further numbers per row to read: name in the result -> name of the row's column.
+        two_views: rows with ``images_rejected`` make a pair of two texts and one of two views.
     """
 
     texts: TextReader
     wanted: Wanted
     columns: Mapping[str, str]
+    two_views: bool = False
 
     @property
     def kind(self) -> DataKind:
@@ -90,6 +93,10 @@ class RowReader:
             ValueError: the row has not the columns of its kind, or not the right things in them; names the
                 row, the column, what was got and wanted.
         """
+        if self.two_views and row.get(IMAGES_REJECTED):
+            yield self._attempt({**row, IMAGES_REJECTED: None}, number)
+            yield self._of_two_views(row, number)
+            return
         is_pair = "completion" not in row and set(_SIDES) <= set(row)
         if not is_pair or self.kind.name not in ("unpaired", "prompt-completion"):
             yield self._attempt(row, number)
@@ -100,6 +107,13 @@ class RowReader:
             return
         for side in sides:
             yield self._attempt({**row, "label": _SIDES[side]}, number, side)
+
+    def _of_two_views(self, row: Mapping[str, Any], number: int) -> RowTexts | BadRow:
+        """The chosen answer over itself, each with its own images in the prompt."""
+        pair = self._attempt({**row, "rejected": row.get("chosen")}, number)
+        if isinstance(pair, RowTexts) and any(ref.path[0] == "rejected" for ref in pair.images[1]):
+            return BadRow("image_places", "an answer has some of its own, which no two views are made of")
+        return pair
 
     def _attempt(self, row: Mapping[str, Any], number: int, name: str = "completion") -> RowTexts | BadRow:
         try:

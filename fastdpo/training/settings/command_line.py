@@ -50,6 +50,11 @@ def parse_score(argv: Sequence[str]) -> tuple[RunArguments, Path | None]:
             "each batch when it comes"
         )
     arguments = RunArguments(*run)
+    if arguments.config.image_conditional_pairs and extra.output is not None:
+        raise ArgumentError(
+            "--output: got a file with --image_conditional_pairs, which makes two pairs of a row, wanted the "
+            "cache alone (--reference precomputed finds it)"
+        )
     return arguments, extra.checked_path(arguments.data)
 
 

@@ -87,6 +87,7 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
             processes=self.dataset_num_proc,
             show_progress=not self.disable_tqdm and self.process_index == 0,
             image_folder=self.image_folder,
+            image_conditional_pairs=self.image_conditional_pairs,
         )
 
     def _choose_defaults(self) -> None:

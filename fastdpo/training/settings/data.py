@@ -14,6 +14,10 @@ def check_data_settings(args: SettingFields) -> None:
         if name not in may_stay():
             raise ValueError(f"allow_bad_rows: got {name!r}, wanted some of {', '.join(may_stay())}")
     kind = args.data_kind
+    if args.image_conditional_pairs and not kind.is_paired:
+        raise ValueError(
+            f"image_conditional_pairs: got True with {', '.join(args.loss_type)}, wanted a loss of pairs"
+        )
     read = kind.columns
     if kind.name in ("unpaired", "prompt-completion"):
         read = (*read, "chosen", "rejected")

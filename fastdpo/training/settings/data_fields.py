@@ -74,6 +74,13 @@ class DataSettings:
         default=None,
         metadata=_help("Folder that paths of images are relative to. Default: that of the data file."),
     )
+    image_conditional_pairs: bool = field(
+        default=False,
+        metadata=_help(
+            "mDPO: a row with images_rejected makes two pairs: its own, with its images, and its chosen "
+            "answer with them over the same answer with images_rejected."
+        ),
+    )
     images_column: str | None = _column("the images (one, or a list)")
     images_rejected_column: str | None = _column("the images that the rejected answer's prompt has")
     prompt_column: str | None = _column("the prompt")

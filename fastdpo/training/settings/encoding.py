@@ -24,6 +24,7 @@ class EncodingOptions:
         references: the columns of the reference's log-probabilities to read with each row, if any.
         processes: how many tokenise; None for as many as pay.
         show_progress: whether a bar shows how far they are.
+        image_conditional_pairs: rows with ``images_rejected`` make a second pair, of two views.
         image_folder: what paths of images are relative to; None for the folder of their row's file.
     """
 
@@ -38,3 +39,4 @@ class EncodingOptions:
     processes: int | None = 1
     show_progress: bool = False
     image_folder: str | None = None
+    image_conditional_pairs: bool = False

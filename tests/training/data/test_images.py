@@ -237,6 +237,29 @@ def test_a_rejected_answers_images_of_another_size():
         assert answer.ids[answer.scored].tolist() == own.ids.tolist()
 
 
+def test_pairs_of_two_views(llava: Any):
+    """Of a row with other images: its pair, with its own images, and its chosen answer with both."""
+    options = EncodingOptions(image_conditional_pairs=True, max_bad_rows=1.0)
+    row = pair(images=[picture(1)], images_rejected=[picture(2)])
+    dataset = encoded([row, pair(images=[picture(3)])], llava, options)
+    assert "2 of 2 pairs kept, which make 3" in str(dataset.report) and not dataset.report.unused
+    texts, views, other = (dataset[k] for k in range(3))
+    assert torch.equal(views.answers[0].ids, views.answers[1].ids)
+    assert torch.equal(views.answers[0].ids, texts.answers[0].ids)
+    assert not torch.equal(texts.answers[0].ids, texts.answers[1].ids)
+    seen = [[images[0].digest for images in one.images] for one in (texts, views, other)]
+    first, second, third = (pixel_digest(picture(seed)) for seed in (1, 2, 3))
+    assert seen == [[first, first], [first, second], [third, third]]
+    with pytest.raises(ValueError, match="image_conditional_pairs: got True .*wanted images_rejected"):
+        encoded([pair(images=[picture(1)])], llava, options)
+    answer = [{"role": "assistant", "content": [{"type": "image", "image": picture(5)}, TEXT]}]
+    with_own = pair(
+        prompt=[{"role": "user", "content": "<image>"}], images=[picture(1)], images_rejected=[picture(2)]
+    )
+    dataset = encoded([{**with_own, "chosen": answer}], llava, options)
+    assert len(dataset) == 1 and "no two views" in str(dataset.report)
+
+
 @pytest.mark.parametrize(
     ("row", "check"),
     [

@@ -15,6 +15,7 @@ from fastdpo.cli import main
 from fastdpo.integrations.lm_head import unwrap
 from fastdpo.integrations.model import patch_model
 from fastdpo.testing import assert_close_to_fp64
+from fastdpo.training.batches.forward import sequence_logps
 from fastdpo.training.loop.models import load_model, load_tokenizer
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
@@ -226,6 +227,27 @@ def test_evaluation_workers_and_streams(make_args: Args, tmp_path: Path):
     streamed = trainer_of(make_model("llava"), args, data.to_iterable_dataset(), make_processor("llava"))
     streamed.train()
     assert len(losses_of(streamed)) == 4
+
+
+def test_mdpo_in_the_loop(make_args: Args, tmp_path: Path):
+    """Its three terms are ln 2 each at the start, as means over rows; the second image is seen."""
+    rows = [
+        {**row, "images_rejected": [picture(50 + k)]}
+        for k, row in enumerate(image_rows(2, tmp_path / "images"))
+    ]
+    settings = {
+        "loss_type": ["sigmoid", "mdpo_anchor"],
+        "loss_weights": [2.0, 1.0],
+        "image_conditional_pairs": True,
+    }
+    trainer = trainer_of(make_model("llava"), make_args(**settings), rows, make_processor("llava"))
+    assert len(trainer.train_dataset) == 4
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(3 * 0.6931472, rel=1e-6)
+    assert losses_of(trainer)[-1] < losses_of(trainer)[0]
+    batch = trainer.data_collator([trainer.train_dataset[1]])
+    logps = sequence_logps(trainer.model, batch)
+    assert torch.equal(*batch.sequences.input_ids) and (logps[0] - logps[1]).abs() > 1e-3
 
 
 def saved(family: str, folder: Path) -> Path:
