@@ -45,19 +45,38 @@ def load_model(
     """
     check_there(what, name)
     name = str(Path(name).expanduser()) if name.startswith("~") else name
-    loader: Any = None
-    if is_adapter(name):
-        try:
-            from peft import AutoPeftModelForCausalLM as loader
-        except ImportError:
-            raise ImportError(f"{what}: {name} is an adapter, which needs peft: pip install peft") from None
-        options["is_trainable"] = True
+    load = _load_adapted if is_adapter(name) else _load_whole
     try:
-        loader = loader or auto_class(read_config(name, **options), with_images=with_images)
         with _without_future_warnings():
-            model: nn.Module = loader.from_pretrained(name, dtype=dtype, **options)
+            model = load(name, with_images=with_images, dtype=dtype, **options)
+    except ImportError as error:
+        if load is _load_whole or error.name != "peft":
+            raise
+        raise ImportError(f"{what}: {name} is an adapter, which needs peft: pip install peft") from None
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{what}: could not load {name!r}: {first_line(error)}") from error
+    return model
+
+
+def _load_whole(name: str, *, with_images: bool, **options: Any) -> nn.Module:
+    model: nn.Module = auto_class(read_config(name, **options), with_images=with_images).from_pretrained(
+        name, **options
+    )
+    return model
+
+
+def _load_adapted(name: str, *, with_images: bool, **options: Any) -> nn.Module:
+    from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    kind = auto_class(read_config(base), with_images=with_images) if base else AutoModelForCausalLM
+    model: nn.Module
+    if kind is AutoModelForCausalLM:
+        model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **options)
+    else:  # peft has no class of its own for these
+        of_base = {key: value for key, value in options.items() if key != "revision"}
+        model = PeftModel.from_pretrained(kind.from_pretrained(base, **of_base), name, is_trainable=True)
     return model
 
 
@@ -86,8 +105,8 @@ def _has_processor(name: str, **options: Any) -> bool:
     try:
         if not sees_images(read_config(name, **options)):
             return False
-    except (OSError, ValueError, KeyError):  # a tokenizer alone
-        return False
+    except (OSError, ValueError, KeyError):  # an adapter's folder, or a tokenizer alone
+        pass
     files = ("preprocessor_config.json", "processor_config.json")
     return any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files)
 

@@ -20,6 +20,7 @@ from fastdpo.training.data.row import REFERENCE
 from fastdpo.training.data.row_numbers import row_list, row_name
 from fastdpo.training.data.scores import ScoreRules
 from fastdpo.training.data.source import RowSource, read_rows
+from fastdpo.training.data.stream import has_images
 from fastdpo.training.reference.sources import check_weighted_reference
 from fastdpo.training.settings.config import COLUMN_FIELDS, PreferenceConfig
 from fastdpo.training.settings.kinds import list_size
@@ -178,6 +179,12 @@ def _check_scores(dataset: RowDataset, rules: ScoreRules) -> None:
         raise ValueError(
             f"dataset: got {CHECKS['one_level'].message} in {row_list(flat)}, wanted such rows left out"
         )
+
+
+def find_unused_weights(args: PreferenceConfig, data: Any) -> None:
+    """Where rows have images, DDP looks for weights that a batch of text alone leaves without a gradient."""
+    if has_images(data) and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = True
 
 
 def check_machine(args: PreferenceConfig) -> None:

@@ -52,7 +52,7 @@ from fastdpo.training.loop.offload import offloaded_activations
 from fastdpo.training.loop.over_optimisation import OverOptimisationMonitor
 from fastdpo.training.loop.reference_sync import sync_reference
 from fastdpo.training.loop.saving import SavingTrainer
-from fastdpo.training.loop.setup import check_machine, check_pairs, prepare_pairs
+from fastdpo.training.loop.setup import check_machine, check_pairs, find_unused_weights, prepare_pairs
 from fastdpo.training.loop.step import (
     BatchCounts,
     bad_rows,
@@ -183,6 +183,7 @@ class PreferenceTrainer(SavingTrainer):
             optimizers=optimizers,
         )
         check_machine(args)
+        find_unused_weights(args, train_dataset)
         settle_engine(args, self.accelerator)
         self.model_accepts_loss_kwargs = True  # what transformers < 5.23 reads for loss_is_scaled_for_ga
         self._set_reference(kind, ref_model, teacher_model, data_collator)

@@ -288,6 +288,34 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "row 3: images.0" in capsys.readouterr().err
 
 
+def test_an_adapter_from_the_command_line_and_on(tmp_path: Path):
+    model = saved("llava", tmp_path / "model")
+    file = write_jsonl(tmp_path / "pairs.jsonl", image_rows(4, tmp_path))
+    words = [
+        "--dataset",
+        str(file),
+        "--max_steps",
+        "1",
+        "--use_cpu",
+        "--logging_steps",
+        "1",
+        "--disable_tqdm",
+    ]
+    words += [
+        "--reference_cache_dir",
+        str(tmp_path / "cache"),
+        "--save_strategy",
+        "no",
+        "--learning_rate",
+        "1e-2",
+    ]
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert main(["train", "--model", str(model), *words, "--use_peft", "--output_dir", one]) == 0
+    assert main(["train", "--model", one, *words, "--output_dir", two]) == 0
+    assert type(unwrap(load_model(two))).__name__ == "LlavaForConditionalGeneration"
+    assert read_metrics(two)[0]["loss"] == pytest.approx(0.693147, rel=1e-5)
+
+
 def test_a_tokenizer_in_the_place_of_a_processor(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = saved("llava", tmp_path / "model")
     for name in ("preprocessor_config.json", "processor_config.json"):
