@@ -183,9 +183,11 @@ def score(argv: Sequence[str]) -> None:
     model = load_model(arguments.model.ref_model or arguments.model.name, **loading)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.use_cpu)
     model = ensure_patched(model.to(accelerator.device), config.execution())
-    check_fit(data_sets[0], {"model": model}, config)
-    pad_id, images = pad_token_id(tokenizer_of(tokenizer)), ImageTokens.of(tokenizer)
-    collator = choose_collator([model], config, pad_id, data_sets[0], accelerator, images)
+    check_fit(data_sets[0], {"model": model}, config, warns=False)
+    collator = choose_collator(
+        [model], config, pad_token_id(tokenizer_of(tokenizer)), data_sets[0], accelerator,
+        ImageTokens.of(tokenizer), has_images=has_images(*data_sets),
+    )  # fmt: skip
     reference = PrecomputedReference(model, accelerator, collator, config, is_base=False)
     scored = [reference.add_to(pairs) for pairs in data_sets if pairs is not None]
     if not accelerator.is_main_process:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.integrations.lm_head import unwrap
+
 # Between placeholders: no replacement has it.
 _BETWEEN = "\x1f"
 _OF_TEXT = ("input_ids", "attention_mask")
@@ -57,10 +59,21 @@ class ImageTokens:
         self.placeholder = self._find_placeholder()
 
     @classmethod
-    def of(cls, processing_class: Any) -> ImageTokens | None:
-        """Of a processor with an image processor; None of a tokenizer."""
+    def of(cls, processing_class: Any, *, must_see: bool = False) -> ImageTokens | None:
+        """Of a processor with an image processor; None of a tokenizer, and of what is not understood.
+
+        Raises:
+            ValueError: it is not understood, and ``must_see``.
+        """
         has_eyes = getattr(processing_class, "image_processor", None) is not None
-        return cls(processing_class) if has_eyes and hasattr(processing_class, "tokenizer") else None
+        if not has_eyes or not hasattr(processing_class, "tokenizer"):
+            return None
+        try:
+            return cls(processing_class)
+        except (ValueError, ImportError):
+            if must_see:
+                raise
+            return None
 
     def _find_placeholder(self) -> str:
         error: Exception | None = None
@@ -181,6 +194,11 @@ class _Listening:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
+
+
+def sees(model: Any) -> bool:
+    """Whether a model, wrapped or not, makes features of images."""
+    return hasattr(unwrap(model), "get_image_features")
 
 
 def tokenizer_of(processing_class: Any) -> Any:

@@ -15,7 +15,7 @@ from fastdpo.integrations.backbone_config import backbone_size, text_config
 from fastdpo.integrations.engines import is_partitioned
 from fastdpo.integrations.forest.attention import own_attention
 from fastdpo.integrations.lm_head import wrappers_and_model
-from fastdpo.integrations.processor import ImageTokens
+from fastdpo.integrations.processor import ImageTokens, sees
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens
 from fastdpo.training.batches.budget import TokenBudget, training_sampler
 from fastdpo.training.batches.collate import PaddedCollator, RowCollator
@@ -54,18 +54,22 @@ def choose_collator(
     dataset: RowDataset | None,
     accelerator: Any,
     images: ImageTokens | None = None,
+    *,
+    has_images: bool = False,
 ) -> Collator:
     """The collator of a run, after the models have shown which layouts change nothing.
 
     Args:
         models: the policy, and the reference where it is another model; patched, on their devices.
         dataset: the pairs that the run is about; None before any are known.
-        images: the processor of a model that sees images.
+        images: the processor of models that see images.
+        has_images: whether rows have some, so that layouts are tried with them; else none may come.
 
     Raises:
         ValueError: the layout asked for changes a model's results, or cannot be arranged; says why.
     """
     pad_token_id = fitting_pad_id(pad_token_id, models)
+    images = images if all(map(sees, models)) else None
     padded = replace(padded_collator(args, pad_token_id), images=images)
     if args.batch_layout == "padded":
         return padded
@@ -88,10 +92,9 @@ def choose_collator(
     if single_call:
         asked = tuple(name for name in asked if name != "separate")
     longest = (args.max_length or 0) if dataset is None else int(dataset.lengths.max())
-    # Rows of text alone are what they are without images.
-    sees = images if dataset is not None and dataset.images is not None else None
+    tried = images if has_images else None
     refused = _refusals(
-        models, layouts, asked, longest, accelerator, is_carried=context is not None, sees=sees
+        models, layouts, asked, longest, accelerator, is_carried=context is not None, images=tried
     )
     collators: list[Collator] = []
     for layout in layouts:
@@ -101,7 +104,7 @@ def choose_collator(
                 RowCollator(
                     pad_token_id, layout, costs, allowed, single_call, args.pad_to_multiple_of,
                     ld_alpha=args.ld_alpha, nll_on_prompt=bool(args.nll_on_prompt), kind=args.data_kind,
-                    context=context, images=images,
+                    context=context, images=tried,
                 )
             )  # fmt: skip
     for (layout, name), reason in refused.items():
@@ -165,7 +168,7 @@ def _refusals(
     accelerator: Any,
     *,
     is_carried: bool,
-    sees: ImageTokens | None,
+    images: ImageTokens | None,
 ) -> dict[tuple[str, str], str | None]:
     """Why each layout and arrangement will not do, for any model on any rank."""
     candidates = [
@@ -179,7 +182,7 @@ def _refusals(
             verdicts: dict[tuple[str, str], str | None] = dict.fromkeys(candidates, _VIRTUAL_TOKENS)
         else:
             with accelerator.autocast() if is_flash else contextlib.nullcontext():
-                verdicts = refusals(model, candidates, longest=longest, is_carried=is_carried, images=sees)
+                verdicts = refusals(model, candidates, longest=longest, is_carried=is_carried, images=images)
         found = {key: found[key] or verdicts[key] for key in candidates}
     if accelerator.num_processes > 1 and candidates:
         is_bad = torch.tensor([found[key] is not None for key in candidates], device=accelerator.device)

@@ -38,8 +38,14 @@ class SeenRows:
     def of(self, row: Row, answer: int) -> SeenImages:
         """Of one answer's sequence. Raises ValueError, which names the row, where images cannot be read."""
         images = row.images[answer] if row.images else ()
-        if not images or self.tokens is None:
+        if not images:
             return _NOTHING
+        if self.tokens is None:
+            place = row_of(row.source, row.number)
+            raise ValueError(
+                f"{place}: got images, which no data had when batch_layout was tried on the model: wanted such "
+                "data from the start, or batch_layout='padded' with the model's processor"
+            )
         key = (row.number, tuple(image.digest + image.name for image in images))
         if key not in self._seen:
             loaded = load_images(images, row.source, row.number)
@@ -51,9 +57,9 @@ class SeenRows:
 
     def beside(self, padded: Padded, sequences: Sequence[tuple[Row, int]]) -> Padded:
         """Padded sequences with their images; ``sequences`` are their rows and answers."""
+        parts = [self.of(*one) for one in sequences]
         if self.tokens is None:
             return padded
-        parts = [self.of(*one) for one in sequences]
         inputs = joined_inputs([part.inputs for part in parts])
         sizes = {
             name: tuple(len(part.inputs[name]) if name in part.inputs else 0 for part in parts)
@@ -70,6 +76,8 @@ class SeenRows:
     ) -> tuple[dict[str, Any], ...]:
         """Calls of a backbone with the images of their trees; trees name ``sequences`` by their places."""
         if self.tokens is None:
+            for row, answer in sequences:
+                self.of(row, answer)  # refuses images
             return tuple(map(dict, calls))
         found = []
         for call, trees in zip(calls, trees_of_calls, strict=True):

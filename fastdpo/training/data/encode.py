@@ -90,8 +90,8 @@ class RowEncoder:
     @cached_property
     def images(self) -> ImageReader | None:
         """Reads images; None of a tokenizer. Raises ValueError for images that nothing looks at."""
-        found = ImageTokens.of(self.tokenizer)
         columns = [name for name in IMAGE_COLUMNS if name in self.found.filled]
+        found = ImageTokens.of(self.tokenizer, must_see=bool(columns))
         if found is None and columns:
             raise ValueError(
                 f"{self.name}: the rows have images (column {columns[0]!r}), but a "

@@ -292,11 +292,6 @@ class RowImages:
         """Of some of the rows."""
         return RowImages(self.source, self.folders, self.texts, self.entries[index], self.places[index])
 
-    @property
-    def has_any(self) -> bool:
-        """Whether any row has an image."""
-        return any(self._text(index) for index in range(len(self.entries)))
-
 
 def load_images(images: Sequence[RowImage], source: str, number: int) -> list[Any]:
     """Images of a row, decoded. Raises ValueError, which names the row, for one that cannot be read now."""

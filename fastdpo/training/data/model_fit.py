@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdpo.integrations.lm_head import head_module, unwrap, wrappers_and_model
+from fastdpo.integrations.processor import sees
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.row import Row
@@ -60,7 +61,7 @@ def _check_eyes(dataset: RowDataset, name: str, model: nn.Module, args: Preferen
     """Raise ValueError for images that a model does not see, or settings that do not go with them."""
     if dataset.images is None:
         return
-    if not hasattr(unwrap(model), "get_image_features"):
+    if not sees(model):
         raise ValueError(
             f"{name}: got a {type(unwrap(model)).__name__}, which sees no images, with rows that have some; "
             "wanted one that AutoModelForImageTextToText loads"

@@ -167,6 +167,12 @@ def has_images(*data: Any) -> bool:
     return any(one is not None and one.images is not None for one in rows)
 
 
+def may_have_images(train: Any, evaluation: Any) -> bool:
+    """Whether rows of a run may have images: of a stream, which may have them later, always."""
+    held_out = evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]
+    return isinstance(train, StreamDataset) or has_images(train, *held_out)
+
+
 def known_rows(data: Any) -> Any:
     """The rows that are at hand: all, or the head of a stream."""
     return data.head if isinstance(data, StreamDataset) else data

@@ -35,7 +35,7 @@ from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import StreamFit, check_fit
 from fastdpo.training.data.row_numbers import row_list
 from fastdpo.training.data.rows import is_stream
-from fastdpo.training.data.stream import StreamDataset, known_rows
+from fastdpo.training.data.stream import StreamDataset, known_rows, may_have_images
 from fastdpo.training.loop.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.loop.engines import on_device, settle_engine, split_frozen
 from fastdpo.training.loop.folders import check_output_dir, clear_output_dir, is_unused
@@ -158,6 +158,7 @@ class PreferenceTrainer(SavingTrainer):
             args, policy, has_ref_model=ref_model is not None, has_columns=self._has_given_reference
         )
         check_stream_reference(train_dataset, kind)
+        find_unused_weights(args, train_dataset)
         ref_model = reference_model(kind, policy, ref_model)
         for patched in (policy, ref_model):
             if patched is not None:
@@ -183,7 +184,6 @@ class PreferenceTrainer(SavingTrainer):
             optimizers=optimizers,
         )
         check_machine(args)
-        find_unused_weights(args, train_dataset)
         settle_engine(args, self.accelerator)
         self.model_accepts_loss_kwargs = True  # what transformers < 5.23 reads for loss_is_scaled_for_ga
         self._set_reference(kind, ref_model, teacher_model, data_collator)
@@ -206,6 +206,7 @@ class PreferenceTrainer(SavingTrainer):
         self.data_collator = data_collator or choose_collator(
             models, self.args, pad_token_id(self._tokenizer), pairs, self.accelerator,
             ImageTokens.of(self._reads_with),
+            has_images=may_have_images(self.train_dataset, self.eval_dataset),
         )  # fmt: skip
         # Only now: before, each rank looks at whole models by itself.
         ref_model, teacher = (split_frozen(self.accelerator, frozen) for frozen in (ref_model, teacher))

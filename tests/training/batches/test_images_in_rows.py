@@ -20,7 +20,7 @@ from fastdpo.training.data.source import read_rows
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.choices import ARRANGEMENTS_OF
 from fastdpo.training.settings.encoding import EncodingOptions
-from tests.training.conftest import quick_args
+from tests.training.conftest import quick_args, tiny_llama
 from tests.training.eyes import FAMILIES, image_rows, make_model, make_processor, picture
 
 CASES = [(layout, name) for layout in ("packed", "shared_prompt") for name in ARRANGEMENTS_OF[layout]]
@@ -172,6 +172,29 @@ def test_text_alone_in_rows_of_a_model_that_looks_ahead_in_images(tmp_path: Path
     PreferenceTrainer(
         make_model("gemma3"), args, train_dataset=rows, processing_class=make_processor("gemma3")
     ).train()
+
+
+def test_images_that_come_where_none_were_tried(tmp_path: Path):
+    """Layouts are tried with images where any data have them; those that come later are refused by name."""
+    text, seen = image_rows(4, tmp_path, text_only=4), image_rows(4, tmp_path)
+    args = quick_args(tmp_path / "run", batch_layout="shared_prompt", max_steps=1)
+    settings = {"train_dataset": text, "processing_class": make_processor("qwen2-vl")}
+    with pytest.raises(ValueError, match="M-RoPE"):
+        PreferenceTrainer(make_model("qwen2-vl"), args, eval_dataset=seen, **settings)
+    trainer = PreferenceTrainer(make_model("qwen2-vl"), args, **settings)
+    trainer.train()
+    with pytest.raises(ValueError, match="row 1 of dataset: got images, which no data had"):
+        trainer.evaluate(seen)
+
+
+def test_a_language_model_with_a_processor(tmp_path: Path):
+    """As of a family whose checkpoints have both: rows of text alone get nothing of images."""
+    rows = image_rows(4, tmp_path, text_only=4)
+    model = tiny_llama(vocab_size=420)
+    for layout in ("padded", "packed"):
+        args = quick_args(tmp_path / layout, batch_layout=layout, max_steps=1)
+        processor = make_processor("qwen2-vl")
+        PreferenceTrainer(model, args, train_dataset=rows, processing_class=processor).train()
 
 
 def test_carried_contexts_are_refused(tmp_path: Path):

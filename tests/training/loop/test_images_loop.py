@@ -19,8 +19,10 @@ from fastdpo.training.batches.forward import sequence_logps
 from fastdpo.training.loop.models import load_model, load_tokenizer
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
+from tests.distributed.ranks import run_ranks
 from tests.training.conftest import make_rows, quick_args, read_metrics, tiny_llama, write_jsonl
 from tests.training.eyes import FAMILIES, image_rows, make_model, make_processor, picture
+from tests.training.loop.images_run import run
 
 Args = Callable[..., PreferenceConfig]
 
@@ -227,6 +229,16 @@ def test_evaluation_workers_and_streams(make_args: Args, tmp_path: Path):
     streamed = trainer_of(make_model("llava"), args, data.to_iterable_dataset(), make_processor("llava"))
     streamed.train()
     assert len(losses_of(streamed)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_of_which_one_has_text_alone(tmp_path: Path):
+    """Under checkpointing DDP does not look for unused weights by itself: the tower's, without images."""
+    run_ranks("tests.training.loop.images_run", str(tmp_path / "two"), seconds=240)
+    run(tmp_path / "one", 1)
+    two, one = (read_metrics(tmp_path / name / "run") for name in ("two", "one"))
+    assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=1e-5)
 
 
 def test_mdpo_in_the_loop(make_args: Args, tmp_path: Path):
