@@ -135,7 +135,7 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
     # What is cheap comes first: a wrong name or a broken row shows before gigabytes of weights are read.
     arguments.check_there()
     adapter = arguments.adapter.peft_config()
-    tokenizer = told_tokenizer(arguments.model)
+    tokenizer = told_tokenizer(arguments.model, or_processor=True)
     _, train_pairs, eval_pairs = _load_pairs(
         arguments.data, tokenizer, arguments.config, reads_reference=arguments.model.ref_model is None
     )
@@ -174,7 +174,7 @@ def score(argv: Sequence[str]) -> None:
     config = arguments.config
     _set_up_logging(config.process_index)
     arguments.check_there()
-    tokenizer = told_tokenizer(arguments.model)
+    tokenizer = told_tokenizer(arguments.model, or_processor=True)
     source, *data_sets = _load_pairs(arguments.data, tokenizer, config, reads_reference=False)
     loading = arguments.model.loading_options(adapted=arguments.is_adapted)
     loading["with_images"] = has_images(*data_sets)

@@ -43,8 +43,8 @@ class SeenRows:
         if self.tokens is None:
             place = row_of(row.source, row.number)
             raise ValueError(
-                f"{place}: got images, which no data had when batch_layout was tried on the model: wanted such "
-                "data from the start, or batch_layout='padded' with the model's processor"
+                f"{place}: got images, which no data had when batch_layout was tried on the model: wanted "
+                "such data from the start, or batch_layout='padded' with the model's processor"
             )
         key = (row.number, tuple(image.digest + image.name for image in images))
         if key not in self._seen:

@@ -107,6 +107,8 @@ class ImageReader:
             at += image
         if not cuts:
             return list(own)
+        if len(own) % 2:  # ends of pieces, not of turns
+            raise BadRow("image_places", "an answer in pieces has images")
         spans = list(zip(own[::2], own[1::2], strict=True)) or [(start, at)]
         bounds = []
         for begin, end in spans:

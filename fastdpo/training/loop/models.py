@@ -80,8 +80,11 @@ def _load_adapted(name: str, *, with_images: bool, **options: Any) -> nn.Module:
     return model
 
 
-def load_tokenizer(name: str, *, what: str = "tokenizer", **options: Any) -> Any:
-    """A tokenizer by path or hub id, or the processor of a model of images and text, where it is there.
+def load_tokenizer(name: str, *, what: str = "tokenizer", or_processor: bool = False, **options: Any) -> Any:
+    """A tokenizer by path or hub id.
+
+    Args:
+        or_processor: the whole processor of a model of images and text, where there is one.
 
     Raises:
         ValueError: there is none.
@@ -91,7 +94,7 @@ def load_tokenizer(name: str, *, what: str = "tokenizer", **options: Any) -> Any
     check_there(what, name)
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     try:
-        if _has_processor(name, **options):
+        if or_processor and _has_processor(name, **options):
             return AutoProcessor.from_pretrained(name, **options)
         return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -111,12 +114,11 @@ def _has_processor(name: str, **options: Any) -> bool:
     return any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files)
 
 
-def told_tokenizer(told: ModelArguments) -> Any:
-    """The tokenizer, or processor, that the command line names, with the chat template given."""
-    options = {"revision": told.revision} if told.revision and told.tokenizer is None else {}
-    tokenizer = load_tokenizer(
-        told.tokenizer or told.name, trust_remote_code=told.trust_remote_code, **options
-    )
+def told_tokenizer(told: ModelArguments, *, or_processor: bool = False) -> Any:
+    """The tokenizer that the command line names, or its processor, with the chat template given."""
+    options: dict[str, Any] = {"revision": told.revision} if told.revision and told.tokenizer is None else {}
+    options |= {"trust_remote_code": told.trust_remote_code}
+    tokenizer = load_tokenizer(told.tokenizer or told.name, or_processor=or_processor, **options)
     if told.chat_template is not None:
         tokenizer_of(tokenizer).chat_template = tokenizer.chat_template = template_text(told.chat_template)
     return tokenizer

@@ -133,7 +133,7 @@ class PreferenceTrainer(SavingTrainer):
         if not isinstance(args, PreferenceConfig):
             raise TypeError(f"args: got {type(args).__name__}, wanted PreferenceConfig")
         if processing_class is None and isinstance(model, str):
-            processing_class = load_tokenizer(model)
+            processing_class = load_tokenizer(model, or_processor=True)
         self.args, self._tokenizer = args, tokenizer_of(processing_class)
         self._reads_with = processing_class
         if ref_model is model and not isinstance(model, str):

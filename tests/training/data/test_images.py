@@ -212,6 +212,20 @@ def test_lists_and_single_answers(llava: Any):
     assert [len(pairs[k].images) for k in (0, 1)] == [1, 1]
 
 
+def test_answers_in_pieces(llava: Any):
+    row = {
+        "images": [picture(1)],
+        "prompt": "What is <image>?",
+        "completion": ["a ", "river"],
+        "advantages": [1.0, 0.5],
+    }
+    in_a_piece = {**row, "prompt": "What is it?", "completion": ["a <image>", "river"]}
+    dataset = encoded([row, in_a_piece], llava, kind=KINDS["steps"])
+    assert len(dataset[0].images[0]) == 1 and len(dataset[0].pieces) == 2
+    assert "an answer in pieces has images" in str(dataset.report) or "pieces" in str(dataset.report)
+    assert len(dataset) == 1
+
+
 def test_a_rejected_answers_own_images(llava: Any, tmp_path: Path):
     """mDPO's image-conditional pairs: one text, and two images that it is judged on."""
     same = pair(images=[picture(1)], images_rejected=[picture(2)], rejected=pair()["chosen"])

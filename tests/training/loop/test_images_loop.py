@@ -291,7 +291,10 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["train", *words, "--output_dir", str(tmp_path / "again")]) == 0
     first, again = (read_metrics(tmp_path / name) for name in ("run", "again"))
     assert [x["loss"] for x in again] == pytest.approx([x["loss"] for x in first], rel=1e-5)
-    trained, processor = load_model(str(tmp_path / "run")), load_tokenizer(str(tmp_path / "run"))
+    trained, processor = (
+        load_model(str(tmp_path / "run")),
+        load_tokenizer(str(tmp_path / "run"), or_processor=True),
+    )
     assert type(trained).__name__ == "LlavaForConditionalGeneration" and processor.image_processor is not None
     capsys.readouterr()
     assert main(["doctor", *words[:4], "--output_dir", str(tmp_path / "d"), "--use_cpu"]) == 0
