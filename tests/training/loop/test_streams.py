@@ -64,7 +64,7 @@ def epochs(output_dir: Any) -> list[float]:
         {},
         {"batch_layout": "packed", "max_tokens_per_batch": 200, "max_steps": 3},
         {"batch_layout": "shared_prompt", "gradient_accumulation_steps": 2, "max_steps": 2},
-        {"batch_layout": "auto", "max_tokens_per_batch": 250, "max_steps": 3},
+        {"batch_layout": "auto", "max_tokens_per_batch": 200, "max_steps": 3},
     ],
     ids=["padded", "packed budget", "shared prompt", "auto budget"],
 )
