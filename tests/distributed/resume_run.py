@@ -2,6 +2,7 @@
 
 python -m tests.distributed.resume_run FOLDER save WAY...       # ddp, fsdp2, sharded, zero2, zero3; or alone
 python -m tests.distributed.resume_run FOLDER resume FROM:TO...
+python -m tests.distributed.resume_run FOLDER differ SETTING...    # or data
 """
 
 from __future__ import annotations
@@ -114,6 +115,21 @@ def whole(folder: Path, way: str) -> dict[str, Any]:
     return {"losses": losses, "weights": _weights(trainer)}
 
 
+def differ(folder: Path, way: str) -> str:
+    """What a rank is told where the second one has another setting, or other rows."""
+    changes: dict[str, Any] = {}
+    if os.environ["RANK"] == "1" and way != "data":
+        changes = {way: {"learning_rate": 2e-3, "beta": 0.3}[way]}
+    trainer = make(folder / way, "ddp", **changes)
+    if os.environ["RANK"] == "1" and way == "data":
+        trainer.train_dataset = pairs(40, 3)
+    try:
+        trainer.train()
+    except ValueError as error:
+        print(f"{way}: {error}", flush=True)
+    return ""
+
+
 def main(folder: Path, what: str, ways: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -123,7 +139,7 @@ def main(folder: Path, what: str, ways: list[str]) -> None:
         deepspeed.comm.torch.build_shm_op = lambda: None  # a build of minutes; gloo does without
     for way in ways:
         try:
-            found: Any = save(folder, way) if what == "save" else resume(folder, way)
+            found: Any = {"save": save, "resume": resume, "differ": differ}[what](folder, way)
         except Exception:
             found = traceback.format_exc()[-3000:]
             print(what, way, found, flush=True)

@@ -122,3 +122,11 @@ def test_another_batch_is_said(folder: Path):
 
 def test_a_file_that_a_run_does_without(tmp_path: Path):
     check_files(tmp_path, {"optimizer.pt": 3, "rng_state_1.pth": 3})
+
+
+def test_ranks_that_differ_are_told_before_the_first_step(tmp_path: Path):
+    said = run_ranks("tests.distributed.resume_run", str(tmp_path), "differ", "learning_rate", "beta", "data")
+    for printed in said:  # on every rank
+        assert "settings: rank 1 has others than rank 0: learning_rate 0.001 -> 0.002" in printed
+        assert "loss: rank 1 has others than rank 0: beta None -> 0.3" in printed
+        assert "data: rank 1 has others than rank 0: hash " in printed

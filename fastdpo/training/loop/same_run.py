@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
@@ -79,6 +80,26 @@ def ranks_of(trainer: Any) -> dict[str, Any]:
         "sequential",
     )
     return {"engine": engine_of(trainer.accelerator), "ranks": ranks, "rows": rows if is_by_rows else None}
+
+
+def check_same_ranks(trainer: Any) -> None:
+    """Hold the ranks to each other before the first step: one run has one loss, adapter, data and settings.
+
+    Raises:
+        ValueError: on every rank, where one differs from the first; names the rank and what differs.
+    """
+    if trainer.accelerator.num_processes == 1 or trainer.train_dataset is None:
+        return
+    own = json.loads(json.dumps(_description(trainer), default=str))
+    told: list[Any] = [None] * trainer.accelerator.num_processes
+    torch.distributed.all_gather_object(told, own)
+    for rank, other in enumerate(told):
+        for part, theirs in other.items():
+            if theirs != told[0][part]:
+                raise ValueError(
+                    f"{part}: rank {rank} has others than rank 0: "
+                    f"{_differences(told[0][part], theirs)}; wanted the same on every rank"
+                )
 
 
 def check_same_run(trainer: Any, folder: Path) -> None:

@@ -51,6 +51,7 @@ from fastdpo.training.loop.models import (
 from fastdpo.training.loop.offload import offloaded_activations
 from fastdpo.training.loop.over_optimisation import OverOptimisationMonitor
 from fastdpo.training.loop.reference_sync import sync_reference
+from fastdpo.training.loop.same_run import check_same_ranks
 from fastdpo.training.loop.saving import SavingTrainer
 from fastdpo.training.loop.setup import check_machine, check_pairs, prepare_pairs
 from fastdpo.training.loop.step import (
@@ -288,6 +289,7 @@ class PreferenceTrainer(SavingTrainer):
             ValueError: the output directory is in use and this run neither resumes nor overwrites it.
             NonFiniteLossError: under ``on_nonfinite_loss="stop"``.
         """
+        check_same_ranks(self)
         self.resumed_from = self._find_checkpoint(resume_from_checkpoint)
         if self.resumed_from is None and not self._owns_output_dir:
             on_main(self.accelerator, lambda: start_output_dir(self.args))
