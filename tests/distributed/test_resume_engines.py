@@ -56,12 +56,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for adapted in ("", ADAPTED):
         torch.save(whole(place / f"truth{adapted}", f"alone{adapted}"), place / f"truth{adapted}.pt")
     for ways in SAVED:
-        run_ranks("tests.distributed.resume_run", str(place), "save", *ways, seconds=300)
+        run_ranks("tests.distributed.resume_run", str(place), "save", *ways, seconds=600)
     for ways in RESUMED:
-        run_ranks("tests.distributed.resume_run", str(place), "resume", *ways, seconds=400)
+        run_ranks("tests.distributed.resume_run", str(place), "resume", *ways, seconds=600)
     command = [sys.executable, "-m", "tests.distributed.resume_run", str(place), "resume", *ALONE]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
     return place
 
 
