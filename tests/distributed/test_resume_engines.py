@@ -80,7 +80,10 @@ def test_a_run_goes_on_to_the_same_curve(way: str, folder: Path):
     for name, value in truth["weights"].items():
         torch.testing.assert_close(found["weights"][name], value, rtol=0, atol=2e-6)
     said = "\n".join(found["said"])
-    if way in ("ddp:ddp", "fsdp2:fsdp2", "sharded:sharded", "zero2:zero2", "zero3:zero3", "ddp:alone"):
+    source, target = way.removesuffix(ADAPTED).replace(f"{ADAPTED}:", ":").split(":")
+    # Of an adapter FSDP2's own files lack what is on the head.
+    reads_its_own = source == target and (ADAPTED not in way or source.startswith("zero"))
+    if reads_its_own or way == "ddp:alone":
         assert "taken over" not in said
     else:
         assert "taken over: weights, the optimiser's state, its schedule" in said
