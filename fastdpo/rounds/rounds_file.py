@@ -182,7 +182,7 @@ def plan_round(rounds: RoundsArguments, number: int) -> RoundPlan:
     run = _named("train", lambda: _read_train({**train, "model": start}))
     if run.config.sync_ref_model:
         raise ArgumentError("train: got sync_ref_model, wanted none: a round's reference stays what it is")
-    engine, _ = told_engine(run.config)
+    engine = told_engine(run.config)
     if engine is not None:
         raise ArgumentError(
             f"train: got {engine}, wanted whole models on each process (DDP): sampling and scoring in the "

@@ -36,7 +36,7 @@ def settle_engine(args: Any, accelerator: Any) -> None:
         ValueError: a setting that does not go with the engine; says what to write instead.
     """
     engine = engine_of(accelerator)
-    told, _ = told_engine(args)
+    told = told_engine(args)
     if told is not None and told.startswith("FSDP") and engine is None:
         raise ValueError(
             f"fsdp: got {told}, which accelerate runs in several processes, one a GPU, and here are "
@@ -44,8 +44,7 @@ def settle_engine(args: Any, accelerator: Any) -> None:
             "on GPUs, or no engine"
         )
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
-    kind = str(getattr(plugin, "state_dict_type", "")) if engine == "FSDP2" else ""
-    check_engine(args, engine, kind)
+    check_engine(args, engine)
     policy: Any = getattr(plugin, "mixed_precision_policy", None)
     if engine == "FSDP2" and getattr(policy, "output_dtype", None) is not None:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)

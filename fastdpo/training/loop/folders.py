@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fastdpo.training.loop.callbacks import METRICS_FILE
+from fastdpo.training.loop.checkpoint_files import RUN_FILE
 from fastdpo.training.loop.curves import CURVES_FILE
 from fastdpo.training.settings.config import PreferenceConfig
 
@@ -34,7 +35,8 @@ def find_checkpoint(args: PreferenceConfig, resume: str | bool | None) -> str | 
                 f"resume_from_checkpoint: got {resume}, wanted a checkpoint in it, as {inside[0]}"
             )
         if not _is_whole(folder):
-            what = f"which has no {TRAINER_STATE_NAME}" if folder.is_dir() else "and there is no such folder"
+            last = RUN_FILE if (folder / TRAINER_STATE_NAME).is_file() else TRAINER_STATE_NAME
+            what = f"which has no {last}" if folder.is_dir() else "and there is no such folder"
             raise ValueError(f"resume_from_checkpoint: got {resume}, {what}, wanted a checkpoint's folder")
         return str(folder)
     found = _checkpoints(Path(args.output_dir or "."))
@@ -59,7 +61,9 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    return (checkpoint / TRAINER_STATE_NAME).is_file()  # what transformers writes at the end
+    """Whether transformers' last file is there, and ours, unless none of ours is: then it is another's."""
+    is_ours = any(checkpoint.glob("preference_state_*.json"))
+    return (checkpoint / TRAINER_STATE_NAME).is_file() and (not is_ours or (checkpoint / RUN_FILE).is_file())
 
 
 def is_unused(output_dir: str | None) -> bool:
@@ -89,6 +93,12 @@ def check_output_dir(args: PreferenceConfig) -> None:
             "resume_from_checkpoint=True, or replace it with overwrite_output_dir=True"
         )
     find_checkpoint(args, args.resume_from_checkpoint)
+
+
+def start_output_dir(args: PreferenceConfig) -> None:
+    """Make room for a run that begins. Raises ValueError as ``check_output_dir``."""
+    check_output_dir(args)
+    clear_output_dir(args)
 
 
 def clear_output_dir(args: PreferenceConfig) -> None:

@@ -26,11 +26,16 @@ def save_progress(trainer: BaseTrainer, folder: Path) -> None:
 
 def load_progress(trainer: BaseTrainer, folder: Path) -> None:
     """At the start of a resumed run: the sums since the last log before the checkpoint."""
-    path = folder / STATE_FILE.format(rank=trainer.accelerator.process_index)
-    if not path.exists():
+    accelerator = trainer.accelerator
+    path = folder / STATE_FILE.format(rank=accelerator.process_index)
+    count = len([*folder.glob(STATE_FILE.format(rank="*"))])
+    if not count or (count == accelerator.num_processes and not path.exists()):
         logger.warning("%s is missing: the first log after resuming covers the new steps only", path)
         return
-    state: dict[str, Any] = json.loads(path.read_text())
+    if count == accelerator.num_processes:
+        state: dict[str, Any] = json.loads(path.read_text())
+    else:
+        state = _over(folder, count, accelerator.is_main_process)
     trainer._sums["train"].load(state["sums"], trainer.accelerator.device)
     trainer._input_tokens.fill_(state["input_tokens"])
     trainer._tr_loss.fill_(state["loss"])
@@ -39,3 +44,21 @@ def load_progress(trainer: BaseTrainer, folder: Path) -> None:
     trainer._total_loss_scalar -= (
         trainer._over_ranks(trainer._tr_loss.clone()).item() / trainer.accelerator.num_processes
     )
+
+
+def _over(folder: Path, count: int, is_main: bool) -> dict[str, Any]:
+    """The progress of another number of ranks: sums go to the main one, and the mean loss to each."""
+    files = [folder / STATE_FILE.format(rank=rank) for rank in range(count)]
+    states = [json.loads(path.read_text()) for path in files]
+    sums = {
+        name: [sum(parts) for parts in zip(*(state["sums"][name] for state in states), strict=True)]
+        if is_main
+        else [0.0, 0.0]
+        for name in states[0]["sums"]
+    }
+    return {
+        "loss": sum(state["loss"] for state in states) / count,
+        "last_logged_step": states[0]["last_logged_step"],
+        "sums": sums,
+        "input_tokens": sum(state["input_tokens"] for state in states) if is_main else 0,
+    }

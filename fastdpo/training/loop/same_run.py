@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
@@ -18,11 +20,12 @@ from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.row import WRITTEN_COLUMNS
 from fastdpo.training.data.stream import known_rows
+from fastdpo.training.loop.checkpoint_files import RUN_FILE, check_files, files_of, layout_of
+from fastdpo.training.loop.engines import engine_of
 from fastdpo.training.loop.run_record import settings_of
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.steps import COLUMN_FIELDS
 
-RUN_FILE = "preference_run.json"
 # What is minimised. Everything else may change between two parts of a run, and is said.
 _LOSS = (
     "loss_type",
@@ -62,7 +65,41 @@ logger = logging.getLogger(__name__)
 
 def write_run(trainer: Any, folder: Path) -> None:
     """Write into a checkpoint what it is of."""
-    (folder / RUN_FILE).write_text(json.dumps(_description(trainer), default=str))
+    described = {**_description(trainer), "ranks": ranks_of(trainer), "files": files_of(folder)}
+    partial = folder / f"{RUN_FILE}.tmp"
+    partial.write_text(json.dumps(described, default=str))
+    os.replace(partial, folder / RUN_FILE)
+
+
+def ranks_of(trainer: Any) -> dict[str, Any]:
+    """Over what a run is spread, and of how many rows a step is; rows are None where tokens decide."""
+    args, ranks = trainer.args, trainer.accelerator.num_processes
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    is_by_rows = args.max_tokens_per_batch is None and args.train_sampling_strategy in (
+        "random",
+        "sequential",
+    )
+    return {"engine": engine_of(trainer.accelerator), "ranks": ranks, "rows": rows if is_by_rows else None}
+
+
+def check_same_ranks(trainer: Any) -> None:
+    """Hold the ranks to each other before the first step: one run has one loss, adapter, data and settings.
+
+    Raises:
+        ValueError: on every rank, where one differs from the first; names the rank and what differs.
+    """
+    if trainer.accelerator.num_processes == 1 or trainer.train_dataset is None:
+        return
+    own = json.loads(json.dumps(_description(trainer), default=str))
+    told: list[Any] = [None] * trainer.accelerator.num_processes
+    torch.distributed.all_gather_object(told, own)
+    for rank, other in enumerate(told):
+        for part, theirs in other.items():
+            if theirs != told[0][part]:
+                raise ValueError(
+                    f"{part}: rank {rank} has others than rank 0: "
+                    f"{_differences(told[0][part], theirs)}; wanted the same on every rank"
+                )
 
 
 def check_same_run(trainer: Any, folder: Path) -> None:
@@ -72,7 +109,7 @@ def check_same_run(trainer: Any, folder: Path) -> None:
         ValueError: it is of other losses, data or adapters, says which, then and now; or it is at the end.
     """
     _check_unfinished(trainer.args, folder)
-    if not (folder / OPTIMIZER_NAME).is_file():
+    if layout_of(folder) == "whole" and not (folder / OPTIMIZER_NAME).is_file():
         logger.warning("%s has no %s: the optimiser and its schedule start anew", folder, OPTIMIZER_NAME)
     path = folder / RUN_FILE
     if not path.is_file():
@@ -80,7 +117,9 @@ def check_same_run(trainer: Any, folder: Path) -> None:
             "%s is missing: whether losses and data are those of the checkpoint is not known", path
         )
         return
-    then, now = json.loads(path.read_text()), json.loads(json.dumps(_description(trainer), default=str))
+    then = json.loads(path.read_text())
+    check_files(folder, then.get("files", {}))
+    now = json.loads(json.dumps(_description(trainer), default=str))
     for part, what in (("loss", "another loss"), ("adapter", "another adapter"), ("data", "other data")):
         if then.get(part) != now[part]:
             differences = _differences(then.get(part), now[part])
@@ -100,9 +139,36 @@ def check_same_run(trainer: Any, folder: Path) -> None:
             "of the checkpoint, and the others are taken on trust",
             now["data"]["rows"],
         )
+    _tell_of_ranks(then.get("ranks"), ranks_of(trainer), folder)
     changed = _differences(then.get("settings"), now["settings"])
     if changed:
         logger.warning("resuming with other settings than the checkpoint's: %s", changed)
+
+
+def _tell_of_ranks(then: Any, now: dict[str, Any], folder: Path) -> None:
+    """Say what another number of ranks, or another batch, does to the order of the data."""
+    if then is None or then == now:
+        return
+    if then["ranks"] != now["ranks"]:
+        logger.warning(
+            "resuming on %d ranks a checkpoint of %d: what is drawn at random (dropout) is drawn anew",
+            now["ranks"],
+            then["ranks"],
+        )
+    step = json.loads((folder / TRAINER_STATE_NAME).read_text()).get("global_step", 0)
+    if then["rows"] is not None and then["rows"] == now["rows"]:
+        logger.info("steps are of the same %d rows as before: the data go on where they were", now["rows"])
+    elif then["rows"] is not None and now["rows"] is not None:
+        logger.warning(
+            "a step was of %d rows and is of %d: the data go on behind %d steps of those, at row %d of what "
+            "was read in %d, so some rows of this epoch come twice, or not at all",
+            then["rows"], now["rows"], step, step * now["rows"], step * then["rows"],
+        )  # fmt: skip
+    else:
+        logger.warning(
+            "batches depend on the number of ranks here (max_tokens_per_batch, group_by_length), so some "
+            "rows of this epoch come twice, or not at all"
+        )
 
 
 def _check_unfinished(args: PreferenceConfig, folder: Path) -> None:

@@ -8,18 +8,49 @@ from typing import Any
 
 from torch import nn
 
+from fastdpo.training.loop.engines import engine_of
 from fastdpo.training.loop.evaluation import EvaluatingTrainer
 from fastdpo.training.loop.folders import find_checkpoint, warn_of_unfinished
 from fastdpo.training.loop.progress import load_progress, save_progress
 from fastdpo.training.loop.reference_sync import load_reference, save_reference
 from fastdpo.training.loop.run_record import has_own_card, settings_of, write_card, write_settings
 from fastdpo.training.loop.same_run import check_same_run, write_run
+from fastdpo.training.loop.take_over import is_native, on_main, take_over
+from fastdpo.training.reference.sources import is_adapter_model
 
 logger = logging.getLogger(__name__)
 
 
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """The weights of a model that FSDP2 splits, whole on the main rank's CPU; every rank takes part."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found: dict[str, Any] = get_model_state_dict(model, options=options)
+    return found
+
+
 class SavingTrainer(EvaluatingTrainer):
     """What ``PreferenceTrainer`` keeps of a run, and goes on from."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``Trainer.save_model``: a folder that ``from_pretrained`` loads, under each engine.
+
+        A checkpoint of sharded state dicts has an adapter whole, and else no second copy of the weights.
+        """
+        if self._is_sharded():
+            is_adapter = is_adapter_model(self.accelerator.unwrap_model(self.model))
+            if _internal_call and not is_adapter:
+                return
+            self._save(output_dir, state_dict=whole_weights(self.model))
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            return
+        super().save_model(output_dir, _internal_call)
+
+    def _is_sharded(self) -> bool:
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return engine_of(self.accelerator) == "FSDP2" and "SHARDED" in str(plugin.state_dict_type)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
@@ -38,21 +69,50 @@ class SavingTrainer(EvaluatingTrainer):
             write_card(self, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
         save_progress(self, folder)
         self.loss_state.save(folder)
         save_reference(self, folder)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_run(self, folder)
+            write_run(self, folder)  # the last: without it the checkpoint was not written to its end
 
     def _find_checkpoint(self, resume: str | bool | None) -> str | None:
         """The checkpoint to go on from, held to this run; None for a fresh one."""
-        found = find_checkpoint(self.args, self.args.resume_from_checkpoint if resume is None else resume)
-        if found is not None:
-            check_same_run(self, Path(found))
-            warn_of_unfinished(self.args, Path(found))
+
+        def find() -> str | None:
+            found = find_checkpoint(self.args, self.args.resume_from_checkpoint if resume is None else resume)
+            if found is not None:
+                check_same_run(self, Path(found))
+                warn_of_unfinished(self.args, Path(found))
+            return found
+
+        found: str | None = on_main(self.accelerator, find)
         return found
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        is_own = resume_from_checkpoint is None or is_native(self, Path(resume_from_checkpoint))
+        own = resume_from_checkpoint if is_own else None
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, own)
+        if not is_own:
+            take_over(self, Path(resume_from_checkpoint))
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # Before models are prepared; what another engine wrote comes in afterwards.
+        if is_native(self, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if is_native(self, best):
+            super()._load_best_model()
+        else:
+            take_over(self, best, with_optimizer=False)
 
     def restore_progress(self) -> None:
         """At the start of a resumed run: the sums since the last log, the losses' state, the reference."""

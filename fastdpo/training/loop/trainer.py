@@ -38,7 +38,7 @@ from fastdpo.training.data.rows import is_stream
 from fastdpo.training.data.stream import StreamDataset, known_rows, may_have_images
 from fastdpo.training.loop.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.loop.engines import on_device, settle_engine, split_frozen
-from fastdpo.training.loop.folders import check_output_dir, clear_output_dir, is_unused
+from fastdpo.training.loop.folders import is_unused, start_output_dir
 from fastdpo.training.loop.largest_batch import try_before_scoring
 from fastdpo.training.loop.loss_state import LossState
 from fastdpo.training.loop.metrics import MetricSums
@@ -51,6 +51,7 @@ from fastdpo.training.loop.models import (
 from fastdpo.training.loop.offload import offloaded_activations
 from fastdpo.training.loop.over_optimisation import OverOptimisationMonitor
 from fastdpo.training.loop.reference_sync import sync_reference
+from fastdpo.training.loop.same_run import check_same_ranks
 from fastdpo.training.loop.saving import SavingTrainer
 from fastdpo.training.loop.setup import check_machine, check_pairs, find_unused_weights, prepare_pairs
 from fastdpo.training.loop.step import (
@@ -63,6 +64,7 @@ from fastdpo.training.loop.step import (
     with_margins,
 )
 from fastdpo.training.loop.stream import check_stream_reference, prepare_stream, report_stream
+from fastdpo.training.loop.take_over import on_main
 from fastdpo.training.reference.precompute import PrecomputedReference
 from fastdpo.training.reference.sources import (
     Reference,
@@ -291,10 +293,10 @@ class PreferenceTrainer(SavingTrainer):
             ValueError: the output directory is in use and this run neither resumes nor overwrites it.
             NonFiniteLossError: under ``on_nonfinite_loss="stop"``.
         """
+        check_same_ranks(self)
         self.resumed_from = self._find_checkpoint(resume_from_checkpoint)
-        if self.resumed_from is None and not self._owns_output_dir and self.is_world_process_zero():
-            check_output_dir(self.args)
-            clear_output_dir(self.args)
+        if self.resumed_from is None and not self._owns_output_dir:
+            on_main(self.accelerator, lambda: start_output_dir(self.args))
         self._owns_output_dir = True
         is_offloaded = self.args.offload_activations
         with offloaded_activations(self.model) if is_offloaded else contextlib.nullcontext():

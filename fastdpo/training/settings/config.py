@@ -61,8 +61,8 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
         check_batches(self)
         name_engine(self)
         super().__post_init__()
-        engine, kind = told_engine(self)
-        check_engine(self, engine, kind)
+        engine = told_engine(self)
+        check_engine(self, engine)
         if engine == "ZeRO-3":
             join_ranks(self)
         check_loader(self)

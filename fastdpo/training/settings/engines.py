@@ -44,30 +44,25 @@ def name_engine(args: SettingFields) -> None:
     }
 
 
-def told_engine(args: Any) -> tuple[str | None, str]:
-    """The engine that settings or ``accelerate launch`` name, and FSDP2's kind of checkpoints."""
+def told_engine(args: Any) -> str | None:
+    """The engine that settings or ``accelerate launch`` name."""
     if getattr(args, "hf_deepspeed_config", None) is not None:
         stage = args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0)
-        return f"ZeRO-{stage}", ""
+        return f"ZeRO-{stage}"
     plugin: Any = getattr(args, "fsdp_plugin_args", None)
     if plugin:
-        return f"FSDP{plugin.get('fsdp_version', 2)}", str(plugin.get("state_dict_type", ""))
+        return f"FSDP{plugin.get('fsdp_version', 2)}"
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
-        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}", os.environ.get("FSDP_STATE_DICT_TYPE", "")
-    return None, ""
+        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
+    return None
 
 
-def check_engine(args: SettingFields, engine: str | None, state_dict_type: str = "") -> None:
+def check_engine(args: SettingFields, engine: str | None) -> None:
     """Raise ValueError for settings that an engine cannot honour, before a model is loaded or trained."""
     if engine == "FSDP1":
         raise ValueError(
             "fsdp: got version 1, which transformers gives up, wanted FSDP2: fsdp_config={'version': 2}, or "
             "fsdp_version: 2 in accelerate's file"
-        )
-    if "SHARDED" in state_dict_type:
-        raise ValueError(
-            "fsdp_config: got state_dict_type 'SHARDED_STATE_DICT', with which save_model writes no model "
-            "that can be loaded, wanted 'FULL_STATE_DICT'"
         )
     if engine is not None and engine.startswith("ZeRO") and args.longest_batch_first:
         if "longest_batch_first" in getattr(args, "given", {}):

@@ -90,10 +90,6 @@ MakeArgs = Callable[..., PreferenceConfig]
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
         ({"fsdp": True, "fsdp_config": {"version": 1}}, "fsdp: got version 1, .* wanted FSDP2"),
         (
-            {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
-            "fsdp_config: got state_dict_type 'SHARDED_STATE_DICT'.* wanted 'FULL_STATE_DICT'",
-        ),
-        (
             {"fsdp": True, "loss_type": "tdpo2"},
             "loss_type: got tdpo2, with divergences.* under FSDP2",
         ),
