@@ -46,6 +46,8 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
         self.debug = "" if self.debug is None else self.debug
         fsdp: Any = self.fsdp
         self.fsdp = {True: "true", False: None}.get(fsdp, fsdp)
+        padded: Any = self.pad_to_multiple_of
+        self.pad_to_multiple_of = None if padded == "auto" else padded  # TRL's, of a machine that is not here
         settle(self)
         fsdp = self.fsdp
         self.fsdp = {"true": True, "false": None}.get(str(fsdp).lower(), fsdp)

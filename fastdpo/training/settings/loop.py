@@ -41,7 +41,7 @@ _LEAST = {
     "dataloader_num_workers": 0,
 }
 # Settings of TrainingArguments that this trainer cannot honour: the value each needs, and why.
-_FIXED: dict[str, tuple[Any, str]] = {
+FIXED: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, "the collator decides what reaches the model"),
     "label_smoothing_factor": (0, "use the loss option label_smoothing"),
     "label_names": (None, "the collator makes the labels"),
@@ -76,7 +76,7 @@ def check_loop(args: SettingFields) -> None:
     rate = args.learning_rate
     if rate is not None and not 0 <= rate < math.inf:
         raise ValueError(f"learning_rate: got {rate!r}, wanted a number from 0")
-    for name, (needed, reason) in _FIXED.items():
+    for name, (needed, reason) in FIXED.items():
         if getattr(args, name, needed) != needed:
             raise ValueError(f"{name}: got {getattr(args, name)!r}, wanted {needed}: {reason}")
     if args.push_to_hub and _is_offline():

@@ -10,7 +10,8 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fastdpo.training.settings.values import Hint, read_value
+from fastdpo.training.settings.sources import MIXTURES, read_mixture
+from fastdpo.training.settings.values import NO, NOTHING, Hint, read_value
 
 # The same setting, the same values.
 ALIASES = {
@@ -34,6 +35,7 @@ ALIASES = {
     "tpo_l_gamma": "gamma",
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",
+    "test_split_size": "held_out",
     "no_cuda": "use_cpu",
 }
 # Something that is on or off there: our setting, and what it is when on. Off is our default.
@@ -44,6 +46,9 @@ SWITCHES = {
     "use_flash_attention_2": ("attn_implementation", "flash_attention_2"),
 }
 _QUANTISED = "quantised weights are not supported by this version"
+_BY_LENGTH = "max_length bounds prompt and answer together, and truncation_mode says which of them is cut"
+_PAD = "the collator pads"
+_TOKENS = "set the tokenizer's own special tokens, and save it"
 # What may be given as off, or as nothing, and not as on; why.
 UNSUPPORTED = {
     "load_in_4bit": _QUANTISED,
@@ -52,41 +57,34 @@ UNSUPPORTED = {
     "is_encoder_decoder": "encoder-decoders are not supported by this version",
     "ignore_bias_buffers": "DDP's buffers are those of the model",
     "reference_free": "cpo is DPO under a uniform reference",
+    "max_completion_length": _BY_LENGTH,
+    "padding_value": f"not needed: {_PAD}, with the tokenizer's pad token",
+    "pad_token": _TOKENS,
+    "dataset_config": "load that configuration with `datasets`, save it, and give its folder as dataset",
 }
-_BY_LENGTH = "max_length bounds prompt and answer together, and truncation_mode says which of them is cut"
 _TEMPLATE = "the tokenizer's chat template is used, or chat_template, a file or the template itself"
 _LOSS = "loss_type names the loss, and beta its strength"
-_MIXTURE = "dataset takes several, and dataset_weights the shares of the rows that each has"
 _STEPS = "eval_strategy and eval_steps, save_strategy and save_steps take steps, shares of the run, or epochs"
-_PAD = "the collator pads"
 _LOG = "report_to names the trackers, which read their own environment variables"
-_TOKENS = "set the tokenizer's own special tokens, and save it"
 # What else is met in others' files and on others' command lines: what to do instead.
 ELSEWHERE = {
     # TRL, of this version and of former ones
     "max_prompt_length": _BY_LENGTH,
-    "max_completion_length": _BY_LENGTH,
     "max_target_length": _BY_LENGTH,
     "rpo_alpha": "loss_type: [sigmoid, sft] with loss_weights: [1, rpo_alpha]",
     "sft_weight": "loss_type: [simpo, sft] with loss_weights: [1, sft_weight]",
     "gamma_beta_ratio": "loss_type: simpo with gamma: beta x gamma_beta_ratio",
     "use_logits_to_keep": "not needed: only answers' tokens reach the head",
     "use_liger_loss": "not needed: no logits are made",
-    "padding_value": f"not needed: {_PAD}, with the tokenizer's pad token",
     "label_pad_token_id": f"not needed: {_PAD}",
-    "pad_token": _TOKENS,
-    "model_init_kwargs": "dtype, attn_implementation, revision and trust_remote_code are settings",
     "ref_model_init_kwargs": "ref_model is loaded as model is",
     "model_adapter_name": "the model's active adapter is trained",
     "ref_adapter_name": "ref_model takes a path, reference: adapter the model without its adapter",
     "force_use_ref_model": "not needed: a ref_model that is given is used",
     "router_aux_loss_coef": "the router's loss is not supported by this version",
-    "lora_target_parameters": "lora_target_modules names modules",
-    "lora_task_type": "not needed: it is CAUSAL_LM",
     "bnb_4bit_quant_type": _QUANTISED,
     "bnb_4bit_quant_storage": _QUANTISED,
     "use_bnb_nested_quant": _QUANTISED,
-    "dataset_config": "load that configuration with `datasets`, save it, and give its folder as dataset",
     "tools": "each row brings its own, in the column tools",
     # transformers, formerly
     "per_gpu_train_batch_size": "per_device_train_batch_size",
@@ -95,8 +93,6 @@ ELSEWHERE = {
     "save_safetensors": "not needed: weights are written as safetensors",
     "fp16_opt_level": "fp16",
     # alignment-handbook
-    "dataset_mixture": _MIXTURE,
-    "dataset_mixer": _MIXTURE,
     "dataset_splits": "dataset_split and eval_dataset_split",
     "auto_insert_empty_system_msg": _TEMPLATE,
     "hub_model_revision": "hub_revision",
@@ -204,7 +200,6 @@ ELSEWHERE = {
     "eval_data": "eval_dataset",
     "validation_file": "eval_dataset",
     "test_size": "held_out",
-    "test_split_size": "held_out",
     "output": "output_dir",
     "out": "output_dir",
     "save_dir": "output_dir",
@@ -229,7 +224,12 @@ ELSEWHERE = {
     "num_proc": "dataset_num_proc",
 }
 # Settings of the command line that are an argument in Python.
-_IN_PYTHON = {"dataset_streaming": "in Python, train_dataset=read_rows(..., streaming=True)"}
+_IN_PYTHON = {
+    "dataset_streaming": "in Python, train_dataset=read_rows(..., streaming=True)",
+    "model_init_kwargs": "in Python, load the model with them and give it",
+    "trust_remote_code": "in Python, load the model with it and give it",
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "in Python, load the model with it and give it"),
+}
 _SWITCH = Hint(bool | None)
 
 
@@ -254,7 +254,9 @@ def our_names(given: Mapping[str, Any], known: Collection[str]) -> tuple[dict[st
             problems.append(str(error.args[0]))
             continue
         for ourselves, meant in found.items():
-            if ourselves in named and ours[ourselves] != meant:
+            if ourselves in named and meant is None:
+                continue  # nothing is said by the second name
+            if ours.get(ourselves) not in (None, meant):
                 problems.append(f"{named[ourselves]} and {written}: give one of the two")
             named[ourselves], ours[ourselves] = written, meant
     return ours, problems
@@ -272,9 +274,11 @@ def _translated(name: str, value: Any, known: Collection[str]) -> dict[str, Any]
         ours, when_on = SWITCHES[name]
         return {ours: when_on} if read_value(name, _SWITCH, value) else {}
     if name in UNSUPPORTED:
-        if read_value(name, _SWITCH, value):
-            raise ValueError(f"{name}: got {value!r}, wanted false: {UNSUPPORTED[name]}")
-        return {}
+        if value is None or str(value).strip().lower() in (*NO, *NOTHING):
+            return {}
+        raise ValueError(f"{name}: got {value!r}, wanted none or false: {UNSUPPORTED[name]}")
+    if name in MIXTURES:
+        return read_mixture(name, value)
     raise KeyError(f"{name}: not a setting of fastdpo{hint_for(name, known)}")
 
 

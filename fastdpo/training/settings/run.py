@@ -62,9 +62,13 @@ class ModelArguments:
     )
     revision: str | None = field(default=None, metadata=_help("Branch, tag or commit of a hub model."))
     trust_remote_code: bool = field(default=False, metadata=_help("Run code that comes with the model."))
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("Further arguments of from_pretrained, a dict or JSON, as in TRL.")
+    )
 
     def __post_init__(self) -> None:
         settle(self)
+        self._read_init_kwargs()
         self.dtype = self.dtype or "auto"
         if self.dtype not in DTYPES:
             raise ArgumentError(f"dtype: got {self.dtype!r}, wanted one of {', '.join(DTYPES)}")
@@ -75,6 +79,19 @@ class ModelArguments:
                 "installed: pip install it, or take sdpa"
             )
 
+    def _read_init_kwargs(self) -> None:
+        """Those that are settings become settings; the others are kept for ``loading_options``."""
+        given: Any = dict(self.model_init_kwargs or {})  # type: ignore[arg-type]
+        if "torch_dtype" in given:
+            given["dtype"] = given.pop("torch_dtype")
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        for name in given.keys() & (defaults.keys() - {"model", "model_init_kwargs"}):
+            if getattr(self, name) not in (defaults[name], given[name]):
+                raise ArgumentError(f"model_init_kwargs: got {name}, which is given too: give one of the two")
+            setattr(self, name, given.pop(name))
+        self.model_init_kwargs = given or None
+        settle(self)
+
     @property
     def name(self) -> str:
         """``model``, which parsing has made sure is there."""
@@ -83,7 +100,9 @@ class ModelArguments:
 
     def loading_options(self, *, adapted: bool) -> dict[str, Any]:
         """Keyword arguments of ``load_model``."""
-        options: dict[str, Any] = {"dtype": "float32" if self.dtype == "auto" and not adapted else self.dtype}
+        given: Any = self.model_init_kwargs or {}
+        dtype = "float32" if self.dtype == "auto" and not adapted else self.dtype
+        options: dict[str, Any] = {**given, "dtype": dtype}
         for name in ("attn_implementation", "revision", "trust_remote_code"):
             if getattr(self, name):
                 options[name] = getattr(self, name)
@@ -199,6 +218,11 @@ class AdapterArguments:
             "linear layer but the head."
         ),
     )
+    lora_target_parameters: list[str] | None = field(
+        default=None,
+        metadata=_help("Names of adapted parameters that are no modules, as a mixture's experts."),
+    )
+    lora_task_type: str = field(default="CAUSAL_LM", metadata=_help("Must stay CAUSAL_LM."))
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata=_help("Names of modules trained in full beside the adapter (lm_head ...).")
     )
@@ -212,6 +236,8 @@ class AdapterArguments:
     def __post_init__(self) -> None:
         settle(self)
         changed = [item.name for item in dataclasses.fields(self) if getattr(self, item.name) != item.default]
+        if self.lora_task_type != "CAUSAL_LM":
+            raise ArgumentError(f"--lora_task_type: got {self.lora_task_type!r}, wanted 'CAUSAL_LM'")
         if changed and not self.use_peft:
             raise ArgumentError(f"--{changed[0]}: has no effect without --use_peft")
 
@@ -228,6 +254,7 @@ class AdapterArguments:
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=_target_modules(self.lora_target_modules),
+            target_parameters=self.lora_target_parameters,
             modules_to_save=self.lora_modules_to_save,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,

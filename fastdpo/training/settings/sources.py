@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# alignment-handbook's, of this version and of former ones.
+MIXTURES = ("dataset_mixture", "dataset_mixer")
 # Of a part of a list: our names, and TRL's.
 _KEYS = {"path": "path", "split": "split", "weight": "weight", "fraction": "weight"}
 
@@ -41,6 +43,44 @@ def read_parts(name: str, given: Any, split: Any, weights: Any) -> tuple[Any, An
             raise ValueError(f"{name}: got no weight of {without[0]}, wanted one of every part, or of none")
         weights = [part["weight"] for part in read]
     return [part["path"] for part in read], split, weights
+
+
+def read_mixture(name: str, given: Any) -> dict[str, Any]:
+    """alignment-handbook's data sets as our settings: ids, their splits, and the share held out.
+
+    Columns are not looked at: losses read what they need. The seed is of its shuffle, which is not ours.
+
+    Raises:
+        ValueError: it asks for a configuration, or for a part of a data set's rows.
+    """
+    if given is None:
+        return {}
+    if name == "dataset_mixer" and isinstance(given, Mapping):
+        given = {"datasets": [{"id": path, "weight": weight} for path, weight in given.items()]}
+    parts = given.get("datasets") if isinstance(given, Mapping) else None
+    if not isinstance(parts, list) or not all(isinstance(part, Mapping) and "id" in part for part in parts):
+        raise ValueError(f"{name}: got {given!r}, wanted datasets, a list of their id, split and weight")
+    for part in parts:
+        if part.get("config") not in (None, "default"):
+            raise ValueError(
+                f"{name}: got the configuration {part['config']!r} of {part['id']}, wanted none: load it "
+                "with `datasets`, save it, and give its folder as dataset"
+            )
+        if float(1 if part.get("weight") is None else part["weight"]) != 1:
+            raise ValueError(
+                f"{name}: got {part['weight']} of {part['id']}, which is a part of its rows there, wanted 1: "
+                "dataset_weights are the shares of the rows that each has"
+            )
+    found: dict[str, Any] = {"dataset": _one_or_all([part["id"] for part in parts])}
+    if any(part.get("split") for part in parts):
+        found["dataset_split"] = _one_or_all([part.get("split") or "train" for part in parts])
+    if given.get("test_split_size") is not None:
+        found["held_out"] = given["test_split_size"]
+    return found
+
+
+def _one_or_all(items: list[str]) -> str | list[str]:
+    return items[0] if len(items) == 1 else items
 
 
 def _read_part(name: str, part: Any) -> dict[str, Any]:

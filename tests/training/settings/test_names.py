@@ -13,11 +13,11 @@ from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.losses import all_loss_options
 from fastdpo.training.settings.names import ALIASES, ELSEWHERE, SWITCHES, UNSUPPORTED, our_names
 from fastdpo.training.settings.run import AdapterArguments, ArgumentError, DataArguments, ModelArguments
+from fastdpo.training.settings.sources import MIXTURES
 from fastdpo.training.settings.values import hints_of
 
 RUN = (ModelArguments, DataArguments, AdapterArguments, PreferenceConfig)
 KNOWN = [*(name for kind in RUN for name in hints_of(kind)), *all_loss_options()]
-_DATA = "dataset takes several"
 _LENGTH = "max_length bounds prompt and answer together"
 _LOSS = "loss_type names the loss"
 _LOG = "report_to names the trackers"
@@ -79,15 +79,14 @@ _AXOLOTL_REFUSED = {
 # Of public recipe files: the settings that are taken, and what each of the others is answered with.
 RECIPES: dict[str, tuple[str, dict[str, str]]] = {
     "alignment-handbook, zephyr-7b-beta, DPO full": (
-        _HANDBOOK + " eval_strategy dataset_num_proc",
-        {"dataset_mixture": _DATA, "max_prompt_length": _LENGTH},
+        _HANDBOOK + " eval_strategy dataset_num_proc dataset_mixture",
+        {"max_prompt_length": _LENGTH},
     ),
     "alignment-handbook, zephyr-7b-beta, DPO QLoRA": (
         _HANDBOOK + " evaluation_strategy use_peft lora_r lora_alpha lora_dropout lora_target_modules "
-        "preprocessing_num_workers",
+        "preprocessing_num_workers dataset_mixer",
         {
             "load_in_4bit": "quantised weights are not supported",
-            "dataset_mixer": _DATA,
             "dataset_splits": "dataset_split and eval_dataset_split",
             "max_prompt_length": _LENGTH,
         },
@@ -106,13 +105,14 @@ RECIPES: dict[str, tuple[str, dict[str, str]]] = {
         "output_dir gradient_checkpointing_kwargs hub_strategy learning_rate log_level logging_steps "
         "logging_strategy lr_scheduler_type lr_scheduler_kwargs max_grad_norm beta loss_type max_length "
         "num_train_epochs overwrite_output_dir per_device_train_batch_size push_to_hub padding_free "
-        "report_to save_strategy save_steps save_total_limit seed use_liger_kernel warmup_ratio",
-        {"dataset_mixture": _DATA},
+        "report_to save_strategy save_steps save_total_limit seed use_liger_kernel warmup_ratio "
+        "dataset_mixture",
+        {},
     ),
     "SimPO, llama-3-8b-instruct": (
-        _HANDBOOK + " evaluation_strategy use_flash_attention_2 preprocessing_num_workers run_name report_to",
+        _HANDBOOK + " evaluation_strategy use_flash_attention_2 preprocessing_num_workers run_name report_to "
+        "dataset_mixer",
         {
-            "dataset_mixer": _DATA,
             "dataset_splits": "dataset_split",
             "gamma_beta_ratio": "loss_type: simpo with gamma: beta x gamma_beta_ratio",
             "max_prompt_length": _LENGTH,
@@ -147,7 +147,14 @@ RECIPES: dict[str, tuple[str, dict[str, str]]] = {
 # What texts name beside settings.
 WORDS = ("min_lr_rate", "cosine_with_min_lr", "flash_attention_2", "bco_pair")
 # Values that decide what is said; all others are left open.
-_VALUES = {"warmup_ratio": 0.1, "padding_free": True, "use_flash_attention_2": True, "load_in_4bit": True}
+_VALUES: dict[str, Any] = {
+    "dataset_mixer": {"HuggingFaceH4/ultrafeedback_binarized": 1.0},
+    "dataset_mixture": {"datasets": [{"id": "a/b", "config": "default", "split": "train", "weight": 1.0}]},
+    "warmup_ratio": 0.1,
+    "padding_free": True,
+    "use_flash_attention_2": True,
+    "load_in_4bit": True,
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -162,13 +169,15 @@ def test_what_the_settings_of_a_recipe_are_here(recipe: str):
         assert problem.startswith(f"{name}: ") and text in problem
     # Nothing is lost on the way, but for switches that are off.
     off = [name for name in taken.split() if name in {*SWITCHES, *UNSUPPORTED} and not given[name]]
-    assert len(ours) == len(taken.split()) - len(off)
+    mixtures = [name for name in taken.split() if name in MIXTURES]
+    of_mixtures = {name for mixture in mixtures for name in our_names({mixture: given[mixture]}, KNOWN)[0]}
+    assert len(ours) - len(of_mixtures) == len(taken.split()) - len(off) - len(mixtures)
 
 
 def test_simpo_without_its_loss_does_not_train_as_dpo(tmp_path: Path):
     path = tmp_path / "simpo.yaml"
     path.write_text(
-        "model_name_or_path: m\ndataset_name: d\nbeta: 10\ngamma_beta_ratio: 0.3\ndataset_mixer: {a: 1}\n"
+        "model_name_or_path: m\ndataset_name: d\nbeta: 10\ngamma_beta_ratio: 0.3\ndataset_splits: [a]\n"
     )
     with pytest.raises(ArgumentError) as refusal:
         parse_train([str(path)])
@@ -205,7 +214,10 @@ def test_names_that_mean_the_same(theirs: str, value: Any, ours: dict[str, Any])
     ("given", "problem"),
     [
         ({"warmup_ratio": 1}, "warmup_ratio: got 1, wanted a share in [0, 1), or warmup_steps"),
-        ({"load_in_4bit": True}, "load_in_4bit: got True, wanted false: quantised weights are not supported"),
+        (
+            {"load_in_4bit": True},
+            "load_in_4bit: got True, wanted none or false: quantised weights are not supported",
+        ),
         ({"model": "a", "model_name_or_path": "b"}, "model and model_name_or_path: give one of the two"),
         (
             {"padding_free": True, "batch_layout": "padded"},
