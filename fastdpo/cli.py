@@ -34,6 +34,8 @@ COMMANDS = {
     "rounds": "sample, judge, score and train, round after round, from one YAML file",
     "bench": "time the head beside its peers, row kernels and whole steps, from a checkout of the source",
     "doctor": "say what is installed, what will run here, and why the rest will not",
+    "merge": "merge an adapter into its base, a quantised one dequantised, as a model of 16 bits",
+    "convert-config": "print our YAML for one of LLaMA-Factory, axolotl, TRL or alignment-handbook",
 }
 
 
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run: dict[str, Callable[[Sequence[str]], int | None]] = {
             "train": train, "score": score, "sample": sample, "judge": judge, "rounds": rounds,
             "bench": bench, "doctor": partial(diagnose, debug=debug),
+            "merge": merge, "convert-config": convert_config,
         }  # fmt: skip
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module=_LIBRARIES)
@@ -90,7 +93,7 @@ def _lines(error: BaseException) -> str:
 
 
 def _command(argv: list[str]) -> tuple[str, list[str]]:
-    listing = "\n".join(f"  {name:<8}{text}" for name, text in COMMANDS.items())
+    listing = "\n".join(f"  {name:<16}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="fastdpo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -139,7 +142,7 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
     _, train_pairs, eval_pairs = _load_pairs(
         arguments.data, tokenizer, arguments.config, reads_reference=arguments.model.ref_model is None
     )
-    loading = arguments.model.loading_options(adapted=arguments.is_adapted)
+    loading = arguments.loading_options()
     loading["with_images"] = has_images(train_pairs, eval_pairs)
     # A revision is of the model that is trained.
     others = {name: value for name, value in loading.items() if name != "revision"}
@@ -176,7 +179,7 @@ def score(argv: Sequence[str]) -> None:
     arguments.check_there()
     tokenizer = told_tokenizer(arguments.model, or_processor=True)
     source, *data_sets = _load_pairs(arguments.data, tokenizer, config, reads_reference=False)
-    loading = arguments.model.loading_options(adapted=arguments.is_adapted)
+    loading = arguments.loading_options()
     loading["with_images"] = has_images(*data_sets)
     if arguments.model.ref_model is not None:
         loading.pop("revision", None)
@@ -295,6 +298,20 @@ def diagnose(argv: Sequence[str], *, debug: bool = False) -> int:
     print(found)
     of_model = found.sections.get(f"Model {options.model}", [])
     return 2 if any(name == "model" or text.startswith("refused") for name, text in of_model) else 0
+
+
+def merge(argv: Sequence[str]) -> None:
+    """``fastdpo merge``."""
+    from fastdpo.training.loop.merge import merge as run
+
+    run(argv)
+
+
+def convert_config(argv: Sequence[str]) -> None:
+    """``fastdpo convert-config``."""
+    from fastdpo.training.settings.converters.convert import convert_config as run
+
+    run(argv)
 
 
 def _diagnose_run(argv: Sequence[str], *, debug: bool) -> int:

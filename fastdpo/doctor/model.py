@@ -195,12 +195,30 @@ def _trainer_lines(trainer: Any) -> Lines:
         lines.append(("loss", losses if isinstance(losses, str) else ", ".join(losses)))
     precision = [name for name in ("bf16", "fp16") if getattr(args, name, False)]
     lines.append(("autocast", precision[0] if precision else "off"))
+    if getattr(args, "use_liger_kernel", False):
+        config = dict(args.liger_kernel_config or {})
+        off = [name for name in ("cross_entropy", "fused_linear_cross_entropy") if config.get(name) is False]
+        how = f"Liger's, but for {' and '.join(off)}" if off else "Liger's"
+        lines.append(("kernels of the backbone", how))
+    elif getattr(unwrap_if_possible(trainer.model), "use_kernels", False):
+        lines.append(("kernels of the backbone", "the hub's, where it has some"))
+    if router := getattr(trainer, "router", 0):
+        lines.append(("router's loss", f"weight {router:g}"))
+    if getattr(unwrap_if_possible(trainer.model), "is_quantized", False):
+        config = unwrap_if_possible(trainer.model).config.quantization_config
+        lines.append(("base", f"quantised: {_quantisation(config)}"))
     for name, engine in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
         if getattr(trainer, name, False):
             lines.append(("engine", engine))
             if _is_trl(trainer):
                 lines.append(("refused", "a sharded head in TRL's trainers: keep it whole (DDP, or ZeRO-2)"))
     return lines
+
+
+def _quantisation(config: Any) -> str:
+    method = getattr(config, "quant_method", "") or "bitsandbytes"
+    bits = next((bits for bits in (4, 8) if getattr(config, f"load_in_{bits}bit", False)), None)
+    return f"{getattr(method, 'value', method)}" + (f", {bits} bits" if bits else "")
 
 
 def _data_lines(trainer: Any, head: LMHead | None) -> tuple[Lines, list[int], int | None]:

@@ -190,3 +190,22 @@ def _aux_loss(model: Any, tail: ModelTail, result: Any, inputs: dict[str, Any]) 
     if tail.router is None or not inputs.get("output_router_logits") or balancing is None:
         return None
     return balancing(result.router_logits, *tail.router, inputs.get("attention_mask"))
+
+
+def aux_loss_of_calls(
+    model: Any, tail: ModelTail, calls: Sequence[tuple[dict[str, Any], Any]]
+) -> Tensor | None:
+    """The load-balancing loss of the tokens of several calls, as if they had been one; padding left out."""
+    if not all(inputs.get("output_router_logits") for inputs, _ in calls):
+        return None
+    layers = zip(*(result.router_logits for _, result in calls), strict=True)
+    together = SimpleNamespace(router_logits=tuple(torch.cat(layer) for layer in layers))
+    masks = [inputs.get("attention_mask") for inputs, _ in calls]
+    if any(mask is not None for mask in masks):
+        rows = [
+            torch.ones_like(inputs["input_ids"]) if mask is None else mask
+            for mask, (inputs, _) in zip(masks, calls, strict=True)
+        ]
+        mask = torch.cat([row.reshape(1, -1) for row in rows], dim=1)
+        return _aux_loss(model, tail, together, {"output_router_logits": True, "attention_mask": mask})
+    return _aux_loss(model, tail, together, {"output_router_logits": True})

@@ -20,7 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdpo.integrations.backbone_call import all_positions, backbone_calls, passed_through, run_backbone
+from fastdpo.integrations.backbone_call import (
+    all_positions,
+    aux_loss_of_calls,
+    backbone_calls,
+    passed_through,
+    run_backbone,
+)
 from fastdpo.integrations.forest.attention import restore_attention
 from fastdpo.integrations.fused_output import FusedLMOutput as FusedLMOutput
 from fastdpo.integrations.fused_output import HeadStates, ScoreRequest, Teachers
@@ -359,9 +365,10 @@ def _layout_forward(
         raise fail("labels", "a value together with token_layout", "one of the two")
     calls, layout = backbone_calls(model, hook.tail, arguments, row_batches, layout)
     hidden = all_positions(calls, num_virtual)
-    if len(calls) > 1 and any(inputs.get("output_router_logits") for inputs, _ in calls):
-        raise fail("output_router_logits", "True with several row_batches", "one, or False")
-    passed = passed_through(model, hook.tail, *calls[0]) if len(calls) == 1 else {}
+    if len(calls) == 1:
+        passed = passed_through(model, hook.tail, *calls[0])
+    else:
+        passed = {"aux_loss": aux_loss_of_calls(model, hook.tail, calls)}
     make = request.run if request.pair_loss is None else request.make_loss
 
     def run(states: Tensor, head: LMHead) -> dict[str, Any]:

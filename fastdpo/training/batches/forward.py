@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastdpo.integrations.fused_output import FusedLMOutput, HeadStates, Teachers, require_states
 from fastdpo.integrations.model import require_fused_output
 from fastdpo.training.batches.batch import Batch, Padded
+from fastdpo.training.batches.router import asked_for_router, keep_router_loss
 from fastdpo.types import DPOLossOutput, LinearLogprobOutput, PreferenceLossOutput
 
 
@@ -68,8 +69,10 @@ def head_states(model: nn.Module, batch: Scorable) -> HeadStates:
 
 
 def _scored(model: nn.Module, batch: Scorable, **asked: Any) -> FusedLMOutput:
-    given = {**batch.model_inputs(model), **batch.label_inputs()}
-    return require_fused_output(model(**given, return_logps=True, **asked))
+    given = {**asked_for_router(batch.model_inputs(model)), **batch.label_inputs()}
+    found = require_fused_output(model(**given, return_logps=True, **asked))
+    keep_router_loss(found.aux_loss)
+    return found
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from fastdpo.training.batches.budget import TokenBudget, training_sampler
 from fastdpo.training.batches.collate import PaddedCollator, RowCollator
 from fastdpo.training.batches.plan import RowCosts, padded_cost
 from fastdpo.training.batches.probe import refusals
+from fastdpo.training.batches.router import router_coefficient
 from fastdpo.training.batches.samplers import LikeLengthSampler
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import fitting_pad_id
@@ -84,9 +85,13 @@ def choose_collator(
     layouts: tuple[str, ...] = (
         ("shared_prompt", "packed") if args.batch_layout == "auto" else (args.batch_layout,)
     )
+
     asked: tuple[str, ...] = ARRANGEMENTS if args.row_arrangement == "auto" else (args.row_arrangement,)
+    has_router = router_coefficient(args, models[0]) != 0
+    if has_router and args.batch_layout == "auto":
+        layouts = ("packed",)  # each token of each sequence counts
     context = args.context()
-    if context is not None:
+    if context is not None or has_router:
         asked = tuple(name for name in asked if name != "bucketed")
     single_call = _is_single_call(args, accelerator)
     if single_call:

@@ -28,6 +28,8 @@ class BaseTrainer(Trainer):
     told: dict[str, Any]
     """Settings beside ``args`` that the run was told, for ``settings.yaml``."""
     has_ref_model: bool
+    router: float
+    """Weight of a mixture of experts' load-balancing loss."""
     data_hash: str | None = None
     resumed_from: str | None = None
     _sums: dict[str, MetricSums]

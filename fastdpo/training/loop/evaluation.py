@@ -120,8 +120,9 @@ class EvaluatingTrainer(BaseTrainer):
             # The unwrapped model: ranks may have unlike numbers of batches, and DDP's forward waits for all.
             with self.compute_loss_context_manager():
                 result = batch_loss(
-                    self.model, self.model, batch, counts, self.args, self.reference, self.loss_state.frozen
-                )
+                    self.model, self.model, batch, counts, self.args, self.reference, self.loss_state.frozen,
+                    router=self.router,
+                )  # fmt: skip
         if kept > 0:
             record(self._sums["eval"], batch, result, nll_on_prompt=bool(self.args.nll_on_prompt))
             # A share of the mean over all rows; scaled so that the mean over rows adds the shares up.

@@ -96,7 +96,8 @@ def _forward_and_backward(trainer: BaseTrainer, inputs: Batch) -> None:
     with unsynchronised(), trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         policy = trainer.accelerator.unwrap_model(model)
         frozen = trainer.loss_state.frozen
-        result = batch_loss(model, policy, inputs, counts, trainer.args, trainer.reference, frozen)
+        given = (model, policy, inputs, counts, trainer.args, trainer.reference, frozen)
+        result = batch_loss(*given, router=trainer.router)
         trainer.accelerator.backward(result.loss)
     del reserved
 

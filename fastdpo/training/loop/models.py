@@ -17,6 +17,7 @@ from fastdpo.integrations.auto_class import auto_class, read_config, sees_images
 from fastdpo.integrations.lm_head import unwrap
 from fastdpo.integrations.processor import tokenizer_of
 from fastdpo.integrations.virtual_tokens import has_prefix
+from fastdpo.training.loop.quantised import compute_alike, is_quantised, prepare_quantised
 from fastdpo.training.reference.sources import disable_dropout, is_adapter_model
 from fastdpo.training.settings.checkpointing import recomputes_activations
 from fastdpo.training.settings.config import PreferenceConfig
@@ -55,6 +56,8 @@ def load_model(
         raise ImportError(f"{what}: {name} is an adapter, which needs peft: pip install peft") from None
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{what}: could not load {name!r}: {first_line(error)}") from error
+    if is_quantised(model):
+        compute_alike(model)
     return model
 
 
@@ -138,6 +141,8 @@ def prepare_policy(model: str | nn.Module, args: PreferenceConfig, peft_config: 
         ImportError: ``peft_config`` without peft.
     """
     policy = load_model(model, dtype=weights_dtype(model, peft_config)) if isinstance(model, str) else model
+    if is_quantised(policy):
+        prepare_quantised(policy, args, is_adapted=peft_config is not None or is_adapter_model(policy))
     if args.disable_dropout:
         # Before the adapter is added: a dropout in peft_config is asked for.
         disable_dropout(policy)
@@ -158,8 +163,6 @@ def prepare_policy(model: str | nn.Module, args: PreferenceConfig, peft_config: 
             "in rounding; load them as float32 (bf16=True still computes in bfloat16) or train an adapter",
             next(policy.parameters()).dtype,
         )
-    if getattr(getattr(policy, "config", None), "output_router_logits", False):
-        raise ValueError("model: a router loss (output_router_logits=True) is not supported by this version")
     return policy
 
 

@@ -28,6 +28,7 @@ from fastdpo.losses.weights import wpo_weights
 from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.forward import divergence_logps, fused_loss, token_logps
 from fastdpo.training.batches.pair_tokens import LossTokens, loss_tokens
+from fastdpo.training.batches.router import router_losses
 from fastdpo.training.loop.loss_state import GetValues, StepValues
 from fastdpo.training.loop.metrics import MetricSums
 from fastdpo.training.reference.sources import Reference
@@ -71,6 +72,7 @@ def batch_loss(
     reference: Reference,
     values: GetValues = no_values,
     *,
+    router: float = 0.0,
     over_ranks: bool = False,
 ) -> PreferenceLossOutput:
     """The loss of a batch as its share of the mean over ``counts``; of pairs, numbers are chosen first.
@@ -79,15 +81,33 @@ def batch_loss(
         model: what the policy's forward goes through: the policy as it was wrapped.
         policy: the policy itself, for a reference that is the policy without its adapter.
         values: gives what the losses carry from step to step (``LossState``).
+        router: weight of a mixture of experts' load-balancing loss, whose mean is over micro-batches, each
+            as many times as it has rows.
         over_ranks: whether every rank computes a batch now, so that a loss may be of all of them.
     """
     if args.needs_divergences:
-        return _divergence_loss(model, policy, batch, counts, args, reference)
+        with router_losses(are_wanted=router != 0) as found:
+            result = _divergence_loss(model, policy, batch, counts, args, reference)
+        return _with_router(result, found, router * batch.loss_rows / counts.rows)
     # The reference first: its activations are gone before the policy's are made.
     ref_logps = reference.logps(policy, batch)
-    if batch.kind.is_paired:
-        return _pair_loss(model, batch, ref_logps, counts, args, values, over_ranks=over_ranks)
-    return _row_loss(model, batch, ref_logps, counts, args, values)
+    with router_losses(are_wanted=router != 0) as found:
+        if batch.kind.is_paired:
+            result = _pair_loss(model, batch, ref_logps, counts, args, values, over_ranks=over_ranks)
+        else:
+            result = _row_loss(model, batch, ref_logps, counts, args, values)
+    return _with_router(result, found, router * batch.loss_rows / counts.rows)
+
+
+def _with_router(
+    result: PreferenceLossOutput, found: Sequence[Tensor], weight: float | Tensor
+) -> PreferenceLossOutput:
+    """The loss with what the routers add to it."""
+    if not found:
+        return result
+    aux_loss = found[-1].to(result.loss.device)
+    loss = result.loss + (weight * aux_loss).to(result.loss.dtype)
+    return result._replace(loss=loss, metrics={**result.metrics, "aux_loss": aux_loss.detach()})
 
 
 def _row_loss(

@@ -30,6 +30,7 @@ from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.budget import budget_dataloader
 from fastdpo.training.batches.collate import pad_token_id
 from fastdpo.training.batches.layouts import choose_collator, like_length_sampler, token_budget
+from fastdpo.training.batches.router import router_coefficient
 from fastdpo.training.batches.stream import stream_dataloader
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import StreamFit, check_fit
@@ -39,6 +40,7 @@ from fastdpo.training.data.stream import StreamDataset, known_rows, may_have_ima
 from fastdpo.training.loop.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.loop.engines import on_device, settle_engine, split_frozen
 from fastdpo.training.loop.folders import is_unused, start_output_dir
+from fastdpo.training.loop.kernels import use_liger
 from fastdpo.training.loop.largest_batch import try_before_scoring
 from fastdpo.training.loop.loss_state import LossState
 from fastdpo.training.loop.metrics import MetricSums
@@ -162,9 +164,11 @@ class PreferenceTrainer(SavingTrainer):
         check_stream_reference(train_dataset, kind)
         find_unused_weights(args, train_dataset)
         ref_model = reference_model(kind, policy, ref_model)
+        use_liger(args, policy, ref_model, teacher_model)
         for patched in (policy, ref_model):
             if patched is not None:
                 ensure_patched(patched, args.execution())
+        self.router = router_coefficient(args, policy)
         monitor = monitor_options(args.over_optimisation_monitor)
         teacher_model = prepare_teacher(args, policy, teacher_model)
         self._owns_output_dir = is_unused(args.output_dir)  # what is in there later on is our own
@@ -338,8 +342,9 @@ class PreferenceTrainer(SavingTrainer):
         policy, values = self.accelerator.unwrap_model(model), self.loss_state.values
         over_ranks = self.accelerator.num_processes > 1
         result = batch_loss(
-            model, policy, inputs, counts, self.args, self.reference, values, over_ranks=over_ranks
-        )
+            model, policy, inputs, counts, self.args, self.reference, values,
+            router=self.router, over_ranks=over_ranks,
+        )  # fmt: skip
         if torch.isfinite(result.loss):
             record(self._sums["train"], inputs, result, nll_on_prompt=bool(self.args.nll_on_prompt))
             self._input_tokens += 0 if inputs.is_filler else inputs.sequence_tokens

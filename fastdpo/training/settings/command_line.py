@@ -82,7 +82,7 @@ def given_settings(kinds: Sequence[type], argv: Sequence[str], *, prog: str = "f
     in_file = read_settings(Path(first.config)) if "config" in first else {}
     import_losses([*_names(in_file.pop("import", None)), *_names(vars(first).get("import"))])
     given, unknown = _Parser(kinds, prog=prog).parse_known_args(argv)
-    known = _known(kinds)
+    known = known_settings(kinds)
     if unknown:
         words = [word for word in unknown if word.startswith("-")] or unknown[:1]
         raise ArgumentError("\n  ".join(_unknown(word, known) for word in words))
@@ -91,8 +91,8 @@ def given_settings(kinds: Sequence[type], argv: Sequence[str], *, prog: str = "f
     return _both(from_file, _ours(flags, known, ""))
 
 
-def _known(kinds: Sequence[type]) -> list[str]:
-    """Names of settings: the losses' options are some of a command that trains."""
+def known_settings(kinds: Sequence[type] = _RUN_TYPES) -> list[str]:
+    """Our names: fields of dataclasses, and of a command that trains the losses' options."""
     return [
         *(name for kind in kinds for name in hints_of(kind)),
         *(all_loss_options() if _trains(kinds) else ()),

@@ -238,6 +238,12 @@ class SettingFields(DataSettings, TrainingArguments):
             "Of a model of images and text: train nothing of what looks at the images, adapters included."
         ),
     )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata=_help(
+            "Weight of the loss that balances a mixture of experts. Default: the model's own; 0 is none."
+        ),
+    )
     disable_dropout: bool = field(default=True, metadata=_help("Set every dropout of the model to 0."))
 
     mode: str = field(

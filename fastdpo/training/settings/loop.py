@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from typing import Any
@@ -46,12 +47,14 @@ FIXED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0, "use the loss option label_smoothing"),
     "label_names": (None, "the collator makes the labels"),
     "average_tokens_across_devices": (True, "the loss is the mean over all ranks' rows"),
-    "use_liger_kernel": (False, "it replaces the forward pass that the fused head lives in"),
-    "liger_kernel_config": (None, "it replaces the forward pass that the fused head lives in"),
     "auto_find_batch_size": (False, "not supported by this version"),
     "length_column_name": ("length", "lengths are counted in the tokenised rows, not read from a column"),
     "do_predict": (False, "there is nothing to predict; evaluations have the rewards"),
 }
+
+
+# Liger's kernels that make the head's product, or take its logits.
+LIGER_OFF = ("cross_entropy", "fused_linear_cross_entropy")
 
 
 def check_sharding(args: SettingFields) -> None:
@@ -76,13 +79,35 @@ def check_loop(args: SettingFields) -> None:
     rate = args.learning_rate
     if rate is not None and not 0 <= rate < math.inf:
         raise ValueError(f"learning_rate: got {rate!r}, wanted a number from 0")
+    weight = args.router_aux_loss_coef
+    if weight is not None and not 0 <= weight < math.inf:
+        raise ValueError(f"router_aux_loss_coef: got {weight!r}, wanted a number from 0")
     for name, (needed, reason) in FIXED.items():
         if getattr(args, name, needed) != needed:
             raise ValueError(f"{name}: got {getattr(args, name)!r}, wanted {needed}: {reason}")
+    _check_liger(args)
     if args.push_to_hub and _is_offline():
         raise ValueError(
             "push_to_hub: got True with HF_HUB_OFFLINE=1 in the environment, wanted one of the two"
         )
+
+
+def _check_liger(args: Any) -> None:
+    """Liger's kernels are for the backbone: its cross entropies, which have the head in them, stay off."""
+    given = dict(args.liger_kernel_config or {})
+    if not args.use_liger_kernel:
+        if given:
+            raise ValueError(f"liger_kernel_config: got {given} without use_liger_kernel, wanted both")
+        return
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError("use_liger_kernel: got True, which needs liger-kernel: pip install liger-kernel")
+    for name in LIGER_OFF:
+        if given.get(name):
+            raise ValueError(
+                f"liger_kernel_config: got {name}, wanted it off: no logits are made, and it would "
+                "replace the forward pass that the fused head is in"
+            )
+    args.liger_kernel_config = {**given, **dict.fromkeys(LIGER_OFF, False)}
 
 
 def check_installed(args: SettingFields) -> None:

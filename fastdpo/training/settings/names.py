@@ -45,14 +45,12 @@ SWITCHES = {
     "group_by_length": ("train_sampling_strategy", "group_by_length"),
     "use_flash_attention_2": ("attn_implementation", "flash_attention_2"),
 }
-_QUANTISED = "quantised weights are not supported by this version"
+_BITS = "load_in_4bit and load_in_8bit are of bitsandbytes"
 _BY_LENGTH = "max_length bounds prompt and answer together, and truncation_mode says which of them is cut"
 _PAD = "the collator pads"
 _TOKENS = "set the tokenizer's own special tokens, and save it"
 # What may be given as off, or as nothing, and not as on; why.
 UNSUPPORTED = {
-    "load_in_4bit": _QUANTISED,
-    "load_in_8bit": _QUANTISED,
     "generate_during_eval": "generations are not supported by this version",
     "is_encoder_decoder": "encoder-decoders are not supported by this version",
     "ignore_bias_buffers": "DDP's buffers are those of the model",
@@ -81,10 +79,6 @@ ELSEWHERE = {
     "model_adapter_name": "the model's active adapter is trained",
     "ref_adapter_name": "ref_model takes a path, reference: adapter the model without its adapter",
     "force_use_ref_model": "not needed: a ref_model that is given is used",
-    "router_aux_loss_coef": "the router's loss is not supported by this version",
-    "bnb_4bit_quant_type": _QUANTISED,
-    "bnb_4bit_quant_storage": _QUANTISED,
-    "use_bnb_nested_quant": _QUANTISED,
     "tools": "each row brings its own, in the column tools",
     # transformers, formerly
     "per_gpu_train_batch_size": "per_device_train_batch_size",
@@ -110,8 +104,8 @@ ELSEWHERE = {
     "lora_target": "lora_target_modules, whose default is every linear layer but the head",
     "additional_target": "lora_modules_to_save",
     "adapter_name_or_path": "model takes an adapter's folder",
-    "quantization_bit": _QUANTISED,
-    "quantization_method": _QUANTISED,
+    "quantization_bit": _BITS,
+    "quantization_method": _BITS,
     "flash_attn": "attn_implementation: flash_attention_2",
     "template": _TEMPLATE,
     "cutoff_len": "max_length",

@@ -11,6 +11,7 @@ from typing import Any
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.hub import check_push, check_there, has_splits, is_adapter, looks_like_path
 from fastdpo.training.settings.own_losses import IMPORTED
+from fastdpo.training.settings.quantisation import QuantisationArguments
 from fastdpo.training.settings.sources import names_of, read_parts
 from fastdpo.training.settings.stream import check_stream_settings
 from fastdpo.training.settings.values import not_default, settle
@@ -29,7 +30,7 @@ def _help(text: str) -> dict[str, Any]:
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(QuantisationArguments):
     """Which model."""
 
     model: str | None = field(
@@ -62,6 +63,10 @@ class ModelArguments:
     )
     revision: str | None = field(default=None, metadata=_help("Branch, tag or commit of a hub model."))
     trust_remote_code: bool = field(default=False, metadata=_help("Run code that comes with the model."))
+    use_kernels: bool = field(
+        default=False,
+        metadata=_help("Replace layers of the backbone by kernels of the hub, where it has some (kernels)."),
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata=_help("Further arguments of from_pretrained, a dict or JSON, as in TRL.")
     )
@@ -72,6 +77,11 @@ class ModelArguments:
         self.dtype = self.dtype or "auto"
         if self.dtype not in DTYPES:
             raise ArgumentError(f"dtype: got {self.dtype!r}, wanted one of {', '.join(DTYPES)}")
+        self.check_quantisation()
+        if self.use_kernels and not _is_installed("kernels"):
+            raise ArgumentError(
+                "use_kernels: got True, which needs kernels, which is not installed: pip install kernels"
+            )
         needed = _ATTENTION.get(self.attn_implementation or "")
         if needed is not None and not _is_installed(needed):
             raise ArgumentError(
@@ -98,14 +108,22 @@ class ModelArguments:
         assert self.model is not None
         return self.model
 
-    def loading_options(self, *, adapted: bool) -> dict[str, Any]:
-        """Keyword arguments of ``load_model``."""
+    def loading_options(
+        self, *, adapted: bool, mixed_precision: str | None = None, device: Any = "cpu"
+    ) -> dict[str, Any]:
+        """Keyword arguments of ``load_model``; few bits are computed with as the run does, on its device."""
         given: Any = self.model_init_kwargs or {}
         dtype = "float32" if self.dtype == "auto" and not adapted else self.dtype
         options: dict[str, Any] = {**given, "dtype": dtype}
-        for name in ("attn_implementation", "revision", "trust_remote_code"):
+        for name in ("attn_implementation", "revision", "trust_remote_code", "use_kernels"):
             if getattr(self, name):
                 options[name] = getattr(self, name)
+        if self.is_quantised:
+            computes_in = "float32" if self.dtype == "auto" else str(self.dtype)
+            options["quantization_config"] = self.quantisation_config(
+                {"bf16": "bfloat16", "fp16": "float16"}.get(str(mixed_precision), computes_in)
+            )
+            options["device_map"] = {"": str(device)}
         return options
 
 
@@ -315,6 +333,12 @@ class RunArguments:
         for name, value in (("model", self.model.model), ("dataset", self.data.dataset)):
             if not value:
                 raise ArgumentError(f"--{name} is required")
+        if self.model.is_quantised and not self.is_adapted:
+            name = "load_in_4bit" if self.model.load_in_4bit else "load_in_8bit"
+            raise ArgumentError(
+                f"--{name}: got True without an adapter, wanted --use_peft, or an adapter as --model: "
+                "weights of so few bits cannot be trained"
+            )
         if self.data.dataset_streaming:
             check_stream_settings(self.config)
         losses, teacher = ", ".join(self.config.loss_type), self.model.teacher_model
@@ -331,6 +355,13 @@ class RunArguments:
     def is_adapted(self) -> bool:
         """Whether an adapter is trained: a new one, or the one that ``model`` is."""
         return self.adapter.use_peft or is_adapter(self.model.name)
+
+    def loading_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``load_model``."""
+        quantised: dict[str, Any] = {}
+        if self.model.is_quantised:
+            quantised = {"mixed_precision": self.config.mixed_precision, "device": self.config.device}
+        return self.model.loading_options(adapted=self.is_adapted, **quantised)
 
     def told(self) -> dict[str, Any]:
         """What is not in ``config``, where it is not the default: for ``settings.yaml``."""

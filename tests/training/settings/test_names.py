@@ -84,9 +84,8 @@ RECIPES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "alignment-handbook, zephyr-7b-beta, DPO QLoRA": (
         _HANDBOOK + " evaluation_strategy use_peft lora_r lora_alpha lora_dropout lora_target_modules "
-        "preprocessing_num_workers dataset_mixer",
+        "preprocessing_num_workers dataset_mixer load_in_4bit",
         {
-            "load_in_4bit": "quantised weights are not supported",
             "dataset_splits": "dataset_split and eval_dataset_split",
             "max_prompt_length": _LENGTH,
         },
@@ -127,10 +126,9 @@ RECIPES: dict[str, tuple[str, dict[str, str]]] = {
     "axolotl, mistral QLoRA, ORPO": (
         _AXOLOTL
         + " remove_unused_columns lora_target_modules fp16 local_rank debug deepspeed fsdp fsdp_config "
-        "warmup_steps group_by_length",
+        "warmup_steps group_by_length load_in_4bit",
         {
             **_AXOLOTL_REFUSED,
-            "load_in_4bit": "quantised weights are not supported",
             "strict": "not needed",
             "orpo_alpha": "beta, with loss_type: orpo",
             "lora_fan_in_fan_out": "not needed",
@@ -153,7 +151,6 @@ _VALUES: dict[str, Any] = {
     "warmup_ratio": 0.1,
     "padding_free": True,
     "use_flash_attention_2": True,
-    "load_in_4bit": True,
 }
 
 
@@ -161,8 +158,6 @@ _VALUES: dict[str, Any] = {
 def test_what_the_settings_of_a_recipe_are_here(recipe: str):
     taken, refused = RECIPES[recipe]
     given: dict[str, Any] = {name: _VALUES.get(name) for name in (*taken.split(), *refused)}
-    if "load_in_4bit" in taken:
-        given["load_in_4bit"] = False
     ours, problems = our_names(given, KNOWN)
     assert set(ours) <= set(KNOWN) and len(problems) == len(refused)
     for problem, (name, text) in zip(problems, refused.items(), strict=True):
@@ -200,8 +195,8 @@ def test_simpo_without_its_loss_does_not_train_as_dpo(tmp_path: Path):
         ("group_by_length", False, {}),
         ("group_by_length", "yes", {"train_sampling_strategy": "group_by_length"}),
         ("use_flash_attention_2", True, {"attn_implementation": "flash_attention_2"}),
-        ("load_in_4bit", False, {}),
-        ("load_in_8bit", None, {}),
+        ("is_encoder_decoder", False, {}),
+        ("pad_token", None, {}),
         ("learning-rate", 1, {"learning_rate": 1}),
     ],
 )
@@ -214,10 +209,7 @@ def test_names_that_mean_the_same(theirs: str, value: Any, ours: dict[str, Any])
     ("given", "problem"),
     [
         ({"warmup_ratio": 1}, "warmup_ratio: got 1, wanted a share in [0, 1), or warmup_steps"),
-        (
-            {"load_in_4bit": True},
-            "load_in_4bit: got True, wanted none or false: quantised weights are not supported",
-        ),
+        ({"pad_token": "x"}, "pad_token: got 'x', wanted none or false: set the tokenizer's own"),
         ({"model": "a", "model_name_or_path": "b"}, "model and model_name_or_path: give one of the two"),
         (
             {"padding_free": True, "batch_layout": "padded"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -56,6 +57,9 @@ VALUES: dict[str, Any] = {
     "deepspeed": None,
     "fsdp": None,
     "project": "p",
+    "bnb_4bit_quant_type": "fp4",
+    "bnb_4bit_quant_storage": "bfloat16",
+    "router_aux_loss_coef": 0.25,
 }
 # Of another start, hardware, or tied to a second option.
 NOT_TRIED = (
@@ -121,7 +125,8 @@ TRIED = [name for name in TRIED if _value(name) is not None]
 
 
 @pytest.mark.parametrize("name", TRIED)
-def test_a_value_under_trls_name_arrives(tmp_path: Path, name: str):
+def test_a_value_under_trls_name_arrives(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: object())  # bitsandbytes, Liger
     option, value = OPTIONS[name], _value(name)
     more: dict[str, Any] = {}
     if option.ours in all_loss_options():
@@ -129,8 +134,10 @@ def test_a_value_under_trls_name_arrives(tmp_path: Path, name: str):
         more["loss_type"] = LOSS.get(name, next(iter(takers)))
     if name == "f_alpha_divergence_coef":
         more["f_divergence_type"] = "alpha_divergence"
-    if name.startswith(("lora_", "use_rslora", "use_dora")):
+    if name.startswith(("lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb")):
         more["use_peft"] = True
+    if "bnb" in name:
+        more["load_in_4bit"] = True
     if name == "loss_weights":
         more["loss_type"] = ["sigmoid"]
     found = _found(_parse(tmp_path, **{**more, name: value}), option.ours)

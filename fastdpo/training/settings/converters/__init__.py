@@ -1,0 +1,1 @@
+"""Other libraries' run files in our words: ``fastdpo convert-config``."""
