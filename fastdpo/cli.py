@@ -124,6 +124,8 @@ def train(argv: Sequence[str]) -> None:
     if trainer.eval_dataset is not None and not trainer.is_evaluated:
         trainer.evaluate()
         trainer.create_model_card()  # with what the evaluation found
+        if arguments.config.push_to_hub:
+            trainer.push_to_hub()
     if trainer.is_world_process_zero():
         seconds = output.metrics.get("train_runtime", 0.0)
         folder = arguments.config.output_dir

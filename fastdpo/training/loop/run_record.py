@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 import fastdpo
 from fastdpo.training.loop.announce import betas_of
+from fastdpo.training.loop.curves import CURVES_FILE
 from fastdpo.training.reference.sources import is_adapter_model
 from fastdpo.training.settings.config import PreferenceConfig
 
@@ -51,7 +56,11 @@ def write_card(trainer: Any, folder: Path) -> None:
         pipeline_tag="text-generation",
         tags=[TAG, "preference-optimization", *trainer.args.loss_type, *(["lora"] if is_adapter else [])],
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(trainer, base, is_adapter)}").save(folder / CARD_FILE)
+    text = _text(trainer, base, is_adapter)
+    if (folder / CURVES_FILE).is_file():
+        text += f"\n![what the run logged]({CURVES_FILE})\n"
+    text += _citations(trainer.args)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / CARD_FILE)
 
 
 def _base_name(model: Any) -> str | None:
@@ -77,6 +86,7 @@ def _text(trainer: Any, base: str | None, is_adapter: bool) -> str:
         "data": None if pairs is None else str(pairs.report).replace("|", "\\|"),
         "steps": f"{state.global_step} (epoch {state.epoch or 0:.2f})",
         "peak learning rate": f"{args.learning_rate:g}",
+        "versions": _versions(is_adapter),
         **_last_values(state.log_history),
     }
     table = "".join(f"| {title} | {text} |\n" for title, text in rows.items() if text)
@@ -88,6 +98,31 @@ def _text(trainer: Any, base: str | None, is_adapter: bool) -> str:
         f"```python\n{loading}\nfrom transformers import AutoTokenizer\n\n"
         f'model = Model.from_pretrained("{name}")\ntokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n'
     )
+
+
+def _versions(is_adapter: bool) -> str:
+    found = {
+        "fastdpo": fastdpo.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if is_adapter:
+        import peft
+
+        found["peft"] = peft.__version__
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _citations(args: PreferenceConfig) -> str:
+    """BibTeX of the losses' papers, by their arXiv ids, and of fastdpo."""
+    entries = [
+        f"@misc{{{spec.name},\n  eprint = {{{number}}},\n  archivePrefix = {{arXiv}},\n"
+        f"  url = {{https://arxiv.org/abs/{number}}}\n}}"
+        for spec in args.losses
+        for number in re.findall(r"\b\d{4}\.\d{4,5}\b", spec.paper)[:1]
+    ]
+    entries.append(f"@software{{fastdpo,\n  title = {{fastdpo}},\n  version = {{{fastdpo.__version__}}}\n}}")
+    return "\n## How to cite\n\n```bibtex\n" + "\n\n".join(entries) + "\n```\n"
 
 
 def _what_is_trained(model: Any, is_adapter: bool) -> str:

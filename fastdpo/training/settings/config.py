@@ -109,6 +109,9 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = wanted
         self.gradient_checkpointing = None
+        if self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        self.gradient_checkpointing_kwargs = None
 
     def _check_losses(self) -> None:
         kind_of(self.losses)  # raises for losses that want unlike data

@@ -70,6 +70,9 @@ def test_the_card(make_args: MakeArgs, tokenizer: Any, adapter: Any):
             "| beta | 0.1 |",
             "dataset: 8 of 8 pairs kept",
             "| steps | 1 (",
+            "| versions | fastdpo ",
+            "eprint = {2305.18290}",
+            "@software{fastdpo,",
         ):
             assert text in card.text
         assert "More Information Needed" not in card.text
@@ -105,3 +108,45 @@ def test_where_nobody_said_is_said(
         PreferenceTrainer(tiny_llama(), args, train_dataset=make_rows(4), processing_class=tokenizer).train()
         text = "no output_dir is given: what this run writes goes into trainer_output"
         assert (text in caplog.text) == (given is None)
+
+
+def test_what_is_pushed(train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """To a stand-in of the hub: the model, its card with the curves and the evaluation, and the settings."""
+    import huggingface_hub
+    from transformers import trainer as of_trainer
+
+    pushed: list[tuple[str, dict[str, str]]] = []
+
+    def upload(*_: Any, repo_id: str, folder_path: Any, **__: Any) -> Any:
+        files = {p.name: p.read_text(errors="replace") for p in Path(folder_path).iterdir() if p.is_file()}
+        pushed.append((repo_id, files))
+        return type("Commit", (), {"done": lambda self: True, "result": lambda self: None})()
+
+    name = type("Repository", (), {"repo_id": "me/model"})()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self, token=None: {"name": "me"})
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *args, **kwargs: name)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    # Releases before 5.24 take them as functions.
+    monkeypatch.setattr(of_trainer, "create_repo", lambda *args, **kwargs: name, raising=False)
+    monkeypatch.setattr(of_trainer, "upload_folder", upload, raising=False)
+    assert train(*"--push_to_hub --hub_model_id me/model --held_out 4".split()) == 0
+    assert {repo for repo, _ in pushed} == {"me/model"}
+    files = pushed[-1][1]
+    assert {
+        "README.md",
+        "settings.yaml",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    } <= files.keys()
+    assert "eval_loss" in files["README.md"] and "How to cite" in files["README.md"]
+    assert "hub_token" not in files["settings.yaml"]
+
+
+def test_no_warning_of_transformers_own_names(make_args: MakeArgs, recwarn: pytest.WarningsRecorder):
+    """Of what is set by the name before: transformers 5.23 has another, and says so in every run."""
+    args = make_args(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
+    found: Any = getattr(args, "activation_checkpointing_kwargs", args.gradient_checkpointing_kwargs)
+    assert found == {"use_reentrant": False}
+    assert not [w for w in recwarn.list if "gradient_checkpointing" in str(w.message)]
