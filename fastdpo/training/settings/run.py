@@ -109,7 +109,7 @@ class ModelArguments(QuantisationArguments):
         return self.model
 
     def loading_options(
-        self, *, adapted: bool, mixed_precision: str | None = None, device: Any = "cpu"
+        self, *, adapted: bool, mixed_precision: str | None = None, device: Any = None
     ) -> dict[str, Any]:
         """Keyword arguments of ``load_model``; few bits are computed with as the run does, on its device."""
         given: Any = self.model_init_kwargs or {}
@@ -123,7 +123,8 @@ class ModelArguments(QuantisationArguments):
             options["quantization_config"] = self.quantisation_config(
                 {"bf16": "bfloat16", "fp16": "float16"}.get(str(mixed_precision), computes_in)
             )
-            options["device_map"] = {"": str(device)}
+            if device is not None:
+                options["device_map"] = {"": str(device)}
         return options
 
 
