@@ -20,8 +20,8 @@ def is_quantised(model: Any) -> bool:
 def prepare_quantised(model: Any, args: PreferenceConfig, *, is_adapted: bool) -> None:
     """Make a base of few bits ready for an adapter, with peft's ``prepare_model_for_kbit_training``.
 
-    That freezes it and makes what is of 16 bits fp32: norms are small. Head and embeddings are not: they go
-    back to the dtype that they were loaded in, whose products the head makes anyway.
+    That freezes it and makes what is of 16 bits fp32: norms are small. Head and embeddings are not: under
+    autocast they go back to the dtype that they were loaded in, whose products the head makes anyway.
 
     Raises:
         ValueError: no adapter, which alone can be trained, or an engine that would split the base.
@@ -46,7 +46,7 @@ def prepare_quantised(model: Any, args: PreferenceConfig, *, is_adapted: bool) -
     prepare_model_for_kbit_training(
         inner, use_gradient_checkpointing=recomputes_activations(args), gradient_checkpointing_kwargs=how
     )
-    for layer, dtype in kept.items():
+    for layer, dtype in kept.items() if args.bf16 or args.fp16 else ():
         layer.weight.data = layer.weight.data.to(dtype)
     for parameter in trained:  # of an adapter that came with the model
         parameter.requires_grad_(True)
