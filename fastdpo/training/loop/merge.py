@@ -128,7 +128,7 @@ def _tokenizer(adapter: str, base: str, options: dict[str, Any]) -> Any:
     """The adapter's, which may have a chat template of its own, or the base's; None where neither has one."""
     for name in (adapter, base):
         try:
-            return load_tokenizer(name, **options)
+            return load_tokenizer(name, or_processor=True, **options)
         except ValueError:
             continue
     return None
