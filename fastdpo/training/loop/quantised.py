@@ -31,7 +31,7 @@ def prepare_quantised(model: Any, args: PreferenceConfig, *, is_adapted: bool) -
             "model: got one of 4 or 8 bits without an adapter, wanted one, or peft_config: weights of so few "
             "bits cannot be trained"
         )
-    engine = told_engine(args)[0]
+    engine = told_engine(args)
     if engine in ("FSDP2", "ZeRO-3"):
         raise ValueError(
             f"model: got one of 4 or 8 bits under {engine}, wanted DDP or ZeRO-2: what is packed is not split"

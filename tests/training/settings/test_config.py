@@ -85,7 +85,6 @@ MakeArgs = Callable[..., PreferenceConfig]
         ({"on_nonfinite_loss": "hope"}, "on_nonfinite_loss"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing"),
-        ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
         ({"fsdp": True, "fsdp_config": {"version": 1}}, "fsdp: got version 1, .* wanted FSDP2"),
