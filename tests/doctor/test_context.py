@@ -96,6 +96,7 @@ def test_few_layers_tell_of_many(is_lora: bool):
         assert 0.98 * whole <= few <= 1.02 * whole + of_words, way
 
 
+@pytest.mark.slow
 def test_a_carried_step_takes_keys_values_gradients_and_a_constant():
     """Beside them grows what one layer's attention works on; hidden states are of labelled tokens alone."""
     kept_a_token = 2 * 2 * 6 * 128 * 4  # keys and values, with gradients, of six layers of 2 heads of 64
