@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import importlib.util
 import pickle
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdpo import Forest, forest_batch
-from fastdpo.integrations.forest import backends
+from fastdpo.integrations.forest import attention, backends
 from fastdpo.integrations.forest.attention import own_attention, restore_attention
 from fastdpo.integrations.forest.backends import attend
 from fastdpo.integrations.forest.plant import plant
@@ -316,6 +317,17 @@ def test_a_model_in_another_process_knows_its_attention():
     )
     assert float(done.stdout.split()[-1]) == pytest.approx(float(wanted.sum()), rel=1e-6)
     assert unpatch_model(model).config._attn_implementation == "sdpa"
+
+
+def test_older_transformers_are_for_all_else(monkeypatch: pytest.MonkeyPatch):
+    """Without a registry the hook is imported all the same, and forests say what they need."""
+    monkeypatch.setitem(sys.modules, "transformers.masking_utils", None)
+    spec: Any = importlib.util.spec_from_file_location("older", attention.__file__)
+    older = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(older)
+    with pytest.raises(ValueError, match=r"forest: got transformers \d.*, wanted 4.53 or newer"):
+        with older.attention_by(make_model("llama"), attention.OverForest(Forest.of_sequences([3]))):
+            pass
 
 
 def test_checkpointed_layers_see_the_forest_again():

@@ -15,15 +15,22 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo.integrations.backbone_config import text_config
 from fastdpo.integrations.forest.backends import attend
 from fastdpo.integrations.forest.segments import Forest
 from fastdpo.integrations.lm_head import unwrap
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    _HAS_REGISTRY = True
+except ImportError:  # releases before 4.53, in which the hook runs without forests
+    _HAS_REGISTRY = False
 
 # Behind the name of a model's own implementation. transformers looks for names in it, as "flash" or "sdpa".
 _SUFFIX = "_in_forests"
@@ -58,8 +65,13 @@ def attention_by(model: nn.Module, use: Attention) -> Iterator[None]:
 
     Raises:
         ValueError: its attention does not come from transformers' registry, or its layers did not hand the
-            forest on.
+            forest on; or a release of transformers without one.
     """
+    if not _HAS_REGISTRY:
+        raise ValueError(
+            f"forest: got transformers {transformers.__version__}, wanted 4.53 or newer, whose layers take "
+            "their attention from a registry"
+        )
     _exchange_attention(model)
     token = _USED.set(use)
     try:
@@ -142,6 +154,7 @@ def _eager_function(module: nn.Module) -> Callable[..., Any]:
 
 
 # A pickled model may come to a process in which no forest was seen yet.
-for _own in ("eager", *ALL_ATTENTION_FUNCTIONS):
-    if not _own.endswith(_SUFFIX):
-        _register(_own)
+if _HAS_REGISTRY:
+    for _own in ("eager", *ALL_ATTENTION_FUNCTIONS):
+        if not _own.endswith(_SUFFIX):
+            _register(_own)
