@@ -19,12 +19,10 @@ def run_ranks(module: str, *arguments: str, world: int = 2, seconds: float = 240
     Raises:
         AssertionError: a rank failed, or was not done in time; with what the ranks printed. None is left.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
         logs = [Path(folder) / f"{rank}.log" for rank in range(world)]
-        ranks = [_start(module, arguments, rank, world, port, logs[rank]) for rank in range(world)]
+        ranks = [start(module, arguments, rank, world, port, logs[rank]) for rank in range(world)]
         try:
             end = time.monotonic() + seconds
             while any(rank.poll() is None for rank in ranks):
@@ -47,9 +45,17 @@ def run_ranks(module: str, *arguments: str, world: int = 2, seconds: float = 240
     return printed
 
 
-def _start(
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def start(
     module: str, arguments: tuple[str, ...], rank: int, world: int, port: int, log: Path
 ) -> subprocess.Popen[bytes]:
+    """One rank of several, which prints into ``log``."""
     environment = {
         **os.environ,
         "RANK": str(rank),

@@ -43,13 +43,9 @@ from fastdpo.training.loop.folders import is_unused, start_output_dir
 from fastdpo.training.loop.kernels import use_liger
 from fastdpo.training.loop.largest_batch import try_before_scoring
 from fastdpo.training.loop.loss_state import LossState
+from fastdpo.training.loop.lost_ranks import lost_ranks_named
 from fastdpo.training.loop.metrics import MetricSums
-from fastdpo.training.loop.models import (
-    check_trained,
-    load_tokenizer,
-    other_model,
-    prepare_policy,
-)
+from fastdpo.training.loop.models import check_trained, load_tokenizer, other_model, prepare_policy
 from fastdpo.training.loop.offload import offloaded_activations
 from fastdpo.training.loop.over_optimisation import OverOptimisationMonitor
 from fastdpo.training.loop.reference_sync import sync_reference
@@ -296,21 +292,23 @@ class PreferenceTrainer(SavingTrainer):
         Raises:
             ValueError: the output directory is in use and this run neither resumes nor overwrites it.
             NonFiniteLossError: under ``on_nonfinite_loss="stop"``.
+            LostRankError: another rank was killed, or ended with an error; names it.
         """
-        check_same_ranks(self)
-        self.resumed_from = self._find_checkpoint(resume_from_checkpoint)
-        if self.resumed_from is None and not self._owns_output_dir:
-            on_main(self.accelerator, lambda: start_output_dir(self.args))
-        self._owns_output_dir = True
-        is_offloaded = self.args.offload_activations
-        with offloaded_activations(self.model) if is_offloaded else contextlib.nullcontext():
-            if self.args.longest_batch_first and self._will_score(self.train_dataset):
-                try_before_scoring(self)
-            self.train_dataset = self._with_reference(self.train_dataset)
-            self.eval_dataset = self._with_reference(self.eval_dataset)
-            if self._precomputed is not None:
-                self._precomputed.model_will_change()
-            output: TrainOutput = super().train(self.resumed_from, trial, ignore_keys_for_eval)
+        with lost_ranks_named(self):
+            check_same_ranks(self)
+            self.resumed_from = self._find_checkpoint(resume_from_checkpoint)
+            if self.resumed_from is None and not self._owns_output_dir:
+                on_main(self.accelerator, lambda: start_output_dir(self.args))
+            self._owns_output_dir = True
+            is_offloaded = self.args.offload_activations
+            with offloaded_activations(self.model) if is_offloaded else contextlib.nullcontext():
+                if self.args.longest_batch_first and self._will_score(self.train_dataset):
+                    try_before_scoring(self)
+                self.train_dataset = self._with_reference(self.train_dataset)
+                self.eval_dataset = self._with_reference(self.eval_dataset)
+                if self._precomputed is not None:
+                    self._precomputed.model_will_change()
+                output: TrainOutput = super().train(self.resumed_from, trial, ignore_keys_for_eval)
         report_stream(self.train_dataset)
         return output
 
