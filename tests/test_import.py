@@ -9,6 +9,8 @@ import subprocess
 import sys
 from types import ModuleType
 
+import pytest
+
 import fastdpo
 from fastdpo.losses.registry import preference_loss
 from tests import ROOT
@@ -113,6 +115,7 @@ def test_import_has_no_side_effect():
     _run(OBSERVE, REPORT, *checks)
 
 
+@pytest.mark.promise(44)
 def test_import_and_use_without_optional_libraries():
     _run(OBSERVE, BLOCK, "import fastdpo", USE)
 

@@ -38,21 +38,6 @@ def pack_objective(
         divisors: of the whole batch (``Objective.divisors``), which take the place of its counts.
     """
     tensors: list[Tensor] = []
-    device = rows.tokens.segment_ids.device
-
-    def plain(value: Any) -> Any:
-        """Python's own, as ``repr`` writes it: of NumPy's floats and texts it would write the class."""
-        if isinstance(value, Tensor) and not (value.dim() == 0 and value.device.type == "cpu" != device.type):
-            tensors.append(value)
-            return (len(tensors) - 1,)
-        if isinstance(value, Mapping):
-            return {str(name): plain(item) for name, item in value.items()}
-        if hasattr(value, "tolist"):  # also a number that is on the host: kernels want theirs on the device
-            return value.tolist()
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, str) else value
-
     counts = ("num_pairs", "num_tokens")
     parts = {
         "loss": {name: value for name, value in loss_arguments.items() if name not in counts},
@@ -61,20 +46,35 @@ def pack_objective(
         "segments": segments,
         "divisors": divisors,
     }
-    return repr(plain(parts)), tensors
+    return repr(_plain(parts, tensors, rows.tokens.segment_ids.device)), tensors
+
+
+# Not functions within the others: one that calls itself is a circle, which keeps the tensors past the call.
+def _plain(value: Any, tensors: list[Tensor], device: torch.device) -> Any:
+    """Python's own, as ``repr`` writes it: of NumPy's floats and texts it would write the class."""
+    if isinstance(value, Tensor) and not (value.dim() == 0 and value.device.type == "cpu" != device.type):
+        tensors.append(value)
+        return (len(tensors) - 1,)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, tensors, device) for name, item in value.items()}
+    if hasattr(value, "tolist"):  # also a number that is on the host: kernels want theirs on the device
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, tensors, device) for item in value]
+    return str(value) if isinstance(value, str) else value
+
+
+def _restored(value: Any, tensors: Sequence[Tensor]) -> Any:
+    if isinstance(value, tuple):
+        return tensors[value[0]]
+    if isinstance(value, dict):
+        return {name: _restored(item, tensors) for name, item in value.items()}
+    return [_restored(item, tensors) for item in value] if isinstance(value, list) else value
 
 
 def _unpack_objective(parameters: str, tensors: Sequence[Tensor]) -> GroupLoss:
     """What ``pack_objective`` made, as a function of a group."""
-
-    def restored(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tensors[value[0]]
-        if isinstance(value, dict):
-            return {name: restored(item) for name, item in value.items()}
-        return [restored(item) for item in value] if isinstance(value, list) else value
-
-    parts = restored(literal_eval(parameters))
+    parts = _restored(literal_eval(parameters), tensors)
     of_loss, divisors, places = parts["loss"], parts["divisors"], parts["segments"].tolist()
     segment_ids = parts["tokens"]["segment_ids"]
     batch = Rows(RowTokens(places[-1], segment_ids, **parts["tokens"]), **parts["rows"])

@@ -221,6 +221,7 @@ def payload(median: float, noise: float = 0.01, **more: Any) -> dict[str, Any]:
     return {"file": "x.json", "environment": info, "results": [result("a", contenders=cells, **more)]}
 
 
+@pytest.mark.promise(58)
 @pytest.mark.parametrize(
     ("median", "noise", "code", "said"),
     [

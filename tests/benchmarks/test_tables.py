@@ -190,6 +190,7 @@ def test_what_failed_and_what_was_skipped_stand_in_the_page(tmp_path: Path) -> N
     assert "* skipped: does not fit: needs at least 99 bytes" in page
 
 
+@pytest.mark.promise(57)
 def test_the_readme_the_page_and_the_plots_are_what_the_results_give() -> None:
     assert tables.main(["--check"]) == 0
 

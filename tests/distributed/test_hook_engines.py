@@ -38,6 +38,7 @@ def zero() -> dict[str, Any]:
     return _results("tests.distributed.zero_run")
 
 
+@pytest.mark.promise(51)
 @pytest.mark.parametrize("name", FSDP)
 def test_fsdp_gives_what_one_process_gives(fsdp: dict[str, Any], name: str):
     found = fsdp[name]
@@ -81,6 +82,7 @@ def test_fewer_bytes_move_where_the_weight_stays(fsdp: dict[str, Any]):
     assert sum(chosen["sent"].values()) == moved[1] + 8  # and the number of tokens that decides
 
 
+@pytest.mark.promise(51)
 @pytest.mark.parametrize("name", ZERO)
 def test_zero_gives_what_one_process_gives(zero: dict[str, Any], name: str):
     found = zero[name]

@@ -31,6 +31,7 @@ def test_two_steps_give_the_weights_of_one_process(results: list[dict[str, Any]]
     assert results[0][name]["error"] < 1e-6 < 1e-4 < results[0][name]["moved"]
 
 
+@pytest.mark.promise(65)
 @pytest.mark.parametrize(
     "name",
     [
@@ -61,6 +62,7 @@ def test_parts_in_16_bits_are_as_near_to_the_truth_as_the_gathered_weight(result
     assert error < 1.2 * found["weight"][0] and kept == found["weight"][1:]
 
 
+@pytest.mark.promise(66)
 @pytest.mark.parametrize(
     ("name", "said"),
     [

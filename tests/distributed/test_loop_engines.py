@@ -40,6 +40,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+@pytest.mark.promise(51)
 @pytest.mark.parametrize("name", LOOP)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_trains_as_one_process(engine: str, name: str, ran: dict[str, Path], alone: dict[str, Any]):

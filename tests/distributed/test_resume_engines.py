@@ -71,6 +71,7 @@ def found_in(folder: Path, way: str) -> dict[str, Any]:
     return dict(found)
 
 
+@pytest.mark.promise(54)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_goes_on_to_the_same_curve(way: str, folder: Path):
     found = found_in(folder, way)
@@ -110,6 +111,7 @@ def test_a_missing_shard_is_named(folder: Path, tmp_path: Path):
         resume(tmp_path, "sharded:alone")
 
 
+@pytest.mark.promise(69)
 def test_what_was_not_written_to_its_end_is_refused(folder: Path, tmp_path: Path):
     shutil.copytree(folder / "ddp" / "checkpoint-2", tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / "preference_run.json").unlink()

@@ -23,6 +23,7 @@ def results() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.promise(65)
 @pytest.mark.parametrize("name", TENSOR_PARALLEL)
 def test_it_gives_what_one_process_gives(results: dict[str, Any], name: str):
     assert "raised" not in results[name], results[name]["raised"]

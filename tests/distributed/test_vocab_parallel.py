@@ -33,6 +33,7 @@ def three() -> list[dict[str, Any]]:
     return _results(3)
 
 
+@pytest.mark.promise(65)
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VOCABULARY_SHARDS)
@@ -81,6 +82,7 @@ def test_pairs_take_three_products_and_an_exchange_a_group(
     assert ranks[0]["pairs, fp32"]["products"] - 6 < 0.01
 
 
+@pytest.mark.promise(66)
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.promise(22)
 @pytest.mark.parametrize(("changed", "error", "message"), BAD_CALLS, ids=[case[2][:60] for case in BAD_CALLS])
 def test_bad_call(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = {"hidden": HIDDEN, "lm_head": HEAD, "labels": LABELS, "ref_hidden": HIDDEN} | changed

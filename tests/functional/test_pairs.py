@@ -65,6 +65,7 @@ def test_equals_dense_fp64(name: str, options: dict[str, float], dtype: torch.dt
     assert not grads[0][predicts_nothing].any()
 
 
+@pytest.mark.promise(10)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize(
     "execution",
@@ -258,6 +259,7 @@ def test_all_labels_ignored(name: str, packed: bool) -> None:
     assert all(value.item() == 0.0 for value in out.metrics.values())
 
 
+@pytest.mark.promise(19)
 def test_pair_without_tokens_changes_nothing_and_one_empty_answer_is_finite() -> None:
     batch = make_batch()
     hidden, weight = batch.leaves()

@@ -110,6 +110,7 @@ def test_reference_in_the_same_call_costs_one_pass_more() -> None:
     assert count_passes(lambda: run(pairs, hidden, head, SMALL).loss.backward(), *sizes) == 4
 
 
+@pytest.mark.promise(10)
 @pytest.mark.parametrize("name", ["score", "stash", "cache", "pairs", "recompute", "lean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_policy_equal_to_reference_in_every_mode(name: str, dtype: torch.dtype) -> None:
@@ -142,6 +143,7 @@ def test_incoming_gradient_scales(factor: float) -> None:
     torch.testing.assert_close(head.weight.grad, want[1] * factor)
 
 
+@pytest.mark.promise(28)
 def test_backward_twice() -> None:
     """What was handed out stays as it was, and the second pass gives the same by recomputation."""
     pairs = make_pairs()
@@ -206,6 +208,7 @@ def test_only_what_needs_a_gradient(leaf: str) -> None:
         assert tensor.grad is None if name != leaf else torch.equal(tensor.grad, value)
 
 
+@pytest.mark.promise(35)
 def test_opcheck() -> None:
     from fastdpo.functional import path as functional
 
@@ -224,6 +227,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(grouped_loss_op, recorded[0])
 
 
+@pytest.mark.promise(36)
 def test_torch_compile_sees_one_graph() -> None:
     pairs = make_pairs(lengths=((2, 3), (1, 4)), vocab=101)
     want_out, want = gradients(pairs, mode("pairs"))

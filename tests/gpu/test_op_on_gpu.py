@@ -42,6 +42,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.promise(1, 2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ["cache", "cache_partly", "recompute", "lean"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "logit_scale": 2.5, "temperature": 0.6}])
@@ -135,6 +136,7 @@ def _step_with_an_index(backend: str, mode: str) -> Callable[[], tuple[Tensor, .
 INDEX_MODES = ["score", "stash", "cache", "recompute", "lean"]
 
 
+@pytest.mark.promise(37)
 @pytest.mark.parametrize("mode", INDEX_MODES)
 def test_no_synchronisation_with_a_given_index(backend: str, mode: str) -> None:
     step = _step_with_an_index(backend, mode)
@@ -147,6 +149,7 @@ def test_no_synchronisation_with_a_given_index(backend: str, mode: str) -> None:
     assert all(map(torch.equal, expected, again))
 
 
+@pytest.mark.promise(39)
 def test_same_bits_in_every_mode_and_run(backend: str) -> None:
     case = make_case(vocab=32000, device=CUDA)
     with torch.no_grad():
@@ -162,6 +165,7 @@ def test_same_bits_in_every_mode_and_run(backend: str) -> None:
             assert one is not None and two is not None and torch.equal(one, two)
 
 
+@pytest.mark.promise(3)
 def test_weight_gradient_does_not_drift(backend: str) -> None:
     case = same_sign_case(tokens=65536, vocab=1024, hidden_size=64, device=CUDA)
     truth = fp64_results(case)
@@ -172,6 +176,7 @@ def test_weight_gradient_does_not_drift(backend: str) -> None:
         assert_close_to_fp64(ours.dweight, truth.dweight, emulated_results(case).dweight)
 
 
+@pytest.mark.promise(41)
 def test_peak_memory_is_the_budgets_and_the_gradients(backend: str) -> None:
     if backend == "reference":
         pytest.skip("the reference backend holds several copies of a chunk")
@@ -195,6 +200,7 @@ def test_peak_memory_is_the_budgets_and_the_gradients(backend: str) -> None:
     assert peak <= 256 + 256 + outputs + 64
 
 
+@pytest.mark.promise(14)
 def test_more_than_2_31_logits_in_one_chunk(backend: str) -> None:
     """Row offsets past 2^31: the last rows of the chunk are the ones an int32 would put elsewhere."""
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
@@ -212,6 +218,7 @@ def test_more_than_2_31_logits_in_one_chunk(backend: str) -> None:
         assert_logps_close(whole.logps[rows], truth.logps, torch.bfloat16, hidden_size=64)
 
 
+@pytest.mark.promise(42)
 def test_out_of_memory_leaves_the_next_call_right(backend: str) -> None:
     case = make_case(device=CUDA)
     expected = op_results(case, Execution(backend=backend))
@@ -237,6 +244,7 @@ def test_out_of_memory_leaves_the_next_call_right(backend: str) -> None:
     assert torch.cuda.memory_allocated() <= before + expected.dweight.numel() * 8 + 2**20
 
 
+@pytest.mark.promise(33)
 def test_autocast(backend: str) -> None:
     case = make_case(dtype=torch.bfloat16, has_bias=False, device=CUDA)
     w = case.weight.float().requires_grad_()
@@ -267,6 +275,7 @@ def test_a_step_can_be_captured_with_a_given_index(backend: str, mode: str) -> N
     assert all(map(torch.equal, expected, captured))
 
 
+@pytest.mark.promise(43)
 def test_a_second_device(backend: str) -> None:
     """Kernels run where their tensors are, whatever the current device is."""
     if torch.cuda.device_count() < 2:
@@ -280,6 +289,7 @@ def test_a_second_device(backend: str) -> None:
         assert one is None or torch.equal(one, two.to(CUDA))  # type: ignore[union-attr]
 
 
+@pytest.mark.promise(14)
 def test_a_head_of_more_than_2_31_weights(backend: str) -> None:
     """V x H past 2^31: the last rows of the head are the ones an int32 would take from elsewhere."""
     vocab, hidden_size, num_tokens = 262208, 8256, 256
@@ -345,6 +355,7 @@ def _pairs_step(backend: str, mode: str) -> Callable[[], tuple[Tensor, ...]]:
     return step
 
 
+@pytest.mark.promise(37)
 @pytest.mark.parametrize("mode", ["cache", "pairs"])
 def test_pairs_without_synchronisation(backend: str, mode: str) -> None:
     """With a layout that has its lengths, loss and gradients need nothing from the device; reward 0."""

@@ -75,6 +75,7 @@ def assert_steps_alike(found: Step, wanted: Step, bound: float = 1e-5) -> None:
         assert (found.grads[name] - grad).norm() <= bound * grad.norm().clamp(min=1e-3), name
 
 
+@pytest.mark.promise(61)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_carried_step_is_the_whole_rows(family: str):
     """In chunks of one token, some that cut answers, and one of all."""
@@ -178,6 +179,7 @@ def test_keys_and_values_elsewhere(context: CarriedContext, tmp_path: Any):
     assert not list(tmp_path.iterdir())  # also while it ran: the next test
 
 
+@pytest.mark.promise(62)
 def test_files_have_no_name(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
     """Nothing is left of a process that is killed."""
     seen = []
@@ -192,6 +194,7 @@ def test_files_have_no_name(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
     assert len(seen) > 10 and not any(seen)
 
 
+@pytest.mark.promise(62)
 def test_a_full_disk_is_an_error(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
     """Not a signal that ends the process, as a write through memory would be."""
 

@@ -31,6 +31,7 @@ def test_every_family_has_a_row_below_the_generators_head():
     assert [(row[0], row[1]) for row in ROWS] == sorted(families())
 
 
+@pytest.mark.promise(49)
 @needs_that_version
 @pytest.mark.parametrize("family", ["llama", "bloom", "bert", "qwen2_vl"])
 def test_a_row_is_what_is_found(family: str):

@@ -29,6 +29,7 @@ from tests.integrations.tiny import (
 )
 
 
+@pytest.mark.promise(49)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logps_and_gradients_equal_the_logits_path(family: str) -> None:
     model, batch = make_model(family), make_batch()
@@ -140,6 +141,7 @@ def expected_step_of_images(
     return Expected(truth, run_step(model, batch, plain_logps, pixel_values=pixels, **inputs))
 
 
+@pytest.mark.promise(32)
 def test_tied_embeddings_get_gradients_from_both_ends() -> None:
     model, batch = make_model("llama-tied"), make_batch()
     assert model.lm_head.weight is model.model.embed_tokens.weight

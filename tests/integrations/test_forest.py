@@ -82,6 +82,7 @@ def assert_alike(forest: Forest, **options: Any) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.promise(59)
 @pytest.mark.parametrize(
     "options",
     [
@@ -107,6 +108,7 @@ def forests(draw: Any) -> Forest:
     return Forest(lengths, tuple(draw(st.integers(-1, number - 1)) for number in range(count)))
 
 
+@pytest.mark.promise(59)
 @settings(deadline=None, max_examples=60)
 @given(forests(), st.sampled_from([None, 2, 5]))
 def test_any_forest(forest: Forest, window: int | None):

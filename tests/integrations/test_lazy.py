@@ -65,6 +65,7 @@ def assert_equal_in_fp64(ours: Result, wanted: Result) -> None:
         assert torch.allclose(ours.grads[name], grad, rtol=0, atol=1e-10 * (1 + scale)), name
 
 
+@pytest.mark.promise(63)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 def test_losses_equal_those_of_real_logits_and_make_none(
@@ -158,6 +159,7 @@ def odd(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.softmax(-1).square() * torch.arange(VOCAB)).sum(-1)
 
 
+@pytest.mark.promise(64)
 def test_an_unknown_operation_makes_real_values_once_and_says_where() -> None:
     model = make_model().train()
     patched = lazy_model(model, on_materialize="warn")

@@ -65,6 +65,7 @@ def _write(x: Tensor) -> Tensor:
     return x
 
 
+@pytest.mark.promise(63)
 @pytest.mark.filterwarnings("ignore:logits")
 @pytest.mark.parametrize(
     "seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 42))]

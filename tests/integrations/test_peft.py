@@ -47,6 +47,7 @@ COMPUTED = [name for name, case in CASES.items() if case.refused is None]
 REFUSED = [name for name, case in CASES.items() if case.refused is not None]
 
 
+@pytest.mark.promise(48)
 @pytest.mark.parametrize("name", COMPUTED)
 def test_adapters_equal_the_logits_path(name: str) -> None:
     model = CASES[name].make()
@@ -56,6 +57,7 @@ def test_adapters_equal_the_logits_path(name: str) -> None:
     assert ours.grads
 
 
+@pytest.mark.promise(48)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_understood_is_refused(name: str) -> None:
     model = CASES[name].make()

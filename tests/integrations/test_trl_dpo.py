@@ -124,6 +124,7 @@ def test_adapters(tmp_path: Path) -> None:
     assert all("lora" in name for name in ours.grads)
 
 
+@pytest.mark.promise(52)
 @pytest.mark.slow
 def test_curves_of_thirty_steps(tmp_path: Path) -> None:
     ours, _ = compare(tmp_path, max_steps=30)

@@ -49,6 +49,7 @@ def with_version(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     monkeypatch.setattr(hook, "_installed_version", lambda: version)
 
 
+@pytest.mark.promise(50)
 def test_the_very_objects_come_back() -> None:
     before = objects()
     done = patch_trl()
@@ -136,6 +137,7 @@ def test_a_newer_trl_runs_if_its_sources_are_those_tested(
     assert patch_trl().version == version
 
 
+@pytest.mark.promise(50)
 def test_another_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Function:
         @staticmethod
@@ -160,6 +162,7 @@ def test_trl_1_15_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         patch_trl()
 
 
+@pytest.mark.promise(50)
 def test_another_source_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same signature is not enough."""
 

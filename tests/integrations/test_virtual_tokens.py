@@ -39,6 +39,7 @@ def filled(kind: str, model: Any = None) -> Any:
     return with_peft(names[kind], model, num_virtual_tokens=NUM_VIRTUAL)
 
 
+@pytest.mark.promise(48)
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_results_are_of_the_callers_tokens(kind: str) -> None:
     model = patch_model(filled(kind))

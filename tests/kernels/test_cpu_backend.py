@@ -40,6 +40,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.promise(1)
 @pytest.mark.parametrize("order", ["random", "rising", "falling"])
 def test_log_probabilities_of_the_largest_vocabulary_are_exact_to_1e_5(order: str):
     """Rising logits move the maximum, and so everything summed so far, at every block."""
@@ -95,6 +96,7 @@ def test_d_is_rounded_as_torch_rounds(dtype: torch.dtype):
     assert torch.equal(narrow[~is_nan].view(torch.int16), want[~is_nan].view(torch.int16))
 
 
+@pytest.mark.promise(39)
 @pytest.mark.usefixtures("threads")
 def test_the_number_of_threads_changes_no_bit():
     logits, labels = torch.randn(7, 5000), torch.arange(7)
@@ -107,6 +109,7 @@ def test_the_number_of_threads_changes_no_bit():
         assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.promise(14)
 def test_rows_beyond_2_31_elements():
     """Memory that is never touched costs nothing, so rows may lie 4 GiB apart."""
     stride = (1 << 31) + 64
@@ -206,6 +209,7 @@ for module, run in (
 """
 
 
+@pytest.mark.promise(44)
 def test_without_the_extension_the_reason_names_the_remedy():
     """Of the kernels of rows and of divergences."""
     result = subprocess.run(

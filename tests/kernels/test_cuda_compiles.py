@@ -65,6 +65,7 @@ def writes_d(name: str) -> bool:
     return "D" in name.split(", ")
 
 
+@pytest.mark.promise(45)
 @pytest.mark.slow
 def test_no_spills_and_no_local_memory(kernels: Kernels) -> None:
     assert len(kernels) == NUM_KERNELS

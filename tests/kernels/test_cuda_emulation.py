@@ -95,6 +95,7 @@ def test_plan_of_real_vocabularies(emulator: Emulator) -> None:
         assert blocks >= 2 or (blocks == 1 and vocab > 160_000)
 
 
+@pytest.mark.promise(46)
 @pytest.mark.parametrize(("device", "case"), CASES)
 def test_contract(emulator: Emulator, device: str, case: RowCase) -> None:
     data = make_data(case)

@@ -157,6 +157,7 @@ def _cases(cases: list[RowCase]) -> list:
     return [pytest.param(case, id=str(case)) for case in (INTERPRETED_CASES if IS_INTERPRETED else cases)]
 
 
+@pytest.mark.promise(13, 39, 46)
 @pytest.mark.parametrize("case", _cases(ALL_CASES))
 def test_values_guards_and_repeatability(backend: Backend, case: RowCase):
     data = make_data(case)
@@ -206,6 +207,7 @@ EXTREMES = {
 }
 
 
+@pytest.mark.promise(4, 5)
 @pytest.mark.parametrize("has_coeffs", [False, True], ids=["D", "coefficients"])
 @pytest.mark.parametrize("name", EXTREMES)
 @pytest.mark.parametrize("vocab", [70, 1000] if IS_INTERPRETED else [70, 20000, 70000])
@@ -253,6 +255,7 @@ def test_the_labels_gradient_where_p_rounds_to_one(
     assert ((got - others).abs() <= 1e-5 * others).all(), (got, others)
 
 
+@pytest.mark.promise(21)
 @pytest.mark.parametrize("logits_dtype", [FP32, BF16], ids=str)
 def test_labels_out_of_range_give_nan_and_touch_nothing(backend: Backend, logits_dtype: torch.dtype):
     """Every run checks the guards around logits and D; the far labels would leave the process's memory."""
@@ -274,6 +277,7 @@ def test_labels_out_of_range_give_nan_and_touch_nothing(backend: Backend, logits
     assert_same_bits(results, clean, torch.tensor([0, 5]))
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize("has_coeffs", [False, True], ids=["D", "coefficients"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_a_bad_row_stays_alone(backend: Backend, value: str, has_coeffs: bool):

@@ -63,6 +63,7 @@ def test_triton_spills_nothing_and_fills_a_multiprocessor(triton: Kernels) -> No
         assert kernel.shared_bytes <= SHARED_BYTES_PER_BLOCK, name
 
 
+@pytest.mark.promise(17)
 def test_triton_compiles_once_for_batches_of_every_size(triton: Kernels) -> None:
     for name, kernel in triton.items():
         assert kernel.facts["kernels"] == 1, name

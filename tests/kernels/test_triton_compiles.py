@@ -24,12 +24,14 @@ def kernels(request: pytest.FixtureRequest, compiled: Callable[[str, str], Kerne
     return found
 
 
+@pytest.mark.promise(45)
 @pytest.mark.slow
 def test_nothing_spills(kernels: Kernels) -> None:
     for name, kernel in kernels.items():
         assert kernel.spilled_bytes == 0 and kernel.count(r"(LDL|STL)\b.*") == 0, (name, kernel)
 
 
+@pytest.mark.promise(45)
 @pytest.mark.slow
 def test_blocks_fit_on_a_multiprocessor(kernels: Kernels) -> None:
     for name, kernel in kernels.items():
@@ -103,6 +105,7 @@ def test_in_place_every_store_of_d_waits_for_all_loads(kernels: Kernels) -> None
         )
 
 
+@pytest.mark.promise(45)
 def test_two_of_them_in_seconds(compiled: Callable[[str, str], Kernels]) -> None:
     """All of the above, in one test: another process of pytest would only wait for the compiler."""
     kernels = compiled("few rows", "sm_90")

@@ -51,6 +51,7 @@ def each_value(cases: Sequence[Any], *, but: tuple[str, ...] = ()) -> list[Any]:
     return chosen
 
 
+@pytest.mark.promise(13)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs in this process")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is what this test starts")
 def test_every_kernel_and_option_under_the_interpreter() -> None:

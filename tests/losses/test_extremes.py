@@ -76,6 +76,7 @@ def assert_finite(losses: Tensor, leaves: list[Tensor], said: dict[str, Any]) ->
         assert grad is None or grad.isfinite().all(), said
 
 
+@pytest.mark.promise(24)
 @pytest.mark.parametrize("name", PAIRED)
 def test_pairs(name: str) -> None:
     spec = LOSSES[name]
@@ -97,6 +98,7 @@ def test_pairs(name: str) -> None:
             assert_finite(row_losses(name, pair, arguments), leaves, arguments)
 
 
+@pytest.mark.promise(24)
 @pytest.mark.parametrize("name", OTHER_KINDS)
 def test_other_kinds(name: str) -> None:
     spec = LOSSES[name]

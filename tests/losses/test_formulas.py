@@ -219,6 +219,7 @@ def test_constant_margin_is_simpos_gamma() -> None:
 finite = st.floats(-200, 200)
 
 
+@pytest.mark.promise(26)
 @settings(max_examples=60, deadline=None)
 @given(sums=st.tuples(finite, finite, finite, finite), beta=st.floats(0.01, 2.0), constant=finite)
 def test_swap_and_shift_symmetry(
@@ -238,6 +239,7 @@ def test_swap_and_shift_symmetry(
         )
 
 
+@pytest.mark.promise(26)
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm"])
 def test_vanishing_beta_gives_ln2(name: str) -> None:
     value = losses(name, random_pair(), beta=1e-12)

@@ -75,6 +75,7 @@ def test_pair_weights_multiply_the_share_of_a_pair() -> None:
     torch.testing.assert_close(halved, LOSSES["sigmoid"].function(pair).mean() / 2)
 
 
+@pytest.mark.promise(47)
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_micro_batches_add_up_with_counts(as_tensor: bool) -> None:
     pair = random_pair(pairs=7, dtype=torch.float32)
@@ -149,6 +150,7 @@ def test_rewards() -> None:
     torch.testing.assert_close(rejected, betas * pair.rejected_logratios)
 
 
+@pytest.mark.promise(27)
 def test_metrics_by_hand() -> None:
     pair = PairLogps(
         torch.tensor([-4.0, -6.0, 0.0]),
@@ -233,6 +235,7 @@ BAD_ARGUMENTS = [
 ]
 
 
+@pytest.mark.promise(23)
 @pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:

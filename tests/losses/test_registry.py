@@ -38,6 +38,7 @@ from tests.losses.common import (
 PAIRED_VARIANTS = pytest.mark.parametrize(("name", "arguments"), with_ids(PAIRED), ids=variant_id)
 
 
+@pytest.mark.promise(24)
 @pytest.mark.parametrize("name", ALL_LOSSES)
 def test_example_worked_out_by_hand(name: str) -> None:
     spec = LOSSES[name]
@@ -50,6 +51,7 @@ def test_example_worked_out_by_hand(name: str) -> None:
 DETACHED = ("alpha_dpo",)
 
 
+@pytest.mark.promise(24)
 @pytest.mark.parametrize(
     ("name", "arguments"), with_ids([n for n in PAIRED if n not in DETACHED]), ids=variant_id
 )
@@ -115,6 +117,7 @@ def test_declared_reference_and_lengths_are_used(name: str) -> None:
     assert torch.allclose(losses, of(longer)) != spec.length_normalized
 
 
+@pytest.mark.promise(26)
 @pytest.mark.parametrize("name", PAIRED)
 def test_shift_invariance_as_claimed(name: str) -> None:
     """A constant per prompt added to both reference sums cancels, or the loss does not claim it."""

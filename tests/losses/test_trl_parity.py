@@ -219,6 +219,7 @@ def assert_equal_to_trl(
     assert finite > batches / 2
 
 
+@pytest.mark.promise(25)
 @needs_trl
 @pytest.mark.parametrize("name", sorted(DPO_TRAINER))
 def test_installed_trl(name: str) -> None:
@@ -235,6 +236,7 @@ def test_installed_trl_f_divergences(name: str, divergence: str) -> None:
     assert_equal_to_trl(name, options, {"f_divergence_type": divergence})
 
 
+@pytest.mark.promise(25)
 @needs_trl
 def test_every_loss_of_trls_trainer_is_here() -> None:
     from trl import DPOConfig

@@ -22,6 +22,7 @@ def execution(mode: str, backend: str = "auto") -> Execution:
     return Execution(mode=mode.removesuffix("_partly"), workspace_mib=1, cache_mib=cache, backend=backend)
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "logit_scale": 0.5, "temperature": 1.5}])
 def test_gradcheck(mode: str, options: dict[str, float]) -> None:
@@ -49,6 +50,7 @@ def test_gradcheck_of_entropy() -> None:
     assert torch.autograd.gradcheck(op, (h, w, b))
 
 
+@pytest.mark.promise(28)
 @pytest.mark.parametrize("mode", MODES)
 def test_second_backward_pass_finds_what_the_first_did(mode: str) -> None:
     case = make_case(dtype=torch.float32, has_bias=mode != "stash")
@@ -74,6 +76,7 @@ def test_logits_are_the_same_bits_in_every_mode(mode: str) -> None:
     assert (out.logps - scored == 0).all()
 
 
+@pytest.mark.promise(39)
 def test_the_same_call_gives_the_same_bits() -> None:
     case = make_case(dtype=torch.float32)
     runs = []
@@ -86,6 +89,7 @@ def test_the_same_call_gives_the_same_bits() -> None:
         assert all(torch.equal(x, y) for x, y in zip(runs[0], other, strict=True))
 
 
+@pytest.mark.promise(30)
 def test_second_derivative_raises() -> None:
     case = make_case(dtype=torch.float32)
     h, w, b = leaves(case)
@@ -94,12 +98,14 @@ def test_second_derivative_raises() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.promise(30)
 def test_torch_func_raises() -> None:
     hidden, weight, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
     with pytest.raises(RuntimeError):
         torch.func.grad(lambda h: linear_logprob(h, weight, labels).logps.sum())(hidden)
 
 
+@pytest.mark.promise(31)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("mode", ["cache", "stash"])
 def test_activation_checkpointing_is_bit_equal(mode: str, use_reentrant: bool) -> None:
@@ -120,6 +126,7 @@ def test_activation_checkpointing_is_bit_equal(mode: str, use_reentrant: bool) -
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+@pytest.mark.promise(34)
 def test_the_callers_tensors_are_left_alone() -> None:
     case = make_case(dtype=torch.float32)
     h, w, b = leaves(case)
@@ -141,6 +148,7 @@ def test_gradients_accumulate_in_grad() -> None:
     assert torch.equal(w.grad, 2 * once)
 
 
+@pytest.mark.promise(32)
 def test_one_head_used_twice_sums_both_gradients() -> None:
     """A tied or shared weight: the paths add up."""
     case = make_case(dtype=torch.float64, has_bias=False)
@@ -153,6 +161,7 @@ def test_one_head_used_twice_sums_both_gradients() -> None:
     assert torch.allclose(both, one + two, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.promise(29)
 @pytest.mark.parametrize("needs", ["hidden", "weight", "bias", "none"])
 def test_only_what_is_needed_is_returned(needs: str) -> None:
     case = make_case(dtype=torch.float32)
@@ -175,6 +184,7 @@ def test_statistics_are_not_differentiable_unless_asked() -> None:
     assert {name for name in names if getattr(out, name).requires_grad} == {"lse"}
 
 
+@pytest.mark.promise(29)
 def test_inference_mode_and_no_grad() -> None:
     case = make_case(dtype=torch.float32)
     h, w, b = leaves(case)
@@ -185,6 +195,7 @@ def test_inference_mode_and_no_grad() -> None:
         assert not out.logps.requires_grad and torch.equal(out.logps, expected)
 
 
+@pytest.mark.promise(40)
 def test_nothing_is_kept_alive_after_the_graph_is_gone() -> None:
     gc.disable()
     try:

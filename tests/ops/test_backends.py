@@ -62,6 +62,7 @@ def test_kernels_that_only_triton_has_stay_triton_s(gpu: SimpleNamespace) -> Non
     assert resolve_divergence_backend("auto", CUDA, torch.float32) == "reference"
 
 
+@pytest.mark.promise(44)
 def test_what_does_not_run_is_passed_over_and_named(gpu: SimpleNamespace) -> None:
     gpu.reasons = {"cuda": "the driver is too old"}
     assert resolve_backend("auto", CUDA) == "triton"

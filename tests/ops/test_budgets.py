@@ -81,6 +81,7 @@ def test_no_hidden_copy_or_zero_fill_of_a_large_matrix(
     assert any(event.name == "aten::mm" for event in profile.events())  # the profiler does see inside the op
 
 
+@pytest.mark.promise(37)
 @pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("index_kind", ["tokens", "repeated"])
 @pytest.mark.parametrize("has_lse", [False, True])
@@ -113,6 +114,7 @@ def test_meta_tensors_refuse_to_give_a_value() -> None:
             ask()
 
 
+@pytest.mark.promise(42)
 @pytest.mark.parametrize("mode", ALL_MODES)
 @pytest.mark.parametrize("when", [0, 1, 2])
 def test_out_of_memory_in_the_middle(monkeypatch: pytest.MonkeyPatch, mode: str, when: int) -> None:
@@ -190,6 +192,7 @@ def test_few_groups_summed_in_bf16(num_groups: int, has_out: bool, monkeypatch: 
     assert_close_to_fp64(ours, truth, emulated_results(case).dweight)
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize("mode", ["cache", "recompute", "pairs"])
 def test_weight_gradient_of_65536_tokens_does_not_drift(mode: str) -> None:
     """Products of one sign in bf16, of which a bf16 sum would lose half: within 3e-3 of fp64 all the same."""

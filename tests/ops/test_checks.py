@@ -88,6 +88,7 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.promise(22, 43)
 @pytest.mark.parametrize("name", BAD_VALUES)
 def test_bad_value_is_named(name: str) -> None:
     kwargs, message = BAD_VALUES[name]
@@ -95,6 +96,7 @@ def test_bad_value_is_named(name: str) -> None:
         call(**kwargs)
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -142,6 +144,7 @@ def test_a_workspace_below_one_row_is_refused_with_the_bytes() -> None:
         linear_logprob(hidden, weight, labels, execution=Execution(mode="score", workspace_mib=1))
 
 
+@pytest.mark.promise(21)
 @pytest.mark.parametrize("label", [-1, V, V + 1000, -(2**40)])
 def test_label_out_of_range_is_loud(label: int) -> None:
     labels = LABELS.clone()

@@ -16,6 +16,7 @@ from tests.ops.common import backend_or_skip, leaves, op_results, run_op
 SMALL = Execution(workspace_mib=1)
 
 
+@pytest.mark.promise(12)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3), (2, 3, 4), (0,), (2, 0)])
 @pytest.mark.parametrize("vocab", [2, 65])
 @pytest.mark.parametrize("hidden_size", [1, 9])
@@ -80,6 +81,7 @@ def _misaligned(t: Tensor) -> Tensor:
     return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
 
 
+@pytest.mark.promise(16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [_sliced, _misaligned])
 def test_awkward_layouts_of_hidden_and_labels(layout: object, dtype: torch.dtype) -> None:
@@ -90,6 +92,7 @@ def test_awkward_layouts_of_hidden_and_labels(layout: object, dtype: torch.dtype
     assert torch.equal(out.logps, expected)
 
 
+@pytest.mark.promise(16)
 @pytest.mark.parametrize("layout", [_transposed, _sliced, _misaligned])
 def test_awkward_layouts_of_the_weight(layout: object) -> None:
     """BLAS may sum in another order for another layout, so values are held to the rule, not to the bit."""
@@ -103,6 +106,7 @@ def test_awkward_layouts_of_the_weight(layout: object) -> None:
     assert_close_to_fp64(dhidden.flatten(0, 1), truth.dhidden.flatten(0, 1), eager.dhidden.flatten(0, 1))
 
 
+@pytest.mark.promise(16)
 def test_integer_and_stride_zero_inputs() -> None:
     case = make_case(dtype=torch.float32)
     h, w, b = leaves(case)
@@ -114,6 +118,7 @@ def test_integer_and_stride_zero_inputs() -> None:
     assert torch.equal(as_int32.logps, out.logps)
 
 
+@pytest.mark.promise(18)
 def test_all_ignored_is_zero_with_a_connected_graph() -> None:
     case = make_case(dtype=torch.bfloat16)
     case.labels.fill_(case.ignore_index)
@@ -122,6 +127,7 @@ def test_all_ignored_is_zero_with_a_connected_graph() -> None:
         assert value is not None and (value == 0).all()
 
 
+@pytest.mark.promise(20)
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3])
 def test_any_ignore_index(ignore_index: int) -> None:
     case = make_case(dtype=torch.float32, has_bias=False)
@@ -132,6 +138,7 @@ def test_any_ignore_index(ignore_index: int) -> None:
     assert torch.equal(out.logps, expected)
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_values_in_an_ignored_row_change_nothing(value: float) -> None:
     case = make_case(dtype=torch.float32)
@@ -142,6 +149,7 @@ def test_bad_values_in_an_ignored_row_change_nothing(value: float) -> None:
         assert one is not None and two is not None and torch.equal(one, two)
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_bad_row_stays_alone(value: float, backend: str) -> None:
@@ -185,6 +193,7 @@ def test_positions_outside_token_index_count_as_ignored() -> None:
     assert (out.logps[[0, 2, 3, 5]] == 0).all()
 
 
+@pytest.mark.promise(5)
 def test_a_vocabulary_masked_with_minus_infinity() -> None:
     weight, hidden = torch.randn(40, 8), torch.randn(5, 8)
     bias = torch.zeros(40)

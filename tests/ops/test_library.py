@@ -47,6 +47,7 @@ NEEDS = ((False, False, "score"), (True, False, "stash"), (False, True, "cache")
 
 
 # Every pair of a dtype, a mode and a kind: fake kernels know each by itself, and at most two together.
+@pytest.mark.promise(35)
 @pytest.mark.parametrize(
     ("dtype", "needs", "kind"),
     [
@@ -89,6 +90,7 @@ def fresh_compile_cache() -> Iterator[None]:
 
 
 # Inductor alone checks the strides that fake kernels promise, and compiles for ten seconds.
+@pytest.mark.promise(36)
 @pytest.mark.usefixtures("fresh_compile_cache")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["stash", "cache"])
@@ -119,6 +121,7 @@ def test_compile_without_a_graph_break(mode: str, backend: str) -> None:
             )  # Inductor may reorder the outer sums
 
 
+@pytest.mark.promise(17)
 def test_compile_does_not_recompile_for_every_length() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -131,6 +134,7 @@ def test_compile_does_not_recompile_for_every_length() -> None:
     assert counter.frame_count <= 2  # the first, and one with dynamic shapes
 
 
+@pytest.mark.promise(33)
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_keeps_an_fp32_gradient_for_an_fp32_weight(hidden_dtype: torch.dtype) -> None:
     case = make_case(dtype=torch.bfloat16, has_bias=False)
@@ -149,6 +153,7 @@ def test_autocast_keeps_an_fp32_gradient_for_an_fp32_weight(hidden_dtype: torch.
     )
 
 
+@pytest.mark.promise(33)
 def test_autocast_rounds_the_inputs_as_linear_does() -> None:
     case = make_case(dtype=torch.float32, has_bias=False)
     with torch.autocast("cpu", torch.bfloat16):

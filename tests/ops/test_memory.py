@@ -46,6 +46,7 @@ def peak_growth_mib(path: str, num_tokens: int, vocab: int) -> float:
     return float(json.loads(done.stdout))
 
 
+@pytest.mark.promise(41)
 @pytest.mark.slow  # three processes, and logits of 512 MiB twice
 def test_peak_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
     """16 times the logits (32 MiB to 512 MiB in fp32) leave the fused peak within its two 16 MiB budgets."""
@@ -81,6 +82,7 @@ def test_no_allocation_of_the_batchs_logits(weight: bool) -> None:
     assert largest_allocation(lambda: run(Execution(workspace_mib=64, cache_mib=0))) >= logits_bytes
 
 
+@pytest.mark.promise(29)
 def test_a_frozen_weight_costs_no_gradient_memory() -> None:
     """Nothing of the weight's size is allocated when the head is frozen."""
     case = make_case(batch=2, length=16, hidden_size=64, vocab=5000, dtype=torch.float32, has_bias=False)

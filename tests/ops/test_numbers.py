@@ -41,6 +41,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.promise(1, 2, 20)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -51,6 +52,7 @@ def test_every_mode_meets_the_rule(backend: str, mode: str, dtype: torch.dtype) 
     assert_results_close(op_results(case, execution), case)
 
 
+@pytest.mark.promise(9)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_head_option_meets_the_rule(options: str, dtype: torch.dtype) -> None:

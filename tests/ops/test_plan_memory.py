@@ -16,6 +16,7 @@ LLAMA = (16384, 4096, 128256)  # N, H, V
 SMALL_BYTES = 4 * MIB
 
 
+@pytest.mark.promise(41)
 @pytest.mark.usefixtures("meta_gpu")
 @pytest.mark.parametrize(
     ("mode", "cache_mib", "pair_length", "gib"),

@@ -144,6 +144,7 @@ OFTEN = (
 )
 
 
+@pytest.mark.promise(68)
 @pytest.mark.parametrize(
     "where", [pytest.param(where, marks=[] if where in OFTEN else pytest.mark.slow) for where in DEATHS]
 )
@@ -158,6 +159,7 @@ def test_a_killed_run_ends_as_one_that_was_not(
     assert same(weights("out/round-2/model"), uninterrupted["weights"])
 
 
+@pytest.mark.promise(68)
 @pytest.mark.slow
 def test_kill_9(models: Path, here: Path):
     """The signal itself. All of it in processes of one kind: other numbers of threads make other sums."""

@@ -39,6 +39,7 @@ def simulated(
     return simulated_errors(hidden_size, dtype, sums, num_states=num_states, num_labels=48)
 
 
+@pytest.mark.promise(1)
 @pytest.mark.parametrize(("dtype", "capability"), WAYS, ids=str)
 @pytest.mark.parametrize("hidden_size", SIZES)
 def test_a_sum_is_within_what_is_granted_and_not_much_below(

@@ -23,6 +23,7 @@ def test_there_are_twelve_bugs():
     assert len(PLANTED_BUGS) == 12
 
 
+@pytest.mark.promise(11)
 @pytest.mark.parametrize("name", PLANTED_BUGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_planted_bug_is_caught(name: str, dtype: torch.dtype):
@@ -43,6 +44,7 @@ def test_planted_bug_is_caught_by_its_weight_gradient_alone(name: str):
         assert_results_close(right._replace(dweight=bug.results(case).dweight), case)
 
 
+@pytest.mark.promise(11)
 @pytest.mark.parametrize("recipe", [make_case, same_sign_case], ids=lambda recipe: recipe.__name__)
 @pytest.mark.parametrize("seed", range(20))
 def test_correct_head_raises_no_alarm(recipe, seed: int):
@@ -180,6 +182,7 @@ def test_logps_tolerance(dtype: torch.dtype, hidden_size: int):
         assert_logps_close(truth.nan_to_num(nan=0.0, neginf=float("-inf")).float(), truth, dtype)
 
 
+@pytest.mark.promise(38)
 def test_uninitialised_memory_is_poisoned():
     like = torch.zeros(2, dtype=torch.bfloat16)
     for tensor in (

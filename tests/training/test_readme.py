@@ -41,6 +41,7 @@ def test_there_is_one_example_of_each_use() -> None:
         assert use in source and len(source.splitlines()) <= 20
 
 
+@pytest.mark.promise(57)
 @pytest.mark.parametrize("index", range(4))
 def test_python_examples_run(index: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = blocks("python")[index]

@@ -64,6 +64,7 @@ def assert_steps_close(ours: Step, truth: Step, eager: Step) -> None:
         assert_close_to_fp64(gradient, truth.grads[name].double(), eager.grads[name], name=name)
 
 
+@pytest.mark.promise(59)
 @pytest.mark.parametrize(
     ("family", "options"),
     [

@@ -102,6 +102,7 @@ def test_the_numbers_alone_would_refuse_neighbours(name: str, monkeypatch: pytes
         assert found[case] is not None, case
 
 
+@pytest.mark.promise(60)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_leak_shows(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
     """Segments that see what stands before them in the row, whether they continue it or not."""
@@ -179,6 +180,7 @@ def own_attention(vocab: int = 360) -> nn.Module:
     return transformers.GPTNeoForCausalLM(config)
 
 
+@pytest.mark.promise(60)
 def test_a_layout_that_the_model_cannot_do_is_refused(make_args: MakeArgs, tokenizer: Any):
     args = make_args(batch_layout="packed", row_arrangement="one_row")
     with pytest.raises(ValueError, match="batch_layout: got 'packed', which this model cannot be trained in"):

@@ -176,6 +176,7 @@ def test_strings_need_an_eos_token(make_tokenizer: Callable[..., Any]):
 LONG = {"prompt": "river " * 9 + "river", "chosen": " stone", "rejected": " lamp"}
 
 
+@pytest.mark.promise(55)
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -208,6 +209,7 @@ def test_nothing_left_is_an_error(tokenizer: Any):
         encode([], tokenizer)
 
 
+@pytest.mark.promise(55)
 def test_repeats_are_kept_and_counted(tokenizer: Any):
     report = encode([GOOD, CHAT, GOOD], tokenizer).report
     assert (report.kept, report.duplicates) == (3, 1)
@@ -239,6 +241,7 @@ def test_truncation(tokenizer: Any, mode: str, max_length: int, sizes: tuple[int
     assert pair.answers[0].ids.tolist() == untouched.answers[0].ids[: sizes[1]].tolist()
 
 
+@pytest.mark.promise(55)
 @pytest.mark.parametrize(
     ("mode", "max_length", "reason"),
     [
@@ -267,6 +270,7 @@ def test_numbers_of_a_pair(tokenizer: Any):
     assert "(rows 2, 4, 5, 6; the first: column 'gap')" in str(dataset.report)
 
 
+@pytest.mark.promise(55)
 @pytest.mark.parametrize("value", ["much", True])
 def test_a_column_without_a_number_names_the_row(tokenizer: Any, value: Any):
     with pytest.raises(ValueError, match=r"row 1: column 'gap': got .*, wanted a number"):

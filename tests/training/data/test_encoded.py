@@ -170,6 +170,7 @@ def _killed(path: Path, tokenizer: Any) -> None:
     encode_rows(deadly, tokenizer, OPTIONS, found=encoding.survey(source))
 
 
+@pytest.mark.promise(69)
 def test_what_was_killed_is_not_taken_for_whole(
     tokenizer: Any, made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -193,6 +194,7 @@ def test_an_error_is_the_rows_own_and_leaves_nothing(tokenizer: Any, made: list[
     assert len(made) == 2
 
 
+@pytest.mark.promise(69)
 def test_a_full_disk_is_named(tokenizer: Any, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     source = read_rows(path)

@@ -47,6 +47,7 @@ def test_the_curve_is_that_of_whole_rows(
             assert found[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.promise(61)
 def test_a_run_goes_on_where_it_stopped(make_args: MakeArgs, tokenizer: Any, tmp_path: Path):
     """To the bit, with dropout, whose draws are made twice."""
     rows, curves = make_rows(24), []

@@ -38,6 +38,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.promise(51)
 @of_two_ranks
 def test_two_ranks_train_as_one(two_ranks: Path, tmp_path: Path):
     """2 ranks x 2 pairs x 2 micro-batches against 8 pairs at once; of 7 pairs to evaluate one is repeated."""

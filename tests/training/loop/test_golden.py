@@ -25,6 +25,7 @@ CARRIED = [
 ]
 
 
+@pytest.mark.promise(53)
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout", "reference"), CHECKED)
 def test_a_run_logs_what_it_logged(tokenizer: Any, name: str, layout: str, reference: str):

@@ -29,6 +29,7 @@ def poisoned(tokenizer: Any) -> LlamaForCausalLM:
     return model
 
 
+@pytest.mark.promise(56)
 def test_stop_names_the_step_and_the_row(make_args: MakeArgs, tokenizer: Any):
     args = make_args(train_sampling_strategy="sequential")
     trainer = PreferenceTrainer(poisoned(tokenizer), args, train_dataset=ROWS, processing_class=tokenizer)
@@ -48,6 +49,7 @@ class KeepWeights(TrainerCallback):
         self.steps.append({name: value.clone() for name, value in model.state_dict().items()})
 
 
+@pytest.mark.promise(56)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_skip_leaves_that_step_out(
     make_args: MakeArgs, tokenizer: Any, caplog: pytest.LogCaptureFixture, accumulate: int

@@ -93,6 +93,7 @@ def uninterrupted(trained_bpe: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 # Either end, with and without an adapter, each layout, both orders, and either place to save at.
+@pytest.mark.promise(54)
 @pytest.mark.parametrize(
     ("how", "use_lora", "changes"),
     [

@@ -58,6 +58,7 @@ def epochs(output_dir: Any) -> list[float]:
 # The data at hand
 
 
+@pytest.mark.promise(67)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -135,6 +136,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.promise(67)
 @pytest.mark.parametrize(
     ("how", "changes"),
     [

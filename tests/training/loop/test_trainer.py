@@ -60,6 +60,7 @@ class PlainTrainer(PreferenceTrainer):
         return -F.logsigmoid(0.1 * margin).mean()
 
 
+@pytest.mark.promise(52)
 def test_the_loss_curve_is_that_of_the_unpatched_model(make_args: MakeArgs, tokenizer: Any, tmp_path: Path):
     curves = []
     for kind in (PreferenceTrainer, PlainTrainer):
@@ -89,6 +90,7 @@ class KeepGradients(TrainerCallback):
 
 
 # Micro-batches of 8; 4 and 3; 1 at a time: 7 pairs of unlike length, so that the last is smaller.
+@pytest.mark.promise(47)
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["sigmoid", "sft"], ["simpo"], ["ipo", "sft"]])
 def test_accumulation_changes_nothing(
     make_args: MakeArgs, tokenizer: Any, tmp_path: Path, loss_type: list[str]
@@ -122,6 +124,7 @@ def test_accumulation_changes_nothing(
             assert log[name] == pytest.approx(whole_log[name], rel=1e-6, abs=2e-6), name
 
 
+@pytest.mark.promise(27)
 def test_metrics_mean_what_trl_means_by_them(make_args: MakeArgs, tokenizer: Any):
     """Evaluation in batches of 5 of 12 pairs, against one pass over the logits of all 12."""
     rows = make_rows(12, seed=5)
@@ -177,6 +180,7 @@ def test_logs_cover_every_pair_since_the_last_one(make_args: MakeArgs, tokenizer
     assert log["num_tokens"] == tokens
 
 
+@pytest.mark.promise(53)
 def test_the_first_step_has_rewards_of_zero(make_args: MakeArgs, tokenizer: Any):
     args = make_args(max_steps=1)
     PreferenceTrainer(tiny_llama(), args, train_dataset=make_rows(4), processing_class=tokenizer).train()

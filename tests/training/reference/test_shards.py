@@ -70,6 +70,7 @@ def table(dataset: Any) -> torch.Tensor:
     return dataset.numbers["ref_logps"].values.view(-1, 2)
 
 
+@pytest.mark.promise(69)
 def test_an_interrupted_scoring_goes_on(
     make_reference: Callable[..., PrecomputedReference],
     batches: Batches,
@@ -144,6 +145,7 @@ def test_other_data_than_pairs_goes_on_too(
         assert torch.equal(*((first.values, second.values) if isinstance(first, Ragged) else (first, second)))
 
 
+@pytest.mark.promise(69)
 def test_shards_that_are_not_as_written_are_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     def shards(key: str = "key", num_rows: int = 9) -> ScoreShards:
         return ScoreShards(tmp_path / "folder", key, num_rows)

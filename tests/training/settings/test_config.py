@@ -14,6 +14,7 @@ from fastdpo.training.settings.steps import COLUMN_FIELDS
 MakeArgs = Callable[..., PreferenceConfig]
 
 
+@pytest.mark.promise(23)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -128,6 +129,7 @@ def test_an_optimizer_that_wants_the_model_is_accepted(make_args: MakeArgs, monk
     assert make_args(optim="lomo").optim == "lomo"
 
 
+@pytest.mark.promise(23)
 def test_an_unknown_setting_is_refused(make_args: MakeArgs):
     with pytest.raises(TypeError, match="betta"):
         make_args(betta=0.1)

@@ -76,6 +76,7 @@ NOT_TRIED = (
 LOSS = {"cpo_alpha": "cpo", "simpo_gamma": "cpo_simpo", "alpha": "simpo", "discopop_tau": "discopop"}
 
 
+@pytest.mark.promise(23)
 def test_none_is_left_out():
     from trl import DPOConfig, KTOConfig, ModelConfig
     from trl.experimental.cpo import CPOConfig
