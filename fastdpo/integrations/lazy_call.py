@@ -69,7 +69,7 @@ def _engine(model: Any) -> str | None:
 
 
 def wants_lazy(choice: str, arguments: Mapping[str, Any], *, is_training: bool) -> bool:
-    """Whether this call gets lazy logits: not generation, not compiled code, nor a plain evaluation.
+    """Whether this call gets lazy logits: not generation, not traced code, nor a plain evaluation.
 
     Args:
         choice: one of `LOGITS`.
@@ -77,7 +77,7 @@ def wants_lazy(choice: str, arguments: Mapping[str, Any], *, is_training: bool) 
         is_training: the model's mode. What a step scores without gradients (a reference that is the model
             without its adapter, KTO's estimate of the KL) is of a model in training mode.
     """
-    if choice == "real" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if choice == "real" or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
     kept = [arguments.get(name) for name in ("logits_to_keep", "num_logits_to_keep")]
     if any(isinstance(value, int) and value == 1 for value in kept):
@@ -88,10 +88,14 @@ def wants_lazy(choice: str, arguments: Mapping[str, Any], *, is_training: bool) 
     return choice == "always_lazy" or is_step
 
 
+@torch.compiler.disable(recursive=False, reason="lazy logits: a whole graph needs logits='real'")
 def call_lazily(
     model: Any, execution: Execution, choice: str, on_materialize: str, run: Callable[[], Any]
 ) -> Any:
     """``run()``, the model's own forward, with a head that makes lazy logits.
+
+    In a compiled model the graph ends here, and the backbone has one of its own (`by_itself`): a lazy tensor
+    is nothing to trace.
 
     Args:
         choice: one of `LOGITS`; with ``auto`` a head under FSDP1 makes real logits, and a warning says so.
@@ -104,6 +108,12 @@ def call_lazily(
         return run()
     with lazy_head(model, execution, on_materialize):
         return run()
+
+
+def by_itself(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's own forward that runs as it is written, and whose modules are compiled where the model is."""
+    run: Callable[..., Any] = torch.compiler.disable(forward, recursive=False)
+    return run
 
 
 @contextmanager
@@ -135,10 +145,11 @@ def lazy_head(model: Any, execution: Execution, on_materialize: str = "warn") ->
             logits: Tensor = outer(hidden)
             return logits
 
+    @torch.compiler.disable
     def forward(hidden: Tensor) -> Tensor:
         adapter = adapter_of(model)
         # Where entries are dropped, others would be at every look.
-        if torch.compiler.is_compiling() or (adapter is not None and adapter.dropout):
+        if adapter is not None and adapter.dropout:
             return real(hidden)
         if engine is None:
             made = _lazy_logits(hidden, plain_head(model), inner, execution, on_materialize)

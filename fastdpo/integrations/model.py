@@ -33,6 +33,7 @@ from fastdpo.integrations.fused_output import HeadStates, ScoreRequest, Teachers
 from fastdpo.integrations.lazy_call import (
     LOGITS,
     ON_MATERIALIZE,
+    by_itself,
     call_lazily,
     check_choice,
     check_head,
@@ -132,7 +133,7 @@ def patch_model(
             model is in training mode; real under FSDP1, with a warning. ``"lazy"``: the same, but FSDP1 is
             refused. ``"always_lazy"``: without gradients too, as for a
             reference under ``torch.no_grad()``. ``"real"``: never lazy. Calls with a cache or for the next
-            token alone (``logits_to_keep=1``), and compiled ones, have real logits in any case.
+            token alone (``logits_to_keep=1``) have real logits in any case.
         on_materialize: of an operation that needs the real values of lazy logits: ``"warn"``, once a line, or
             ``"error"``.
         split_head: of a head in a unit of FSDP2's of its own, with ``return_logps=True``. ``"weight"``: it is
@@ -243,6 +244,7 @@ def require_fused_output(output: Any) -> FusedLMOutput:
 def _patched_class(original: Any, hook: _Hook) -> Any:
     """One class per original and hook, shared by all copies of a model."""
     names = tuple(inspect.signature(original.forward).parameters)[1:]
+    own_forward = by_itself(original.forward)
 
     def forward(
         self: Any,
@@ -273,7 +275,7 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
                 given = {**dict(zip(names, args, strict=False)), **kwargs}
                 if not wants_lazy(hook.logits, given, is_training=self.training):
                     return original.forward(self, *args, **kwargs)
-                own = functools.partial(original.forward, self, *args, **kwargs)
+                own = functools.partial(own_forward, self, *args, **kwargs)
                 how = (hook.execution, hook.logits, hook.on_materialize)
                 return call_lazily(self, *how, own)
         elif return_states:

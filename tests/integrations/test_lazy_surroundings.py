@@ -219,12 +219,37 @@ def test_evaluation_with_labels_and_a_reference(context: Any) -> None:
         assert type(reference(**PROMPT, logits_to_keep=1).logits) is Tensor
 
 
-def test_compiled_models_have_real_logits() -> None:
+def test_compiled_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backbone is one graph, which other batches of the shape take too; lazy logits stand outside."""
     model = make_model().train()
-    compiled = torch.compile(lazy_model(model), backend="eager")
-    output = compiled(**LARGE.inputs, use_cache=False)
-    assert type(output.logits) is Tensor
-    assert torch.allclose(output.logits, model(**LARGE.inputs).logits, atol=1e-4)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    lazy = lazy_model(model)
+    compiled = torch.compile(lazy, backend=backend)
+    for shift in range(3):
+        ids = (LARGE.inputs["input_ids"] + shift) % 90 + 3
+        inputs = {**LARGE.inputs, "input_ids": ids}
+        found = []
+        for called in (compiled, model):
+            called.zero_grad()
+            logits = called(**inputs, use_cache=False).logits
+            assert (type(logits) is Tensor) == (called is model)
+            logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+            logps.sum().backward()
+            grads = [p.grad for p in called.parameters()]
+            found.append([logps.detach(), *(g for g in grads if g is not None)])
+        assert len(found[0]) == len(found[1])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 1
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="logits='real'"):
+        torch.compile(lazy, backend=backend, fullgraph=True)(**LARGE.inputs, use_cache=False)
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
