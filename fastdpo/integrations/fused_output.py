@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -164,19 +165,22 @@ class ScoreRequest:
         outputs: ``logps_outputs``: statistics of ``linear_logprob``, or with a reference divergences of
             ``token_divergence``.
         topk: ``logps_topk``.
-        reference: what divergences are measured from: a model, or `Teachers`.
+        reference: what divergences are measured from: a model, or `Teachers`; or a ``MappingProxyType`` of
+            these as ``teachers``, whose tensors FSDP's mixed precision does not round.
         pair_loss: arguments of ``fused_dpo_loss`` or ``fused_preference_loss``, whichever ``loss_type`` is
             of, to be asked for the loss instead.
     """
 
     outputs: tuple[str, ...] = ()
     topk: int | None = None
-    reference: HeadStates | Teachers | None = None
+    reference: HeadStates | Teachers | Mapping[str, Any] | None = None
     pair_loss: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.pair_loss is not None:
             self._check_pair_loss(self.pair_loss)
+        if isinstance(self.reference, MappingProxyType):
+            object.__setattr__(self, "reference", self.reference.get("teachers"))
         if self.reference is None:
             object.__setattr__(self, "outputs", check_outputs(self.outputs, False, has_topk=True))
         elif not isinstance(self.reference, HeadStates | Teachers):
@@ -242,7 +246,8 @@ class ScoreRequest:
         if self.reference is None:
             scored = linear_logprob(hidden, head, labels, outputs=self.outputs, topk=self.topk, **settings)
         else:
-            teachers = self.reference if isinstance(self.reference, Teachers) else Teachers(self.reference)
+            found: Any = self.reference
+            teachers = found if isinstance(found, Teachers) else Teachers(found)
             scored = token_divergence(
                 hidden,
                 head,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from fastdpo.integrations.backbone_call import (
     passed_through,
     run_backbone,
 )
+from fastdpo.integrations.engines import engine_around, is_partitioned
 from fastdpo.integrations.forest.attention import restore_attention
 from fastdpo.integrations.fused_output import FusedLMOutput as FusedLMOutput
 from fastdpo.integrations.fused_output import HeadStates, ScoreRequest, Teachers
@@ -253,7 +254,7 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
         return_states: bool = False,
         logps_outputs: Sequence[str] = (),
         logps_topk: int | None = None,
-        reference: HeadStates | Teachers | None = None,
+        reference: HeadStates | Teachers | Mapping[str, Any] | None = None,
         pair_loss: Mapping[str, Any] | None = None,
         token_layout: TokenLayout | None = None,
         row_batches: Sequence[Mapping[str, Any]] | None = None,
@@ -397,11 +398,20 @@ def _head_states(
     if arguments.get("labels") is not None:
         raise fail("labels", "a value together with return_states", "return_logps=True with it")
     calls, _ = backbone_calls(model, hook.tail, arguments, row_batches, None)
-    head = current_head(model, hook.tail)
     hidden = all_positions(calls, num_virtual)
     if row_batches is None:
         hidden = calls[0][1].last_hidden_state[:, num_virtual:]
-    return HeadStates(hidden.to(head.weight.device), head)
+    if engine_around(model) is None and not is_partitioned(model):
+        head = current_head(model, hook.tail)
+        return HeadStates(hidden.to(head.weight.device), head)
+
+    def keep(states: Tensor, head: LMHead) -> dict[str, Any]:
+        # An engine frees what it gathered before anybody looks at the states.
+        bias = None if head.bias is None else head.bias.detach().clone()
+        whole = replace(head, weight=head.weight.detach().clone(), bias=bias)
+        return {"hidden": states.detach(), "lm_head": whole}
+
+    return HeadStates(**call_head(model, hook.tail, hidden, keep, None))
 
 
 def backbone_states(model: nn.Module, **inputs: Any) -> Tensor:

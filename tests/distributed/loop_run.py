@@ -31,14 +31,10 @@ from tests.training.loop.ddp_run import answers, pairs
 
 def _settings(folder: Path, engine: str | None, **changes: Any) -> PreferenceConfig:
     alone = engine is None
-    usual: dict[str, Any] = {"save_strategy": "no", "loss_type": "sigmoid", "max_steps": 3}
-    usual["longest_batch_first"] = False
-    usual["gradient_accumulation_steps"] = 1 if alone else 2
     args = PreferenceConfig(
         output_dir=str(folder),
         use_cpu=True,
         ddp_backend=None if alone else "gloo",
-        per_device_train_batch_size=8 if alone else 2,
         per_device_eval_batch_size=4 if alone else 2,
         train_sampling_strategy="sequential",
         learning_rate=1e-3,
@@ -50,6 +46,7 @@ def _settings(folder: Path, engine: str | None, **changes: Any) -> PreferenceCon
             "save_strategy": "no",
             "loss_type": "sigmoid",
             "max_steps": 3,
+            "per_device_train_batch_size": 8 if alone else 2,
             "gradient_accumulation_steps": 1 if alone else 2,
             **changes,
         },
@@ -73,16 +70,23 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
     case = dict(case)
     num_eval, lora = case.pop("num_eval", 0), case.pop("lora", ())
     is_resumed, has_ref_model = case.pop("is_resumed", False), case.pop("ref_model", False)
+    has_teacher = case.pop("teacher", False)
     kind, num_train, budget = case.pop("kind", None), case.pop("num_train", 24), case.pop("budget", None)
     if budget is not None and engine is not None:
         case |= {"max_tokens_per_batch": budget, "gradient_accumulation_steps": 3}
+    if case.pop("one_batch", False) and engine is not None:
+        case |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     if engine is not None:  # what is refused
         case.pop("offload_activations" if engine == "fsdp2" else "longest_batch_first", None)
     if case.get("reference") == "precomputed":
         case["reference_cache_dir"] = str(folder.parent / "reference")
 
     def rows(count: int, seed: int) -> Any:
-        return pairs(count, seed) if kind is None else answers(kind, count, seed)
+        if kind in (None, "even"):
+            return pairs(count, seed, is_even=kind == "even")
+        found = answers(kind, count, seed)
+        found.has_mismatched = case.get("loss_type") == "kto"
+        return found
 
     def trainer() -> PreferenceTrainer:
         args = _settings(folder, engine, **case)
@@ -98,6 +102,7 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
             train_dataset=rows(num_train, 0),
             eval_dataset=rows(num_eval, 1) if num_eval else None,
             ref_model=tiny_llama(2) if has_ref_model else None,
+            teacher_model=tiny_llama(3) if has_teacher else None,
             peft_config=peft_config,
         )
 

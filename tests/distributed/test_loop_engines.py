@@ -36,7 +36,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
             continue
         folders[engine] = tmp_path_factory.mktemp(engine)
-        run_ranks("tests.distributed.loop_run", str(folders[engine]), engine, seconds=400)
+        run_ranks("tests.distributed.loop_run", str(folders[engine]), engine, seconds=900)
     return folders
 
 

@@ -60,7 +60,8 @@ def divergence_logps(
     Args:
         teachers: ``head_states`` of the same batch.
     """
-    return _scored(model, batch, logps_outputs=names, reference=teachers)
+    boxed = MappingProxyType({"teachers": teachers})  # whose tensors FSDP's mixed precision would round
+    return _scored(model, batch, logps_outputs=names, reference=boxed)
 
 
 def head_states(model: nn.Module, batch: Scorable) -> HeadStates:

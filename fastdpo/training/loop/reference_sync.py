@@ -1,17 +1,19 @@
-"""TR-DPO: the reference copy follows the policy, every so many steps."""
+"""TR-DPO: the reference copy follows the policy, every so many steps; each rank moves its part."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastdpo.losses.reference_updates import mix_parameters
 from fastdpo.training.loop.base import BaseTrainer
+from fastdpo.training.loop.take_over import named_tensors, on_main, put_tensor, whole_shape
 
 REFERENCE_FILE = "reference_model.pt"
-logger = logging.getLogger(__name__)
 
 
 def sync_reference(trainer: BaseTrainer) -> None:
@@ -21,26 +23,67 @@ def sync_reference(trainer: BaseTrainer) -> None:
         return
     reference = trainer.accelerator.unwrap_model(trainer.reference.model)
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    mix_parameters(reference.parameters(), policy.parameters(), args.ref_model_mixup_alpha)
+    for target, source in zip(reference.parameters(), policy.parameters(), strict=True):
+        _mix(target, source, args.ref_model_mixup_alpha)
+
+
+def _mix(target: Any, source: Any, weight: float) -> None:
+    if isinstance(target, DTensor):  # both models are cut alike
+        mix_parameters([target.to_local()], [source.to_local()], weight)
+    elif hasattr(target, "ds_id"):
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters
+        # Whole on every rank for a moment, as weights that ZeRO-3 never cuts are for good.
+        with gathered([source]), gathered([target], modifier_rank=0):
+            mix_parameters([target], [source], weight)
+    else:
+        mix_parameters([target], [source], weight)
 
 
 def save_reference(trainer: BaseTrainer, folder: Path) -> None:
-    """The moved reference into a checkpoint; it is nowhere else."""
-    if trainer.args.sync_ref_model and trainer.accelerator.is_main_process:
-        reference = trainer.accelerator.unwrap_model(trainer.reference.model)
-        torch.save(reference.state_dict(), folder / REFERENCE_FILE)
+    """The moved reference into a checkpoint, whole; it is nowhere else. Every rank takes part."""
+    if not trainer.args.sync_ref_model:
+        return
+    reference = trainer.accelerator.unwrap_model(trainer.reference.model)
+    found = {name: _whole(tensor) for name, tensor in named_tensors(reference).items()}
+    if trainer.accelerator.is_main_process:
+        torch.save(found, folder / REFERENCE_FILE)
+
+
+def _whole(tensor: Any) -> Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor().detach().cpu()
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().cpu().clone()
+    return tensor.detach().cpu()
 
 
 def load_reference(trainer: BaseTrainer, folder: Path) -> None:
-    """The reference as it was at a checkpoint.
+    """The reference as it was at a checkpoint, of whatever engine.
 
     Raises:
-        ValueError: the checkpoint has none, so what the run went on with is not known.
+        ValueError: the checkpoint has none, or of another model, so what the run went on with is not known.
     """
     if not trainer.args.sync_ref_model:
         return
-    path = folder / REFERENCE_FILE
-    if not path.exists():
-        raise ValueError(f"sync_ref_model: {path} is missing, wanted the reference as the checkpoint left it")
-    reference = trainer.accelerator.unwrap_model(trainer.reference.model)
-    reference.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    path, accelerator = folder / REFERENCE_FILE, trainer.accelerator
+    wanted = named_tensors(accelerator.unwrap_model(trainer.reference.model))
+    saved: dict[str, Tensor] = {}
+
+    def read() -> None:
+        if not path.exists():
+            raise ValueError(
+                f"sync_ref_model: {path} is missing, wanted the reference as the checkpoint left it"
+            )
+        saved.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        other = [n for n, t in wanted.items() if n not in saved or saved[n].shape != whole_shape(t)]
+        if other:
+            raise ValueError(f"sync_ref_model: {path} lacks {other[0]}, or has it in another shape")
+
+    on_main(accelerator, read)
+    for name, tensor in wanted.items():
+        put_tensor(accelerator, tensor, saved.get(name))

@@ -83,7 +83,7 @@ def take_over(trainer: Any, folder: Path, *, with_optimizer: bool = True) -> Non
     accelerator = trainer.accelerator
     model = accelerator.unwrap_model(trainer.model)
     groups = _groups(trainer, model)
-    names = _names(model)
+    names = named_tensors(model)
     trained = [name for group in groups for name in group]
     is_main = accelerator.is_main_process
     opened: list[TensorSource] = []
@@ -96,7 +96,7 @@ def take_over(trainer: Any, folder: Path, *, with_optimizer: bool = True) -> Non
         keys = on_main(accelerator, survey)
         source = opened[0] if opened else None
         for known, alias in keys["weights"].items():
-            _put(accelerator, names[known], None if source is None else source.weight(alias))
+            put_tensor(accelerator, names[known], None if source is None else source.weight(alias))
         if keys["states"]:
             _put_states(trainer, {name: names[name] for name in trained}, keys["states"], source)
     said = "weights"
@@ -119,7 +119,7 @@ def take_over(trainer: Any, folder: Path, *, with_optimizer: bool = True) -> Non
         )  # fmt: skip
 
 
-def _names(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and kept buffers by name, those of several names by the first."""
     kept = model.state_dict(keep_vars=True) if not _is_partitioned(model) else {}
     buffers = {name: b for name, b in model.named_buffers() if name in kept}
@@ -155,10 +155,10 @@ def _survey(
         if value is None:
             missing += [name] if getattr(tensor, "requires_grad", False) else []
             continue
-        if tuple(value.shape) != _shape(tensor):
+        if tuple(value.shape) != whole_shape(tensor):
             raise ValueError(
                 f"resume_from_checkpoint: {folder} has {name} in shape {tuple(value.shape)}, wanted "
-                f"{_shape(tensor)}"
+                f"{whole_shape(tensor)}"
             )
         found[name] = alias
     if missing:
@@ -168,21 +168,21 @@ def _survey(
     for name in trained:
         of_it = source.states(name)
         if not of_it or any(
-            value.dim() and tuple(value.shape) != _shape(names[name]) for value in of_it.values()
+            value.dim() and tuple(value.shape) != whole_shape(names[name]) for value in of_it.values()
         ):
             return {"weights": found, "states": {}}
         states[name] = {key: value.dim() > 0 for key, value in of_it.items()}
     return {"weights": found, "states": states}
 
 
-def _shape(tensor: Any) -> tuple[int, ...]:
+def whole_shape(tensor: Any) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def _whole(accelerator: Any, value: Tensor | None, like: Any) -> Tensor:
     """A tensor of the main rank's on every rank, where ``like`` lies and in its dtype."""
     if value is None:
-        whole = torch.empty(_shape(like), dtype=like.dtype, device=like.device)
+        whole = torch.empty(whole_shape(like), dtype=like.dtype, device=like.device)
     else:
         whole = value.to(like.device, like.dtype).contiguous()
     if accelerator.num_processes > 1:
@@ -191,12 +191,13 @@ def _whole(accelerator: Any, value: Tensor | None, like: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _put(accelerator: Any, to: Any, value: Tensor | None) -> None:
+def put_tensor(accelerator: Any, to: Any, value: Tensor | None) -> None:
     """Give every rank its part of a weight."""
     if isinstance(to, DTensor):
         to.copy_(_part(to, value))
         return
-    whole = _whole(accelerator, value if value is None else value.float(), _Like(to, torch.float32))
+    dtype = torch.promote_types(to.dtype, torch.float32)
+    whole = _whole(accelerator, value if value is None else value.to(dtype), _Like(to, dtype))
     if not hasattr(to, "ds_id"):
         to.copy_(whole)
         if getattr(to, "_hp_mapping", None) is not None:
@@ -215,7 +216,7 @@ class _Like:
     """A shape and a place, with a dtype of its own."""
 
     def __init__(self, tensor: Any, dtype: torch.dtype) -> None:
-        self.shape, self.device, self.dtype = _shape(tensor), tensor.device, dtype
+        self.shape, self.device, self.dtype = whole_shape(tensor), tensor.device, dtype
 
 
 def _part(to: DTensor, value: Tensor | None) -> DTensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fastdpo.integrations.engines import weight_shape
 from fastdpo.integrations.lm_head import find_linear, unwrap
 from fastdpo.integrations.model import ensure_patched
 from fastdpo.training.settings.config import PreferenceConfig
@@ -43,7 +44,7 @@ def common_vocabulary(models: Sequence[nn.Module], tokenizer: Any) -> int | None
     Raises:
         ValueError: the smallest head has fewer rows than the tokenizer has tokens, or there is no tokenizer.
     """
-    sizes = [find_linear(unwrap(model)).weight.shape[0] for model in models]
+    sizes = [weight_shape(find_linear(unwrap(model)))[0] for model in models]
     if len(set(sizes)) == 1:
         return None
     known = None if tokenizer is None else len(tokenizer)

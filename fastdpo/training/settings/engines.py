@@ -10,8 +10,6 @@ import torch
 
 from fastdpo.training.settings.fields import SettingFields
 
-_DIVERGENCES = "{losses}, with divergences from a model whose head would have to be whole beside the policy's"
-
 
 def name_engine(args: SettingFields) -> None:
     """``engine`` in the words of transformers.
@@ -73,10 +71,7 @@ def check_engine(args: SettingFields, engine: str | None) -> None:
         args.longest_batch_first = False  # the default on a GPU
     if engine not in ("FSDP2", "ZeRO-3"):
         return
-    losses = ", ".join(args.loss_type)
     refused = {
-        f"loss_type: got {_DIVERGENCES.format(losses=losses)}": args.needs_divergences,
-        "sync_ref_model: got True, whose steps mix whole models": args.sync_ref_model,
         "offload_activations: got True, which would move weights that FSDP2 frees": engine == "FSDP2"
         and args.offload_activations,
         f"context_chunk: got {args.context_chunk}, which runs whole models": args.context_chunk is not None,

@@ -89,14 +89,13 @@ MakeArgs = Callable[..., PreferenceConfig]
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
         ({"fsdp": True, "fsdp_config": {"version": 1}}, "fsdp: got version 1, .* wanted FSDP2"),
-        (
-            {"fsdp": True, "loss_type": "tdpo2"},
-            "loss_type: got tdpo2, with divergences.* under FSDP2",
-        ),
         ({"engine": "fsdp3"}, r"engine: got 'fsdp3', wanted one of \(None, 'fsdp2'"),
         ({"engine": "fsdp2", "offload_activations": True}, "offload_activations: got True.* under FSDP2"),
         ({"engine": "zero3", "fsdp": True}, "engine: got 'zero3' and fsdp, wanted one of the two"),
-        ({"fsdp": True, "sync_ref_model": True}, "sync_ref_model: got True.* wanted none under FSDP2"),
+        (
+            {"fsdp": True, "context_chunk": 8, "batch_layout": "packed"},
+            "context_chunk: got 8.* wanted none under FSDP2",
+        ),
         ({"parallelism_config": object()}, "parallelism_config: got"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices: got False"),
         ({"label_names": ["labels"]}, "label_names: got"),
