@@ -126,6 +126,7 @@ def train(argv: Sequence[str]) -> None:
 def _load_run(arguments: RunArguments) -> dict[str, Any]:
     """What `PreferenceTrainer` takes."""
     from fastdpo.training.loop.models import load_model, told_tokenizer
+    from fastdpo.training.settings.parallel import check_same_settings, loading_of
 
     # What is cheap comes first: a wrong name or a broken row shows before gigabytes of weights are read.
     arguments.check_there()
@@ -134,7 +135,9 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
     _, train_pairs, eval_pairs = _load_pairs(
         arguments.data, tokenizer, arguments.config, reads_reference=arguments.model.ref_model is None
     )
-    loading = arguments.model.loading_options(adapted=arguments.is_adapted)
+    _ = arguments.config.device  # ranks know of each other before a model is split over them
+    check_same_settings(arguments.config)
+    loading = arguments.model.loading_options(adapted=arguments.is_adapted) | loading_of(arguments.config)
     # A revision is of the model that is trained.
     others = {name: value for name, value in loading.items() if name != "revision"}
     ref_name, teacher_name = arguments.model.ref_model, arguments.model.teacher_model
@@ -157,6 +160,7 @@ def score(argv: Sequence[str]) -> None:
     from fastdpo.integrations.model import ensure_patched
     from fastdpo.training.batches.collate import pad_token_id
     from fastdpo.training.batches.layouts import choose_collator
+    from fastdpo.training.batches.ranks import DataRanks
     from fastdpo.training.loop.models import load_model, told_tokenizer
     from fastdpo.training.reference.precompute import PrecomputedReference
     from fastdpo.training.settings.command_line import parse_score
@@ -174,7 +178,7 @@ def score(argv: Sequence[str]) -> None:
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.use_cpu)
     model = ensure_patched(model.to(accelerator.device), config.execution())
     collator = choose_collator([model], config, pad_token_id(tokenizer), data_sets[0], accelerator)
-    reference = PrecomputedReference(model, accelerator, collator, config, is_base=False)
+    reference = PrecomputedReference(model, DataRanks(accelerator), collator, config, is_base=False)
     scored = [reference.add_to(pairs) for pairs in data_sets if pairs is not None]
     if not accelerator.is_main_process:
         return

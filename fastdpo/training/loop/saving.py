@@ -6,14 +6,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.trainer import SCHEDULER_NAME
 
+from fastdpo.training.loop.engines import is_split_as_loaded
 from fastdpo.training.loop.evaluation import EvaluatingTrainer
 from fastdpo.training.loop.folders import find_checkpoint, warn_of_unfinished
 from fastdpo.training.loop.progress import load_progress, save_progress
 from fastdpo.training.loop.reference_sync import load_reference, save_reference
 from fastdpo.training.loop.run_record import has_own_card, settings_of, write_card, write_settings
 from fastdpo.training.loop.same_run import check_same_run, write_run
+from fastdpo.training.loop.split_checkpoint import load_optimizer, load_weights, save_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,25 @@ class SavingTrainer(EvaluatingTrainer):
         save_reference(self, folder)
         if self.args.should_save:
             write_run(self, folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if is_split_as_loaded(self.accelerator):
+            save_optimizer(self, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_split_as_loaded(self.accelerator):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer(self, Path(checkpoint))
+        state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        assert self.lr_scheduler is not None  # made with the optimiser
+        self.lr_scheduler.load_state_dict(state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_split_as_loaded(self.accelerator):
+            load_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _find_checkpoint(self, resume: str | bool | None) -> str | None:
         """The checkpoint to go on from, held to this run; None for a fresh one."""
