@@ -136,6 +136,7 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
     """What `PreferenceTrainer` takes."""
     from fastdpo.training.data.stream import has_images
     from fastdpo.training.loop.models import load_model, told_tokenizer
+    from fastdpo.training.settings.parallel import check_same_settings, loading_of
 
     # What is cheap comes first: a wrong name or a broken row shows before gigabytes of weights are read.
     arguments.check_there()
@@ -144,7 +145,9 @@ def _load_run(arguments: RunArguments) -> dict[str, Any]:
     _, train_pairs, eval_pairs = _load_pairs(
         arguments.data, tokenizer, arguments.config, reads_reference=arguments.model.ref_model is None
     )
-    loading = arguments.loading_options()
+    _ = arguments.config.device  # ranks know of each other before a model is split over them
+    check_same_settings(arguments.config)
+    loading = arguments.loading_options() | loading_of(arguments.config)
     loading["with_images"] = has_images(train_pairs, eval_pairs)
     # A revision is of the model that is trained.
     others = {name: value for name, value in loading.items() if name != "revision"}
@@ -169,6 +172,7 @@ def score(argv: Sequence[str]) -> None:
     from fastdpo.integrations.processor import ImageTokens, tokenizer_of
     from fastdpo.training.batches.collate import pad_token_id
     from fastdpo.training.batches.layouts import choose_collator
+    from fastdpo.training.batches.ranks import DataRanks
     from fastdpo.training.data.model_fit import check_fit
     from fastdpo.training.data.stream import has_images
     from fastdpo.training.loop.models import load_model, told_tokenizer
@@ -193,7 +197,7 @@ def score(argv: Sequence[str]) -> None:
         [model], config, pad_token_id(tokenizer_of(tokenizer)), data_sets[0], accelerator,
         ImageTokens.of(tokenizer), has_images=has_images(*data_sets),
     )  # fmt: skip
-    reference = PrecomputedReference(model, accelerator, collator, config, is_base=False)
+    reference = PrecomputedReference(model, DataRanks(accelerator), collator, config, is_base=False)
     scored = [reference.add_to(pairs) for pairs in data_sets if pairs is not None]
     if not accelerator.is_main_process:
         return

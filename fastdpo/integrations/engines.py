@@ -8,7 +8,9 @@ parallelism leaves each rank its rows of the head, which the op takes as they ar
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -54,6 +56,13 @@ def engine_around(model: nn.Module) -> str | None:
         if _is_fsdp2(module):
             return FSDP2
     return None
+
+
+def reshard(model: nn.Module) -> None:
+    """Have FSDP2's units give up what they gathered, so that an optimiser finds their parts."""
+    for module in model.modules():
+        if _is_fsdp2(module):
+            module.reshard()  # type: ignore[operator]
 
 
 def is_partitioned(model: nn.Module) -> bool:
@@ -126,6 +135,49 @@ def vocab_shard(model: nn.Module, linear: nn.Module) -> VocabShard | None:
 def kept_shard(start: int, vocab_size: int, group: Any, has_own_rows: bool = False) -> VocabShard:
     """One for all calls: its first use takes an exchange of the ranks."""
     return VocabShard(start, vocab_size, group, has_own_rows)
+
+
+def is_split_by_tensors(model: nn.Module) -> bool:
+    """Whether transformers has split a model's layers over ranks (``tp_plan``), or its experts."""
+    return any(is_tensor_parallel(vars(module).get("forward")) for module in model.modules())
+
+
+def copied(model: Any) -> Any:
+    """A deep copy of a model, also of one whose layers tensor parallelism has given forwards of their own.
+
+    Raises:
+        ValueError: FSDP2 has units in it, which cannot be copied.
+    """
+    if not is_split_by_tensors(model):
+        return copy.deepcopy(model)
+    if engine_around(model) is not None:
+        raise ValueError(
+            "reference: got 'copy' of a model that is split by tensors and by FSDP2, which cannot be copied: "
+            "wanted a ref_model, the same path once more (--ref_model)"
+        )
+    known: dict[int, Any] = {
+        id(value): value for module in model.modules() for value in vars(module).values() if _is_mesh(value)
+    }
+    # torch's own copy of a DTensor looks for a storage, of which it has none.
+    known |= {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in model.parameters()}
+    twin = copy.deepcopy(model, known)
+    for module in twin.modules():
+        forward: Any = vars(module).pop("forward", None)
+        if forward is None:
+            continue
+        made = inspect.getclosurevars(forward).nonlocals if is_tensor_parallel(forward) else {}
+        if getattr(made.get("original_forward"), "__func__", None) is not type(module).forward:
+            raise ValueError(
+                f"reference: got 'copy' of a model whose {type(module).__name__} has a forward of its own: "
+                "wanted a ref_model, the same path once more (--ref_model)"
+            )
+        # What was copied runs the module that it was made for.
+        made["self"].install_forward(module, made["mesh"])
+    return twin
+
+
+def _is_mesh(value: Any) -> bool:
+    return type(value).__name__ in ("DeviceMesh", "TransformersDeviceMesh")
 
 
 def check_precision(model: Any, dtype: torch.dtype, arguments: Mapping[str, Any] | None) -> None:

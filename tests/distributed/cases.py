@@ -237,6 +237,7 @@ TENSOR_PARALLEL: dict[str, dict[str, Any]] = {
     "log-probabilities": {"how": "logps"},
     "the loss": {"how": "loss"},
     "packed, tied": {"how": "packed", "tied": True},
+    "experts": {"how": "loss", "moe": "qwen3_moe"},
     "and FSDP2": {"how": "loss", "data": 2},
     "and FSDP2, tied": {"how": "packed", "data": 2, "tied": True},
     "lazy": {"how": "lazy"},
@@ -327,6 +328,20 @@ LOOP: dict[str, dict[str, Any]] = {
     "a rank without rows": {"batch_layout": "packed", "num_train": 3, "max_steps": 1, "budget": 24},
     "16 bits": {"ref_model": True, "bf16": True},
     "resumed": {"ref_model": True, "is_resumed": True, "save_strategy": "steps", "save_steps": 2},
+}
+
+# The same under tensor parallelism.
+TENSOR_LOOP: dict[str, dict[str, Any]] = {
+    "copy": {"num_eval": 5, "eval_strategy": "steps", "eval_steps": 3},
+    "ref_model, packed": {"ref_model": True, "batch_layout": "packed"},
+    "shared prompts": {"ref_model": True, "batch_layout": "shared_prompt"},
+    "LoRA": {"lora": ("q_proj", "v_proj"), "reference": "adapter"},
+    "precomputed": {"reference": "precomputed", "num_eval": 5, "eval_strategy": "steps", "eval_steps": 3},
+    "resumed": {"ref_model": True, "is_resumed": True, "save_strategy": "steps", "save_steps": 2},
+    "KTO": {"loss_type": "kto", "kind": "unpaired", "ref_model": True},
+    "BCO": {"loss_type": "bco_pair", "ref_model": True},
+    "AOT": {"loss_type": "aot", "ref_model": True, "gather_batch_losses": True},
+    "dynamic beta": {"ref_model": True, "dynamic_beta": {"rho": 0.3}},
 }
 
 # Losses of sequences that are split over ranks, and how their references and tokens are given.

@@ -29,7 +29,7 @@ from tests.training.conftest import tiny_llama
 from tests.training.loop.ddp_run import answers, pairs
 
 
-def _settings(folder: Path, engine: str | None, **changes: Any) -> PreferenceConfig:
+def settings(folder: Path, engine: str | None, *, data: int = 2, **changes: Any) -> PreferenceConfig:
     alone = engine is None
     args = PreferenceConfig(
         output_dir=str(folder),
@@ -47,17 +47,22 @@ def _settings(folder: Path, engine: str | None, **changes: Any) -> PreferenceCon
             "loss_type": "sigmoid",
             "max_steps": 3,
             "per_device_train_batch_size": 8 if alone else 2,
-            "gradient_accumulation_steps": 1 if alone else 2,
+            "gradient_accumulation_steps": 1 if alone else 4 // data,
             **changes,
         },
-        engine=engine,
+        engine=None if engine == "tensors" else engine,
     )
     if not alone:
-        args.device  # noqa: B018  makes the state, which has these engines on GPUs only
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        PartialState._shared_state["device"] = torch.device("cpu")
-        AcceleratorState._shared_state.clear()
+        as_on_gpus(args)
     return args
+
+
+def as_on_gpus(args: Any) -> None:
+    """Make accelerate's state, which has these engines on GPUs only."""
+    args.device  # noqa: B018
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    PartialState._shared_state["device"] = torch.device("cpu")
+    AcceleratorState._shared_state.clear()
 
 
 class StopAfterSaving(TrainerCallback):
@@ -89,7 +94,7 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
         return found
 
     def trainer() -> PreferenceTrainer:
-        args = _settings(folder, engine, **case)
+        args = settings(folder, engine, **case)
         peft_config = None
         if lora:
             from peft import LoraConfig
@@ -119,7 +124,7 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
     found = {
         "losses": [entry["loss"] for entry in history if "loss" in entry],
         "evaluations": [[entry[n] for n in names if n in entry] for entry in history if names[0] in entry],
-        "weights": _weights(made),
+        "weights": weights(made),
     }
     if engine == "fsdp2" and has_ref_model:  # between its forward passes nothing is whole
         found["whole"] = [n for n, p in made.reference.model.named_parameters() if not isinstance(p, DTensor)]
@@ -128,7 +133,7 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
     return found
 
 
-def _weights(trainer: PreferenceTrainer) -> dict[str, torch.Tensor]:
+def weights(trainer: PreferenceTrainer) -> dict[str, torch.Tensor]:
     found = {}
     for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         if hasattr(parameter, "full_tensor"):

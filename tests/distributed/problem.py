@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fastdpo import TokenLayout, patch_model
 
@@ -53,6 +53,27 @@ def tiny(*, tied: bool = False, adapter: str | None = None, frozen_head: bool = 
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
     return model
+
+
+def tiny_experts(family: str) -> Any:
+    """A mixture of four experts, two of which see a token."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+        max_position_embeddings=256,
+    )
+    return AutoModelForCausalLM.from_config(config)
 
 
 def batch(*, without_labels_from: int = PAIRS) -> dict[str, Tensor]:

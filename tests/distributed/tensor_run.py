@@ -21,6 +21,7 @@ from tests.distributed.problem import (
     part,
     print_results,
     tiny,
+    tiny_experts,
     truth,
     worst_error,
 )
@@ -39,10 +40,13 @@ def _loaded(base: Any, tensor: int, data: int) -> Any:
         return model
 
 
-def _case(how: str, *, tied: bool = False, data: int = 1) -> dict[str, Any]:
-    base, whole = tiny(tied=tied), batch()
+def _case(how: str, *, tied: bool = False, data: int = 1, moe: str | None = None) -> dict[str, Any]:
+    base, whole = tiny(tied=tied) if moe is None else tiny_experts(moe), batch()
     expected = truth(base, whole, how)
     ours = patch_model(_loaded(base, 2, data))
+    if moe is not None:  # each rank has a part of the experts
+        experts = [p for n, p in ours.named_parameters() if ".experts." in n]
+        assert experts and all(p.to_local().numel() < p.numel() for p in experts)
     if data == 1:
         head = LMHead.from_model(ours)
         assert head.vocab_parallel is not None and head.weight.shape[0] < base.config.vocab_size

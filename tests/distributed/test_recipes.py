@@ -12,6 +12,12 @@ from tests import ROOT
     ("name", "kind", "settings", "said"),
     [
         ("fsdp2", "FSDP", "fsdp_config", {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}),
+        (
+            "tp_fsdp2",
+            "FSDP",
+            "parallelism_config",
+            {"parallelism_config_tp_size": 4, "parallelism_config_dp_shard_size": 2},
+        ),
         ("zero3", "DEEPSPEED", "deepspeed_config", {"zero_stage": 3}),
     ],
 )

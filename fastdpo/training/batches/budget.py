@@ -263,7 +263,7 @@ def training_sampler(dataset: RowDataset, budget: TokenBudget, args: PreferenceC
     """The batches of a run, of all its ranks."""
     return budget.sampler(
         dataset,
-        num_ranks=args.world_size,
+        num_ranks=args.world_size // args.shared_ranks,
         strategy=args.train_sampling_strategy,
         seed=args.seed if args.data_seed is None else args.data_seed,
     )

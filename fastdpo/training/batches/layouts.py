@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.integrations.backbone_config import backbone_size, text_config
-from fastdpo.integrations.engines import is_partitioned
+from fastdpo.integrations.engines import FSDP2, engine_around, is_partitioned, reshard
 from fastdpo.integrations.forest.attention import own_attention
 from fastdpo.integrations.lm_head import wrappers_and_model
 from fastdpo.integrations.processor import ImageTokens, sees
@@ -181,6 +181,11 @@ def _refusals(
     ]
     found: dict[tuple[str, str], str | None] = dict.fromkeys(candidates)
     for model in models:
+        # FSDP2's units learn in a whole call which is the outermost, and of one that is cut short some wait
+        # for the call of their head: one whole call before the backbone's own, and one behind them.
+        is_in_units = engine_around(model) == FSDP2
+        if is_in_units:
+            _call_whole(model, accelerator.device)
         # Flash attention has no fp32; elsewhere the weights' own precision shows more.
         is_flash = own_attention(text_config(model)).startswith("flash_attention")
         if any(has_virtual_tokens(wrapper) for wrapper in wrappers_and_model(model)):
@@ -188,6 +193,9 @@ def _refusals(
         else:
             with accelerator.autocast() if is_flash else contextlib.nullcontext():
                 verdicts = refusals(model, candidates, longest=longest, is_carried=is_carried, images=images)
+        if is_in_units:
+            _call_whole(model, accelerator.device)
+            reshard(model)
         found = {key: found[key] or verdicts[key] for key in candidates}
     if accelerator.num_processes > 1 and candidates:
         is_bad = torch.tensor([found[key] is not None for key in candidates], device=accelerator.device)
@@ -195,6 +203,11 @@ def _refusals(
             if count > 0 and found[key] is None:
                 found[key] = "another rank refuses it"
     return found
+
+
+@torch.no_grad()
+def _call_whole(model: nn.Module, device: torch.device) -> None:
+    model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device))
 
 
 def _is_single_call(args: PreferenceConfig, accelerator: Any) -> bool:

@@ -151,8 +151,8 @@ def stream_dataloader(
         budget,
         args.shuffle_buffer_size if args.train_sampling_strategy == "random" else 0,
         args.seed if args.data_seed is None else args.data_seed,
-        args.process_index,
-        args.world_size,
+        args.process_index // args.shared_ranks,
+        args.world_size // args.shared_ranks,
         fit,
     )
     filler = head[int(head.lengths.argmin())]

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from fastdpo.training.batches.batch import Batch
+from fastdpo.training.batches.ranks import DataRanks
 from fastdpo.training.loop.loss_state import LossState
 from fastdpo.training.loop.metrics import MetricSums
 from fastdpo.training.loop.step import BatchCounts
@@ -25,6 +26,7 @@ class BaseTrainer(Trainer):
     data_collator: Any
     reference: Reference
     loss_state: LossState
+    ranks: DataRanks
     told: dict[str, Any]
     """Settings beside ``args`` that the run was told, for ``settings.yaml``."""
     has_ref_model: bool

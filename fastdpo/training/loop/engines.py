@@ -7,9 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 
+from fastdpo.integrations.engines import engine_around, is_split_by_tensors
+from fastdpo.training.data.stream import known_rows
 from fastdpo.training.settings.engines import check_engine, told_engine
+from fastdpo.training.settings.parallel import name_parallel
 
 
 def engine_of(accelerator: Any) -> str | None:
@@ -22,9 +26,69 @@ def engine_of(accelerator: Any) -> str | None:
     return None
 
 
+def check_ranks(trainer: Any) -> None:
+    """Raise ValueError, on every rank, where ranks that see one batch would not: other data, other steps."""
+    if trainer.ranks.shared == 1:
+        return
+    rows, args = known_rows(trainer.train_dataset), trainer.args
+    trainer.ranks.check_same("train_dataset", None if rows is None else rows.fingerprint())
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "loss_type", "seed")
+    for name in names:
+        trainer.ranks.check_same(name, getattr(args, name))
+
+
+def settle_saving(args: Any) -> bool:
+    """Whether checkpoints have the optimiser's state, of which transformers says that a model that it split
+    has none: here it has (``split_checkpoint.py``), and for the length of its constructor it is not asked."""
+    saves_all = not args.save_only_model
+    args.save_only_model = args.save_only_model or (args.tp_size or 1) > 1
+    return saves_all
+
+
 def is_split(accelerator: Any) -> bool:
     """Whether every forward pass is an exchange of the ranks, which all have to make alike."""
-    return engine_of(accelerator) in ("FSDP2", "ZeRO-3")
+    return is_split_as_loaded(accelerator) or engine_of(accelerator) in ("FSDP2", "ZeRO-3")
+
+
+def is_split_as_loaded(accelerator: Any) -> bool:
+    """Whether transformers has split the policy by its tensors, and by FSDP2 over the other ranks."""
+    sizes = getattr(accelerator, "parallelism_config", None)
+    return sizes is not None and sizes.tp_enabled
+
+
+def averaged_ranks(accelerator: Any, args: Any) -> int:
+    """How many ranks' gradients are averaged: those of a tensor-parallel group have one gradient."""
+    return int(accelerator.num_processes) // (args.tp_size or 1)
+
+
+def settle_tensors(args: Any, policy: Any) -> None:
+    """Hold ``tp_size`` to what a model is split by.
+
+    Raises:
+        ValueError: a model that was loaded otherwise than the setting says; says how it is to be loaded.
+    """
+    from accelerate.state import PartialState
+
+    own = getattr(policy, "tp_size", None) or 1
+    if max(own, args.tp_size or 1) > 1 and PartialState().distributed_type == DistributedType.MULTI_CPU:
+        raise ValueError(
+            f"tp_size: got {args.tp_size or own} on a CPU, while accelerate has it on GPUs alone; wanted 1"
+        )
+    if own == (args.tp_size or 1):
+        if own > 1 and hasattr(policy, "peft_config") and engine_around(policy) is not None:
+            raise ValueError(
+                f"tp_size: got {own} of {args.world_size} ranks and an adapter, which PEFT splits by tensors "
+                f"alone; wanted {args.world_size}, or no adapter, or engine='fsdp2' without tp_size"
+            )
+        return
+    if args.tp_size is not None:
+        raise ValueError(
+            f"tp_size: got {args.tp_size} and a model split over {own} ranks, wanted a path or hub id as the "
+            "model, or AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig("
+            f"tp_size={args.tp_size}, fsdp_size=...))"
+        )
+    args.tp_size = own
+    name_parallel(args)
 
 
 def settle_engine(args: Any, accelerator: Any) -> None:
@@ -52,6 +116,9 @@ def settle_engine(args: Any, accelerator: Any) -> None:
 
 def on_device(accelerator: Any, model: nn.Module | None) -> nn.Module | None:
     """A reference or a teacher where it is used; one that will be split stays where it is."""
+    if is_split_as_loaded(accelerator):
+        whole = model is not None and not is_split_by_tensors(model)
+        return model.to(accelerator.device) if model is not None and whole else model
     if model is None or is_split(accelerator):
         return model
     prepared: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
@@ -60,7 +127,7 @@ def on_device(accelerator: Any, model: nn.Module | None) -> nn.Module | None:
 
 def split_frozen(accelerator: Any, model: nn.Module | None) -> nn.Module | None:
     """A reference or a teacher split as the policy is, so that each rank holds its part."""
-    if model is None or not is_split(accelerator):
+    if model is None or not is_split(accelerator) or is_split_as_loaded(accelerator):
         return model
     return (_sharded if engine_of(accelerator) == "FSDP2" else _partitioned)(accelerator, model)
 

@@ -70,6 +70,7 @@ class EvaluatingTrainer(BaseTrainer):
         self._eval_width = dataset.width
         self._sums["eval"].clear()
         size = self.args.per_device_eval_batch_size
+        self.gather_function = self.ranks.gathered_for_metrics  # for the length of a loop
         with self.compute_loss_context_manager():
             self.loss_state.begin_evaluation(self.model, dataset, self.data_collator, size)
         try:
@@ -135,6 +136,6 @@ class EvaluatingTrainer(BaseTrainer):
     def _rows_without_repeats(self, size: int) -> int:
         """How many rows of this rank's batch are no repeats, which fill up the last round of the ranks."""
         state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if self.ranks.count == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return size
-        return min(max(state.remainder - self.accelerator.process_index * size, 0), size)
+        return min(max(state.remainder - self.ranks.index * size, 0), size)

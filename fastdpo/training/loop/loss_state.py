@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastdpo.losses.controllers import BetaController, KLEstimate, RunningMean
 from fastdpo.training.batches.batch import Batch, mapped
 from fastdpo.training.batches.forward import sequence_logps, token_logps
+from fastdpo.training.batches.ranks import DataRanks
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.loop.engines import is_split
 from fastdpo.training.reference.sources import Reference
@@ -57,11 +58,11 @@ class LossState:
     Args:
         args: the run's settings.
         reference: where its reference log-probabilities come from.
-        accelerator: of the trainer.
+        ranks: those that have batches of their own.
     """
 
-    def __init__(self, args: PreferenceConfig, reference: Reference, accelerator: Any) -> None:
-        self.reference, self.accelerator = reference, accelerator
+    def __init__(self, args: PreferenceConfig, reference: Reference, ranks: DataRanks) -> None:
+        self.reference, self.ranks, self.accelerator = reference, ranks, ranks.accelerator
         needs = {name for spec in args.losses for name in spec.needs}
         self.kl = KLEstimate() if "kl" in needs else None
         self.shift = RunningMean() if "reward_shift" in needs else None
@@ -116,7 +117,7 @@ class LossState:
         if self.kl is None:
             return
         self._training_kl, self.kl = self.kl, KLEstimate()
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        rank, ranks = self.ranks.index, self.ranks.count
         own = range(rank, len(dataset), ranks)
         most = -(-len(dataset) // ranks)  # of any rank
         batches = (
@@ -196,16 +197,16 @@ class LossState:
 
     def _gathered(self, own: Tensor) -> tuple[Tensor, Tensor]:
         """``(n, C)`` of all ranks in the order of the first column, and where this rank's rows stand."""
-        accelerator = self.accelerator
-        if accelerator.num_processes == 1:
+        ranks = self.ranks
+        if ranks.count == 1:
             everything, start = own, 0
         else:
-            counts = accelerator.gather(torch.tensor([len(own)], device=own.device)).tolist()
+            counts = ranks.gathered(torch.tensor([len(own)], device=own.device)).tolist()
             missing = max(counts) - len(own)
-            parts = accelerator.gather(torch.cat([own, own.new_zeros(missing, own.shape[1])]))
+            parts = ranks.gathered(torch.cat([own, own.new_zeros(missing, own.shape[1])]))
             parts = parts.view(len(counts), max(counts), own.shape[1])
             everything = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-            start = sum(counts[: accelerator.process_index])
+            start = sum(counts[: ranks.index])
         order = everything[:, 0].argsort(stable=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return everything[order], places[start : start + len(own)]

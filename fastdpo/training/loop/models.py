@@ -22,6 +22,7 @@ from fastdpo.training.reference.sources import disable_dropout, is_adapter_model
 from fastdpo.training.settings.checkpointing import recomputes_activations
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.hub import check_there, is_adapter
+from fastdpo.training.settings.parallel import loading_of
 from fastdpo.training.settings.run import ModelArguments, template_text
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,11 @@ def prepare_policy(model: str | nn.Module, args: PreferenceConfig, peft_config: 
         ValueError: a model this version cannot train; says which and why.
         ImportError: ``peft_config`` without peft.
     """
-    policy = load_model(model, dtype=weights_dtype(model, peft_config)) if isinstance(model, str) else model
+    policy = (
+        load_model(model, dtype=weights_dtype(model, peft_config), **loading_of(args))
+        if isinstance(model, str)
+        else model
+    )
     if is_quantised(policy):
         prepare_quantised(policy, args, is_adapted=peft_config is not None or is_adapter_model(policy))
     if args.disable_dropout:
@@ -182,10 +187,12 @@ def freeze_vision_tower(model: nn.Module) -> None:
     tower.requires_grad_(False)
 
 
-def other_model(what: str, model: str | nn.Module | None, policy: nn.Module) -> nn.Module | None:
+def other_model(
+    what: str, model: str | nn.Module | None, policy: nn.Module, args: PreferenceConfig
+) -> nn.Module | None:
     """A reference or a teacher: as it is given, or loaded in the dtype of the policy's weights."""
     return (
-        load_model(model, what=what, dtype=next(policy.parameters()).dtype)
+        load_model(model, what=what, dtype=next(policy.parameters()).dtype, **loading_of(args))
         if isinstance(model, str)
         else model
     )

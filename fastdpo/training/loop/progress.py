@@ -41,9 +41,7 @@ def load_progress(trainer: BaseTrainer, folder: Path) -> None:
     trainer._tr_loss.fill_(state["loss"])
     trainer._globalstep_last_logged = state["last_logged_step"]
     # The summary at the end is about the steps of this call alone.
-    trainer._total_loss_scalar -= (
-        trainer._over_ranks(trainer._tr_loss.clone()).item() / trainer.accelerator.num_processes
-    )
+    trainer._total_loss_scalar -= trainer._over_ranks(trainer._tr_loss.clone()).item() / trainer.ranks.count
 
 
 def _over(folder: Path, count: int, is_main: bool) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.row import WRITTEN_COLUMNS
 from fastdpo.training.data.stream import known_rows
 from fastdpo.training.loop.checkpoint_files import RUN_FILE, check_files, files_of, layout_of
-from fastdpo.training.loop.engines import engine_of
+from fastdpo.training.loop.engines import engine_of, is_split_as_loaded
 from fastdpo.training.loop.run_record import settings_of
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.steps import COLUMN_FIELDS
@@ -60,6 +60,8 @@ _FREE = (
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
 )
+# In the place of an engine's name: transformers' tensor parallelism, whose optimiser is kept by names.
+TENSORS = "tensor parallelism"
 logger = logging.getLogger(__name__)
 
 
@@ -74,12 +76,13 @@ def write_run(trainer: Any, folder: Path) -> None:
 def ranks_of(trainer: Any) -> dict[str, Any]:
     """Over what a run is spread, and of how many rows a step is; rows are None where tokens decide."""
     args, ranks = trainer.args, trainer.accelerator.num_processes
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.ranks.count
+    engine = TENSORS if is_split_as_loaded(trainer.accelerator) else engine_of(trainer.accelerator)
     is_by_rows = args.max_tokens_per_batch is None and args.train_sampling_strategy in (
         "random",
         "sequential",
     )
-    return {"engine": engine_of(trainer.accelerator), "ranks": ranks, "rows": rows if is_by_rows else None}
+    return {"engine": engine, "ranks": ranks, "rows": rows if is_by_rows else None}
 
 
 def check_same_ranks(trainer: Any) -> None:
@@ -139,7 +142,15 @@ def check_same_run(trainer: Any, folder: Path) -> None:
             "of the checkpoint, and the others are taken on trust",
             now["data"]["rows"],
         )
-    _tell_of_ranks(then.get("ranks"), ranks_of(trainer), folder)
+    ranks = ranks_of(trainer)
+    engines = (then.get("ranks") or ranks)["engine"], ranks["engine"]
+    if TENSORS in engines and engines[0] != engines[1]:
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} is of {engines[0] or 'whole models'}, this run of "
+            f"{engines[1] or 'whole models'}; wanted the same tp_size, or a new run from its weights, with "
+            "the checkpoint's folder as the model"
+        )
+    _tell_of_ranks(then.get("ranks"), ranks, folder)
     changed = _differences(then.get("settings"), now["settings"])
     if changed:
         logger.warning("resuming with other settings than the checkpoint's: %s", changed)

@@ -6,15 +6,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.trainer import SCHEDULER_NAME
 
-from fastdpo.training.loop.engines import engine_of
+from fastdpo.training.loop.engines import engine_of, is_split_as_loaded
 from fastdpo.training.loop.evaluation import EvaluatingTrainer
 from fastdpo.training.loop.folders import find_checkpoint, warn_of_unfinished
 from fastdpo.training.loop.progress import load_progress, save_progress
 from fastdpo.training.loop.reference_sync import load_reference, save_reference
 from fastdpo.training.loop.run_record import has_own_card, settings_of, write_card, write_settings
 from fastdpo.training.loop.same_run import check_same_run, write_run
+from fastdpo.training.loop.split_checkpoint import load_optimizer, load_weights, save_optimizer
 from fastdpo.training.loop.take_over import is_native, on_main, take_over
 from fastdpo.training.reference.sources import is_adapter_model
 
@@ -79,6 +82,26 @@ class SavingTrainer(EvaluatingTrainer):
         if self.args.should_save:
             write_run(self, folder)  # the last: without it the checkpoint was not written to its end
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if is_split_as_loaded(self.accelerator):
+            save_optimizer(self, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_split_as_loaded(self.accelerator):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer(self, Path(checkpoint))
+        state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        assert self.lr_scheduler is not None  # made with the optimiser
+        self.lr_scheduler.load_state_dict(state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_split_as_loaded(self.accelerator):
+            load_weights(self.model, Path(resume_from_checkpoint))
+        elif is_native(self, Path(resume_from_checkpoint)):
+            # Before models are prepared; what another engine wrote comes in afterwards.
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _find_checkpoint(self, resume: str | bool | None) -> str | None:
         """The checkpoint to go on from, held to this run; None for a fresh one."""
 
@@ -101,11 +124,6 @@ class SavingTrainer(EvaluatingTrainer):
         if not is_own:
             take_over(self, Path(resume_from_checkpoint))
         return prepared
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # Before models are prepared; what another engine wrote comes in afterwards.
-        if is_native(self, Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -28,6 +27,7 @@ from fastdpo.losses.weights import wpo_weights
 from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.forward import divergence_logps, fused_loss, token_logps
 from fastdpo.training.batches.pair_tokens import LossTokens, loss_tokens
+from fastdpo.training.batches.ranks import DataRanks
 from fastdpo.training.batches.router import router_losses
 from fastdpo.training.loop.loss_state import GetValues, StepValues
 from fastdpo.training.loop.metrics import MetricSums
@@ -73,7 +73,7 @@ def batch_loss(
     values: GetValues = no_values,
     *,
     router: float = 0.0,
-    over_ranks: bool = False,
+    over_ranks: DataRanks | None = None,
 ) -> PreferenceLossOutput:
     """The loss of a batch as its share of the mean over ``counts``; of pairs, numbers are chosen first.
 
@@ -83,7 +83,7 @@ def batch_loss(
         values: gives what the losses carry from step to step (``LossState``).
         router: weight of a mixture of experts' load-balancing loss, whose mean is over micro-batches, each
             as many times as it has rows.
-        over_ranks: whether every rank computes a batch now, so that a loss may be of all of them.
+        over_ranks: the ranks, where each of them computes a batch now, so that a loss may be of all of them.
     """
     if args.needs_divergences:
         with router_losses(are_wanted=router != 0) as found:
@@ -196,12 +196,12 @@ def _pair_loss(
     args: PreferenceConfig,
     values: GetValues,
     *,
-    over_ranks: bool,
+    over_ranks: DataRanks | None,
 ) -> PreferenceLossOutput:
-    is_gathered = args.gather_batch_losses and over_ranks
+    ranks = over_ranks if args.gather_batch_losses and over_ranks and over_ranks.count > 1 else None
     tokens = loss_tokens(batch, nll_on_prompt=bool(args.nll_on_prompt))
     # Elsewhere the loss waits for log-probabilities: of all ranks, or for the step's beta or weights.
-    waits = is_gathered or args.use_weighting or args.dynamic_beta is not None
+    waits = ranks is not None or args.use_weighting or args.dynamic_beta is not None
     if tokens.fit_the_head and not waits:
         arguments = _pair_arguments(batch, counts, args, StepValues())
         found: Any = fused_loss(model, batch, **tokens.for_the_head(ref_logps), **arguments)
@@ -215,8 +215,8 @@ def _pair_loss(
         weights = wpo_weights(*seen, max_weight=args.wpo_max_weight)
         arguments["pair_weights"] = weights * arguments.get("pair_weights", 1.0)
     result = _of_answers(dpo_loss_from_logps(token, tokens.mask, **tokens.for_logps(ref_logps), **arguments))
-    if is_gathered:
-        return result._replace(loss=_loss_over_ranks(batch, token.logps, tokens, ref_logps, arguments))
+    if ranks is not None:
+        return result._replace(loss=_loss_over_ranks(ranks, batch, token.logps, tokens, ref_logps, arguments))
     return result
 
 
@@ -254,7 +254,12 @@ def _pair_arguments(
 
 
 def _loss_over_ranks(
-    batch: Batch, logps: Tensor, tokens: LossTokens, ref_logps: Tensor | None, arguments: dict[str, Any]
+    ranks: DataRanks,
+    batch: Batch,
+    logps: Tensor,
+    tokens: LossTokens,
+    ref_logps: Tensor | None,
+    arguments: dict[str, Any],
 ) -> Tensor:
     """The loss of all ranks' micro-batches as one, with the gradient of this rank's pairs.
 
@@ -272,8 +277,8 @@ def _loss_over_ranks(
             sequence_sums(x, nll, tokens.bounds).chunk(2)[0] for x in (logps, nll.to(logps.dtype))
         )
         pair = replace(pair, nll_sum=-likelihood, nll_tokens=count)
-    loss = build_objective(**arguments).loss(gather_pairs(pair))
-    return loss - loss.detach() * (1 - 1 / dist.get_world_size())
+    loss = build_objective(**arguments).loss(gather_pairs(pair, ranks.group))
+    return loss - loss.detach() * (1 - 1 / ranks.count)
 
 
 def record(

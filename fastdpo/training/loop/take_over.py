@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import SCHEDULER_NAME
 
 from fastdpo.training.loop.checkpoint_files import TensorSource, layout_of, read_run, tensors_of
-from fastdpo.training.loop.engines import engine_of
+from fastdpo.training.loop.engines import engine_of, is_split_as_loaded
 from fastdpo.training.reference.sources import is_adapter_model
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 def is_native(trainer: Any, folder: Path) -> bool:
     """Whether this run's engine reads a checkpoint by itself."""
+    if is_split_as_loaded(trainer.accelerator):
+        return True  # or it is refused: `check_same_run`
     layout, engine = layout_of(folder), engine_of(trainer.accelerator)
     if engine is None:
         return layout == "whole"

@@ -30,6 +30,7 @@ from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.budget import budget_dataloader
 from fastdpo.training.batches.collate import pad_token_id
 from fastdpo.training.batches.layouts import choose_collator, like_length_sampler, token_budget
+from fastdpo.training.batches.ranks import DataRanks
 from fastdpo.training.batches.router import router_coefficient
 from fastdpo.training.batches.stream import stream_dataloader
 from fastdpo.training.data.dataset import RowDataset
@@ -38,7 +39,15 @@ from fastdpo.training.data.row_numbers import row_list
 from fastdpo.training.data.rows import is_stream
 from fastdpo.training.data.stream import StreamDataset, known_rows, may_have_images
 from fastdpo.training.loop.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
-from fastdpo.training.loop.engines import on_device, settle_engine, split_frozen
+from fastdpo.training.loop.engines import (
+    averaged_ranks,
+    check_ranks,
+    on_device,
+    settle_engine,
+    settle_saving,
+    settle_tensors,
+    split_frozen,
+)
 from fastdpo.training.loop.folders import is_unused, start_output_dir
 from fastdpo.training.loop.kernels import use_liger
 from fastdpo.training.loop.largest_batch import try_before_scoring
@@ -75,6 +84,7 @@ from fastdpo.training.reference.teachers import common_vocabulary, prepare_teach
 from fastdpo.training.settings.batches import check_own_collator, check_own_masks
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.fields import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE
+from fastdpo.training.settings.parallel import check_same_settings
 from fastdpo.training.settings.steps import monitor_options
 from fastdpo.training.settings.stream import check_no_stream_settings, check_stream_settings
 from fastdpo.types import PreferenceLossOutput
@@ -132,6 +142,7 @@ class PreferenceTrainer(SavingTrainer):
     ) -> None:
         if not isinstance(args, PreferenceConfig):
             raise TypeError(f"args: got {type(args).__name__}, wanted PreferenceConfig")
+        check_same_settings(args)
         if processing_class is None and isinstance(model, str):
             processing_class = load_tokenizer(model, or_processor=True)
         self.args, self._tokenizer = args, tokenizer_of(processing_class)
@@ -145,8 +156,9 @@ class PreferenceTrainer(SavingTrainer):
         policy = prepare_policy(model, args, peft_config)
         if train_dataset is not None:
             check_trained(policy)
-        ref_model = other_model("ref_model", ref_model, policy)
-        teacher_model = other_model("teacher_model", teacher_model, policy)
+        settle_tensors(args, policy)
+        ref_model = other_model("ref_model", ref_model, policy, args)
+        teacher_model = other_model("teacher_model", teacher_model, policy, args)
         self.told, self.has_ref_model = {}, ref_model is not None
         if args.learning_rate is None:
             args.learning_rate = ADAPTER_LEARNING_RATE if is_adapter_model(policy) else FULL_LEARNING_RATE
@@ -168,6 +180,7 @@ class PreferenceTrainer(SavingTrainer):
         monitor = monitor_options(args.over_optimisation_monitor)
         teacher_model = prepare_teacher(args, policy, teacher_model)
         self._owns_output_dir = is_unused(args.output_dir)  # what is in there later on is our own
+        saves_all = settle_saving(args)
         super().__init__(
             model=policy,
             args=args,
@@ -185,13 +198,16 @@ class PreferenceTrainer(SavingTrainer):
             ],
             optimizers=optimizers,
         )
+        args.save_only_model = not saves_all
         check_machine(args)
         settle_engine(args, self.accelerator)
+        self.ranks = DataRanks(self.accelerator, args.shared_ranks)
+        self.ranks.deal_batches()
         self.model_accepts_loss_kwargs = True  # what transformers < 5.23 reads for loss_is_scaled_for_ga
         self._set_reference(kind, ref_model, teacher_model, data_collator)
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._input_tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
-        self.loss_state = LossState(args, self.reference, self.accelerator)
+        self.loss_state = LossState(args, self.reference, self.ranks)
         self._is_step_bad = False
 
     def _set_reference(
@@ -217,7 +233,7 @@ class PreferenceTrainer(SavingTrainer):
         if kind == "precomputed":
             scorer = self.model if ref_model is None else ref_model
             self._precomputed = PrecomputedReference(
-                scorer, self.accelerator, self.data_collator, self.args, is_base=is_base
+                scorer, self.ranks, self.data_collator, self.args, is_base=is_base
             )
 
     # Data
@@ -295,6 +311,7 @@ class PreferenceTrainer(SavingTrainer):
             LostRankError: another rank was killed, or ended with an error; names it.
         """
         with lost_ranks_named(self):
+            check_ranks(self)
             check_same_ranks(self)
             self.resumed_from = self._find_checkpoint(resume_from_checkpoint)
             if self.resumed_from is None and not self._owns_output_dir:
@@ -338,10 +355,9 @@ class PreferenceTrainer(SavingTrainer):
             self._begin_step([inputs])
             counts = self._count([inputs])
         policy, values = self.accelerator.unwrap_model(model), self.loss_state.values
-        over_ranks = self.accelerator.num_processes > 1
         result = batch_loss(
             model, policy, inputs, counts, self.args, self.reference, values,
-            router=self.router, over_ranks=over_ranks,
+            router=self.router, over_ranks=self.ranks,
         )  # fmt: skip
         if torch.isfinite(result.loss):
             record(self._sums["train"], inputs, result, nll_on_prompt=bool(self.args.nll_on_prompt))
@@ -349,7 +365,7 @@ class PreferenceTrainer(SavingTrainer):
         else:
             self._report_nonfinite(inputs, result)
         # Gradients are averaged over the ranks, while the counts are sums over them.
-        loss = result.loss * (0 if inputs.is_filler else self.accelerator.num_processes)
+        loss = result.loss * (0 if inputs.is_filler else averaged_ranks(self.accelerator, self.args))
         return (loss, {"rewards": row_rewards(inputs, result)}) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -396,8 +412,7 @@ class PreferenceTrainer(SavingTrainer):
         return int(self._over_ranks(self._input_tokens.clone()))
 
     def _over_ranks(self, value: Tensor) -> Tensor:
-        total: Tensor = self.accelerator.reduce(value, reduction="sum")
-        return total
+        return self.ranks.total(value)
 
     def step_ended(self) -> None:
         """After each optimiser step."""

@@ -50,6 +50,8 @@ def fingerprint_model(model: nn.Module, *, without_adapter: bool = False) -> str
             _base_name(name): value for name, value in tensors.items() if not _ADAPTER_PART.search(name)
         }
     for name, tensor in sorted(tensors.items()):
+        if hasattr(tensor, "full_tensor"):  # split by transformers: the same hash as of the whole
+            tensor = tensor.full_tensor()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -69,9 +71,8 @@ def _model_settings(model: nn.Module, *, with_adapters: bool) -> dict[str, Any]:
     config = getattr(model, "config", None)
     if config is not None:
         # Where the weights were loaded from says nothing about what they are.
-        settings["config"] = {
-            k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "use_cache")
-        }
+        passed_over = ("_name_or_path", "use_cache", "distributed_config")
+        settings["config"] = {k: v for k, v in config.to_dict().items() if k not in passed_over}
         settings["attention"] = own_attention(config)
     adapters = getattr(model, "peft_config", None)
     if adapters and with_adapters:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import fastdpo
-from fastdpo.integrations.engines import is_partitioned
+from fastdpo.integrations.engines import engine_around, is_partitioned
 from fastdpo.training.batches.layouts import layout_of, token_budget
+from fastdpo.training.batches.ranks import DataRanks
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import check_fit
 from fastdpo.training.data.row import LD_COLUMN
@@ -35,19 +36,20 @@ class PrecomputedReference:
         model: patched; the reference, or the policy before its first step.
         is_base: the reference is ``model`` with its adapter switched off, which stays what it is
             while the adapter is trained.
-        accelerator: of the trainer; the ranks share the work.
+        ranks: those that have batches of their own share the work.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        accelerator: Any,
+        ranks: DataRanks,
         collator: Any,
         args: PreferenceConfig,
         *,
         is_base: bool,
     ) -> None:
-        self.model, self.accelerator, self.collator, self.args = model, accelerator, collator, args
+        self.model, self.ranks, self.collator, self.args = model, ranks, collator, args
+        self.accelerator = ranks.accelerator
         self.is_base = is_base
         self._is_stale = False
         self.cache = ReferenceCache(args.reference_cache_dir)
@@ -117,7 +119,7 @@ class PrecomputedReference:
         with shards:
             scores = self._score(dataset, shards)
         # Every rank has scored its share and left the rest 0.
-        scores = accelerator.reduce(scores.to(accelerator.device), reduction="sum").cpu()
+        scores = self.ranks.first_ones(self.ranks.total(scores.to(accelerator.device))).cpu()
         self._check(scores, dataset, shards)
         if accelerator.is_main_process:
             path = self.cache.save(key, scores)
@@ -146,11 +148,12 @@ class PrecomputedReference:
                 batch_size=self.args.reference_batch_size or self.args.per_device_eval_batch_size,
                 budget=token_budget(self.args, self.collator),
                 device=accelerator.device,
-                rank=accelerator.process_index,
-                num_ranks=accelerator.num_processes,
+                rank=self.ranks.index,
+                num_ranks=self.ranks.count,
                 show_progress=not self.args.disable_tqdm and accelerator.is_main_process,
                 is_done=is_done,
-                keep=shards.add,
+                keep=shards.add if self.ranks.is_first else None,
+                in_step=engine_around(self.model) is not None,
             )
         for batch in kept:
             dataset.put_scores(scores, *batch)

@@ -52,6 +52,7 @@ def score_dataset(
     show_progress: bool = False,
     is_done: Tensor | None = None,
     keep: Callable[[Tensor, Tensor], None] | None = None,
+    in_step: bool = False,
 ) -> Tensor:
     """Score this rank's share of the pairs.
 
@@ -62,20 +63,31 @@ def score_dataset(
         is_done: ``(P,)`` bool, pairs to leave out. Batches are cut as without it: those that are left hold
             what they would have held, so that rounding is the same.
         keep: gets each batch's pairs and scores, as soon as they are there.
+        in_step: forward passes are exchanges of the ranks, which all have to make as many.
 
     Returns:
         fp32 on the CPU, in the data set's ``score_shape``; 0 for other ranks' rows, and for those left out.
     """
-    order = dataset.lengths.argsort(descending=True, stable=True)[rank::num_ranks]
+    order = dataset.lengths.argsort(descending=True, stable=True)
+
+    def cut(of: int) -> list[Tensor]:
+        own = order[of::num_ranks]
+        return list(own.split(batch_size) if budget is None else budget.cut(dataset, own)) if len(own) else []
+
     scores = torch.zeros(dataset.score_shape)
     was_training = model.training
     model.eval()
-    batches = list(order.split(batch_size) if budget is None else budget.cut(dataset, order))
+    batches = cut(rank)
+    if in_step:
+        most = max(len(cut(of)) for of in range(num_ranks))
+        batches += [order[:0]] * (most - len(batches))
     for places in tqdm(batches, desc="Scoring", disable=not show_progress, leave=False):
         if is_done is not None:
             places = places[~is_done[places]]
-            if not len(places):
-                continue
+        if not len(places):
+            if in_step:
+                batch_scores(model, collator([dataset[int(order[-1])]]).to(device))
+            continue
         batch = collator([dataset[i] for i in places.tolist()]).to(device)
         values = batch_scores(model, batch).cpu()
         dataset.put_scores(scores, places, values)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastdpo.integrations.engines import is_partitioned
+from fastdpo.integrations.engines import copied, is_partitioned
 from fastdpo.integrations.fused_output import HeadStates, Teachers
 from fastdpo.integrations.head_adapter import has_adapter
 from fastdpo.integrations.lm_head import head_module, unwrap
@@ -119,7 +118,7 @@ def reference_model(kind: str, policy: nn.Module, given: nn.Module | None) -> nn
                 "reference: got 'copy' of a model that ZeRO-3 has split over the ranks as it was loaded, "
                 "which cannot be copied: wanted a ref_model, the same path once more (--ref_model)"
             )
-        given = copy.deepcopy(policy)
+        given = copied(policy)
     return None if given is None else given.requires_grad_(False).eval()
 
 

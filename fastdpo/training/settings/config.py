@@ -19,9 +19,10 @@ from fastdpo.training.settings.encoding import EncodingOptions
 from fastdpo.training.settings.engines import check_engine, join_ranks, name_engine, told_engine
 from fastdpo.training.settings.fields import SettingFields
 from fastdpo.training.settings.kinds import kind_of
-from fastdpo.training.settings.loop import check_installed, check_loop, check_sharding
+from fastdpo.training.settings.loop import check_installed, check_loop
 from fastdpo.training.settings.losses import TakesLossOptions
 from fastdpo.training.settings.nll import trains_on_prompt
+from fastdpo.training.settings.parallel import name_parallel
 from fastdpo.training.settings.steps import COLUMN_FIELDS, check_step_settings, stand_ins
 from fastdpo.training.settings.values import not_default, plain_values, settle
 
@@ -39,7 +40,6 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
     """
 
     def __post_init__(self) -> None:
-        check_sharding(self)
         # Values that transformers takes beside those that its hints name.
         resume: Any = self.resume_from_checkpoint
         self.resume_from_checkpoint = {True: "true", False: None}.get(resume, resume)
@@ -61,6 +61,7 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
         check_loop(self)
         check_data_settings(self)
         check_batches(self)
+        name_parallel(self)
         name_engine(self)
         super().__post_init__()
         engine = told_engine(self)

@@ -206,6 +206,15 @@ class SettingFields(DataSettings, TrainingArguments):
         ),
     )
 
+    tp_size: int | None = field(
+        default=None,
+        metadata=_help(
+            "Tensor parallelism: so many ranks share the tensors of every layer and of the head, and see the "
+            "same batches; over the other ranks the model is split as by fsdp2. transformers has to have a "
+            "plan for the model. Default: what accelerate's file says, else 1."
+        ),
+    )
+
     reference: str = field(
         default="auto",
         metadata=_help(
@@ -307,6 +316,11 @@ class SettingFields(DataSettings, TrainingArguments):
     def needs_divergences(self) -> bool:
         """Whether the losses look at the reference's distributions, not only at its log-probabilities."""
         return any(loss.inputs in (DivergencePairLogps, TokenDivergences) for loss in self.losses)
+
+    @property
+    def shared_ranks(self) -> int:
+        """How many neighbouring ranks see one batch."""
+        return self.tp_size or 1
 
     @property
     def needs_teacher(self) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 from fastdpo.training.settings.choices import ARRANGEMENTS, BAD_ROW_POLICIES, TRAINING_MODES, TRUNCATION_MODES
 from fastdpo.training.settings.fields import SettingFields
-from fastdpo.training.settings.values import NOTHING
 from fastdpo.types import BACKENDS
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -36,6 +35,7 @@ _LEAST = {
     "ref_model_sync_steps": 1,
     "save_total_limit": 1,
     "dataset_num_proc": 1,
+    "tp_size": 1,
     "shuffle_buffer_size": 0,
     "workspace_mib": 1,
     "cache_mib": 0,
@@ -55,16 +55,6 @@ FIXED: dict[str, tuple[Any, str]] = {
 
 # Liger's kernels that make the head's product, or take its logits.
 LIGER_OFF = ("cross_entropy", "fused_linear_cross_entropy")
-
-
-def check_sharding(args: SettingFields) -> None:
-    """Raise ValueError for a way to share a model among GPUs, before its files are looked at."""
-    value: Any = getattr(args, "parallelism_config", None)
-    if value and not (isinstance(value, str) and value.lower() in NOTHING):
-        raise ValueError(
-            f"parallelism_config: got {value!r}, wanted none: the loop has DDP, FSDP2 and DeepSpeed; tensor "
-            "parallelism is the hook's alone in this version"
-        )
 
 
 def check_loop(args: SettingFields) -> None:
