@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastdpo.losses.reference_updates import mix_parameters
@@ -74,16 +74,18 @@ def load_reference(trainer: BaseTrainer, folder: Path) -> None:
     wanted = named_tensors(accelerator.unwrap_model(trainer.reference.model))
     saved: dict[str, Tensor] = {}
 
-    def read() -> None:
+    def read() -> list[str]:
         if not path.exists():
             raise ValueError(
                 f"sync_ref_model: {path} is missing, wanted the reference as the checkpoint left it"
             )
         saved.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        other = [n for n, t in wanted.items() if n not in saved or saved[n].shape != whole_shape(t)]
+        # ZeRO-3 saves no buffers, which do not move.
+        known = [n for n, t in wanted.items() if n in saved or isinstance(t, nn.Parameter)]
+        other = [n for n in known if n not in saved or saved[n].shape != whole_shape(wanted[n])]
         if other:
             raise ValueError(f"sync_ref_model: {path} lacks {other[0]}, or has it in another shape")
+        return known
 
-    on_main(accelerator, read)
-    for name, tensor in wanted.items():
-        put_tensor(accelerator, tensor, saved.get(name))
+    for name in on_main(accelerator, read):
+        put_tensor(accelerator, wanted[name], saved.get(name))
