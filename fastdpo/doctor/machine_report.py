@@ -17,12 +17,12 @@ from fastdpo.plan.machines import ENGINES, REFERENCES
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HELD = ("weights", "gradients", "optimizer", "reference", "engine", "activations", "head")
 _ADDED = {
-    "ddp": "autocast's copies of the weights, and the buckets that gradients are reduced in",
+    "ddp": "at the most: autocast's copies of the weights, and the buckets that gradients are reduced in",
     "fsdp2": "the head's unit, two layers' weights and one's gradients, whole for the moment",
     "zero1": "a bucket of gradients",
     "zero2": "a bucket of gradients",
     "zero3": "1e9 whole weights, DeepSpeed's default, and a bucket of gradients",
-    "tp": "what FSDP2 has whole for the moment, and autocast's copies of the weights",
+    "tp": "what FSDP2 has whole for the moment, and at the most autocast's copies of the weights",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fastdpo.doctor import machines
 from fastdpo.doctor.context import activation_bytes
 from fastdpo.doctor.machines import Run, part_of_layers, plan_machines
 from fastdpo.plan.machines import ENGINES
+from tests import ROOT
 
 LAYERS = 2
 CONFIG = LlamaConfig(
@@ -110,6 +112,20 @@ def test_what_does_not_fit(model: str, capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr(machines, "activation_bytes", lambda *_, **__: 2**20)
     assert main(["plan", "--model", model, "--gpus", "2", "--engine", "ddp", "--memory_gib", "0.01"]) == 0
     assert "no (0.01 GiB)" in capsys.readouterr().out
+
+
+def test_the_page_has_what_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path / "Llama-3.1-8B")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    words = re.search(r"^fastdpo (plan .*)$", page, re.MULTILINE)
+    assert words is not None and main(words[1].split()) == 0
+    assert f"```\n{capsys.readouterr().out}```" in page
 
 
 @pytest.mark.parametrize(
