@@ -1,4 +1,4 @@
-"""``fastdpo train | score | sample | judge | rounds | bench | doctor``: the command line.
+"""``fastdpo train | score | sample | judge | rounds | bench | plan | doctor``: the command line.
 
 A user's mistake is one line on standard error and exit code 2; ``--debug``, anywhere, shows the traceback.
 """
@@ -33,6 +33,7 @@ COMMANDS = {
     "judge": "score drawn answers, and make pairs or lists of them to train on",
     "rounds": "sample, judge, score and train, round after round, from one YAML file",
     "bench": "time the head beside its peers, row kernels and whole steps, from a checkout of the source",
+    "plan": "predict memory and traffic of each of many GPUs, of a model's config",
     "doctor": "say what is installed, what will run here, and why the rest will not",
     "merge": "merge an adapter into its base, a quantised one dequantised, as a model of 16 bits",
     "convert-config": "print our YAML for one of LLaMA-Factory, axolotl, TRL or alignment-handbook",
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, rest = _command(argv)
         run: dict[str, Callable[[Sequence[str]], int | None]] = {
             "train": train, "score": score, "sample": sample, "judge": judge, "rounds": rounds,
-            "bench": bench, "doctor": partial(diagnose, debug=debug),
+            "bench": bench, "plan": plan, "doctor": partial(diagnose, debug=debug),
             "merge": merge, "convert-config": convert_config,
         }  # fmt: skip
         with warnings.catch_warnings():
@@ -260,6 +261,16 @@ def bench(argv: Sequence[str]) -> int:
         sys.path.insert(0, str(root))
     code: int = import_module("benchmarks.run").main(list(argv))
     return code
+
+
+def plan(argv: Sequence[str]) -> None:
+    """``fastdpo plan``."""
+    from fastdpo.doctor.machine_report import machine_report, make_parser
+    from fastdpo.training.settings.hub import check_there
+
+    options = make_parser().parse_args(argv)
+    check_there("model", options.model)
+    print(machine_report(options))
 
 
 def diagnose(argv: Sequence[str], *, debug: bool = False) -> int:

@@ -104,7 +104,7 @@ def context_needs(
     lengths = [chunk * n for n in _CHUNKS]
     peaks, kept = zip(*(count("carried", chunk, n) for n in lengths), strict=True)
     curves["carried"] = _curve(lengths, peaks)
-    model = _model(config, kind, is_lora, "plain")
+    model = meta_model(config, kind, is_lora, "plain")
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     return ContextNeeds(curves, _curve(lengths, kept), sum(size for size, _ in sizes), trained)
@@ -165,14 +165,21 @@ def _curve(lengths: Sequence[int], found: Sequence[float]) -> Curve:
 
 
 def _count_all(
-    config: Any, dtype: torch.dtype, is_lora: bool, way: str, chunk: int, tokens: int
+    config: Any,
+    dtype: torch.dtype,
+    is_lora: bool,
+    way: str,
+    chunk: int,
+    tokens: int,
+    *,
+    keeps_gradients: bool = True,
 ) -> tuple[float, float]:
     """As `_count`, with all layers; of many, in proportion to their number."""
     total, types = getattr(config, "num_hidden_layers", None), getattr(config, "layer_types", None)
     size = _pattern(types or [""] * (total or 1))
     count = size * -(-_FEW_LAYERS // size)
     if not isinstance(total, int) or total <= 2 * count or getattr(config, "is_heterogeneous", False):
-        return _count(config, dtype, is_lora, way, chunk, tokens)
+        return _count(config, dtype, is_lora, way, chunk, tokens, keeps_gradients=keeps_gradients)
     words = min(config.vocab_size, _FEW_WORDS)
     few = []
     for layers in (count, 2 * count):
@@ -181,12 +188,12 @@ def _count_all(
             shorter.layer_types = list(types[:layers])
         shorter.num_hidden_layers = layers
         shorter.vocab_size, shorter.pad_token_id = words, None
-        few.append(_count(shorter, dtype, is_lora, way, chunk, tokens))
+        few.append(_count(shorter, dtype, is_lora, way, chunk, tokens, keeps_gradients=keeps_gradients))
     more = (total - count) / count
     peak, kept = (first + (second - first) * more for first, second in zip(*few, strict=True))
-    of_words = 0 if is_lora else (config.vocab_size - words) * config.hidden_size * dtype.itemsize
-    if way == "carried":
-        of_words *= 2  # a chunk's own, beside the sum of them
+    # A carried context has the sum of its chunks' own.
+    sums = 0 if is_lora else keeps_gradients + (way == "carried")
+    of_words = sums * (config.vocab_size - words) * config.hidden_size * dtype.itemsize
     return peak + of_words, kept
 
 
@@ -197,14 +204,24 @@ def _pattern(types: Sequence[str]) -> int:
 
 
 def _count(
-    config: Any, dtype: torch.dtype, is_lora: bool, way: str, chunk: int, tokens: int
+    config: Any,
+    dtype: torch.dtype,
+    is_lora: bool,
+    way: str,
+    chunk: int,
+    tokens: int,
+    *,
+    keeps_gradients: bool = True,
 ) -> tuple[int, int]:
     """Most bytes alive in a forward and backward pass of the backbone, and those of keys and values."""
-    model = _model(config, dtype, is_lora, way)
+    model = meta_model(config, dtype, is_lora, way)
     how: dict[str, Any] = {"forest": Forest.of_sequences([tokens])}
     if way == "carried":
         how |= {"context": CarriedContext(chunk), "wanted": range(max(0, tokens - LABELLED), tokens)}
-    with without_memory(model), LiveBytes() as live:
+    with without_memory(model), LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        for parameter in model.parameters():
+            if parameter.requires_grad and not keeps_gradients:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
         states = backbone_states(model, input_ids=torch.zeros(1, tokens, dtype=torch.int64), **how)
         kept = 0
         if way == "carried":
@@ -213,7 +230,32 @@ def _count(
     return live.peak, kept
 
 
-def _model(config: Any, dtype: torch.dtype, is_lora: bool, way: str) -> Any:
+def activation_bytes(
+    config: Any,
+    tokens: int,
+    way: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    chunk: int = DEFAULT_CHUNK,
+    is_lora: bool = False,
+) -> int:
+    """Bytes of the backbone's passes over one row of so many tokens, without the gradients of weights.
+
+    Args:
+        way: ``plain``, ``checkpointed`` or ``carried``.
+
+    Raises:
+        ValueError: a model that `patch_model` or a carried context refuses.
+    """
+    counted = _count_all(config, dtype, is_lora, way, chunk, tokens, keeps_gradients=False)
+    return int(counted[0])
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def meta_model(config: Any, dtype: torch.dtype, is_lora: bool, way: str) -> Any:
     with torch.device("meta"):
         model: Any = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
         if is_lora:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +15,16 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make: ``now``, and the most at any time, ``peak``, in bytes."""
+    """Counts the storages that operators make: ``now``, and the most at any time, ``peak``, in bytes.
 
-    def __init__(self) -> None:
+    Args:
+        beside: tensors that are there before, of which operators give views: weights and buffers.
+    """
+
+    def __init__(self, beside: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in beside}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

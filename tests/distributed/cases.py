@@ -373,3 +373,24 @@ TRL_ZERO: dict[str, dict[str, Any]] = {
     "patched, with an entropy": {"is_patched": True, "outputs": ("log_probs", "entropy")},
     "patched, a rank without labels": {"is_patched": True, "labels": 2},
 }
+
+# What `fastdpo plan` predicts and ranks count; `tensors` and `data`: ranks of each, without the loop.
+MACHINES: dict[str, dict[str, Any]] = {
+    "ddp": {"engine": "ddp"},
+    "ddp, LoRA": {"engine": "ddp", "lora": True},
+    "fsdp2": {"engine": "fsdp2"},
+    "fsdp2, copy": {"engine": "fsdp2", "reference": "copy"},
+    "fsdp2, 16 bits": {"engine": "fsdp2", "bf16": True},
+    "fsdp2, LoRA, adapter": {"engine": "fsdp2", "lora": True, "reference": "adapter"},
+    "fsdp2, LoRA, copy": {"engine": "fsdp2", "lora": True, "reference": "copy"},
+    "zero1": {"engine": "zero1"},
+    "zero2": {"engine": "zero2"},
+    "zero2, 16 bits": {"engine": "zero2", "bf16": True},
+    "zero3": {"engine": "zero3"},
+    "zero3, copy": {"engine": "zero3", "reference": "copy"},
+    "zero3, 16 bits": {"engine": "zero3", "bf16": True},
+    "zero3, LoRA": {"engine": "zero3", "lora": True},
+    "zero3, small weights whole": {"engine": "zero3", "persistent": 10**5},
+    "tp": {"engine": "tp", "tensors": 2, "data": 1},
+    "tp and FSDP2": {"engine": "tp", "tensors": 2, "data": 2},
+}

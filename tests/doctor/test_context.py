@@ -76,11 +76,20 @@ def test_the_count_is_what_a_step_takes(way: str):
 @pytest.mark.parametrize("way", WAYS)
 def test_tensors_without_memory_are_counted_as_those_with(way: str):
     model = real_model(way)
-    with LiveBytes() as live:
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         step(model, 3 * CHUNK, way)
     without = counted._count(CONFIG, torch.float32, False, way, CHUNK, 3 * CHUNK)[0]
     # Constants of the model that were there before.
     assert live.peak == pytest.approx(without, rel=0.05)
+
+
+def test_weights_are_not_among_activations():
+    """Views of them, which every product makes, are no memory of the step's."""
+    config = copy.deepcopy(CONFIG)
+    config.hidden_size, config.intermediate_size = 512, 4096
+    layers = 6 * (4 * 512 * 512 + 3 * 512 * 4096) * 4
+    few = counted.activation_bytes(config, 16, "checkpointed", dtype=torch.float32)
+    assert few < layers / 2
 
 
 @pytest.mark.slow
