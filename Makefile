@@ -116,6 +116,7 @@ tables: setup  ## write the tables and plots of README and docs from benchmarks/
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m fastdpo.training.data.checks_page docs/data.md
 	$(BIN)/python -m tests.promises docs/promises.md
+	$(BIN)/python -m tests.wrong_calls docs/wrong_calls.md
 
 evidence: setup  ## write docs/evidence.md: what is compiled, counted and simulated without a GPU; minutes
 	$(BIN)/python -m benchmarks.evidence

@@ -1,30 +1,25 @@
 """``fastdpo train | score | sample | judge | rounds | bench | plan | doctor``: the command line.
 
 A user's mistake is one line on standard error and exit code 2; ``--debug``, anywhere, shows the traceback.
+What words alone tell, as a misspelt name, is answered before torch is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
+import difflib
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import fastdpo
-
-if TYPE_CHECKING:
-    from fastdpo.training.data.dataset import RowDataset
-    from fastdpo.training.data.source import RowSource, RowStream
-    from fastdpo.training.data.stream import StreamDataset
-    from fastdpo.training.settings.command_line import DataArguments, RunArguments
-    from fastdpo.training.settings.config import PreferenceConfig
+from fastdpo.commands.diagnose import diagnose
+from fastdpo.commands.run import load_pairs, load_run, set_up_logging, write_scored
+from fastdpo.training.settings.typos import check_words
+from fastdpo.training.settings.words import ArgumentError, Parser
 
 COMMANDS = {
     "train": "train a model on preference pairs",
@@ -95,16 +90,25 @@ def _lines(error: BaseException) -> str:
 
 def _command(argv: list[str]) -> tuple[str, list[str]]:
     listing = "\n".join(f"  {name:<16}{text}" for name, text in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastdpo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Preference training without logits.\n\n{listing}",
         epilog="`fastdpo COMMAND --help` lists the settings of a command.",
     )
     parser.add_argument("--version", action="version", version=f"fastdpo {fastdpo.__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
-    options = parser.parse_args(argv[:1])
-    return options.command, argv[1:]
+    parser.add_argument("command", metavar="COMMAND", help=", ".join(COMMANDS))
+    if not argv:
+        raise ArgumentError(
+            f"got no command, wanted one of {', '.join(COMMANDS)}; `fastdpo --help` says more"
+        )
+    command: str = parser.parse_args(argv[:1]).command
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ArgumentError(f"got the command {command!r}, wanted one of {', '.join(COMMANDS)}{hint}")
+    check_words(command, argv[1:])
+    return command, argv[1:]
 
 
 def train(argv: Sequence[str]) -> None:
@@ -114,9 +118,9 @@ def train(argv: Sequence[str]) -> None:
     from fastdpo.training.settings.command_line import parse_train
 
     arguments = parse_train(argv)
-    _set_up_logging(arguments.config.process_index)
+    set_up_logging(arguments.config.process_index)
     check_output_dir(arguments.config)
-    trainer = PreferenceTrainer(**_load_run(arguments))
+    trainer = PreferenceTrainer(**load_run(arguments))
     trainer.told = arguments.told()
     output = trainer.train()
     # Before the last evaluation, which may cast the model, or fail.
@@ -131,38 +135,6 @@ def train(argv: Sequence[str]) -> None:
         seconds = output.metrics.get("train_runtime", 0.0)
         folder = arguments.config.output_dir
         print(f"done: {output.global_step} steps in {seconds:.0f} s; the model is in {folder}")
-
-
-def _load_run(arguments: RunArguments) -> dict[str, Any]:
-    """What `PreferenceTrainer` takes."""
-    from fastdpo.training.data.stream import has_images
-    from fastdpo.training.loop.models import load_model, told_tokenizer
-    from fastdpo.training.settings.parallel import check_same_settings, loading_of
-
-    # What is cheap comes first: a wrong name or a broken row shows before gigabytes of weights are read.
-    arguments.check_there()
-    adapter = arguments.adapter.peft_config()
-    tokenizer = told_tokenizer(arguments.model, or_processor=True)
-    _, train_pairs, eval_pairs = _load_pairs(
-        arguments.data, tokenizer, arguments.config, reads_reference=arguments.model.ref_model is None
-    )
-    _ = arguments.config.device  # ranks know of each other before a model is split over them
-    check_same_settings(arguments.config)
-    loading = arguments.loading_options() | loading_of(arguments.config)
-    loading["with_images"] = has_images(train_pairs, eval_pairs)
-    # A revision is of the model that is trained.
-    others = {name: value for name, value in loading.items() if name != "revision"}
-    ref_name, teacher_name = arguments.model.ref_model, arguments.model.teacher_model
-    return {
-        "model": load_model(arguments.model.name, **loading),
-        "args": arguments.config,
-        "train_dataset": train_pairs,
-        "eval_dataset": eval_pairs,
-        "processing_class": tokenizer,
-        "ref_model": load_model(ref_name, what="ref_model", **others) if ref_name else None,
-        "teacher_model": load_model(teacher_name, what="teacher_model", **others) if teacher_name else None,
-        "peft_config": adapter,
-    }
 
 
 def score(argv: Sequence[str]) -> None:
@@ -182,10 +154,10 @@ def score(argv: Sequence[str]) -> None:
 
     arguments, output = parse_score(argv)
     config = arguments.config
-    _set_up_logging(config.process_index)
+    set_up_logging(config.process_index)
     arguments.check_there()
     tokenizer = told_tokenizer(arguments.model, or_processor=True)
-    source, *data_sets = _load_pairs(arguments.data, tokenizer, config, reads_reference=False)
+    source, *data_sets = load_pairs(arguments.data, tokenizer, config, reads_reference=False)
     loading = arguments.loading_options()
     loading["with_images"] = has_images(*data_sets)
     if arguments.model.ref_model is not None:
@@ -204,7 +176,7 @@ def score(argv: Sequence[str]) -> None:
         return
     print(f"reference log-probabilities kept in {reference.cache.directory}")
     if output is not None:
-        count = _write_scored(output, source, scored if arguments.data.eval_dataset is None else scored[:1])
+        count = write_scored(output, source, scored if arguments.data.eval_dataset is None else scored[:1])
         print(f"{count} scored rows written to {output}")
 
 
@@ -216,7 +188,7 @@ def sample(argv: Sequence[str]) -> None:
 
     model, arguments = parse_sample(argv)
     ranks = Ranks.joined(arguments.use_cpu)
-    _set_up_logging(ranks.rank)
+    set_up_logging(ranks.rank)
     done = draw(model, arguments)
     if ranks.is_main:
         print(done)
@@ -230,7 +202,7 @@ def judge(argv: Sequence[str]) -> None:
 
     arguments = parse_judge(argv)
     ranks = Ranks.joined(arguments.use_cpu)
-    _set_up_logging(ranks.rank)
+    set_up_logging(ranks.rank)
     report = judge_answers(arguments)
     if ranks.is_main:
         print(report)
@@ -244,7 +216,7 @@ def rounds(argv: Sequence[str]) -> None:
 
     arguments = parse_rounds(argv)
     ranks = Ranks.joined(arguments.use_cpu)
-    _set_up_logging(ranks.rank)
+    set_up_logging(ranks.rank)
     done = run_rounds(arguments, train=train, score=score)
     if ranks.is_main:
         print(done)
@@ -273,50 +245,6 @@ def plan(argv: Sequence[str]) -> None:
     print(machine_report(options))
 
 
-def diagnose(argv: Sequence[str], *, debug: bool = False) -> int:
-    """``fastdpo doctor``; 2 where ``fastdpo train`` with the same words would refuse to start."""
-    from fastdpo.doctor.diagnosis import check_context, doctor
-
-    parser = argparse.ArgumentParser(
-        prog="fastdpo doctor",
-        allow_abbrev=False,
-        epilog="With a dataset or a YAML file: every setting of `fastdpo train`. The run is set up as there, "
-        "weights are read and rows are tokenised, but nothing is trained and no file is written.",
-    )
-    parser.add_argument(
-        "--model", help="path or hub id of a model to look at; alone, its weights are not read"
-    )
-    parser.add_argument("--dataset", help="the training data of a run to look at")
-    parser.add_argument(
-        "--context", type=int, help="with --model alone: what a step on a row of so many tokens takes"
-    )
-    parser.add_argument("--memory_gib", type=float, help="of the card it is to fit on; default: of this one")
-    parser.add_argument("--context_chunk", type=int, help="tokens of a chunk where the context is carried")
-    options, others = parser.parse_known_args(list(argv))
-    if options.dataset is not None or others:
-        if options.context is not None or options.memory_gib is not None:
-            parser.error("--context and --memory_gib: got them with settings of a run, wanted --model alone")
-        return _diagnose_run(argv, debug=debug)
-    if options.model is not None:
-        from fastdpo.training.settings.hub import check_there
-
-        check_there("model", options.model)
-    of_context = (options.context, options.memory_gib, options.context_chunk)
-    try:
-        check_context(options.model, *of_context)
-    except ValueError as error:
-        parser.error(f"--{error}")
-    found = doctor(
-        options.model,
-        context=options.context,
-        memory_gib=options.memory_gib,
-        context_chunk=options.context_chunk,
-    )
-    print(found)
-    of_model = found.sections.get(f"Model {options.model}", [])
-    return 2 if any(name == "model" or text.startswith("refused") for name, text in of_model) else 0
-
-
 def merge(argv: Sequence[str]) -> None:
     """``fastdpo merge``."""
     from fastdpo.training.loop.merge import merge as run
@@ -329,121 +257,6 @@ def convert_config(argv: Sequence[str]) -> None:
     from fastdpo.training.settings.converters.convert import convert_config as run
 
     run(argv)
-
-
-def _diagnose_run(argv: Sequence[str], *, debug: bool) -> int:
-    """What ``fastdpo train`` would run, from the trainer that it would train."""
-    from fastdpo.doctor.diagnosis import Diagnosis, doctor
-    from fastdpo.training.data.stream import known_rows
-    from fastdpo.training.loop.folders import check_output_dir
-    from fastdpo.training.loop.trainer import PreferenceTrainer
-    from fastdpo.training.settings.command_line import parse_train
-
-    arguments = parse_train(argv)
-    _set_up_logging(arguments.config.process_index, level=logging.WARNING)
-    lines, refused = [("output_dir", str(arguments.config.output_dir))], []
-    try:
-        check_output_dir(arguments.config)
-    except ValueError as error:
-        refused.append(str(error))
-    parts = _load_run(arguments)
-    rows = known_rows(parts["train_dataset"])
-    begins = "" if rows is parts["train_dataset"] else "a stream, which begins with "
-    lines.append(("dataset", f"{begins}{rows.report}"))
-    if parts["eval_dataset"] is not None:
-        lines.append(("evaluation", f"{len(parts['eval_dataset'])} of {parts['eval_dataset'].report.source}"))
-    with tempfile.TemporaryDirectory() as folder:
-        arguments.config.output_dir = folder  # a Trainer makes its own when it is made
-        try:
-            trainer = PreferenceTrainer(**parts)
-            trainer.get_train_dataloader()
-            found = doctor(trainer)
-        except (ValueError, ImportError) as error:
-            if debug:
-                raise
-            refused.append(str(error))
-            found = doctor(parts["model"])
-    refused += [
-        f"{title}: {finding}"
-        for title, section in found.sections.items()
-        for name, finding in section
-        if name == "refused"
-    ]
-    verdict = [("refused", " ".join(reason.split())) for reason in refused] or [("refused", "nothing")]
-    print(Diagnosis({**found.sections, "Run": lines + verdict}))
-    return 2 if refused else 0
-
-
-def _load_pairs(
-    data: DataArguments, tokenizer: Any, config: PreferenceConfig, *, reads_reference: bool
-) -> tuple[Any, Any, RowDataset | None]:
-    """The rows of ``--dataset``, and the pairs to train, which may be a stream, and to evaluate on."""
-    from fastdpo.training.data.dataset import split_rows
-    from fastdpo.training.data.source import read_rows
-    from fastdpo.training.data.stream import StreamDataset
-    from fastdpo.training.loop.setup import tokenized_pairs
-    from fastdpo.training.loop.stream import prepare_stream
-
-    source: RowSource | RowStream
-    pairs: RowDataset | StreamDataset
-    if data.dataset_streaming:
-        source = read_rows(
-            data.dataset, split=data.dataset_split, weights=data.dataset_weights, streaming=True
-        )
-        pairs = prepare_stream(source, tokenizer, config, reads_reference=reads_reference)
-    else:
-        source = read_rows(data.dataset, split=data.dataset_split, weights=data.dataset_weights)
-        pairs = tokenized_pairs(source, tokenizer, config, reads_reference=reads_reference)
-    if data.eval_dataset is not None:
-        eval_rows = read_rows(data.eval_dataset, split=data.eval_dataset_split or "test")
-        if data.eval_dataset_split is not None and eval_rows.name == source.name:
-            raise ValueError(
-                f"eval_dataset_split: got {data.eval_dataset_split!r}, but the rows of {source.name} are "
-                "trained on (a file has no splits): give --eval_dataset another, or --held_out"
-            )
-        held_out = tokenized_pairs(eval_rows, tokenizer, config, reads_reference=reads_reference)
-        return source, pairs, held_out
-    if data.held_out and not isinstance(pairs, StreamDataset):
-        return source, *split_rows(pairs, data.held_out, seed=config.data_seed or config.seed)
-    return source, pairs, None
-
-
-def _write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) -> int:
-    """Write the rows that were scored, in their order, each with its log-probabilities and no others."""
-    from fastdpo.training.data.references import scores_by_row
-    from fastdpo.training.data.row import WRITTEN_COLUMNS
-
-    scores: dict[int, dict[str, Any]] = {}
-    for dataset in scored:
-        for place, values in scores_by_row(dataset):
-            # Of a pair taken apart: one after the other.
-            known = scores.get(place, {})
-            scores[place] = {
-                name: known[name] + value if name in known else value for name, value in values.items()
-            }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_suffix(".tmp")
-    with partial_file.open("w", encoding="utf-8") as file:
-        for number, row in source:
-            if number in scores:
-                kept = {name: value for name, value in row.items() if name not in WRITTEN_COLUMNS}
-                line = json.dumps({**kept, **scores[number]}, ensure_ascii=False, default=str)
-                # Columns that nobody looked at may hold half a surrogate pair, which JSON can only escape.
-                file.write(line.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
-    partial_file.replace(path)
-    return len(scores)
-
-
-def _set_up_logging(process_index: int, *, level: int = logging.INFO) -> None:
-    """Our own lines on standard error; other libraries have handlers of their own."""
-    log = logging.getLogger("fastdpo")
-    for handler in [handler for handler in log.handlers if handler.name == "fastdpo"]:
-        log.removeHandler(handler)
-    handler = logging.StreamHandler()
-    handler.name = "fastdpo"
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(level if process_index == 0 else logging.ERROR)
 
 
 if __name__ == "__main__":

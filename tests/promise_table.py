@@ -172,4 +172,10 @@ PROMISES = (
         69, "CM", "kill -9 or a full disk in tokenising, scoring, saving",
         "nothing half-written is trusted",
     ),
+    Promise(
+        70, "C", "`import fastdpo`, `fastdpo --help`, a misspelt name",
+        "nothing is loaded for it; names of torch load torch alone",
+    ),
+    Promise(71, "C", "public names, parameters, settings, commands", "none goes or changes unseen"),
+    Promise(72, "C", "pickles in data, caches, checkpoints", "none of ours is read; remote code if asked"),
 )  # fmt: skip

@@ -8,14 +8,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fastdpo import cli
 from fastdpo.cli import main
-from fastdpo.training.settings.command_line import ArgumentError, parse_score, parse_train
+from fastdpo.training.settings.command_line import parse_score, parse_train
+from fastdpo.training.settings.words import ArgumentError
 from tests import ROOT
 from tests.cli_cases import (  # noqa: F401  (fixtures)
     BASE,
@@ -34,80 +35,6 @@ def test_columns_that_the_losses_lack_are_one_line(
     assert train("--loss_type", "sdpo") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "row 1: no column 'completions'" in line and "wanted prompt, completions, scores" in line
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--model", "m"], "--dataset is required"),
-        (["--dataset", "d"], "--model is required"),
-        ([*BASE, "--betta", "0.1"], "unknown argument --betta; did you mean --beta?"),
-        (["stray", *BASE], "unknown argument stray"),
-        (
-            [*BASE, "--epochs", "3", "--bs=2"],
-            "--epochs; use --num_train_epochs\n  unknown argument --bs=2; use --per_device_train_batch_size",
-        ),
-        ([*BASE, "--beta", "much"], "beta: got 'much', wanted a number or none"),
-        ([*BASE, "--loss_type", "sigmod"], "did you mean 'sigmoid'"),
-        ([*BASE, "--gamma", "0.5"], "gamma"),
-        ([*BASE, "--lora_r", "8"], "--lora_r: has no effect without --use_peft"),
-        ([*BASE, "--held_out", "0.1", "--eval_dataset", "e"], "give one of the two"),
-        ([*BASE, "--held_out", "0.1", "--eval_dataset_split", "test"], "give one of the two"),
-        (
-            [*BASE, "--dataset", __file__, "--eval_dataset_split", "test"],
-            f"--eval_dataset_split: got 'test' of {__file__}, which has no splits",
-        ),
-        ([*BASE, "--dataset", __file__, "--dataset_split", "test"], "--dataset_split: got 'test' of "),
-        ([*BASE, "--eval_strategy", "steps"], "eval_strategy: got 'steps' without rows to evaluate on"),
-        ([*BASE, "--do_eval"], "do_eval without rows to evaluate on"),
-        (
-            [*BASE, "--attn_implementation", "flash_attention_3"],
-            "which needs flash_attn_interface",
-        ),
-        ([*BASE, "--config", "missing.yaml"], "--config: cannot read missing.yaml"),
-    ],
-)
-def test_mistakes_of_the_command_line(words: Sequence[str], message: str):
-    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
-        parse_train(words)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [1", "not valid YAML"),
-        ("- a", "wanted names and values"),
-        ("betta: 1", "run.yml: betta: not a setting of fastdpo; did you mean beta?"),
-    ],
-)
-def test_mistakes_of_a_yaml_file(tmp_path: Path, text: str, message: str):
-    (tmp_path / "run.yml").write_text(text)
-    with pytest.raises(ArgumentError, match=message):
-        parse_train([str(tmp_path / "run.yml")])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (("--model", "./missing"), "model: got './missing', and there is no such folder"),
-        (("--tokenizer", "./missing"), "tokenizer: got './missing', and there is no such folder"),
-        (("--ref_model", "a/b/c"), "ref_model: got 'a/b/c', and there is no such folder"),
-        (("--dataset", "./missing.jsonl"), "no such file or directory: ./missing.jsonl"),
-        (("--eval_dataset_split", "test"), "--eval_dataset_split: got 'test' of"),
-        (("--dataset_weights", "1", "2"), "dataset_weights: got [1, 2] for one source, wanted several"),
-        (("--dtype", "int8"), "dtype: got 'int8'"),
-        (("--chat_template", "./missing.jinja"), "chat_template: got './missing.jinja', wanted a file"),
-        (("--reference", "adapter"), "has no adapter"),
-        (("--held_out", "12"), "held_out"),
-        (("--max_length", "3", "--on_bad_row", "error"), "a prompt that fills max_length"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(
-    train: Callable[..., int], capsys: pytest.CaptureFixture[str], changes: Sequence[str], message: str
-):
-    assert train(*changes) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastdpo")]
-    assert len(lines) == 1 and lines[0].startswith("fastdpo: error: ") and message in lines[0]
 
 
 def test_a_broken_row_is_found_before_the_model_is_read(

@@ -53,9 +53,11 @@ def observe():
 """
 
 REPORT = """
-loaded = set(sys.modules)
-before = observe()
+before, loaded = observe(), set(sys.modules)
 import fastdpo
+for name in fastdpo.__all__:  # what it is about, loaded on use; the others need transformers
+    if fastdpo._LOADED_ON_USE[name].split(".")[1] not in ("integrations", "training") or name == "LMHead":
+        getattr(fastdpo, name)
 after = observe()
 changed = [key for key in before | after if before.get(key) != after.get(key)]
 assert not changed, f"import fastdpo changed {changed}"

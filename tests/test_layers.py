@@ -32,6 +32,7 @@ LAYERS = (
     "training.reference",
     "training.loop",
     "rounds",
+    "commands",
     "cli",
 )
 # What does not follow from the order: pure maths stays pure, and the checker must not rest on what it checks.

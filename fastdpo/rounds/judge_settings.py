@@ -15,7 +15,7 @@ from fastdpo.rounds.settings import (
     help_text,
     parse_settings,
 )
-from fastdpo.training.settings.run import ArgumentError
+from fastdpo.training.settings.words import ArgumentError
 
 FORMATS = ("pairs", "lists", "samples")
 PAIRS = ("best_worst", "best_random", "all")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fastdpo.training.settings.command_line import given_settings
-from fastdpo.training.settings.run import ArgumentError, ModelArguments
+from fastdpo.training.settings.run import ModelArguments
 from fastdpo.training.settings.sources import names_of, read_parts
 from fastdpo.training.settings.values import hints_of, settle
+from fastdpo.training.settings.words import ArgumentError
 
 SAMPLERS = ("transformers", "vllm")
 SOURCES = ("policy", "reference", "mixture")

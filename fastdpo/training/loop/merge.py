@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 from fastdpo.training.loop.models import load_model, load_tokenizer
 from fastdpo.training.loop.run_record import SETTINGS_FILE
 from fastdpo.training.settings.quantisation import QuantisationArguments
+from fastdpo.training.settings.words import Parser
 from fastdpo.training.settings.yaml_file import read_settings
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -27,7 +27,7 @@ _BITS = (
 
 def merge(argv: Sequence[str]) -> None:
     """``fastdpo merge``: write the merged model and its tokenizer into a folder of their own."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastdpo merge",
         description="Merges an adapter into its base. A base that was trained on in 4 or 8 bits, as "
         "settings.yaml beside the adapter says, is dequantised first: that is the model trained.",

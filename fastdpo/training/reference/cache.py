@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,7 +118,7 @@ class ReferenceCache:
         try:
             with np.load(path) as content:
                 stored_key, scores = str(content["key"]), content["logps"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a flipped bit may ask for a cipher, or for much memory
             logger.warning("reference cache: %s cannot be read (%s); computing it again", path, error)
             return None
         if stored_key != key or scores.shape != shape or scores.dtype != np.float32:

@@ -10,21 +10,23 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastdpo.training.settings.config import PreferenceConfig
+from fastdpo.training.settings.help_page import COMMON, first_sentence, loss_listing, section_of
 from fastdpo.training.settings.losses import all_loss_options, with_loss_options
-from fastdpo.training.settings.names import ALIASES, SWITCHES, UNSUPPORTED, hint_for, our_names
+from fastdpo.training.settings.names import ALIASES, SWITCHES, UNSUPPORTED, our_names
 from fastdpo.training.settings.own_losses import import_losses
 from fastdpo.training.settings.run import (
     AdapterArguments,
-    ArgumentError,
     DataArguments,
     ModelArguments,
     RunArguments,
     ScoreArguments,
 )
+from fastdpo.training.settings.typos import raise_problems, unknown_argument
 from fastdpo.training.settings.values import Hint, hints_of
+from fastdpo.training.settings.words import ArgumentError, Parser
 from fastdpo.training.settings.yaml_file import read_settings
 
 _RUN_TYPES = (ModelArguments, DataArguments, AdapterArguments, PreferenceConfig)
@@ -77,15 +79,16 @@ def given_settings(kinds: Sequence[type], argv: Sequence[str], *, prog: str = "f
         argv.insert(0, "--config")
     # Losses of one's own are there before their flags are.
     first, _ = _Parser((), prog=prog).parse_known_args(
-        [word for word in argv if word not in ("-h", "--help")]
+        [word for word in argv if word not in ("-h", "--help", "--help-all", "--help_all")]
     )
     in_file = read_settings(Path(first.config)) if "config" in first else {}
     import_losses([*_names(in_file.pop("import", None)), *_names(vars(first).get("import"))])
-    given, unknown = _Parser(kinds, prog=prog).parse_known_args(argv)
+    shows_all = not {"-h", "--help"} & {*argv}
+    given, unknown = _Parser(kinds, prog=prog, shows_all=shows_all).parse_known_args(argv)
     known = known_settings(kinds)
     if unknown:
         words = [word for word in unknown if word.startswith("-")] or unknown[:1]
-        raise ArgumentError("\n  ".join(_unknown(word, known) for word in words))
+        raise ArgumentError("\n  ".join(unknown_argument(word, known) for word in words))
     flags = {name: _word(value) for name, value in vars(given).items() if name not in ("config", "import")}
     from_file = _ours(in_file, known, f"{first.config}: " if in_file else "")
     return _both(from_file, _ours(flags, known, ""))
@@ -108,17 +111,9 @@ def _word(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def _unknown(word: str, known: Sequence[str]) -> str:
-    name = word.lstrip("-").partition("=")[0].replace("-", "_")
-    if word.endswith((".yaml", ".yml")):
-        return f"unknown argument {word}: a YAML file comes first, or after --config"
-    return f"unknown argument {word}{hint_for(name, known, '--')}"
-
-
 def _ours(given: Mapping[str, Any], known: Sequence[str], where: str) -> dict[str, Any]:
     ours, problems = our_names(given, known)
-    if problems:
-        raise ArgumentError(where + (problems[0] if len(problems) == 1 else "\n  ".join(["", *problems])))
+    raise_problems(problems, where)
     return with_loss_options(ours) if "loss_type" in known else ours
 
 
@@ -134,14 +129,26 @@ def _names(value: Any) -> list[str]:
     return [] if value is None else [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """A flag per field of some dataclasses, per option of a loss, and per other name of either.
 
     What is not given is not in the result; what is, is words, which the dataclasses read.
     """
 
-    def __init__(self, kinds: Sequence[type], *, prog: str) -> None:
-        super().__init__(prog=prog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    def __init__(self, kinds: Sequence[type], *, prog: str, shows_all: bool = True) -> None:
+        usage = f"{prog} [FILE.yaml] [--SETTING VALUE ...]"
+        super().__init__(
+            prog=prog, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+            formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
+            epilog=loss_listing() if _trains(kinds) else None,
+        )  # fmt: skip
+        self.shows_all = shows_all or not _trains(kinds)
+        self.sections: dict[str, Any] = {}
+        for common in () if self.shows_all else COMMON:
+            self._section(common)
+        self.add_argument("-h", "--help", action="help", help="The settings that most runs take.")
+        if _trains(kinds):
+            self.add_argument("--help-all", "--help_all", action="help", help="All settings.")
         self.add_argument("--config", help="YAML file with any of these settings; flags win over it.")
         self.add_argument(
             "--import",
@@ -150,22 +157,31 @@ class _Parser(argparse.ArgumentParser):
             help="Modules or .py files to import first: losses that they register are like any other.",
         )
         for kind in kinds:
-            group = self.add_argument_group((kind.__doc__ or "").split("\n", 1)[0].rstrip("."))
             fields: Any = dataclasses.fields(kind)
             for item in (item for item in fields if item.init):
-                self._add(group, item.name, hints_of(kind)[item.name], _help_of(item))
+                title = section_of(kind, item.name, self.shows_all)
+                text = _help_of(item) if self.shows_all else first_sentence(_help_of(item))
+                self._add(self._section(title), item.name, hints_of(kind)[item.name], text)
         if _trains(kinds):
             self._add_loss_options()
         if kinds:
             for name in (*SWITCHES, *UNSUPPORTED):
                 self._add(self, name, _SWITCH, argparse.SUPPRESS)
 
+    def _section(self, title: str | None) -> Any:
+        """A group of the page, or for what it does not show the parser itself."""
+        if title is None:
+            return self
+        if title not in self.sections:
+            self.sections[title] = self.add_argument_group(title)
+        return self.sections[title]
+
     def _add_loss_options(self) -> None:
-        group = self.add_argument_group("Options of the losses")
         for name, takers in all_loss_options().items():
             option = next(iter(takers.values()))
             text = f"Of {', '.join(takers)}. Default {option.default}."
             try:
+                group = self._section(section_of(None, name, self.shows_all))
                 self._add(group, name, Hint(option.type), text)
             except argparse.ArgumentError:
                 raise ArgumentError(
@@ -181,12 +197,10 @@ class _Parser(argparse.ArgumentParser):
             words |= {"nargs": "*"}
         for flag in names:
             # A flag of its own for each name, so that two names of one setting are seen to be given.
-            shown = (
-                text.replace("%", "%%")
-                if flag == name and text is not argparse.SUPPRESS
-                else argparse.SUPPRESS
-            )
-            group.add_argument(*_spellings(flag), dest=flag, help=shown, **words)
+            for spelling in _spellings(flag):
+                is_shown = spelling == f"--{name}" and text is not argparse.SUPPRESS and group is not self
+                shown = text.replace("%", "%%") if is_shown else argparse.SUPPRESS
+                group.add_argument(spelling, dest=flag, help=shown, **words)
         if hint.takes_bool:
             self.add_argument(
                 *_spellings(f"no_{name}"),
@@ -195,10 +209,6 @@ class _Parser(argparse.ArgumentParser):
                 const=False,
                 help=argparse.SUPPRESS,
             )
-
-    def error(self, message: str) -> NoReturn:
-        """One line instead of a page of usage."""
-        raise ArgumentError(message)
 
 
 def _spellings(name: str) -> list[str]:

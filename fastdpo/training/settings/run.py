@@ -15,14 +15,11 @@ from fastdpo.training.settings.quantisation import QuantisationArguments
 from fastdpo.training.settings.sources import names_of, read_parts
 from fastdpo.training.settings.stream import check_stream_settings
 from fastdpo.training.settings.values import not_default, settle
+from fastdpo.training.settings.words import ArgumentError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Modules that an implementation of attention needs.
 _ATTENTION = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-
-
-class ArgumentError(ValueError):
-    """The command line cannot be understood."""
 
 
 def _help(text: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastdpo.training.settings.run import ArgumentError
+from fastdpo.training.settings.words import ArgumentError
 
 # `<<: *other`: the names and values of another mapping, which those written beside it go before.
 _MERGE = "tag:yaml.org,2002:merge"

@@ -12,7 +12,7 @@ import pandas
 import pytest
 import torch
 
-from fastdpo.cli import _write_scored
+from fastdpo.commands.run import write_scored
 from fastdpo.training.data.encode import encode_rows
 from fastdpo.training.data.row_numbers import row_list, row_name
 from fastdpo.training.data.source import read_rows
@@ -141,7 +141,7 @@ def test_rows_are_named_by_their_file_once_they_are_tokens(tmp_path: Path, token
     assert f"7 of 9 pairs kept; skipped 2 with an empty completion (rows 4 of {names[0]}, 1" in report
     assert row_list(found[0].rows.tolist()[-1:]) == f"row 5 of {names[1]}"
     scored = found[0].with_reference(torch.arange(14.0))
-    assert _write_scored(tmp_path / "scored.jsonl", read_rows(names), [scored]) == 7
+    assert write_scored(tmp_path / "scored.jsonl", read_rows(names), [scored]) == 7
     written = [row for _, row in read_rows(tmp_path / "scored.jsonl")]
     wanted = [*make_rows(3), *make_rows(4, seed=1)]
     assert [row["ref_chosen_logps"] for row in written] == [0, 2, 4, 6, 8, 10, 12]

@@ -12,7 +12,7 @@ import yaml
 from fastdpo.cli import main
 from fastdpo.training.settings.command_line import parse_train
 from fastdpo.training.settings.converters.convert import convert, source_of
-from fastdpo.training.settings.run import ArgumentError
+from fastdpo.training.settings.words import ArgumentError
 from fastdpo.training.settings.yaml_file import read_settings
 
 FOREIGN = Path(__file__).parent / "foreign"

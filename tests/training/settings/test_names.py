@@ -12,9 +12,10 @@ from fastdpo.training.settings.command_line import parse_train
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.losses import all_loss_options
 from fastdpo.training.settings.names import ALIASES, ELSEWHERE, SWITCHES, UNSUPPORTED, our_names
-from fastdpo.training.settings.run import AdapterArguments, ArgumentError, DataArguments, ModelArguments
+from fastdpo.training.settings.run import AdapterArguments, DataArguments, ModelArguments
 from fastdpo.training.settings.sources import MIXTURES
 from fastdpo.training.settings.values import hints_of
+from fastdpo.training.settings.words import ArgumentError
 
 RUN = (ModelArguments, DataArguments, AdapterArguments, PreferenceConfig)
 KNOWN = [*(name for kind in RUN for name in hints_of(kind)), *all_loss_options()]

@@ -69,7 +69,7 @@ def test_help_and_doctor_know_it(
     capsys: pytest.CaptureFixture[str], model_dir: Path, pairs: Path, tmp_path: Path
 ):
     with pytest.raises(SystemExit):
-        main(["train", "--import", "my_losses", "--help"])
+        main(["train", "--import", "my_losses", "--help-all"])
     assert "--target TARGET" in capsys.readouterr().out
     words = [
         "--model",

@@ -16,7 +16,7 @@ import yaml
 from fastdpo.training.settings.command_line import parse_train
 from fastdpo.training.settings.losses import all_loss_options
 from fastdpo.training.settings.names import UNSUPPORTED
-from fastdpo.training.settings.run import ArgumentError
+from fastdpo.training.settings.words import ArgumentError
 
 pytest.importorskip("trl")
 if importlib.metadata.version("trl") != "1.16.0":

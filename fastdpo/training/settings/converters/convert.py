@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from fastdpo.training.settings.command_line import known_settings, parse_train
 from fastdpo.training.settings.converters import axolotl, llama_factory, trl_files
 from fastdpo.training.settings.converters.parts import Theirs
-from fastdpo.training.settings.run import ArgumentError
+from fastdpo.training.settings.words import ArgumentError, Parser
 from fastdpo.training.settings.yaml_file import read_settings
 
 SOURCES = ("llama-factory", "axolotl", "trl", "alignment-handbook")
@@ -68,7 +67,7 @@ def convert_config(argv: Sequence[str]) -> None:
     """``fastdpo convert-config``: print our YAML, with what it leaves out in comments."""
     import yaml  # type: ignore[import-untyped]
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastdpo convert-config",
         description="Prints a YAML file for `fastdpo train` with what a file of another library says.",
     )

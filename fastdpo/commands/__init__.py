@@ -1,0 +1,1 @@
+"""What the commands of ``fastdpo`` do; ``fastdpo/cli.py`` chooses among them."""
