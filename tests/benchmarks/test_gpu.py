@@ -125,7 +125,8 @@ def test_every_test_that_needs_a_gpu_is_in_a_part() -> None:
     """The mark stands in the text of three files without any of their tests having it."""
     marked = {
         str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")
-        if "mark.gpu" in path.read_text() and path.parent.name != "benchmarks" and path.name != "test_promises.py"
+        if "mark.gpu" in path.read_text()
+        and path.parent.name != "benchmarks" and path.name != "test_promises.py"
     }  # fmt: skip
     assert marked == set(gpu.everything()[0])
 
