@@ -28,25 +28,25 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {name: run_case(folder / name / "run", None, case) for name, case in cases.items()}
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of the engines' runs."""
-    folders = {}
-    for engine in ENGINES:
-        if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-            continue
-        folders[engine] = tmp_path_factory.mktemp(engine)
-        run_ranks("tests.distributed.loop_run", str(folders[engine]), engine, seconds=900)
-    return folders
-
-
-@pytest.mark.promise(51)
-@pytest.mark.parametrize("name", LOOP)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_trains_as_one_process(engine: str, name: str, ran: dict[str, Path], alone: dict[str, Any]):
-    if engine not in ran:
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    if request.param.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed (make test-deepspeed)")
-    found, wanted = torch.load(ran[engine] / f"{engine} {name}" / "found.pt"), alone[name]
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def ran(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an engine's runs."""
+    folder = tmp_path_factory.mktemp(engine)
+    run_ranks("tests.distributed.loop_run", str(folder), engine, seconds=500)
+    return folder
+
+
+@pytest.mark.parametrize("name", LOOP)
+def test_an_engine_trains_as_one_process(engine: str, name: str, ran: Path, alone: dict[str, Any]):
+    found, wanted = torch.load(ran / f"{engine} {name}" / "found.pt"), alone[name]
     assert not isinstance(found, str), found
     # Of 16 bits what is rounded differs: whole weights, or a product's operands.
     loss = 2e-2 if name == "16 bits" else 1e-5
@@ -61,26 +61,21 @@ def test_an_engine_trains_as_one_process(engine: str, name: str, ran: dict[str, 
         torch.testing.assert_close(found["weights"][key], value, rtol=0, atol=2e-5)
 
 
-def test_a_reference_stays_split(ran: dict[str, Path]):
+@pytest.mark.parametrize("engine", ["fsdp2"], indirect=True)
+def test_a_reference_stays_split(ran: Path):
     """Its units give up what they gathered when a forward pass is over: no backward pass does it for them."""
-    assert torch.load(ran["fsdp2"] / "fsdp2 copy" / "found.pt")["whole"] == []
+    assert torch.load(ran / "fsdp2 copy" / "found.pt")["whole"] == []
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_losses_are_not_rounded_to_16_bits(engine: str, ran: dict[str, Path]):
-    if engine not in ran:
-        pytest.skip("needs deepspeed (make test-deepspeed)")
-    losses = torch.load(ran[engine] / f"{engine} 16 bits" / "found.pt")["losses"]
+def test_losses_are_not_rounded_to_16_bits(engine: str, ran: Path):
+    losses = torch.load(ran / f"{engine} 16 bits" / "found.pt")["losses"]
     assert any(loss != torch.tensor(loss).bfloat16().item() for loss in losses)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_what_is_saved_loads(engine: str, ran: dict[str, Path]):
-    if engine not in ran:
-        pytest.skip("needs deepspeed (make test-deepspeed)")
-    folder = ran[engine] / f"{engine} resumed" / "run" / "final"
+def test_what_is_saved_loads(engine: str, ran: Path):
+    folder = ran / f"{engine} resumed" / "run" / "final"
     assert {path.name for path in folder.iterdir()} >= _SAVED
     model = AutoModelForCausalLM.from_pretrained(folder)
-    weights = torch.load(ran[engine] / f"{engine} resumed" / "found.pt")["weights"]
+    weights = torch.load(ran / f"{engine} resumed" / "found.pt")["weights"]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[name]), name

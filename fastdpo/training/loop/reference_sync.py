@@ -84,7 +84,9 @@ def load_reference(trainer: BaseTrainer, folder: Path) -> None:
         known = [n for n, t in wanted.items() if n in saved or isinstance(t, nn.Parameter)]
         other = [n for n in known if n not in saved or saved[n].shape != whole_shape(wanted[n])]
         if other:
-            raise ValueError(f"sync_ref_model: {path} lacks {other[0]}, or has it in another shape")
+            got = tuple(saved[other[0]].shape) if other[0] in saved else None
+            wants = whole_shape(wanted[other[0]])
+            raise ValueError(f"sync_ref_model: {path} has {other[0]} in shape {got}, wanted {wants}")
         return known
 
     for name in on_main(accelerator, read):
