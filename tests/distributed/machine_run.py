@@ -41,7 +41,11 @@ class Counted(TrainerCallback):
         if deepspeed is None:
             return
         # ZeRO-1 has whole gradients until a backward pass is over, where it takes its part of them.
-        name = "step" if deepspeed.partition_gradients else "independent_gradient_partition_epilogue"
+        name = (
+            "step"
+            if getattr(deepspeed, "partition_gradients", True)
+            else "independent_gradient_partition_epilogue"
+        )
         setattr(deepspeed, name, self._counting(getattr(deepspeed, name), deepspeed, model))
 
     def _counting(self, function: Any, deepspeed: Any, model: Any) -> Any:
