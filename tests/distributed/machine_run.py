@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from fastdpo import patch_model
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from tests.distributed.cases import MACHINES
-from tests.distributed.loop_run import _settings
+from tests.distributed.loop_run import settings
 from tests.distributed.problem import Collectives, batch, dpo, part, print_results, tiny
 from tests.distributed.tensor_run import _loaded
 from tests.training.conftest import tiny_llama
@@ -131,7 +131,7 @@ def _case(
     loss = {"loss_type": "simpo"} if reference == "none" else {"loss_type": "sigmoid", "reference": reference}
     counted = Counted()
     with tempfile.TemporaryDirectory() as folder:
-        args = _settings(
+        args = settings(
             Path(folder),
             told.pop("engine"),
             max_steps=2,
