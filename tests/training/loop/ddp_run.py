@@ -88,9 +88,9 @@ def run(folder: Path, *, per_device: int, accumulate: int) -> None:
 # Layout, pairs, tokens in a batch: on two ranks three batches each; two each, of which one has no pair.
 BUDGETS = {
     "packed": ("packed", 16, 52),
-    "shared_prompt": ("shared_prompt", 16, 40),
+    "shared_prompt": ("shared_prompt", 16, 52),
     "filler": ("packed", 3, 24),
-    "orpo": ("shared_prompt", 16, 40),
+    "orpo": ("shared_prompt", 16, 52),
     "orpo-filler": ("packed", 3, 24),
     "tpo": ("packed", 16, 90),
     "weights": ("packed", 16, 52),
