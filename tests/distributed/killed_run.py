@@ -18,7 +18,7 @@ import torch.distributed as dist
 import transformers
 from transformers import TrainerCallback
 
-from tests.distributed.loop_run import _weights
+from tests.distributed.loop_run import weights
 from tests.distributed.resume_run import make
 
 TIMEOUT = 15
@@ -52,7 +52,7 @@ def main(folder: Path, way: str, how: str, rank: str = "1") -> None:
     trainer.train(resume_from_checkpoint=how == "resumed")
     found = {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "weights": _weights(trainer),
+        "weights": weights(trainer),
     }
     if os.environ["RANK"] == "0":
         torch.save(found, folder / f"{way}.pt")

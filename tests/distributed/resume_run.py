@@ -25,7 +25,7 @@ from accelerate.utils import DistributedType
 
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
-from tests.distributed.loop_run import StopAfterSaving, _weights
+from tests.distributed.loop_run import StopAfterSaving, weights
 from tests.training.conftest import tiny_llama
 from tests.training.loop.ddp_run import pairs
 
@@ -104,7 +104,7 @@ def resume(folder: Path, way: str, **changes: Any) -> dict[str, Any]:
     logging.getLogger("fastdpo").removeHandler(heard)
     trainer.save_model(str(place / "final"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "weights": _weights(trainer), "said": heard.lines}
+    return {"losses": losses, "weights": weights(trainer), "said": heard.lines}
 
 
 def whole(folder: Path, way: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def whole(folder: Path, way: str) -> dict[str, Any]:
     trainer = make(folder, way, save_strategy="no")
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "weights": _weights(trainer)}
+    return {"losses": losses, "weights": weights(trainer)}
 
 
 def differ(folder: Path, way: str) -> str:

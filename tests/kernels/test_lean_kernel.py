@@ -315,7 +315,6 @@ class TestTritonLogprobs:
         head.compute_dtype = FP16
         head.check(head.run())
 
-    @pytest.mark.promise(14)
     def test_offsets_pass_32_bits(self):
         """Rows of hidden and of the weight beyond 2^31 elements, in memory that is never there."""
         if HAS_GPU:

@@ -108,7 +108,7 @@ DEATHS = {
     "samples drawn and not written": (partial, "write_rows", 0),
     "before the judge": (chain, "judge", 0),
     "verdicts and no file": (judge.PartialWork, "finish", 0),
-    "before scoring": (cli, "_write_scored", 0),
+    "before scoring": (cli, "write_scored", 0),
     "before training": (PreferenceTrainer, "train", 0),
     "second step": (PreferenceTrainer, "training_step", 1),
     "third step of round 2": (PreferenceTrainer, "training_step", 5),

@@ -278,7 +278,11 @@ def test_tpo_is_trls(tmp_path: Path) -> None:
 
 
 def test_over_ranks(tmp_path: Path) -> None:
-    """A loss of all ranks' pairs, with NLL terms beside it: of one rank it is the rank's own."""
+    """A loss of all ranks' pairs, with NLL terms beside it: of one rank it is the rank's own.
+
+    Told that they are two, a rank that is alone has its half of it.
+    """
+    two: Any = SimpleNamespace(count=2, group=None)
     model = patch_model(make_model("llama"))
     cases = (
         (GOLD, {"loss_type": ["aot", "tpo"]}, GOLD_TOKENS),
@@ -301,6 +305,6 @@ def test_over_ranks(tmp_path: Path) -> None:
                         Reference("precomputed"),
                         over_ranks=over,
                     ).loss.item()
-                    for over in (False, True)
+                    for over in (None, two)
                 )
-                assert all_ranks == pytest.approx(one, rel=1e-6), (case, settings)
+                assert 2 * all_ranks == pytest.approx(one, rel=1e-6), (case, settings)
