@@ -240,7 +240,7 @@ def plan(argv: Sequence[str]) -> None:
     from fastdpo.doctor.machine_report import machine_report, make_parser
     from fastdpo.training.settings.hub import check_there
 
-    options = make_parser().parse_args(argv)
+    options = make_parser(Parser).parse_args(argv)
     check_there("model", options.model)
     print(machine_report(options))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +83,7 @@ def load_pairs(
 
 def write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) -> int:
     """Write the rows that were scored, in their order, each with its log-probabilities and no others."""
+    from fastdpo.rounds.partial import write_rows
     from fastdpo.training.data.references import scores_by_row
     from fastdpo.training.data.row import WRITTEN_COLUMNS
 
@@ -96,15 +96,14 @@ def write_scored(path: Path, source: RowSource, scored: Sequence[RowDataset]) ->
                 name: known[name] + value if name in known else value for name, value in values.items()
             }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_suffix(".tmp")
-    with partial_file.open("w", encoding="utf-8") as file:
-        for number, row in source:
-            if number in scores:
-                kept = {name: value for name, value in row.items() if name not in WRITTEN_COLUMNS}
-                line = json.dumps({**kept, **scores[number]}, ensure_ascii=False, default=str)
-                # Columns that nobody looked at may hold half a surrogate pair, which JSON can only escape.
-                file.write(line.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
-    partial_file.replace(path)
+    write_rows(
+        path,
+        (
+            {**{n: value for n, value in row.items() if n not in WRITTEN_COLUMNS}, **scores[number]}
+            for number, row in source
+            if number in scores
+        ),
+    )
     return len(scores)
 
 

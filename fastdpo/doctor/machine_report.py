@@ -26,9 +26,9 @@ _ADDED = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Of the words after ``fastdpo plan``."""
-    parser = argparse.ArgumentParser(
+def make_parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Of the words after ``fastdpo plan``; ``kind`` says what becomes of a mistake."""
+    parser = kind(
         prog="fastdpo plan",
         allow_abbrev=False,
         description="Predict what each GPU of many holds and sends in a step. Reads a config, no weights; "

@@ -33,7 +33,7 @@ _WHOLE = {"replicated_with_grad_allreduce"}
 
 @dataclass(frozen=True)
 class Run:
-    """What is planned; `fastdpo.doctor.machine_settings` makes it of the command line, and checks it.
+    """What is planned; `fastdpo.doctor.machine_report` makes it of the command line, and checks it.
 
     Args:
         tokens, labelled_tokens: of a micro-batch of each GPU: positions, and tokens of answers.

@@ -121,18 +121,21 @@ def is_tensor_parallel(forward: Any) -> bool:
 def vocab_shard(model: nn.Module, linear: nn.Module) -> VocabShard | None:
     """Which rows of a head this rank has, under tensor parallelism; None of one that is whole."""
     weight: Any = linear.weight
-    if not is_split_by_vocabulary(model, weight):
-        return None
+    return shard_of(weight) if is_split_by_vocabulary(model, weight) else None
+
+
+def shard_of(weight: Any, *, has_own_rows: bool = False) -> VocabShard:
+    """This rank's rows of a DTensor that is split by rows over the one dimension of its mesh."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, (start, *_) = compute_local_shape_and_global_offset(
         weight.shape, weight.device_mesh, weight.placements
     )
-    return kept_shard(start, weight.shape[0], weight.device_mesh.get_group())
+    return _kept_shard(start, weight.shape[0], weight.device_mesh.get_group(), has_own_rows)
 
 
 @functools.lru_cache(maxsize=64)
-def kept_shard(start: int, vocab_size: int, group: Any, has_own_rows: bool = False) -> VocabShard:
+def _kept_shard(start: int, vocab_size: int, group: Any, has_own_rows: bool) -> VocabShard:
     """One for all calls: its first use takes an exchange of the ranks."""
     return VocabShard(start, vocab_size, group, has_own_rows)
 

@@ -94,8 +94,8 @@ def call_lazily(
 ) -> Any:
     """``run()``, the model's own forward, with a head that makes lazy logits.
 
-    In a compiled model the graph ends here, and the backbone has one of its own (`by_itself`): a lazy tensor
-    is nothing to trace.
+    In a compiled model the graph ends here, and the backbone has one of its own: a lazy tensor is nothing to
+    trace.
 
     Args:
         choice: one of `LOGITS`; with ``auto`` a head under FSDP1 makes real logits, and a warning says so.
@@ -108,12 +108,6 @@ def call_lazily(
         return run()
     with lazy_head(model, execution, on_materialize):
         return run()
-
-
-def by_itself(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's own forward that runs as it is written, and whose modules are compiled where the model is."""
-    run: Callable[..., Any] = torch.compiler.disable(forward, recursive=False)
-    return run
 
 
 @contextmanager

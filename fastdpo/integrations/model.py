@@ -34,7 +34,6 @@ from fastdpo.integrations.fused_output import HeadStates, ScoreRequest, Teachers
 from fastdpo.integrations.lazy_call import (
     LOGITS,
     ON_MATERIALIZE,
-    by_itself,
     call_lazily,
     check_choice,
     check_head,
@@ -245,7 +244,6 @@ def require_fused_output(output: Any) -> FusedLMOutput:
 def _patched_class(original: Any, hook: _Hook) -> Any:
     """One class per original and hook, shared by all copies of a model."""
     names = tuple(inspect.signature(original.forward).parameters)[1:]
-    own_forward = by_itself(original.forward)
 
     def forward(
         self: Any,
@@ -276,7 +274,7 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
                 given = {**dict(zip(names, args, strict=False)), **kwargs}
                 if not wants_lazy(hook.logits, given, is_training=self.training):
                     return original.forward(self, *args, **kwargs)
-                own = functools.partial(own_forward, self, *args, **kwargs)
+                own = functools.partial(original.forward, self, *args, **kwargs)
                 how = (hook.execution, hook.logits, hook.on_materialize)
                 return call_lazily(self, *how, own)
         elif return_states:

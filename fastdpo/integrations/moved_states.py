@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from fastdpo.integrations.engines import (
     groups_of,
     is_unit_alone,
-    kept_shard,
     kept_weight,
     policy_of,
+    shard_of,
     units_of,
 )
 from fastdpo.integrations.probe import refuse
@@ -87,8 +87,8 @@ def own_part(model: nn.Module, linear: Any) -> tuple[Any, Any, VocabShard, torch
     """
     weight = kept_weight(linear)
     (unit,) = units_of(model, [linear])
-    policy, mesh = policy_of(unit), weight.device_mesh
-    divisor = next(iter(groups_of(unit))).gradient_divide_factor or mesh.size()
+    policy = policy_of(unit)
+    divisor = next(iter(groups_of(unit))).gradient_divide_factor or weight.device_mesh.size()
 
     def local(value: Any) -> Any:
         if value is None:
@@ -96,12 +96,8 @@ def own_part(model: nn.Module, linear: Any) -> tuple[Any, Any, VocabShard, torch
         part = _DividedGradient.apply(value.to_local(), divisor)
         return part if policy.param_dtype is None else part.to(policy.param_dtype)
 
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, (start, *_) = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
-    shard = kept_shard(start, weight.shape[0], mesh.get_group(), has_own_rows=True)
     of_inputs = policy.param_dtype if policy.cast_forward_inputs else None
-    return local(weight), local(linear.bias), shard, of_inputs
+    return local(weight), local(linear.bias), shard_of(weight, has_own_rows=True), of_inputs
 
 
 class _DividedGradient(torch.autograd.Function):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer import TRAINER_STATE_NAME
 
 from fastdpo.rounds.functions import load_function, source_of
 from fastdpo.rounds.judge import judge
@@ -23,6 +24,7 @@ from fastdpo.rounds.ranks import Ranks
 from fastdpo.rounds.rounds_file import RoundPlan, RoundsArguments, plan_round
 from fastdpo.rounds.sample import sample
 from fastdpo.training.data.source import read_rows
+from fastdpo.training.loop.folders import is_whole
 from fastdpo.training.settings.hub import check_there
 
 # What says of which settings a folder of rounds is.
@@ -200,8 +202,8 @@ class _Round:
 def _unfinished(folder: Path) -> Path | None:
     """The last whole checkpoint that has steps left: one at the end cannot be gone on with."""
     found: list[tuple[int, Path]] = []
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        told = json.loads(state.read_text())
+    for checkpoint in filter(is_whole, folder.glob("checkpoint-*")):
+        told = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         if told["global_step"] < told["max_steps"]:
-            found.append((told["global_step"], state.parent))
+            found.append((told["global_step"], checkpoint))
     return max(found)[1] if found else None

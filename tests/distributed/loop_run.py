@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,26 +112,34 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
             peft_config=peft_config,
         )
 
-    made = trainer()
-    if is_resumed and engine is not None:
-        made.add_callback(StopAfterSaving())
-        made.train()
-        made = trainer()
-        made.train(resume_from_checkpoint=True)
-    else:
-        made.train()
-    history = made.state.log_history
-    names = ("eval_loss", "eval_rewards/margins")
-    found = {
-        "losses": [entry["loss"] for entry in history if "loss" in entry],
-        "evaluations": [[entry[n] for n in names if n in entry] for entry in history if names[0] in entry],
-        "weights": weights(made),
-    }
+    made = trained(trainer, is_resumed=is_resumed and engine is not None)
+    found = logged(made)
     if engine == "fsdp2" and has_ref_model:  # between its forward passes nothing is whole
         found["whole"] = [n for n, p in made.reference.model.named_parameters() if not isinstance(p, DTensor)]
     if engine is not None and not lora:
         made.save_model(str(folder / "final"))
     return found
+
+
+def trained(trainer: Callable[[], PreferenceTrainer], *, is_resumed: bool) -> PreferenceTrainer:
+    """A trainer after its run; with ``is_resumed`` it went on with another one's, which had stopped."""
+    made = trainer()
+    if is_resumed:
+        made.add_callback(StopAfterSaving())
+        made.train()
+        made = trainer()
+    made.train(resume_from_checkpoint=is_resumed or None)
+    return made
+
+
+def logged(trainer: PreferenceTrainer) -> dict[str, Any]:
+    """What tests compare of a run."""
+    history, names = trainer.state.log_history, ("eval_loss", "eval_rewards/margins")
+    return {
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "evaluations": [[entry[n] for n in names if n in entry] for entry in history if names[0] in entry],
+        "weights": weights(trainer),
+    }
 
 
 def weights(trainer: PreferenceTrainer) -> dict[str, torch.Tensor]:

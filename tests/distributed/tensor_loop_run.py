@@ -24,7 +24,7 @@ from fastdpo import cli
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings import parallel
 from tests.distributed.cases import TENSOR_LOOP
-from tests.distributed.loop_run import StopAfterSaving, as_on_gpus, settings, weights
+from tests.distributed.loop_run import as_on_gpus, logged, settings, trained
 from tests.training.conftest import bpe_text, made_tokenizer, tiny_llama
 from tests.training.loop.ddp_run import answers, pairs
 
@@ -74,22 +74,12 @@ def run_case(folder: Path, tensor: int | None, case: dict[str, Any]) -> dict[str
         _fill_adapter(made.model)
         return made
 
-    made = trainer()
-    if is_resumed and tensor is not None:
-        made.add_callback(StopAfterSaving())
-        made.train()
-        made = trainer()
-        made.train(resume_from_checkpoint=True)
-    else:
-        made.train()
+    made = trained(trainer, is_resumed=is_resumed and tensor is not None)
     history = made.state.log_history
-    names = ("eval_loss", "eval_rewards/margins")
     found = {
-        "losses": [entry["loss"] for entry in history if "loss" in entry],
+        **logged(made),
         "tokens": [entry["num_tokens"] for entry in history if "loss" in entry],
         "norms": [entry["grad_norm"] for entry in history if "loss" in entry],
-        "evaluations": [[entry[n] for n in names if n in entry] for entry in history if names[0] in entry],
-        "weights": weights(made),
     }
     if num_eval:
         found["rewards"] = torch.from_numpy(made.predict(rows(num_eval, 1)).predictions)

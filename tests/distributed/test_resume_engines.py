@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,8 +131,11 @@ def test_a_file_that_a_run_does_without(tmp_path: Path):
 
 
 def test_ranks_that_differ_are_told_before_the_first_step(tmp_path: Path):
-    said = run_ranks("tests.distributed.resume_run", str(tmp_path), "differ", "learning_rate", "beta", "data")
+    ways = ("learning_rate", "beta", "data", "max_steps", "data_seed")
+    said = run_ranks("tests.distributed.resume_run", str(tmp_path), "differ", *ways)
     for printed in said:  # on every rank
         assert "settings: rank 1 has others than rank 0: learning_rate 0.001 -> 0.002" in printed
         assert "loss: rank 1 has others than rank 0: beta None -> 0.3" in printed
         assert "data: rank 1 has others than rank 0: hash " in printed
+        assert re.search(r"steps: rank 1 has others than rank 0: max_steps \d+ -> 9", printed)
+        assert "steps: rank 1 has others than rank 0: data_seed None -> 5" in printed

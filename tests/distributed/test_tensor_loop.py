@@ -69,7 +69,7 @@ def test_mistakes_are_errors_on_every_rank(tmp_path: Path):
         "other sizes": "tp_size: got None on rank 1 and 2 on rank 0, wanted one",
         "a whole model": "tp_size: got 2 and a model split over 1 ranks, wanted a path or hub id",
         "no divisor": "tp_size 3: got 2 processes, wanted a multiple of 3",
-        "other data": "train_dataset: got",
+        "other data": "data: rank 1 has others than rank 0: hash ",
     }
     for text in printed:
         lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"mistake"')]

@@ -21,6 +21,7 @@ from fastdpo import cli
 from fastdpo.cli import main
 from fastdpo.rounds import chain, judge, partial
 from fastdpo.rounds.generation import TransformersSampler
+from fastdpo.training.loop.checkpoint_files import RUN_FILE
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from tests import ROOT
 from tests.rounds.conftest import RULES, killed_after, make_prompts, read
@@ -159,6 +160,18 @@ def test_a_killed_run_ends_as_one_that_was_not(
     assert same(weights("out/round-2/model"), uninterrupted["weights"])
 
 
+def test_a_checkpoint_cut_off_is_not_gone_on_with(tmp_path: Path):
+    """Of two with steps left the later one lacks the file that the loop writes last."""
+    for step, is_whole in ((2, True), (4, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 6}))
+        (folder / "preference_state_0.json").write_text("{}")
+        if is_whole:
+            (folder / RUN_FILE).write_text("{}")
+    assert chain._unfinished(tmp_path) == tmp_path / "checkpoint-2"
+
+
 @pytest.mark.promise(68)
 @pytest.mark.slow
 def test_kill_9(models: Path, here: Path):
@@ -236,7 +249,7 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"judge": {"function": "rules.py:nothing"}}, "has no function 'nothing'"),
     ({"judge": {"function": None, "reward_model": "no/such/folder/at/all"}}, "there is no such folder"),
     ({"prompts_per_round": 4}, "prompts_per_round: got 4 in each of 2 rounds, and prompts.jsonl has 6 rows"),
-    ({"train": {"deepspeed": {"zero_optimization": {"stage": 2}}}}, "train: got ZeRO-2, wanted whole models"),
+    ({"train": {"fsdp": True, "fsdp_config": {"version": 2}}}, "train: got FSDP2, wanted whole models"),
     ({"train": {"reference": "copy"}}, "train: got 'reference', which each round says itself"),
     ({"train": {"sync_ref_model": True}}, "train: got sync_ref_model, wanted none"),
     ({"start": "first"}, "start: got 'first', wanted one of last, base"),

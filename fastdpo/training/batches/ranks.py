@@ -56,18 +56,6 @@ class DataRanks:
             dist.broadcast(value, 0)
         return value
 
-    def check_same(self, what: str, value: Any) -> None:
-        """Raise ValueError on every rank where ranks that see one batch have other values than the first."""
-        if self.mesh is None:
-            return
-        found: list[Any] = [None] * self.accelerator.num_processes
-        dist.all_gather_object(found, value)
-        other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
-        if other is not None:
-            raise ValueError(
-                f"{what}: got {found[other]} on rank {other} and {found[0]} on rank 0, wanted the same on all"
-            )
-
     def total(self, value: Tensor) -> Tensor:
         """The sum of ``value`` over the batches of all ranks."""
         if self.mesh is None:

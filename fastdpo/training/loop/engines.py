@@ -11,7 +11,6 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from fastdpo.integrations.engines import engine_around, is_split_by_tensors
-from fastdpo.training.data.stream import known_rows
 from fastdpo.training.settings.engines import check_engine, told_engine
 from fastdpo.training.settings.parallel import name_parallel
 
@@ -24,17 +23,6 @@ def engine_of(accelerator: Any) -> str | None:
     if getattr(state, "fsdp_plugin", None) is not None and "FSDP" in str(accelerator.distributed_type):
         return "FSDP2" if accelerator.is_fsdp2 else "FSDP1"
     return None
-
-
-def check_ranks(trainer: Any) -> None:
-    """Raise ValueError, on every rank, where ranks that see one batch would not: other data, other steps."""
-    if trainer.ranks.shared == 1:
-        return
-    rows, args = known_rows(trainer.train_dataset), trainer.args
-    trainer.ranks.check_same("train_dataset", None if rows is None else rows.fingerprint())
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "loss_type", "seed")
-    for name in names:
-        trainer.ranks.check_same(name, getattr(args, name))
 
 
 def settle_saving(args: Any) -> bool:

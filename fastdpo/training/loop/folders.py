@@ -34,13 +34,13 @@ def find_checkpoint(args: PreferenceConfig, resume: str | bool | None) -> str | 
             raise ValueError(
                 f"resume_from_checkpoint: got {resume}, wanted a checkpoint in it, as {inside[0]}"
             )
-        if not _is_whole(folder):
+        if not is_whole(folder):
             last = RUN_FILE if (folder / TRAINER_STATE_NAME).is_file() else TRAINER_STATE_NAME
             what = f"which has no {last}" if folder.is_dir() else "and there is no such folder"
             raise ValueError(f"resume_from_checkpoint: got {resume}, {what}, wanted a checkpoint's folder")
         return str(folder)
     found = _checkpoints(Path(args.output_dir or "."))
-    whole = [folder for folder in found if _is_whole(folder)]
+    whole = [folder for folder in found if is_whole(folder)]
     if not whole:
         raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {args.output_dir}")
     return str(whole[0])
@@ -48,7 +48,7 @@ def find_checkpoint(args: PreferenceConfig, resume: str | bool | None) -> str | 
 
 def warn_of_unfinished(args: PreferenceConfig, checkpoint: Path) -> None:
     """Log which checkpoint behind the one that a run goes on from was not written to its end."""
-    later = [folder for folder in _checkpoints(Path(args.output_dir or ".")) if not _is_whole(folder)]
+    later = [folder for folder in _checkpoints(Path(args.output_dir or ".")) if not is_whole(folder)]
     if later and checkpoint.parent == later[0].parent:
         logger.warning("%s was not written to its end", later[0])
 
@@ -60,7 +60,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda entry: -int(steps[entry][1]))
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
     """Whether transformers' last file is there, and ours, unless none of ours is: then it is another's."""
     is_ours = any(checkpoint.glob("preference_state_*.json"))
     return (checkpoint / TRAINER_STATE_NAME).is_file() and (not is_ours or (checkpoint / RUN_FILE).is_file())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fastdpo.integrations.engines import gathered
 from fastdpo.losses.reference_updates import mix_parameters
 from fastdpo.training.loop.base import BaseTrainer
 from fastdpo.training.loop.take_over import named_tensors, on_main, put_tensor, whole_shape
@@ -46,20 +47,14 @@ def save_reference(trainer: BaseTrainer, folder: Path) -> None:
     if not trainer.args.sync_ref_model:
         return
     reference = trainer.accelerator.unwrap_model(trainer.reference.model)
-    found = {name: _whole(tensor) for name, tensor in named_tensors(reference).items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in named_tensors(reference).items():
+        with gathered([tensor]):
+            value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if trainer.accelerator.is_main_process:  # of the others each would keep a whole model for nothing
+                found[name] = value.detach().to("cpu", copy=hasattr(tensor, "ds_id"))
     if trainer.accelerator.is_main_process:
         torch.save(found, folder / REFERENCE_FILE)
-
-
-def _whole(tensor: Any) -> Tensor:
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor().detach().cpu()
-    if hasattr(tensor, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().cpu().clone()
-    return tensor.detach().cpu()
 
 
 def load_reference(trainer: BaseTrainer, folder: Path) -> None:

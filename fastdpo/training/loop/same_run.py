@@ -45,15 +45,15 @@ _LOSS = (
     *COLUMN_FIELDS.values(),
 )
 _ADAPTER = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora")
+# How many steps there are, and of which rows: free for another part of a run, not for another rank.
+_STEPS = ("max_steps", "num_train_epochs", "data_seed")
 # Of the machine, or of how long the run is: the steps that are done stay what they were.
 _FREE = (
-    "max_steps",
-    "num_train_epochs",
+    *_STEPS,
     "use_cpu",
     "disable_tqdm",
     "report_to",
     "run_name",
-    "data_seed",
     "dataset_num_proc",
     "dataloader_num_workers",
     "dataloader_pin_memory",
@@ -93,7 +93,8 @@ def check_same_ranks(trainer: Any) -> None:
     """
     if trainer.accelerator.num_processes == 1 or trainer.train_dataset is None:
         return
-    own = json.loads(json.dumps(_description(trainer), default=str))
+    steps = {name: getattr(trainer.args, name) for name in _STEPS}
+    own = json.loads(json.dumps({**_description(trainer), "steps": steps}, default=str))
     told: list[Any] = [None] * trainer.accelerator.num_processes
     torch.distributed.all_gather_object(told, own)
     for rank, other in enumerate(told):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import SCHEDULER_NAME
 
+from fastdpo.integrations.engines import is_partitioned
 from fastdpo.training.loop.checkpoint_files import TensorSource, layout_of, read_run, tensors_of
 from fastdpo.training.loop.engines import engine_of, is_split_as_loaded
 from fastdpo.training.reference.sources import is_adapter_model
@@ -123,13 +124,9 @@ def take_over(trainer: Any, folder: Path, *, with_optimizer: bool = True) -> Non
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and kept buffers by name, those of several names by the first."""
-    kept = model.state_dict(keep_vars=True) if not _is_partitioned(model) else {}
+    kept = model.state_dict(keep_vars=True) if not is_partitioned(model) else {}
     buffers = {name: b for name, b in model.named_buffers() if name in kept}
     return {**dict(model.named_parameters()), **buffers}
-
-
-def _is_partitioned(model: nn.Module) -> bool:
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _groups(trainer: Any, model: nn.Module) -> list[list[str]]:

@@ -41,7 +41,6 @@ from fastdpo.training.data.stream import StreamDataset, known_rows, may_have_ima
 from fastdpo.training.loop.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
 from fastdpo.training.loop.engines import (
     averaged_ranks,
-    check_ranks,
     on_device,
     settle_engine,
     settle_saving,
@@ -311,7 +310,6 @@ class PreferenceTrainer(SavingTrainer):
             LostRankError: another rank was killed, or ended with an error; names it.
         """
         with lost_ranks_named(self):
-            check_ranks(self)
             check_same_ranks(self)
             self.resumed_from = self._find_checkpoint(resume_from_checkpoint)
             if self.resumed_from is None and not self._owns_output_dir:

@@ -15,9 +15,17 @@ def name_engine(args: SettingFields) -> None:
     """``engine`` in the words of transformers.
 
     Raises:
-        ValueError: beside it ``fsdp``, ``fsdp_config`` or ``deepspeed``, which it stands for; or DeepSpeed is
-            not installed.
+        ValueError: beside it ``fsdp``, ``fsdp_config`` or ``deepspeed``, which it stands for; or settings, or
+            ``accelerate launch``, name DeepSpeed, and it is not installed.
     """
+    ways = {
+        f"engine: got {args.engine!r}": str(args.engine).startswith("zero"),
+        "deepspeed: got its settings": args.deepspeed,
+        "accelerate launch: got DeepSpeed": launches("DEEPSPEED"),
+    }
+    named = [way for way, is_asked in ways.items() if is_asked]
+    if named and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(f"{named[0]}, which needs DeepSpeed: pip install deepspeed")
     if args.engine is None:
         return
     given = [name for name in ("fsdp", "fsdp_config", "deepspeed") if getattr(args, name)]
@@ -27,8 +35,6 @@ def name_engine(args: SettingFields) -> None:
     if args.engine == "fsdp2":
         settings.fsdp, settings.fsdp_config = True, {"version": 2}
         return
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(f"engine: got {args.engine!r}, which needs DeepSpeed: pip install deepspeed")
     stage = int(args.engine.removeprefix("zero"))
     own = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -42,6 +48,11 @@ def name_engine(args: SettingFields) -> None:
     }
 
 
+def launches(what: str) -> bool:
+    """Whether ``accelerate launch`` names FSDP, DEEPSPEED or a PARALLELISM_CONFIG."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() in ("1", "true", "yes")
+
+
 def told_engine(args: Any) -> str | None:
     """The engine that settings or ``accelerate launch`` name."""
     if getattr(args, "hf_deepspeed_config", None) is not None:
@@ -50,7 +61,7 @@ def told_engine(args: Any) -> str | None:
     plugin: Any = getattr(args, "fsdp_plugin_args", None)
     if plugin:
         return f"FSDP{plugin.get('fsdp_version', 2)}"
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
+    if launches("FSDP"):
         return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
     return None
 
@@ -82,15 +93,9 @@ def check_engine(args: SettingFields, engine: str | None) -> None:
 
 
 def join_ranks(args: Any) -> None:
-    """Ranks that know of each other before a model is split over them, which under ZeRO-3 is as it is loaded.
+    """Ranks that know of each other before a model is split over them: ZeRO-3 splits it as it is loaded."""
+    import deepspeed
 
-    Raises:
-        ValueError: DeepSpeed is not installed.
-    """
-    try:
-        import deepspeed
-    except ImportError:
-        raise ValueError("deepspeed: got ZeRO-3, which needs it: pip install deepspeed") from None
     _ = args.device
     if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastdpo.training.settings.engines import launches
 from fastdpo.training.settings.fields import SettingFields
 
 _SIZES = ("tp_size", "sp_size", "cp_size", "dp_replicate_size", "dp_shard_size")
@@ -67,7 +68,7 @@ def name_parallel(args: SettingFields) -> None:
 def _told_sizes(args: Any) -> dict[str, int] | None:
     """The sizes that a ``ParallelismConfig`` names, or ``accelerate launch``."""
     given = getattr(args, "parallelism_config", None)
-    is_launched = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() in ("1", "true")
+    is_launched = launches("PARALLELISM_CONFIG")
     if isinstance(given, str) or not (given or is_launched):
         if given and str(given).lower() not in ("none", "null"):
             raise ValueError(
@@ -89,7 +90,7 @@ def _told_sizes(args: Any) -> dict[str, int] | None:
 
 def _settle_tensors(args: Any) -> None:
     """Tensor parallelism, and FSDP2 over the other ranks: transformers brings both as it loads a model."""
-    if args.engine in ("zero2", "zero3") or args.deepspeed or _launches("DEEPSPEED"):
+    if args.engine in ("zero2", "zero3") or args.deepspeed or launches("DEEPSPEED"):
         raise ValueError(
             f"tp_size: got {args.tp_size} with DeepSpeed, wanted engine='fsdp2' or none: transformers splits "
             "tensors and, over the other ranks, FSDP2's units"
@@ -99,7 +100,7 @@ def _settle_tensors(args: Any) -> None:
             f"tp_size: got {args.tp_size} and fsdp or fsdp_config, wanted engine='fsdp2' or none: over the "
             "ranks that tp_size leaves, transformers splits the model as it loads it"
         )
-    if _launches("FSDP"):  # accelerate would split the model once more
+    if launches("FSDP"):  # accelerate would split the model once more
         os.environ["ACCELERATE_USE_FSDP"] = "false"
     args.engine = None
     refused = {
@@ -116,10 +117,6 @@ def _settle_tensors(args: Any) -> None:
     if args.longest_batch_first and "longest_batch_first" in args.given:
         raise ValueError("longest_batch_first: got True with tp_size, wanted False")
     args.longest_batch_first = False  # the default on a GPU
-
-
-def _launches(engine: str) -> bool:
-    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("1", "true", "yes")
 
 
 def check_same_settings(args: Any) -> None:

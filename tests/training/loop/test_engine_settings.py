@@ -33,12 +33,27 @@ def test_fsdp_where_accelerate_would_not_run_it(
     settle_engine(make_args(), of_cpus)
 
 
+@pytest.mark.parametrize(
+    ("settings", "variables", "named"),
+    [
+        ({"engine": "zero2"}, {}, "engine: got 'zero2'"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {}, "deepspeed: got its settings"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate launch: got DeepSpeed"),
+    ],
+    ids=["engine", "deepspeed", "launch"],
+)
 def test_deepspeed_that_is_not_installed_is_named(
-    make_args: Callable[..., PreferenceConfig], monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any],
+    variables: dict[str, str],
+    named: str,
+    make_args: Callable[..., PreferenceConfig],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="engine: got 'zero2', which needs DeepSpeed: pip install deepspeed"):
-        make_args(engine="zero2")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{named}, which needs DeepSpeed: pip install deepspeed"):
+        make_args(**settings)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
