@@ -90,7 +90,7 @@ def join_ranks(args: Any) -> None:
     try:
         import deepspeed
     except ImportError:
-        raise ValueError("deepspeed: got ZeRO-3, which needs it: pip install deepspeed") from None
+        raise ValueError("deepspeed: got ZeRO-3 or sp_size, which need it: pip install deepspeed") from None
     _ = args.device
     if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
