@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdpo.integrations.forest.attention import OverForest, attention_by
 from fastdpo.integrations.forest.carried import carried_states
+from fastdpo.integrations.forest.over_ranks import OverRanks
 from fastdpo.integrations.forest.segments import Forest
 from fastdpo.integrations.lm_head import ModelTail, logit_transform
 from fastdpo.integrations.probe import HEAD_ARGUMENTS, NotSupportedArgument, load_balancing_loss
@@ -28,14 +29,19 @@ def run_backbone(model: Any, tail: ModelTail, arguments: dict[str, Any]) -> tupl
     """The backbone's inputs and its output.
 
     ``forest`` among the arguments is of the one row of the call, and ``context`` says that it is carried;
-    then ``wanted`` names the tokens of which there are to be states, unless of all.
+    then ``wanted`` names the tokens of which there are to be states, unless of all. With ``sequence_group``
+    the call has this rank's part of rows of that forest.
     """
     forest, context = arguments.pop("forest", None), arguments.pop("context", None)
-    wanted = arguments.pop("wanted", None)
+    wanted, group = arguments.pop("wanted", None), arguments.pop("sequence_group", None)
     backbone = attrgetter(tail.backbone)(model)
     if forest is None and context is None:
         inputs = _backbone_inputs(model, tail, arguments)
         return inputs, backbone(**inputs, return_dict=True)
+    if group is not None:  # this rank's part of rows of that forest
+        inputs = _backbone_inputs(model, tail, arguments)
+        with attention_by(model, OverRanks(forest, group)):
+            return inputs, backbone(**inputs, return_dict=True)
     _check_forest(forest, context, arguments)
     if forest is None:
         forest = Forest.of_sequences([arguments["input_ids"].shape[1]])

@@ -344,6 +344,21 @@ TENSOR_LOOP: dict[str, dict[str, Any]] = {
     "dynamic beta": {"ref_model": True, "dynamic_beta": {"rho": 0.3}},
 }
 
+# And with rows that are split over ranks.
+SEQUENCE_LOOP: dict[str, dict[str, Any]] = {
+    "padded": {"num_eval": 5, "eval_strategy": "steps", "eval_steps": 3},
+    "packed, LoRA": {"lora": ("q_proj", "lm_head"), "reference": "adapter", "batch_layout": "packed"},
+    "shared prompts": {"ref_model": True, "batch_layout": "shared_prompt", "activation_checkpointing": True},
+    "ZeRO-2": {"ref_model": True, "engine": "zero2", "batch_layout": "packed"},
+    "FSDP2": {"ref_model": True, "engine": "fsdp2"},
+    "KTO": {"loss_type": "kto", "kind": "unpaired", "ref_model": True},
+    "BCO": {"loss_type": "bco_pair", "ref_model": True},
+    "AOT": {"loss_type": "aot", "ref_model": True, "gather_batch_losses": True},
+    "dynamic beta": {"ref_model": True, "dynamic_beta": {"rho": 0.3}},
+    "precomputed": {"reference": "precomputed", "loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5},
+    "resumed": {"ref_model": True, "is_resumed": True, "save_strategy": "steps", "save_steps": 2},
+}
+
 # Losses of sequences that are split over ranks, and how their references and tokens are given.
 SEQUENCES: dict[str, dict[str, Any]] = {
     "DPO": {"loss_type": "sigmoid", "how": "sums"},

@@ -51,9 +51,9 @@ def settings(folder: Path, engine: str | None, *, data: int = 2, **changes: Any)
             "gradient_accumulation_steps": 1 if alone else 4 // data,
             **changes,
         },
-        engine=None if engine == "tensors" else engine,
+        engine=None if engine in ("tensors", "ddp") else engine,
     )
-    if not alone:
+    if engine not in (None, "ddp"):
         as_on_gpus(args)
     return args
 

@@ -13,6 +13,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 import torch
 import torch.distributed as dist
 import transformers
@@ -23,15 +25,22 @@ from transformers.distributed import DistributedConfig
 from fastdpo import cli
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings import parallel
-from tests.distributed.cases import TENSOR_LOOP
+from tests.distributed.cases import SEQUENCE_LOOP, TENSOR_LOOP
 from tests.distributed.loop_run import as_on_gpus, logged, settings, trained
 from tests.training.conftest import bpe_text, made_tokenizer, tiny_llama
 from tests.training.loop.ddp_run import answers, pairs
 
 
-def run_case(folder: Path, tensor: int | None, case: dict[str, Any]) -> dict[str, Any]:
-    """Losses, evaluations, rewards and weights; ``tensor`` ranks of each group, None for one process."""
+def run_case(folder: Path, shared: int | None, case: dict[str, Any], how: str = "tensors") -> dict[str, Any]:
+    """Losses, evaluations, rewards and weights.
+
+    Args:
+        shared: ranks that see one batch; None for one process.
+        how: what they share: ``tensors``, or ``sequences``.
+    """
     case = dict(case)
+    engine = case.pop("engine", None)
+    tensor = shared if how == "tensors" else None
     lora, has_ref_model = case.pop("lora", ()), case.pop("ref_model", False)
     kind, is_resumed, num_eval = (
         case.pop("kind", None),
@@ -52,11 +61,12 @@ def run_case(folder: Path, tensor: int | None, case: dict[str, Any]) -> dict[str
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, distributed_config=split)
 
     def trainer() -> PreferenceTrainer:
-        data = 1 if tensor is None else dist.get_world_size() // tensor
-        more = {} if tensor is None else {"tp_size": tensor}
+        data = 1 if shared is None else dist.get_world_size() // shared
+        more = {} if shared is None else {"tp_size" if tensor else "sp_size": shared}
         if "gather_batch_losses" in case:  # a loss of a whole micro-batch
             more |= {"per_device_train_batch_size": 8 // data, "gradient_accumulation_steps": 1}
-        args = settings(folder, None if tensor is None else "tensors", data=data, **more, **case)
+        as_engine = None if shared is None else "tensors" if tensor else engine or "ddp"
+        args = settings(folder, as_engine, data=data, **more, **case)
         peft_config = None
         if lora:
             from peft import LoraConfig
@@ -74,7 +84,7 @@ def run_case(folder: Path, tensor: int | None, case: dict[str, Any]) -> dict[str
         _fill_adapter(made.model)
         return made
 
-    made = trained(trainer, is_resumed=is_resumed and tensor is not None)
+    made = trained(trainer, is_resumed=is_resumed and shared is not None)
     history = made.state.log_history
     found = {
         **logged(made),
@@ -83,7 +93,7 @@ def run_case(folder: Path, tensor: int | None, case: dict[str, Any]) -> dict[str
     }
     if num_eval:
         found["rewards"] = torch.from_numpy(made.predict(rows(num_eval, 1)).predictions)
-    if tensor is not None:
+    if shared is not None:
         made.save_model(str(folder / "final"))
     return found
 
@@ -111,7 +121,7 @@ def mistake(what: str, folder: Path) -> None:
 MISTAKES = ("other sizes", "a whole model", "no divisor", "other data")
 
 
-def run_command_line(folder: Path) -> None:
+def run_command_line(folder: Path, how: str) -> None:
     """``fastdpo train`` as under ``accelerate launch`` with the sizes of a file."""
     if dist.get_rank() == 0:
         tiny_llama(1).save_pretrained(folder / "model")
@@ -121,7 +131,11 @@ def run_command_line(folder: Path) -> None:
     dist.barrier()
     sizes = {"USE_PARALLELISM_CONFIG": "true", "USE_FSDP": "true"}
     os.environ |= {f"ACCELERATE_{name}": value for name, value in sizes.items()}
-    os.environ |= {"FSDP_VERSION": "2", "PARALLELISM_CONFIG_TP_SIZE": "2"}
+    os.environ |= {"FSDP_VERSION": "2", f"PARALLELISM_CONFIG_{'TP' if how == 'tensors' else 'SP'}_SIZE": "2"}
+    os.environ |= {
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }
     os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(dist.get_world_size() // 2)
     check = parallel.check_same_settings
 
@@ -160,20 +174,24 @@ def main(folder: Path, names: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    if names == ["command line"]:
-        run_command_line(folder)
-        return
+    if "sequences" in names:
+        import deepspeed.comm.torch
+
+        deepspeed.comm.torch.build_shm_op = lambda: None  # a build of minutes; gloo does without
+    if names[:1] == ["command line"]:
+        return run_command_line(folder, names[1])
     for what in MISTAKES if names == ["mistakes"] else ():
         try:
             mistake(what, folder / "mistakes" / "run")
         except ValueError as error:
             print(json.dumps({"mistake": what, "said": str(error)}), flush=True)
         dist.barrier()
-    for name, case in TENSOR_LOOP.items():
-        if names and name not in names:
+    how = "sequences" if "sequences" in names else "tensors"
+    for name, case in (SEQUENCE_LOOP if how == "sequences" else TENSOR_LOOP).items():
+        if set(names) - {"sequences"} and name not in names:
             continue
         try:
-            found: Any = run_case(folder / name / "run", 2, case)
+            found: Any = run_case(folder / name / "run", 2, case, how)
         except Exception:
             found = traceback.format_exc()[-3000:]
             print(name, found, flush=True)

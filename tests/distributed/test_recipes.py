@@ -18,6 +18,7 @@ from tests import ROOT
             "parallelism_config",
             {"parallelism_config_tp_size": 4, "parallelism_config_dp_shard_size": 2},
         ),
+        ("sequence", "FSDP", "parallelism_config", {"parallelism_config_sp_size": 4}),
         ("zero3", "DEEPSPEED", "deepspeed_config", {"zero_stage": 3}),
     ],
 )

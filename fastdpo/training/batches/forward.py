@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastdpo.integrations.fused_output import FusedLMOutput, HeadStates, Teachers, require_states
 from fastdpo.integrations.model import require_fused_output
 from fastdpo.training.batches.batch import Batch, Padded
+from fastdpo.training.batches.parts import group_of, logps_in_parts
 from fastdpo.training.batches.router import asked_for_router, keep_router_loss
 from fastdpo.types import DPOLossOutput, LinearLogprobOutput, PreferenceLossOutput
 
@@ -33,6 +34,9 @@ def token_logps(
     Raises:
         TypeError: the model is not patched, so it answered with logits.
     """
+    group = group_of(model)
+    if group is not None:
+        return logps_in_parts(model, batch, group, statistics)
     fused: Any = _scored(model, batch, logps_outputs=statistics)
     return LinearLogprobOutput(fused.logps, **{name: getattr(fused, name) for name in statistics})
 

@@ -43,6 +43,11 @@ def router_coefficient(args: PreferenceConfig, model: nn.Module) -> float:
         if hasattr(config, "output_router_logits"):
             logger.warning("%s %s: it is trained without", kind, reason)
         return 0.0
+    if (args.sp_size or 1) > 1:
+        raise ValueError(
+            f"sp_size: got {args.sp_size} with a router loss of weight {coefficient:g}, made of whole rows; "
+            "wanted 1, or router_aux_loss_coef=0"
+        )
     _check_layout(args, coefficient)
     return coefficient
 

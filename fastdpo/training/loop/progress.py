@@ -20,6 +20,7 @@ def save_progress(trainer: BaseTrainer, folder: Path) -> None:
         "last_logged_step": trainer._globalstep_last_logged,
         "sums": trainer._sums["train"].state(),
         "input_tokens": trainer._input_tokens.item(),
+        "is_first": trainer.ranks.is_first,
     }
     (folder / STATE_FILE.format(rank=trainer.accelerator.process_index)).write_text(json.dumps(state))
 
@@ -35,7 +36,7 @@ def load_progress(trainer: BaseTrainer, folder: Path) -> None:
     if count == accelerator.num_processes:
         state: dict[str, Any] = json.loads(path.read_text())
     else:
-        state = _over(folder, count, accelerator.is_main_process)
+        state = _over(folder, count, trainer.ranks.index == 0)
     trainer._sums["train"].load(state["sums"], trainer.accelerator.device)
     trainer._input_tokens.fill_(state["input_tokens"])
     trainer._tr_loss.fill_(state["loss"])
@@ -47,7 +48,8 @@ def load_progress(trainer: BaseTrainer, folder: Path) -> None:
 def _over(folder: Path, count: int, is_main: bool) -> dict[str, Any]:
     """The progress of another number of ranks: sums go to the main one, and the mean loss to each."""
     files = [folder / STATE_FILE.format(rank=rank) for rank in range(count)]
-    states = [json.loads(path.read_text()) for path in files]
+    # Of ranks that saw one batch, one.
+    states = [state for path in files if (state := json.loads(path.read_text())).get("is_first", True)]
     sums = {
         name: [sum(parts) for parts in zip(*(state["sums"][name] for state in states), strict=True)]
         if is_main
@@ -55,7 +57,7 @@ def _over(folder: Path, count: int, is_main: bool) -> dict[str, Any]:
         for name in states[0]["sums"]
     }
     return {
-        "loss": sum(state["loss"] for state in states) / count,
+        "loss": sum(state["loss"] for state in states) / len(states),
         "last_logged_step": states[0]["last_logged_step"],
         "sums": sums,
         "input_tokens": sum(state["input_tokens"] for state in states) if is_main else 0,

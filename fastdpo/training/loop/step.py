@@ -201,7 +201,9 @@ def _pair_loss(
     ranks = over_ranks if args.gather_batch_losses and over_ranks and over_ranks.count > 1 else None
     tokens = loss_tokens(batch, nll_on_prompt=bool(args.nll_on_prompt))
     # Elsewhere the loss waits for log-probabilities: of all ranks, or for the step's beta or weights.
-    waits = ranks is not None or args.use_weighting or args.dynamic_beta is not None
+    waits = (
+        ranks is not None or (args.sp_size or 1) > 1 or args.use_weighting or args.dynamic_beta is not None
+    )
     if tokens.fit_the_head and not waits:
         arguments = _pair_arguments(batch, counts, args, StepValues())
         found: Any = fused_loss(model, batch, **tokens.for_the_head(ref_logps), **arguments)

@@ -30,6 +30,7 @@ from fastdpo.training.batches.batch import Batch
 from fastdpo.training.batches.budget import budget_dataloader
 from fastdpo.training.batches.collate import pad_token_id
 from fastdpo.training.batches.layouts import choose_collator, like_length_sampler, token_budget
+from fastdpo.training.batches.parts import split_sequences
 from fastdpo.training.batches.ranks import DataRanks
 from fastdpo.training.batches.router import router_coefficient
 from fastdpo.training.batches.stream import stream_dataloader
@@ -227,6 +228,9 @@ class PreferenceTrainer(SavingTrainer):
         )  # fmt: skip
         # Only now: before, each rank looks at whole models by itself.
         ref_model, teacher = (split_frozen(self.accelerator, frozen) for frozen in (ref_model, teacher))
+        for each in (self.model, ref_model, teacher):
+            if each is not None and (self.args.sp_size or 1) > 1:
+                split_sequences(each, self.ranks.same)
         self.reference = Reference(kind, ref_model, teacher=teacher, vocab_size=size)
         self._precomputed: PrecomputedReference | None = None
         if kind == "precomputed":
@@ -363,12 +367,20 @@ class PreferenceTrainer(SavingTrainer):
         else:
             self._report_nonfinite(inputs, result)
         # Gradients are averaged over the ranks, while the counts are sums over them.
-        loss = result.loss * (0 if inputs.is_filler else averaged_ranks(self.accelerator, self.args))
+        loss = result.loss * (0 if inputs.is_filler else self.ranks.count)
+        # Each rank of a sequence has all of its loss, and the gradient of a part.
+        parts = averaged_ranks(self.accelerator, self.args) // self.ranks.count
+        loss = loss + (parts - 1) * (loss - loss.detach())
         return (loss, {"rewards": row_rewards(inputs, result)}) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of a step, as ``Trainer`` estimates them: 6 for every weight and token, padding included."""
-        return int(6 * self.model.num_parameters(exclude_embeddings=True) * inputs.positions)
+        weights = self.model.num_parameters(exclude_embeddings=True)
+        return int(6 * weights * inputs.positions / self.ranks.shared)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Rows of an optimiser step: ranks that see one batch count once."""
+        return int(self._train_batch_size * args.gradient_accumulation_steps * self.ranks.count)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward; a loss that is not finite is logged as 0."""

@@ -66,7 +66,7 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
         super().__post_init__()
         engine = told_engine(self)
         check_engine(self, engine)
-        if engine == "ZeRO-3":
+        if engine == "ZeRO-3" or (self.sp_size or 1) > 1:
             join_ranks(self)
         check_loader(self)
         check_installed(self)

@@ -16,12 +16,13 @@ def name_engine(args: SettingFields) -> None:
 
     Raises:
         ValueError: beside it ``fsdp``, ``fsdp_config`` or ``deepspeed``, which it stands for; or settings, or
-            ``accelerate launch``, name DeepSpeed, and it is not installed.
+            ``accelerate launch``, ask for what DeepSpeed does, and it is not installed.
     """
     ways = {
         f"engine: got {args.engine!r}": str(args.engine).startswith("zero"),
         "deepspeed: got its settings": args.deepspeed,
         "accelerate launch: got DeepSpeed": launches("DEEPSPEED"),
+        f"sp_size: got {args.sp_size}": (args.sp_size or 1) > 1,
     }
     named = [way for way, is_asked in ways.items() if is_asked]
     if named and importlib.util.find_spec("deepspeed") is None:

@@ -215,6 +215,15 @@ class SettingFields(DataSettings, TrainingArguments):
         ),
     )
 
+    sp_size: int | None = field(
+        default=None,
+        metadata=_help(
+            "Sequence parallelism: so many ranks compute a part of every row each, and see the same batches; "
+            "DeepSpeed's Ulysses exchanges what attention sees. With any engine. Default: what accelerate's "
+            "file says, else 1."
+        ),
+    )
+
     reference: str = field(
         default="auto",
         metadata=_help(
@@ -308,7 +317,7 @@ class SettingFields(DataSettings, TrainingArguments):
         """
         waits = self.dynamic_beta is not None or self.gather_batch_losses or self.use_weighting or self.fp16
         waits = waits or any("reward_shift" in spec.needs for spec in self.losses)
-        waits = waits or bool(self.nll_on_prompt and self.batch_layout != "padded")
+        waits = waits or (self.sp_size or 1) > 1 or bool(self.nll_on_prompt and self.batch_layout != "padded")
         is_sum = all(spec.scope in ("pair", "token") for spec in self.losses)
         return is_sum and not waits and not self.needs_divergences
 
@@ -320,7 +329,7 @@ class SettingFields(DataSettings, TrainingArguments):
     @property
     def shared_ranks(self) -> int:
         """How many neighbouring ranks see one batch."""
-        return self.tp_size or 1
+        return (self.tp_size or 1) * (self.sp_size or 1)
 
     @property
     def needs_teacher(self) -> bool:

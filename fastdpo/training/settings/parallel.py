@@ -1,7 +1,8 @@
-"""Tensor parallelism: ranks that share the tensors of every layer, and see one batch.
+"""Ranks that see one batch: they share the tensors of every layer, or have parts of its rows.
 
-``tp_size`` is accelerate's, whose ``ParallelismConfig`` says the same, in Python or by ``accelerate launch``.
-transformers splits a model's tensors as it loads it, and over the other ranks by FSDP2.
+``tp_size`` and ``sp_size`` are accelerate's, whose ``ParallelismConfig`` says the same, in Python or by
+``accelerate launch``. transformers splits a model's tensors as it loads it, and over the other ranks by
+FSDP2; rows are split here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _SIZES = ("tp_size", "sp_size", "cp_size", "dp_replicate_size", "dp_shard_size")
 
 
 def name_parallel(args: SettingFields) -> None:
-    """``tp_size`` and ``dp_replicate_size`` from themselves, or from accelerate's words for them.
+    """``tp_size``, ``sp_size`` and ``dp_replicate_size`` from themselves, or from accelerate's words.
 
     Raises:
         ValueError: sizes that do not go together, or that do not divide the number of processes.
@@ -27,53 +28,61 @@ def name_parallel(args: SettingFields) -> None:
     settings: Any = args
     told = _told_sizes(args)
     if told is not None:
-        if args.tp_size not in (None, told["tp_size"]):
-            raise ValueError(
-                f"tp_size: got {args.tp_size}, and {told['tp_size']} in parallelism_config, wanted one"
-            )
-        args.tp_size = told["tp_size"]
-        settings.given.pop("parallelism_config", None)
-        settings.given |= {"tp_size": args.tp_size} if args.tp_size > 1 else {}
-        for name in ("cp_size", "sp_size"):
-            if told[name] > 1:
-                raise ValueError(
-                    f"{name}: got {told[name]}, wanted 1: the loop does not split sequences in this version; "
-                    "`sequence_group` of fused_dpo_loss does, in a loop of your own"
-                )
-        if args.tp_size == 1 and told["dp_replicate_size"] * told["dp_shard_size"] > 1:
-            raise ValueError(
-                f"parallelism_config: got dp_shard_size {told['dp_shard_size']} and dp_replicate_size "
-                f"{told['dp_replicate_size']} without tp_size, wanted engine='fsdp2', or none for DDP"
-            )
-    tp = args.tp_size or 1
+        _take_told(args, told)
+    tp, sp = args.tp_size or 1, args.sp_size or 1
     settings.dp_replicate_size = told["dp_replicate_size"] if told is not None and tp > 1 else 1
     settings.parallelism_config = None  # what is said by it is said now; transformers makes its own
-    if tp == 1:
+    if tp * sp == 1:
         return
+    if tp > 1 and sp > 1:
+        raise ValueError(f"tp_size, sp_size: got {tp} and {sp}, wanted one of the two above 1")
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = {"tp_size": tp}
-    if told is not None:
+    sizes = {"tp_size": tp} if tp > 1 else {"sp_size": sp}
+    is_told = told is not None and tp > 1
+    if told is not None and is_told:
         sizes |= {name: told[name] for name in ("dp_replicate_size", "dp_shard_size")}
     product = math.prod(sizes.values())
-    if world % product or (told is not None and product != world):
+    if world % product or (is_told and product != world):
         named = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        wanted = f"a multiple of {tp}" if told is None else str(product)
+        wanted = str(product) if is_told else f"a multiple of {product}"
         raise ValueError(
             f"{named}: got {world} processes, wanted {wanted}: torchrun --nproc_per_node, or accelerate "
             "launch --num_processes"
         )
-    _settle_tensors(args)
+    (_settle_tensors if tp > 1 else _settle_sequences)(args)
+
+
+def _take_told(args: Any, told: dict[str, int]) -> None:
+    for name in ("tp_size", "sp_size"):
+        if getattr(args, name) not in (None, told[name]):
+            raise ValueError(
+                f"{name}: got {getattr(args, name)}, and {told[name]} in parallelism_config, wanted one"
+            )
+        setattr(args, name, told[name])
+    args.given.pop("parallelism_config", None)
+    args.given |= {name: told[name] for name in ("tp_size", "sp_size") if told[name] > 1}
+    if told["cp_size"] > 1:
+        raise ValueError(
+            f"cp_size: got {told['cp_size']}, whose attention in torch takes causal rows on a GPU alone, no "
+            "packed ones, and puts their tokens in another order; wanted sp_size, for rows of any kind"
+        )
+    if told["tp_size"] * told["sp_size"] == 1 and told["dp_replicate_size"] * told["dp_shard_size"] > 1:
+        raise ValueError(
+            f"parallelism_config: got dp_shard_size {told['dp_shard_size']} and dp_replicate_size "
+            f"{told['dp_replicate_size']} without tp_size, wanted engine='fsdp2', or none for DDP"
+        )
 
 
 def _told_sizes(args: Any) -> dict[str, int] | None:
     """The sizes that a ``ParallelismConfig`` names, or ``accelerate launch``."""
     given = getattr(args, "parallelism_config", None)
-    is_launched = launches("PARALLELISM_CONFIG")
+    # By the sizes: the word that they count is taken back below, for accelerate's own ears.
+    is_launched = any(f"PARALLELISM_CONFIG_{name.upper()}" in os.environ for name in _SIZES)
     if isinstance(given, str) or not (given or is_launched):
         if given and str(given).lower() not in ("none", "null"):
             raise ValueError(
                 f"parallelism_config: got {given!r}, wanted accelerate's ParallelismConfig in Python, or "
-                "--tp_size"
+                "--tp_size or --sp_size"
             )
         return None
     if not given:
@@ -109,7 +118,6 @@ def _settle_tensors(args: Any) -> None:
         f"context_chunk: got {args.context_chunk}, which runs whole models": args.context_chunk is not None,
         f"loss_type: got {', '.join(args.loss_type)}, with divergences from a head that would have to be "
         "whole": args.needs_divergences,
-        f"mode: got {args.mode!r}, which a split vocabulary has not": args.mode == "pairs",
     }
     for what, is_asked in refused.items():
         if is_asked:
@@ -119,11 +127,26 @@ def _settle_tensors(args: Any) -> None:
     args.longest_batch_first = False  # the default on a GPU
 
 
+def _settle_sequences(args: Any) -> None:
+    """Parts of sequences: to an engine their ranks are as ranks with data of their own."""
+    refused = {
+        f"loss_type: got {', '.join(args.loss_type)}, with divergences": args.needs_divergences,
+        f"context_chunk: got {args.context_chunk}": args.context_chunk is not None,
+        "longest_batch_first: got True": args.longest_batch_first and "longest_batch_first" in args.given,
+    }
+    for what, is_asked in refused.items():
+        if is_asked:
+            raise ValueError(f"{what}; wanted none with sp_size")
+    args.longest_batch_first = False  # the default on a GPU
+    if launches("PARALLELISM_CONFIG"):  # accelerate would exchange batches and attention once more
+        os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"
+
+
 def check_same_settings(args: Any) -> None:
     """Raise ValueError, on every rank, where ranks have other sizes than the first: they would hang."""
     if args.world_size == 1 or not torch.distributed.is_initialized():
         return
-    own = {name: getattr(args, name) for name in ("tp_size", "dp_replicate_size", "engine")}
+    own = {name: getattr(args, name) for name in ("tp_size", "sp_size", "dp_replicate_size", "engine")}
     found: list[Any] = [None] * args.world_size
     torch.distributed.all_gather_object(found, own)
     for rank, other in enumerate(found):

@@ -39,8 +39,9 @@ def test_fsdp_where_accelerate_would_not_run_it(
         ({"engine": "zero2"}, {}, "engine: got 'zero2'"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {}, "deepspeed: got its settings"),
         ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate launch: got DeepSpeed"),
+        ({"sp_size": 2}, {"WORLD_SIZE": "2"}, "sp_size: got 2"),
     ],
-    ids=["engine", "deepspeed", "launch"],
+    ids=["engine", "deepspeed", "launch", "sequences"],
 )
 def test_deepspeed_that_is_not_installed_is_named(
     settings: dict[str, Any],

@@ -6,12 +6,31 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from accelerate import ParallelismConfig
 
 from fastdpo.losses import LOSSES, PairLogps
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.steps import COLUMN_FIELDS
 
 MakeArgs = Callable[..., PreferenceConfig]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tp_size": 2, "engine": "zero3"}, "tp_size: got 2 with DeepSpeed, wanted engine='fsdp2'"),
+        ({"tp_size": 2, "fsdp": True}, "tp_size: got 2 and fsdp or fsdp_config"),
+        ({"tp_size": 2, "sync_ref_model": True}, "sync_ref_model: got True.* wanted none with tp_size"),
+        ({"tp_size": 2, "loss_type": "tdpo1"}, "loss_type: got tdpo1, with divergences"),
+        ({"tp_size": 2, "longest_batch_first": True}, "longest_batch_first: got True with tp_size"),
+        ({"sp_size": 2, "loss_type": "tdpo1"}, "loss_type: got tdpo1, .* wanted none with sp_size"),
+        ({"sp_size": 2, "longest_batch_first": True}, "longest_batch_first: got True; wanted none with sp_"),
+    ],
+)
+def test_what_ranks_with_one_batch_cannot_do(settings, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=message):
+        PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
 
 
 @pytest.mark.promise(23)
@@ -96,7 +115,13 @@ MakeArgs = Callable[..., PreferenceConfig]
             {"fsdp": True, "context_chunk": 8, "batch_layout": "packed"},
             "context_chunk: got 8.* wanted none under FSDP2",
         ),
-        ({"parallelism_config": object()}, "parallelism_config: got"),
+        ({"parallelism_config": object()}, "parallelism_config: got a object, wanted accelerate's"),
+        ({"parallelism_config": ParallelismConfig(cp_size=2)}, "cp_size: got 2, .* wanted sp_size"),
+        ({"parallelism_config": ParallelismConfig(tp_size=2), "tp_size": 4}, "tp_size: got 4, and 2 in"),
+        ({"parallelism_config": ParallelismConfig(dp_shard_size=2)}, "dp_shard_size 2.* engine='fsdp2'"),
+        ({"tp_size": 2}, "tp_size 2: got 1 processes, wanted a multiple of 2"),
+        ({"sp_size": 2}, "sp_size 2: got 1 processes, wanted a multiple of 2"),
+        ({"tp_size": 2, "sp_size": 2}, "tp_size, sp_size: got 2 and 2, wanted one"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices: got False"),
         ({"label_names": ["labels"]}, "label_names: got"),
         ({"do_predict": True}, "do_predict: got True"),
