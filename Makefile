@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slow quick test-gpu test-deepspeed test-llama-factory test-trainers gpu demo bench bench-repeat tables evidence clean
+.PHONY: help setup check test test-slow quick test-gpu test-deepspeed test-llama-factory test-trainers gpu demo bench bench-repeat tables evidence site wheels clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -121,6 +121,19 @@ tables: setup  ## write the tables and plots of README and docs from benchmarks/
 evidence: setup  ## write docs/evidence.md: what is compiled, counted and simulated without a GPU; minutes
 	$(BIN)/python -m benchmarks.evidence
 
+# The site's own tools, beside .venv's: pages are made of docstrings, so the package has to be there.
+$(BIN)/.docs: $(READY)
+	$(PIP) install --quiet $$(sed -nE 's/^ *"(mkdocs[a-z-]*==[^"]*)",/\1/p' pyproject.toml)
+	@touch $@
+
+site: setup $(BIN)/.docs  ## build the documentation as a site, into site/; a link that leads nowhere fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The manylinux wheels are cibuildwheel's, which wants docker: `pipx run cibuildwheel --platform linux`.
+wheels: setup  ## an sdist, this machine's wheel without CUDA, and the pure one of macOS and Windows, into dist/
+	FASTDPO_CUDA=0 $(BIN)/python -m build --no-isolation --outdir dist .
+	FASTDPO_PURE=1 $(BIN)/python -m build --no-isolation --wheel --outdir dist .
+
 clean:  ## remove what was built; .venv stays
-	rm -rf build dist *.egg-info fastdpo/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(BIN)/.built
+	rm -rf build dist site *.egg-info fastdpo/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(BIN)/.built
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

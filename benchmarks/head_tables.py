@@ -1,4 +1,4 @@
-"""README's tables of results: ratios to the products, to each peer, and whole steps.
+"""The tables of ``docs/measured.md``: ratios to the products, to each peer, and whole steps.
 
 Results of two devices never share a table; what no GPU has measured says *not run*.
 """

@@ -14,7 +14,7 @@ from benchmarks.head_tables import DEFAULT, GPU_MODELS, NOT_RUN, Result, ours_of
 from benchmarks.results import newest
 from benchmarks.sizes import IGNORED_PERCENT
 
-# What README shows, of the model and N of the targets; the page shows all.
+# What docs/measured.md shows, of the model and N of the targets; the page shows all.
 TASKS = ("stash", "pairs")
 NUM_TOKENS = 16384
 EXPECTED = {"stash": ("unsloth", "trl", "torch"), "pairs": ("unsloth", "trl", "liger-dpo", "torch")}
@@ -26,7 +26,7 @@ Shares = dict[int, Result]  # a share of ignored labels, in percent, and what wa
 
 
 def padding_tables(results: Sequence[Result]) -> str:
-    """README's: of every GPU, *not run* where there is none; of CPUs, each its own, those that have any."""
+    """Those of docs/measured.md: of every GPU, *not run* where there is none; of each CPU that has any."""
     parts = [INTRO]
     gpus = newest(results, of_gpu=True)
     for device, cases in gpus.items() or {"": {}}.items():

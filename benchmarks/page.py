@@ -84,12 +84,12 @@ def plots_of(results: Sequence[Result]) -> str:
     """Every plot there is, of GPUs first."""
     devices = {**newest(results, of_gpu=True), **newest(results, of_gpu=False)}
     return "\n\n".join(
-        link for device, cases in devices.items() for link in _plot_links(device, cases, "docs/plots")
+        link for device, cases in devices.items() for link in _plot_links(device, cases, "plots")
     )
 
 
 def _views(case: Result) -> list[Result]:
-    """A point of memory once for every curve it lies on; steps summed up from their samples, as in README."""
+    """A point of memory once for every curve it lies on; steps summed up from their samples."""
     if case["suite"] == "step" and "steps" in case:
         cells = {
             name: {**cell, **summarise_steps(cell["samples_ms"], case["steps"])}

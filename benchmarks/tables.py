@@ -1,6 +1,6 @@
-"""README's tables and ``docs/benchmarks.md``, generated from ``benchmarks/results`` and the losses' registry.
+"""The tables of README and docs, and ``docs/benchmarks.md``, from what was measured and the losses.
 
-python -m benchmarks.tables          # rewrites README.md between its markers, docs/benchmarks.md and plots
+python -m benchmarks.tables          # rewrites README and docs between their markers, benchmarks.md, plots
 python -m benchmarks.tables --check  # fails when they are not what the results give
 python -m benchmarks.tables --results DIR --page DIR  # the page and its plots alone, of other results
 
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.drawings import check_drawings, memory_table, write_drawings
 from benchmarks.head_tables import Result, head_table, peer_targets_table, steps_table
 from benchmarks.padding import padding_tables
 from benchmarks.page import document, plots_of
@@ -22,41 +23,51 @@ from benchmarks.results import RESULTS, ROOT, newest, read_results
 from fastdpo.losses import losses_table
 
 
-def render(readme: str, results: Sequence[Result]) -> str:
-    """The README with its tables replaced.
+def tables_of(results: Sequence[Result]) -> dict[str, dict[str, str]]:
+    """What stands between which markers of which page; pages other than README.md are those of ``docs/``."""
+    return {
+        "README.md": {"memory": memory_table()},
+        "losses.md": {"losses": losses_table()},
+        "measured.md": {
+            "memory": memory_table(),
+            "results": head_table(results),
+            "peers": f"{peer_targets_table(results)}\n\n{padding_tables(results)}",
+            "steps": steps_table(results),
+            "plots": plots_of(results),
+        },
+    }
+
+
+def render(name: str, page: str, results: Sequence[Result]) -> str:
+    """The page with its tables replaced.
 
     Raises:
         ValueError: a pair of markers is not there, once each and in order.
     """
-    readme = _replace(readme, "losses", losses_table())
-    readme = _replace(readme, "results", head_table(results))
-    readme = _replace(readme, "peers", f"{peer_targets_table(results)}\n\n{padding_tables(results)}")
-    readme = _replace(readme, "steps", steps_table(results))
-    return _replace(readme, "plots", plots_of(results))
-
-
-def _replace(readme: str, name: str, table: str) -> str:
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
-        raise ValueError(f"README.md: wanted {begin} and {end} once each, in this order")
-    before, rest = readme.split(begin)
-    return f"{before}{begin}\n{table.rstrip()}\n{end}{rest.split(end)[1]}"
+    for table, text in tables_of(results)[name].items():
+        begin, end = f"<!-- {table}:begin -->", f"<!-- {table}:end -->"
+        if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+            raise ValueError(f"{name}: wanted {begin} and {end} once each, in this order")
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n{text.rstrip()}\n{end}{rest.split(end)[1]}"
+    return page
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the tables and plots of benchmarks/results.")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of benchmarks.md and plots/")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pages")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, metavar="DIR", help="benchmarks.md and plots/ there, no README")
+    parser.add_argument("--page", type=Path, metavar="DIR", help="benchmarks.md and plots/ there alone")
     args = parser.parse_args(argv)
     try:
         results = read_results(args.results)
-        old = new = ""
-        if args.page is None:
-            old = args.readme.read_text()
-            new = render(old, results)
+        places = {
+            name: args.readme if name == "README.md" else args.docs / name for name in tables_of(results)
+        }
+        old = {} if args.page else {name: path.read_text() for name, path in places.items()}
+        new = {name: render(name, text, results) for name, text in old.items()}
         page, folder = document(results), args.page or args.docs
         if args.page is not None:
             page = page.replace("benchmarks/results", str(args.results))
@@ -64,13 +75,18 @@ def main(argv: list[str] | None = None) -> int:
         devices = {**newest(results, of_gpu=True), **newest(results, of_gpu=False)}
         cases = {device: list(found.values()) for device, found in devices.items()}
         if not args.check:
-            if new != old:
-                args.readme.write_text(new)
+            for name in new:
+                if new[name] != old[name]:
+                    places[name].write_text(new[name])
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(page)
             write_plots(cases, plots)
+            if args.page is None:
+                write_drawings(folder / "drawings")
             return 0
-        stale = [args.readme.name] if new != old else []
+        stale = [name for name in new if new[name] != old[name]]
+        if args.page is None:
+            stale += check_drawings(folder / "drawings")
         if not path.is_file() or path.read_text() != page:
             stale.append(path.name)
         stale += check_plots(cases, plots)

@@ -1,4 +1,4 @@
-"""``fastdpo train | score | sample | judge | rounds | bench | plan | doctor``: the command line.
+"""``fastdpo train | score | sample | judge | rounds | bench | plan | doctor | build``: the command line.
 
 A user's mistake is one line on standard error and exit code 2; ``--debug``, anywhere, shows the traceback.
 What words alone tell, as a misspelt name, is answered before torch is loaded.
@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 import fastdpo
+from fastdpo import native_build
 from fastdpo.commands.diagnose import diagnose
 from fastdpo.commands.run import load_pairs, load_run, set_up_logging, write_scored
 from fastdpo.training.settings.typos import check_words
@@ -32,6 +33,7 @@ COMMANDS = {
     "doctor": "say what is installed, what will run here, and why the rest will not",
     "merge": "merge an adapter into its base, a quantised one dequantised, as a model of 16 bits",
     "convert-config": "print our YAML for one of LLaMA-Factory, axolotl, TRL or alignment-handbook",
+    "build": "build the compiled kernels, where the package is installed and a compiler (and nvcc) is",
 }
 
 
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run: dict[str, Callable[[Sequence[str]], int | None]] = {
             "train": train, "score": score, "sample": sample, "judge": judge, "rounds": rounds,
             "bench": bench, "plan": plan, "doctor": partial(diagnose, debug=debug),
-            "merge": merge, "convert-config": convert_config,
+            "merge": merge, "convert-config": convert_config, "build": native_build.main,
         }  # fmt: skip
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module=_LIBRARIES)

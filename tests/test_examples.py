@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -147,3 +148,23 @@ def test_the_reference_of_the_accelerate_loop_is_that_of_the_model(
         whole = model(**batch, return_logps=True).logps.sum(1).view(2, -1).t()
     # Padded to other widths: 1e-5 nats a token, of which an answer has fewer than 100.
     assert torch.allclose(sums, whole, rtol=0, atol=1e-3) and sums.shape == (7, 2)
+
+
+@pytest.mark.usefixtures("accelerate_state")
+@pytest.mark.parametrize("name", ["hook", "loop"])
+def test_a_notebook_runs_cell_by_cell(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "a notebook is kept without what it printed"
+            exec(compile("".join(cell["source"]), f"{name}.ipynb, cell {number}", "exec"), names)
+    printed = capsys.readouterr().out
+    if name == "hook":
+        assert "loss 0.6931472" in printed and len(names["losses"]) == 12
+    else:
+        assert "12 steps, loss" in printed and len(names["losses"]) == 6
+        assert (tmp_path / "loop-notebook" / "merged" / "model.safetensors").is_file()

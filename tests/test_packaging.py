@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fastdpo import native_build
+from fastdpo.cli import main
 from fastdpo.kernels import native
 from tests import ROOT
 
@@ -112,6 +114,7 @@ def test_wheel_carries_the_extension_and_the_types(distributions: tuple[list[str
     assert (wheel / "fastdpo" / "py.typed").is_file()
     assert (wheel / "fastdpo" / "_C.pyi").is_file()
     assert {path.name.partition("-")[0] for path in wheel.iterdir()} == {"fastdpo"}
+    assert (wheel / "fastdpo" / "csrc" / "bindings.cpp").is_file()  # for `fastdpo build`
     (module,) = (wheel / "fastdpo").glob("_C*.so")
     assert not [name for name in shared_libraries(module) if "cuda" in name or "torch" in name]
     code = "from fastdpo import _C; print(_C.__file__, _C.built_with_cuda, hasattr(_C, 'cuda_row_kernel'))"
@@ -149,9 +152,11 @@ def small_project(tmp_path: Path) -> Path:
     (project / "csrc" / "cuda" / "kernels.cu").touch()
     toolkits = tmp_path / "toolkits"  # in the place of /usr/local, which has one here and none elsewhere
     toolkits.mkdir()
-    script = (ROOT / "setup.py").read_text()
+    shutil.copy(ROOT / "setup.py", project)
+    script = (ROOT / "fastdpo" / "native_build.py").read_text()
     assert 'Path("/usr/local")' in script
-    (project / "setup.py").write_text(script.replace('Path("/usr/local")', f"Path({str(toolkits)!r})"))
+    script = script.replace('Path("/usr/local")', f"Path({str(toolkits)!r})")
+    (project / "fastdpo" / "native_build.py").write_text(script)
     return project
 
 
@@ -254,6 +259,55 @@ def test_without_a_compiler_the_wheel_is_python_only(small_project: Path, tmp_pa
     with zipfile.ZipFile(wheel) as archive:
         assert "fastdpo/__init__.py" in archive.namelist()
         assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
+def test_a_pure_wheel_is_one_for_all_platforms(small_project: Path):
+    shutil.copy(ROOT / "pyproject.toml", small_project)
+    for name in ("README.md", "LICENSE"):
+        (small_project / name).touch()
+    printed = setup(small_project, "bdist_wheel", env={"FASTDPO_PURE": "1"})
+    assert "c++ " not in printed and "fastdpo: " not in printed
+    (wheel,) = (small_project / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "fastdpo/csrc/bindings.cpp" in archive.namelist()
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_on_other_platforms_no_compiler_is_tried(
+    platform: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(native_build, "find_cxx", lambda: pytest.fail("a compiler was looked for"))
+    assert not native_build.build_to(tmp_path / "_C.so", ROOT / "csrc", tmp_path / "work")
+    assert f"fastdpo: {platform}: the compiled kernels are for Linux" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@needs_compiler
+def test_fastdpo_build_builds_into_the_package(
+    small_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """As in a wheel, which has the sources within."""
+    package = small_project / "fastdpo"
+    (small_project / "csrc").rename(package / "csrc")
+    monkeypatch.setattr(native_build, "PACKAGE", package)
+    monkeypatch.setenv("FASTDPO_CUDA", "0")
+    assert main(["build"]) == 0
+    (module,) = built_modules(small_project)
+    assert f"built {module}" in capsys.readouterr().out
+    kept = module.read_bytes()
+
+    (package / "csrc" / "other.cpp").write_text("this is no C++")
+    assert main(["build"]) == 1
+    assert "not built: see above" in capsys.readouterr().out and module.read_bytes() == kept
+
+    assert main(["build", "cuda"]) == 2
+    assert "build: got cuda, wanted no words" in capsys.readouterr().err
+    shutil.rmtree(package / "csrc")
+    assert main(["build"]) == 2
+    assert f"build: no csrc in {package}" in capsys.readouterr().err
 
 
 @needs_compiler

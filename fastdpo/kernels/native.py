@@ -26,14 +26,14 @@ def extension_problem() -> str | None:
     """Why ``fastdpo._C`` cannot be used here, with the remedy, or None."""
     if _IMPORT_ERROR is None:
         return None
-    return f"fastdpo._C is not built ({_IMPORT_ERROR}): install fastdpo where there is a C++17 compiler"
+    return f"fastdpo._C is not built ({_IMPORT_ERROR}): with a C++17 compiler, `fastdpo build` builds it"
 
 
 def cuda_problem() -> str | None:
     """Why the extension's CUDA kernels cannot be used here, with the remedy, or None."""
     if _IMPORT_ERROR is not None or _C.built_with_cuda:
         return extension_problem()
-    return "fastdpo._C was built without CUDA: install fastdpo where nvcc is on PATH or in CUDA_HOME"
+    return "fastdpo._C was built without CUDA: with nvcc on PATH or in CUDA_HOME, `fastdpo build` builds it"
 
 
 def row_args(

@@ -1,7 +1,7 @@
 """Every method of the field that users ask for by name, and what of fastdpo it is: a table for the docs.
 
-python -m fastdpo.losses.methods docs/methods.md          # rewrites the tables between their markers
-python -m fastdpo.losses.methods docs/methods.md --check  # fails when they are not what this module gives
+python -m fastdpo.losses.methods docs/methods.md          # rewrites the table between its markers
+python -m fastdpo.losses.methods docs/methods.md --check  # fails when it is not what this module gives
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastdpo.losses.method_rows import ROWS
-from fastdpo.losses.registry import losses_table
 
 # "recipe": the exact call stands in docs/methods.md; "data": how pairs are made, for a loss that is here;
 # "nothing": the last column says why.
@@ -81,19 +80,17 @@ def _link(source: str) -> str:
 
 
 def render(text: str) -> str:
-    """A page with its two tables replaced. Raises ValueError unless each pair of markers is there once."""
-    for name, table in (("methods", methods_table()), ("losses", losses_table())):
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ValueError(f"page: wanted {begin} and {end} once each, in this order")
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
-    return text
+    """A page with its table replaced. Raises ValueError unless the pair of markers is there once."""
+    begin, end = "<!-- methods:begin -->", "<!-- methods:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"page: wanted {begin} and {end} once each, in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{methods_table()}\n{end}{rest.split(end)[1]}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the page, or with ``--check`` only compare; 1 if it differs."""
-    parser = argparse.ArgumentParser(description="Write the tables of docs/methods.md.")
+    parser = argparse.ArgumentParser(description="Write the table of docs/methods.md.")
     parser.add_argument("page", type=Path)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args(argv)

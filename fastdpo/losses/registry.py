@@ -4,7 +4,7 @@ A loss is one decorated function from the log-probabilities of a batch (``PairLo
 ``kind`` says) to one number per row: per pair, group, answer or sequence. Everything else is read
 from it: its options, their types and defaults from the keyword-only parameters, their legal ranges
 from the annotations, what it accepts per row from the reserved names among them (``PER_PAIR``), its
-row in the README from the docstring's first line. Tests and command-line flags iterate ``LOSSES``.
+row in docs/losses.md from the docstring's first line. Tests and command-line flags iterate ``LOSSES``.
 
 Each is finite, value and gradient, in fp32: for log-probabilities up to 1e4 nats of either sign, and beta and
 options of any legal value from 1e-4 to 1e4. Exponents that would take it beyond are cut off.

@@ -15,8 +15,16 @@ from benchmarks.plots import PLOTS, check_plots, memory_data, plot_files, write_
 from benchmarks.problem import PASSES
 from benchmarks.results import label, read_results, slug, write_results
 
-NAMES = ("losses", "results", "peers", "steps", "plots")
-MARKERS = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in NAMES)
+NO_PAGES = {name: "".join(f"<!-- {table}:begin -->\n<!-- {table}:end -->\n" for table in found)
+            for name, found in tables.tables_of([]).items()}  # fmt: skip
+
+
+def write_pages(folder: Path) -> list[str]:
+    """Pages with empty tables; the words that name them."""
+    (folder / "docs").mkdir()
+    for name, text in NO_PAGES.items():
+        (folder / ("" if name == "README.md" else "docs") / name).write_text(text)
+    return ["--readme", str(folder / "README.md"), "--docs", str(folder / "docs")]
 
 
 def payload(ratio: float, date: str = "2026-01-01T00:00:00+00:00", **more: Any) -> dict[str, Any]:
@@ -138,10 +146,7 @@ def test_a_file_that_is_no_result_file_is_named(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "foreign.json").write_text(text)
-    readme = tmp_path / "README.md"
-    readme.write_text(MARKERS)
-    folders = ["--readme", str(readme), "--docs", str(tmp_path / "docs"), "--results", str(tmp_path)]
-    assert tables.main(folders) == 2
+    assert tables.main([*write_pages(tmp_path), "--results", str(tmp_path)]) == 2
     assert "error: foreign.json: " in capsys.readouterr().err
     for words in (["--resume"], ["--compare"]):
         assert run.main([*words, str(tmp_path / "foreign.json")]) == 2
@@ -195,15 +200,15 @@ def test_the_readme_the_page_and_the_plots_are_what_the_results_give() -> None:
     assert tables.main(["--check"]) == 0
 
 
-def test_a_readme_without_markers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_without_markers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="losses:begin"):
-        tables.render("no markers", [])
+        tables.render("losses.md", "no markers", [])
+    words = [*write_pages(tmp_path), "--results", str(tmp_path)]
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
-    folders = ["--readme", str(readme), "--docs", str(tmp_path), "--results", str(tmp_path)]
-    assert tables.main(folders) == 2
-    assert "losses:begin" in capsys.readouterr().err
-    assert readme.read_text() == "no markers" and list(tmp_path.iterdir()) == [readme]
+    assert tables.main(words) == 2
+    assert "README.md: wanted <!-- memory:begin -->" in capsys.readouterr().err
+    assert readme.read_text() == "no markers" and len(list((tmp_path / "docs").iterdir())) == 2
 
 
 @pytest.mark.slow  # four suites, and all plots six times
@@ -236,9 +241,8 @@ def test_one_command_gives_json_tables_and_plots(
     assert f"`{tmp_path}/results/{result['file']}`" in (page / "benchmarks.md").read_text()
     assert {path.name for path in (page / "plots").iterdir()} == {f"{device}-{p.name}.svg" for p in plots}
 
-    docs, readme = tmp_path / "docs", tmp_path / "README.md"
-    readme.write_text(MARKERS)
-    places = ["--readme", str(readme), "--docs", str(docs), "--results", str(tmp_path / "results")]
+    docs = tmp_path / "docs"
+    places = [*write_pages(tmp_path), "--results", str(tmp_path / "results")]
     assert tables.main([*places, "--check"]) == 1
     assert tables.main(places) == 0 and tables.main([*places, "--check"]) == 0
     page = (docs / "benchmarks.md").read_text()

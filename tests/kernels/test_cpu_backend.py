@@ -218,4 +218,4 @@ def test_without_the_extension_the_reason_names_the_remedy():
     reasons = result.stdout.splitlines()
     assert len(reasons) == 2
     for reason in reasons:
-        assert re.search(r"fastdpo\._C is not built.*: install fastdpo where .* compiler", reason)
+        assert re.search(r"fastdpo\._C is not built.*: with a C.*compiler, `fastdpo build`", reason)

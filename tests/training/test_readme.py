@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fastdpo
 from fastdpo import cli, unpatch_trl
+from fastdpo.training.settings.command_line import parse_train
 from tests import ROOT
 from tests.training.conftest import make_rows, tiny_llama, write_jsonl
 
@@ -34,16 +36,26 @@ def folder(
     return tmp_path
 
 
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 150 and len(README.encode()) <= 8 * 1024
+
+
 def test_there_is_one_example_of_each_use() -> None:
     sources = blocks("python")
-    uses = ("fused_dpo_loss", "patch_model", "PreferenceTrainer", "patch_trl")
+    uses = ("patch_trl", "fused_dpo_loss", "patch_model", "PreferenceTrainer")
     for source, use in zip(sources, uses, strict=True):
         assert use in source and len(source.splitlines()) <= 20
 
 
 @pytest.mark.promise(57)
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(3))
 def test_python_examples_run(index: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_example(index)
+    if index == 1:
+        assert capsys.readouterr().out.split()[0].startswith("0.69314")
+
+
+def run_example(index: int) -> None:
     source = blocks("python")[index]
     for name in ("peft", "trl"):
         if f"from {name} " in source:
@@ -52,8 +64,6 @@ def test_python_examples_run(index: int, folder: Path, capsys: pytest.CaptureFix
         exec(compile(source, f"README.md, example {index + 1}", "exec"), {})
     finally:
         unpatch_trl()
-    if index == 0:
-        assert capsys.readouterr().out.split()[0].startswith("0.69314")
 
 
 def test_the_hook_example_scores_no_padding(
@@ -62,7 +72,7 @@ def test_the_hook_example_scores_no_padding(
     """Whatever side the model's tokenizer pads: each sentence has the log-probability that it has alone."""
     make_tokenizer(padding_side="left").save_pretrained(folder / "my-model")
     names: dict[str, Any] = {}
-    exec(compile(blocks("python")[1], "README.md, example 2", "exec"), names)
+    exec(compile(blocks("python")[2], "README.md, example 3", "exec"), names)
     tokenizer, model = names["tokenizer"], fastdpo.patch_model(names["model"])
     assert tokenizer.padding_side == "left" and int((names["batch"]["attention_mask"] == 0).sum()) > 0
     for sentence, found in (("The sky is blue.", "chosen"), ("The sky is green.", "rejected")):
@@ -71,13 +81,31 @@ def test_the_hook_example_scores_no_padding(
         assert names[found].item() == pytest.approx(wanted.item(), abs=1e-4)
 
 
-def test_the_shell_example_runs(folder: Path) -> None:
-    (command,) = [
-        line for block in blocks("bash") for line in block.splitlines() if line.startswith("fastdpo train")
-    ]
-    words = shlex.split(command)[1:]
-    assert cli.main([*words, "--max_steps", "1", "--report_to", "none", "--use_cpu"]) == 0
-    assert (folder / "out" / "config.json").exists()
+def commands(word: str) -> list[list[str]]:
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    return [words[words.index(word) + 1 :] for words in lines if word in words]
+
+
+def test_the_loop_runs_from_the_row_to_the_merged_model(folder: Path) -> None:
+    """The row, the file of settings, doctor, train, and what Python does with what is left."""
+    pytest.importorskip("peft")
+    (row,) = blocks("json")
+    assert set(json.loads(row)) == {"prompt", "chosen", "rejected"}
+    write_jsonl(folder / "pairs.jsonl", [json.loads(row), *make_rows(7)])
+    (folder / "run.yaml").write_text(blocks("yaml")[0])
+    (doctor,) = [words for words in commands("fastdpo") if words == ["doctor", "run.yaml"]]
+    assert cli.main([*doctor, "--use_cpu"]) == 0
+    alone, over_ranks = [words for words in commands("fastdpo") if words[0] == "train"]
+    assert cli.main([*alone, "--max_steps", "1", "--report_to", "none", "--use_cpu"]) == 0
+    assert (folder / "out" / "adapter_config.json").exists()
+    assert parse_train([*over_ranks[1:], "--use_cpu"]).config.engine == "fsdp2"
+    run_example(3)
+    assert (folder / "merged" / "config.json").exists()
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+def test_what_it_links_is_there(target: str) -> None:
+    assert (ROOT / target).exists()
 
 
 def test_every_public_name_exists() -> None:

@@ -274,18 +274,18 @@ def backbone_tokens(data: RowDataset, pairs_per_batch: int) -> dict[str, int]:
 
 
 def test_tokens_of_the_backbone_on_real_pairs(preference_path: Any, tokenizer: Any, make_args: Any):
-    """README's numbers: batches of 8 pairs of the shared file, with these tests' byte-level tokenizer."""
+    """The numbers of docs/layouts.md: 8 pairs of the shared file a batch, a byte-level tokenizer."""
     data = tokenized_pairs(read_rows(preference_path), tokenizer, make_args(max_length=0))
     counted = backbone_tokens(data, 8)
     per_pair = [round(counted[layout] / len(data)) for layout in ("padded", "packed", "shared_prompt")]
     assert (len(data), per_pair) == (240, [13855, 5963, 4285])
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
     for said in (
         "240 real pairs in batches of 8",
         "13855 positions a pair padded",
         "5963 packed and 4285 with",
     ):
-        assert said in " ".join(readme.split()), said
+        assert said in " ".join(page.split()), said
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_tokens_of_the_backbone_on_real_pairs(preference_path: Any, tokenizer: A
     ],
 )
 def test_tokens_of_the_backbone_in_the_benchmark(preference_path: Any, max_length: int, row: str):
-    """The table of docs/training.md: batches of 4 pairs, with the tokenizer that `bench step` trains."""
+    """The table of docs/layouts.md: batches of 4 pairs, with the tokenizer that `bench step` trains."""
     data, _ = make_data(preference_path, SIZES["small-llama"].vocab, max_length)
     counted = backbone_tokens(data, 4)
     shares = [
@@ -305,7 +305,7 @@ def test_tokens_of_the_backbone_in_the_benchmark(preference_path: Any, max_lengt
     ]
     cells = [str(max_length), str(len(data)), f"{counted['padded'] / len(data):.0f}", *shares]
     assert f"| {' | '.join(cells)} |" == row
-    assert row in (ROOT / "docs" / "training.md").read_text(encoding="utf-8").splitlines()
+    assert row in (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8").splitlines()
 
 
 def test_costs_of_padding():
