@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-slow quick test-gpu test-deepspeed test-llama-factory test-trainers gpu demo bench bench-repeat tables evidence site wheels clean
+.PHONY: help setup check test test-slow quick test-gpu test-deepspeed test-llama-factory test-trainers gpu demo bench bench-repeat tables evidence site wheels sanitize clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -98,6 +98,9 @@ DRY ?=
 gpu:  ## on a machine with a GPU: compile the kernels, run the tests and the benchmarks (PART=..., RESULTS=DIR; DRY=1: without one)
 	@$(if $(DRY),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON)) -m benchmarks.gpu \
 	  $(if $(PART),--part '$(PART)') $(if $(RESULTS),--results '$(RESULTS)') $(if $(DRY),--dry)
+
+sanitize: setup  ## the C++ kernels for the CPU under AddressSanitizer and UBSan, by their own tests: minutes
+	$(BIN)/python -m tests.kernels.sanitized
 
 demo: setup  ## train a small model with DPO on the spot
 	$(BIN)/python examples/demo.py

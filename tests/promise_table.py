@@ -178,4 +178,5 @@ PROMISES = (
     ),
     Promise(71, "C", "public names, parameters, settings, commands", "none goes or changes unseen"),
     Promise(72, "C", "pickles in data, caches, checkpoints", "none of ours is read; remote code if asked"),
+    Promise(73, "C", "rows, YAML and words made up at random", "an error that says what is wrong, or a run"),
 )  # fmt: skip
