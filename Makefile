@@ -118,7 +118,7 @@ bench-repeat: setup  ## whether two runs of one version agree within the stated 
 tables: setup  ## write the tables and plots of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m fastdpo.training.data.checks_page docs/data.md
-	$(BIN)/python -m tests.promises docs/promises.md
+	$(BIN)/python -m tests.promises docs/promises.md README.md
 	$(BIN)/python -m tests.wrong_calls docs/wrong_calls.md
 
 evidence: setup  ## write docs/evidence.md: what is compiled, counted and simulated without a GPU; minutes

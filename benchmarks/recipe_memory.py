@@ -60,6 +60,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
     }),
+    "llava_1_5_7b": ("LlavaConfig", {
+        "text_config": {
+            "model_type": "llama", "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
+            "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
+        },
+    }),
 }  # fmt: skip
 
 
@@ -108,6 +118,8 @@ def predicted(path: Path) -> list[str]:
     if told.get("engine") == "fsdp2":
         split = (weights + 3 * trained) / 8
         lines.append(f"Over 8 GPUs weights, gradients and moments are {split / GIB:.1f} GiB on each.")
+    if hasattr(config, "vision_config"):
+        lines.append("What images take on their way to tokens is not in it.")
     if is_lora:
         lines.append("Adapters are counted as rank 16 on all linear layers but the head.")
     return lines

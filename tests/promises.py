@@ -4,12 +4,13 @@ A test says what it holds with ``@pytest.mark.promise(18)``. A promise is kept w
 runs: always (`make test`), or slow (`make test-slow`). Nothing else counts; a test that needs a GPU was *not
 run*. Marks are read from the source, so that the page needs no test to be imported.
 
-    python -m tests.promises docs/promises.md
+    python -m tests.promises docs/promises.md README.md
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,10 +111,28 @@ def _summary() -> Iterator[str]:
     yield f"and {sum(map(is_kept, later))} of {len(later)} that were added on the way.\n\n"
     yield "| tier | what it is | promises | a test runs | written, not run |\n|---|---|---|---|---|\n"
     for tier, text in TIERS.items():
-        mine = [promise for promise in PROMISES if tier in promise.tiers]
-        held = sum(any(holder.tier == tier for holder in _of(promise)) for promise in mine)
+        count, held = _count(tier)
         ran, waits = (0, held) if tier == "G" else (held, 0)
-        yield f"| {tier} | {text} | {len(mine)} | {ran} | {waits} |\n"
+        yield f"| {tier} | {text} | {count} | {ran} | {waits} |\n"
+
+
+def _count(tier: str) -> tuple[int, int]:
+    """Promises of a tier, and those with a test of it."""
+    mine = [promise for promise in PROMISES if tier in promise.tiers]
+    return len(mine), sum(any(holder.tier == tier for holder in _of(promise)) for promise in mine)
+
+
+def in_readme(text: str) -> str:
+    """README with the line that counts what is kept."""
+    ran = "; ".join(
+        f"{name} {held} of {count}"
+        for name, (count, held) in zip(
+            ("a CPU", "sanitizers", "several processes"), map(_count, "CSM"), strict=True
+        )
+    )
+    kept = f"**kept {sum(map(is_kept, PROMISES))} of {len(PROMISES)}**, each by a test"
+    line = f"[Promises](docs/promises.md): {kept}. By tier: {ran}; a GPU {_count('G')[0]}, *not run*."
+    return re.sub(r"^\[Promises\]\(.*$", lambda _: line, text, flags=re.MULTILINE)
 
 
 def page() -> str:
@@ -146,3 +165,5 @@ tests' marks by `make tables`.
 
 if __name__ == "__main__":
     Path(sys.argv[1]).write_text(page(), encoding="utf-8")
+    readme = Path(sys.argv[2])
+    readme.write_text(in_readme(readme.read_text(encoding="utf-8")), encoding="utf-8")

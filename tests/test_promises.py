@@ -11,6 +11,8 @@ from tests.promise_table import PROMISES, TIERS
 def test_the_page_is_what_the_marks_say():
     page = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
     assert page == promises.page(), "make tables"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == promises.in_readme(readme) and "\n[Promises]" in readme, "make tables"
 
 
 def test_every_number_is_marked_or_has_its_reason():

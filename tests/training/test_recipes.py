@@ -19,6 +19,7 @@ from fastdpo.training.settings.command_line import parse_train
 from fastdpo.training.settings.yaml_file import read_settings
 from tests import ROOT
 from tests.integrations.tiny_configs import FAMILIES, make_config
+from tests.training import eyes
 from tests.training.conftest import VOCABULARY, make_rows, write_jsonl
 
 FOLDER = ROOT / "recipes"
@@ -30,6 +31,7 @@ FAMILY = {
     "gemma3": "gemma3",
     "smollm2": "llama-tied",
     "mixtral": "mixtral",
+    "llava": "llava",
 }
 # What makes a run small, and nothing of what makes the recipe. An engine wants processes of its own.
 SMALL: dict[str, Any] = {
@@ -63,14 +65,19 @@ def test_two_steps(
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     family = family_of(name)
-    config = make_config(family, vocab_size=VOCABULARY)
-    getattr(transformers, FAMILIES[family].model)(config).save_pretrained("model")
-    make_tokenizer().save_pretrained("model")
+    has_eyes = getattr(eyes.FAMILIES.get(family), "config", None) == FAMILIES[family].config
+    if has_eyes:
+        eyes.make_model(family).save_pretrained("model")
+        eyes.make_processor(family).save_pretrained("model")
+    else:
+        config = make_config(family, vocab_size=VOCABULARY)
+        getattr(transformers, FAMILIES[family].model)(config).save_pretrained("model")
+        make_tokenizer().save_pretrained("model")
     told = read_settings(FOLDER / f"{name}.yaml")
     for setting, package in (("use_peft", "peft"), ("load_in_4bit", "bitsandbytes")):
         if told.get(setting):
             pytest.importorskip(package)
-    rows: list[dict[str, Any]] = make_rows(8)
+    rows: list[dict[str, Any]] = eyes.image_rows(8, tmp_path / "pictures") if has_eyes else make_rows(8)
     if told["loss_type"] == "kto":
         rows = [
             {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0}
