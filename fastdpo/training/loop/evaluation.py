@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,8 +115,9 @@ class EvaluatingTrainer(BaseTrainer):
         width = self._eval_width or 2
         rewards = torch.zeros(inputs.num_rows, width, device=self.accelerator.device)
         loss = rewards.new_zeros(())
-        kept = self._rows_without_repeats(len(rewards))
-        if kept > 0 or is_split(self.accelerator):  # then the other ranks wait for this one's forward pass
+        kept, sums = self._rows_without_repeats(len(rewards)), self._sums["eval"]
+        # For a split model's forward pass the other ranks wait, and in the end for names of metrics.
+        if kept > 0 or not sums or is_split(self.accelerator):
             batch = inputs.first(max(kept, 1))
             counts = self._eval_counts or self._count([batch])
             # The unwrapped model: ranks may have unlike numbers of batches, and DDP's forward waits for all.
@@ -124,10 +126,13 @@ class EvaluatingTrainer(BaseTrainer):
                     self.model, self.model, batch, counts, self.args, self.reference, self.loss_state.frozen,
                     router=self.router,
                 )  # fmt: skip
-        if kept > 0:
-            record(self._sums["eval"], batch, result, nll_on_prompt=bool(self.args.nll_on_prompt))
+            if kept == 0:
+                batch = replace(batch, is_filler=True)
+            record(sums, batch, result, nll_on_prompt=bool(self.args.nll_on_prompt))
             # A share of the mean over all rows; scaled so that the mean over rows adds the shares up.
-            self._sums["eval"].add_mean("loss", result.loss * (self._eval_rows or kept) / kept, kept)
+            share = result.loss * (self._eval_rows or kept) / kept if kept else rewards.new_zeros(())
+            sums.add_mean("loss", share, kept)
+        if kept > 0:
             rewards[:kept], loss = row_rewards(batch, result, width), result.loss
         return (
             (loss, None, None) if prediction_loss_only else (loss, rewards, torch.zeros_like(rewards[:, 0]))

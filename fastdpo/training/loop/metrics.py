@@ -17,6 +17,9 @@ class MetricSums:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
     def add_mean(self, name: str, mean: Tensor, count: Tensor | int, *, is_share: bool = False) -> None:
         """Add ``count`` items whose mean is ``mean``, ``()``; ``is_share``: each item is 0 or 1."""
         dtype = _sum_dtype(mean.device)
@@ -32,7 +35,7 @@ class MetricSums:
     def means(self, over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The mean of each metric over all ranks, whose sums ``over_ranks`` adds up; none without items.
 
-        Every rank must have added the same names, or nothing.
+        Every rank must have added the same names, of no items perhaps: ranks wait for each other.
         """
         if not self._sums:
             return {}

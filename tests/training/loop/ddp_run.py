@@ -109,7 +109,7 @@ BUDGET_SETTINGS: dict[str, dict[str, Any]] = {
 def run_budget(folder: Path, name: str) -> None:
     """One optimiser step over all pairs, in batches of so many tokens; a process alone takes one batch.
 
-    Of the 7 pairs to evaluate, the ranks' last round repeats one.
+    Of the 7 pairs to evaluate, the ranks' last round repeats one; of 2 one rank has none.
     """
     layout, count, tokens = BUDGETS[name]
     is_alone = "WORLD_SIZE" not in os.environ
@@ -141,7 +141,7 @@ def run_budget(folder: Path, name: str) -> None:
         tiny_llama(1),
         args,
         train_dataset=pairs(count, 0, has_gold=has_gold),
-        eval_dataset=pairs(7, 1, has_gold=has_gold),
+        eval_dataset=pairs(2 if name == "filler" else 7, 1, has_gold=has_gold),
         ref_model=tiny_llama(2) if args.needs_reference else None,
         callbacks=[kept],
     )
