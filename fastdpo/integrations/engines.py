@@ -125,13 +125,14 @@ def vocab_shard(model: nn.Module, linear: nn.Module) -> VocabShard | None:
 
 
 def shard_of(weight: Any, *, has_own_rows: bool = False) -> VocabShard:
-    """This rank's rows of a DTensor that is split by rows over the one dimension of its mesh."""
+    """This rank's rows of a DTensor that is split by rows over one dimension of its mesh."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, (start, *_) = compute_local_shape_and_global_offset(
         weight.shape, weight.device_mesh, weight.placements
     )
-    return _kept_shard(start, weight.shape[0], weight.device_mesh.get_group(), has_own_rows)
+    (dimension,) = (i for i, placement in enumerate(weight.placements) if placement.is_shard())
+    return _kept_shard(start, weight.shape[0], weight.device_mesh.get_group(dimension), has_own_rows)
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,7 +2,8 @@
 
 The head's own call, whose hooks would gather the weight, is not made. Each rank's part of the weight is a
 leaf as it lies, so its gradient is where FSDP2 leaves that of others: for clipping, optimizer and checkpoints
-nothing is changed. It takes a unit of FSDP2's for the head alone; others are gathered for the rest.
+nothing is changed. It takes a unit of FSDP2's for the head alone; others are gathered for the rest. Where
+groups of ranks have all of the model (HSDP), states move within one, and gradients are summed over groups.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def moves_states(
     dtype = policy_of(unit).param_dtype or weight.dtype
     traffic = head_traffic(
         _most_of_all(count(), weight),
-        *(weight.shape[1], weight.shape[0], weight.device_mesh.size()),
+        *(weight.shape[1], weight.shape[0], weight.device_mesh.size(-1)),
         weight_bytes=dtype.itemsize,
         states_bytes=hidden.element_size(),
         grad_bytes=(policy_of(unit).reduce_dtype or dtype).itemsize,
@@ -72,9 +73,10 @@ def _why_not_in_parts(model: nn.Module, outer: nn.Module, linear: nn.Module) -> 
     weight = kept_weight(linear)
     if not is_unit_alone(outer) or not hasattr(weight, "device_mesh"):
         return "it is not in a unit of FSDP2's of its own (fully_shard(model.lm_head))"
-    if len(weight.placements) != 1 or not weight.placements[0].is_shard(0):
+    *copies, split = weight.placements
+    if not (split.is_shard(0) and len(copies) < 2 and all(one.is_replicate() for one in copies)):
         return f"its weight is split by {weight.placements}, not by rows over one dimension of a mesh"
-    ranks = weight.device_mesh.size()
+    ranks = weight.device_mesh.size(-1)
     if -(-weight.shape[0] // ranks) * (ranks - 1) >= weight.shape[0]:
         return f"its {weight.shape[0]} rows leave one of {ranks} ranks without any"
     return None
@@ -83,36 +85,44 @@ def _why_not_in_parts(model: nn.Module, outer: nn.Module, linear: nn.Module) -> 
 def own_part(model: nn.Module, linear: Any) -> tuple[Any, Any, VocabShard, torch.dtype | None]:
     """Weight, bias and place of this rank's part of a head, and the dtype of its inputs, as FSDP2 has them.
 
-    The gradient of the part, which is of all ranks' losses, is divided as FSDP2 divides their sum.
+    The gradient of the part, which is of the losses of all ranks that share the head, is summed over the
+    copies of it, and divided as FSDP2 divides the sum.
     """
     weight = kept_weight(linear)
     (unit,) = units_of(model, [linear])
     policy = policy_of(unit)
-    divisor = next(iter(groups_of(unit))).gradient_divide_factor or weight.device_mesh.size()
+    mesh = weight.device_mesh
+    divisor = next(iter(groups_of(unit))).gradient_divide_factor or mesh.size()
+    copies = mesh.get_group(0) if mesh.ndim > 1 else None
 
     def local(value: Any) -> Any:
         if value is None:
             return None
-        part = _DividedGradient.apply(value.to_local(), divisor)
+        part = _ReducedGradient.apply(value.to_local(), divisor, copies)
         return part if policy.param_dtype is None else part.to(policy.param_dtype)
 
     of_inputs = policy.param_dtype if policy.cast_forward_inputs else None
     return local(weight), local(linear.bias), shard_of(weight, has_own_rows=True), of_inputs
 
 
-class _DividedGradient(torch.autograd.Function):
+class _ReducedGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, divisor: float) -> Tensor:
-        ctx.divisor = divisor
+    def forward(ctx: Any, value: Tensor, divisor: float, copies: Any) -> Tensor:
+        ctx.divisor, ctx.copies = divisor, copies
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad / ctx.divisor, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad / ctx.divisor
+        if ctx.copies is not None:
+            dist.all_reduce(grad, group=ctx.copies)
+        return grad, None, None
 
 
 def _most_of_all(number: int, weight: Any) -> int:
     """The largest of the numbers of the ranks that share a weight; the host waits for it."""
     said = torch.tensor(number, device=weight.device)
-    dist.all_reduce(said, dist.ReduceOp.MAX, group=weight.device_mesh.get_group())
+    # Copies of it choose alike too: FSDP2 sums gradients over them where the weight moves.
+    for group in weight.device_mesh.get_all_groups():
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=group)
     return int(said)

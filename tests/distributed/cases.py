@@ -114,6 +114,34 @@ FSDP: dict[str, dict[str, Any]] = {
     ]
 }
 
+# Of four ranks, of which two and two have all of the model.
+HSDP = {
+    name: FSDP[f"FSDP2 {name}"]
+    for name in (
+        "root logps",
+        "own loss",
+        "tail packed",
+        "tail loss, tied",
+        "own loss, a rank without labels",
+        "tail loss, accumulated",
+        "tail loss, LoRA",
+        "own loss, LoRA on the head",
+        "own lazy",
+        "tail lazy twice, a rank without labels",
+        "own lazy, accumulated, no sync",
+        "own loss, states moved",
+        "own logps, states moved by choice",
+        "own packed, states moved",
+        "own loss, states moved, a rank without labels",
+        "own logps, states moved, unlike numbers",
+        "own loss, states moved, frozen head",
+        "own logps, states moved, recomputed",
+        "own loss, states moved, accumulated",
+        "own loss, states moved, accumulated, no sync",
+        "own loss, states moved, head trained whole",
+    )
+}
+
 ZERO: dict[str, dict[str, Any]] = {
     f"ZeRO-{stage} {how}{extra}": {"stage": stage, "how": how, **options}
     for stage, how, extra, options in [
@@ -351,6 +379,7 @@ SEQUENCE_LOOP: dict[str, dict[str, Any]] = {
     "shared prompts": {"ref_model": True, "batch_layout": "shared_prompt", "activation_checkpointing": True},
     "ZeRO-2": {"ref_model": True, "engine": "zero2", "batch_layout": "packed"},
     "FSDP2": {"ref_model": True, "engine": "fsdp2"},
+    "FSDP2 twice": {"ref_model": True, "engine": "fsdp2", "dp_replicate_size": 2},
     "KTO": {"loss_type": "kto", "kind": "unpaired", "ref_model": True},
     "BCO": {"loss_type": "bco_pair", "ref_model": True},
     "AOT": {"loss_type": "aot", "ref_model": True, "gather_batch_losses": True},

@@ -15,7 +15,7 @@ from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fastdpo import Execution, patch_model
-from tests.distributed.cases import FSDP
+from tests.distributed.cases import FSDP, HSDP
 from tests.distributed.problem import (
     PAIRS,
     Collectives,
@@ -28,8 +28,6 @@ from tests.distributed.problem import (
     worst_error,
 )
 
-_WORLD = 2
-
 
 def _fsdp2(model: Any, unit: str, *, reshards: bool = False) -> Any:
     """``model`` under FSDP2, its head in the root's unit, in one of its own, or in one with the last norm.
@@ -37,7 +35,9 @@ def _fsdp2(model: Any, unit: str, *, reshards: bool = False) -> Any:
     Args:
         reshards: whether the root's unit, too, is put away after its forward pass.
     """
-    mesh = init_device_mesh("cpu", (_WORLD,))
+    # Of four ranks two and two have all of the model.
+    sizes, names = ((2,), ("shard",)) if dist.get_world_size() == 2 else ((2, 2), ("replicate", "shard"))
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     for layer in base.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -107,26 +107,31 @@ def _case(
     if checkpointing:
         ours.gradient_checkpointing_enable()
         ours.train()
-    mine = [0, 1] if dist.get_rank() == 0 else [2, 3]
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    mine = list(range(PAIRS))[rank * PAIRS // ranks : (rank + 1) * PAIRS // ranks]
+    parts = [mine[:1], mine[-1:]] if accumulates else [mine]
+    share = len(mine) / sum(map(len, parts))  # a rank with one pair takes it twice
     errors: list[float] = []
     calls: Any = {}
     for _ in range(2):  # the second step finds what the first one left
         ours.zero_grad()
         total = torch.zeros(())
         with Collectives() as counted:
-            for pairs in [[i] for i in mine] if accumulates else [mine]:
+            for number, pairs in enumerate(parts):
                 if is_late_sync:
-                    ours.set_requires_gradient_sync(pairs[-1] == mine[-1])
-                loss = dpo(ours, part(whole, pairs), how)
-                (loss * _WORLD).backward()
+                    ours.set_requires_gradient_sync(number == len(parts) - 1)
+                loss = dpo(ours, part(whole, pairs), how) * share
+                (loss * ranks).backward()
                 total = total + loss.detach()
         calls = dict(counted.calls)
         errors.append(worst_error(total, _gradients(ours), expected))
-    return {"error": max(errors), "calls": calls, "sent": dict(counted.sent)}
+    error = torch.tensor(max(errors))
+    dist.all_reduce(error, dist.ReduceOp.MAX)  # of each copy of the model
+    return {"error": error.item(), "calls": calls, "sent": dict(counted.sent)}
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    print_results(FSDP, _case)
+    print_results(FSDP if dist.get_world_size() == 2 else HSDP, _case)
     dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """``PreferenceTrainer`` as one of several ranks under an engine, or alone; what came of it in files.
 
-python -m tests.distributed.loop_run FOLDER ENGINE     # fsdp2, zero2, zero3; each case of LOOP
+python -m tests.distributed.loop_run FOLDER ENGINE     # fsdp2, hsdp, zero2, zero3; each case of LOOP
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
@@ -29,6 +30,9 @@ from tests.distributed.cases import LOOP
 from tests.training.conftest import tiny_llama
 from tests.training.loop.ddp_run import answers, pairs
 
+# FSDP2 over two ranks, twice.
+REPLICAS = {"engine": "fsdp2", "parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)}
+
 
 def settings(folder: Path, engine: str | None, *, data: int = 2, **changes: Any) -> PreferenceConfig:
     alone = engine is None
@@ -39,6 +43,7 @@ def settings(folder: Path, engine: str | None, *, data: int = 2, **changes: Any)
         per_device_eval_batch_size=4 if alone else 2,
         train_sampling_strategy="sequential",
         learning_rate=1e-3,
+        adam_epsilon=1e-5,  # or a gradient that is all rounding would make a whole step
         logging_steps=1,
         disable_tqdm=True,
         report_to="none",
@@ -51,7 +56,7 @@ def settings(folder: Path, engine: str | None, *, data: int = 2, **changes: Any)
             "gradient_accumulation_steps": 1 if alone else 4 // data,
             **changes,
         },
-        engine=None if engine in ("tensors", "ddp") else engine,
+        **(REPLICAS if engine == "hsdp" else {"engine": None if engine in ("tensors", "ddp") else engine}),
     )
     if engine not in (None, "ddp"):
         as_on_gpus(args)
@@ -78,12 +83,17 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
     is_resumed, has_ref_model = case.pop("is_resumed", False), case.pop("ref_model", False)
     has_teacher = case.pop("teacher", False)
     kind, num_train, budget = case.pop("kind", None), case.pop("num_train", 24), case.pop("budget", None)
+    if engine == "hsdp":  # as many rows in a step on twice the ranks
+        case = {"per_device_train_batch_size": 1, **case}
     if budget is not None and engine is not None:
         case |= {"max_tokens_per_batch": budget, "gradient_accumulation_steps": 3}
     if case.pop("one_batch", False) and engine is not None:
-        case |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+        case |= {
+            "per_device_train_batch_size": 2 if engine == "hsdp" else 4,
+            "gradient_accumulation_steps": 1,
+        }
     if engine is not None:  # what is refused
-        case.pop("offload_activations" if engine == "fsdp2" else "longest_batch_first", None)
+        case.pop("offload_activations" if engine in ("fsdp2", "hsdp") else "longest_batch_first", None)
     if case.get("reference") == "precomputed":
         case["reference_cache_dir"] = str(folder.parent / "reference")
 
@@ -114,7 +124,7 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
 
     made = trained(trainer, is_resumed=is_resumed and engine is not None)
     found = logged(made)
-    if engine == "fsdp2" and has_ref_model:  # between its forward passes nothing is whole
+    if engine in ("fsdp2", "hsdp") and has_ref_model:  # between its forward passes nothing is whole
         found["whole"] = [n for n, p in made.reference.model.named_parameters() if not isinstance(p, DTensor)]
     if engine is not None and not lora:
         made.save_model(str(folder / "final"))
@@ -147,6 +157,9 @@ def weights(trainer: PreferenceTrainer) -> dict[str, torch.Tensor]:
     for name, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         if hasattr(parameter, "full_tensor"):
             found[name] = parameter.detach().full_tensor()
+            first = found[name].clone()
+            dist.broadcast(first, 0)
+            assert torch.equal(first, found[name]), f"{name}: copies of the model differ"
         elif hasattr(parameter, "ds_id"):
             import deepspeed
 

@@ -1,6 +1,6 @@
 """``PreferenceTrainer`` that is stopped after a checkpoint, and one that goes on from it, elsewhere perhaps.
 
-python -m tests.distributed.resume_run FOLDER save WAY...       # ddp, fsdp2, sharded, zero2, zero3; or alone
+python -m tests.distributed.resume_run FOLDER save WAY...       # one of `make`, or alone
 python -m tests.distributed.resume_run FOLDER resume FROM:TO...
 python -m tests.distributed.resume_run FOLDER differ SETTING...    # or data
 """
@@ -33,14 +33,23 @@ ADAPTED = " adapted"
 
 
 def make(folder: Path, way: str, **changes: Any) -> PreferenceTrainer:
-    """Four steps of eight pairs, a checkpoint after the second; ``way``: an engine, and what it trains."""
+    """Four steps of eight pairs, a checkpoint after the second; ``way``: an engine, and what it trains.
+
+    ddp, fsdp2, sharded (FSDP2's state dicts), hsdp, sharded hsdp, zero2, zero3.
+    """
     from peft import LoraConfig
 
     engine = way.removesuffix(ADAPTED)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    how: dict[str, Any] = {"engine": engine} if engine not in ("alone", "ddp", "sharded") else {}
-    if engine == "sharded":
+    how: dict[str, Any] = {"engine": engine} if engine not in ("alone", "ddp") else {}
+    if engine.startswith("sharded"):
         how = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+    if engine.endswith("hsdp"):
+        how = (
+            {"engine": "fsdp2", "dp_replicate_size": 2}
+            if engine == "hsdp"
+            else {**how, "dp_replicate_size": 2}
+        )
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,

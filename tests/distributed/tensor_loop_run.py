@@ -131,7 +131,8 @@ def run_command_line(folder: Path, how: str) -> None:
     dist.barrier()
     sizes = {"USE_PARALLELISM_CONFIG": "true", "USE_FSDP": "true"}
     os.environ |= {f"ACCELERATE_{name}": value for name, value in sizes.items()}
-    os.environ |= {"FSDP_VERSION": "2", f"PARALLELISM_CONFIG_{'TP' if how == 'tensors' else 'SP'}_SIZE": "2"}
+    size = {"tensors": "TP", "sequences": "SP", "copies": "DP_REPLICATE"}[how]
+    os.environ |= {"FSDP_VERSION": "2", f"PARALLELISM_CONFIG_{size}_SIZE": "2"}
     os.environ |= {
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
@@ -144,6 +145,14 @@ def run_command_line(folder: Path, how: str) -> None:
         as_on_gpus(args)
 
     parallel.check_same_settings = with_engines
+    train = PreferenceTrainer.train
+
+    def with_placements(self: Any, *args: Any, **options: Any) -> Any:
+        output = train(self, *args, **options)
+        print("placements", sorted({str(getattr(p, "placements", "whole")) for p in self.model.parameters()}))
+        return output
+
+    PreferenceTrainer.train = with_placements  # type: ignore[method-assign]
     words = {"model": "model", "dataset": "rows.jsonl", "ref_model": "model", "output_dir": "out"}
     flags = [word for name, path in words.items() for word in (f"--{name}", str(folder / path))]
     more = "--use_cpu --max_steps 2 --per_device_train_batch_size 2 --ddp_backend gloo --save_steps 1".split()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastdpo.plan.traffic import head_traffic
-from tests.distributed.cases import FSDP, ZERO
+from tests.distributed.cases import FSDP, HSDP, ZERO
 from tests.distributed.problem import VOCABULARY, batch, part
 from tests.distributed.ranks import run_ranks
 
@@ -20,8 +20,8 @@ _TOLERANCE = 2e-6
 _BESIDE = 5
 
 
-def _results(module: str) -> dict[str, Any]:
-    printed = run_ranks(module, seconds=500)
+def _results(module: str, world: int = 2) -> dict[str, Any]:
+    printed = run_ranks(module, world=world, seconds=500)
     lines = [json.loads(line) for line in printed[0].splitlines() if line.startswith('{"case"')]
     return {line.pop("case"): line for line in lines}
 
@@ -29,6 +29,11 @@ def _results(module: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def fsdp() -> dict[str, Any]:
     return _results("tests.distributed.fsdp_run")
+
+
+@pytest.fixture(scope="module")
+def hsdp() -> dict[str, Any]:
+    return _results("tests.distributed.fsdp_run", 4)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,13 @@ def zero() -> dict[str, Any]:
 @pytest.mark.parametrize("name", FSDP)
 def test_fsdp_gives_what_one_process_gives(fsdp: dict[str, Any], name: str):
     found = fsdp[name]
+    assert "raised" not in found, found["raised"]
+    assert found["error"] < _TOLERANCE
+
+
+@pytest.mark.parametrize("name", HSDP)
+def test_copies_of_a_split_model_give_what_one_process_gives(hsdp: dict[str, Any], name: str):
+    found = hsdp[name]
     assert "raised" not in found, found["raised"]
     assert found["error"] < _TOLERANCE
 

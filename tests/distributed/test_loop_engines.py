@@ -1,4 +1,4 @@
-"""``PreferenceTrainer`` under FSDP2 and DeepSpeed on two ranks: the curves and weights of one process."""
+"""``PreferenceTrainer`` under FSDP2 (also twice) and DeepSpeed: the curves and weights of one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.distributed.loop_run import run_case
 from tests.distributed.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-ENGINES = ("fsdp2", "zero2", "zero3")
+ENGINES = {"fsdp2": 2, "hsdp": 4, "zero2": 2, "zero3": 2}
 # As the files of one process have them.
 _SAVED = {"config.json", "model.safetensors", "settings.yaml", "README.md"}
 
@@ -40,7 +40,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 def ran(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an engine's runs."""
     folder = tmp_path_factory.mktemp(engine)
-    run_ranks("tests.distributed.loop_run", str(folder), engine, seconds=500)
+    run_ranks("tests.distributed.loop_run", str(folder), engine, world=ENGINES[engine], seconds=500)
     return folder
 
 
@@ -61,10 +61,10 @@ def test_an_engine_trains_as_one_process(engine: str, name: str, ran: Path, alon
         torch.testing.assert_close(found["weights"][key], value, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("engine", ["fsdp2"], indirect=True)
-def test_a_reference_stays_split(ran: Path):
+@pytest.mark.parametrize("engine", ["fsdp2", "hsdp"], indirect=True)
+def test_a_reference_stays_split(engine: str, ran: Path):
     """Its units give up what they gathered when a forward pass is over: no backward pass does it for them."""
-    assert torch.load(ran / "fsdp2 copy" / "found.pt")["whole"] == []
+    assert torch.load(ran / f"{engine} copy" / "found.pt")["whole"] == []
 
 
 def test_losses_are_not_rounded_to_16_bits(engine: str, ran: Path):

@@ -13,6 +13,12 @@ from tests import ROOT
     [
         ("fsdp2", "FSDP", "fsdp_config", {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}),
         (
+            "hsdp",
+            "FSDP",
+            "parallelism_config",
+            {"parallelism_config_dp_replicate_size": 2, "parallelism_config_dp_shard_size": 8},
+        ),
+        (
             "tp_fsdp2",
             "FSDP",
             "parallelism_config",

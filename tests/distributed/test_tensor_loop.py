@@ -22,17 +22,17 @@ needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed (make test-deepspeed)"
 )
 # Rows split over two ranks, and with other rows on two more; an engine's settings stay with a process.
-_ALONE = ("ZeRO-2", "FSDP2")
+_ALONE = ("ZeRO-2", "FSDP2", "FSDP2 twice")
 SEQUENCES = {
     (2, "DDP"): tuple(name for name in SEQUENCE_LOOP if name not in _ALONE),
-    **{(2, name): (name,) for name in _ALONE},
+    **{(4 if name == "FSDP2 twice" else 2, name): (name,) for name in _ALONE},
     (4, "DDP"): ("shared prompts", "AOT"),
 }
 CASES = [(world, name) for world, names in WORLDS.items() for name in names]
 
 
 def _by_itself(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    names = ("save_strategy", "save_steps")
+    names = ("save_strategy", "save_steps", "dp_replicate_size")
     of_one = {name: {k: v for k, v in case.items() if k not in names} for name, case in cases.items()}
     return {name: run_case(folder / name / "run", None, case) for name, case in of_one.items()}
 
@@ -101,12 +101,14 @@ def _check(found: Any, wanted: dict[str, Any]) -> None:
         torch.testing.assert_close(found["weights"][key], value, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("how", ["tensors", pytest.param("sequences", marks=needs_deepspeed)])
+@pytest.mark.parametrize("how", ["tensors", "copies", pytest.param("sequences", marks=needs_deepspeed)])
 def test_the_command_line_takes_the_sizes_of_accelerates_file(how: str, tmp_path: Path):
     printed = run_ranks(
         "tests.distributed.tensor_loop_run", str(tmp_path), "command line", how, world=4, seconds=200
     )
     assert "done: 2 steps" in printed[0]
+    if how == "copies":
+        assert all("placements ['(Replicate(), Shard(dim=0))']" in text for text in printed)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 

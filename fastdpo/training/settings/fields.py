@@ -224,6 +224,15 @@ class SettingFields(DataSettings, TrainingArguments):
         ),
     )
 
+    dp_replicate_size: int | None = field(
+        default=None,
+        metadata=_help(
+            "With fsdp2: so many groups of ranks have all of the model, split over the ranks of each (HSDP). "
+            "What is gathered stays in a group, as on one machine; gradients are summed over all. Default: "
+            "what accelerate's file says, else 1."
+        ),
+    )
+
     reference: str = field(
         default="auto",
         metadata=_help(

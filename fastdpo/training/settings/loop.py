@@ -37,6 +37,7 @@ _LEAST = {
     "dataset_num_proc": 1,
     "tp_size": 1,
     "sp_size": 1,
+    "dp_replicate_size": 1,
     "shuffle_buffer_size": 0,
     "workspace_mib": 1,
     "cache_mib": 0,

@@ -1,8 +1,8 @@
-"""Ranks that see one batch: they share the tensors of every layer, or have parts of its rows.
+"""Ranks in groups: they share the tensors of every layer, have parts of its rows, or one copy of the model.
 
-``tp_size`` and ``sp_size`` are accelerate's, whose ``ParallelismConfig`` says the same, in Python or by
-``accelerate launch``. transformers splits a model's tensors as it loads it, and over the other ranks by
-FSDP2; rows are split here.
+``tp_size``, ``sp_size`` and ``dp_replicate_size`` are accelerate's, whose ``ParallelismConfig`` says the
+same, in Python or by ``accelerate launch``. transformers splits a model's tensors as it loads it, and over
+the other ranks by FSDP2; rows are split here; copies of a model that FSDP2 splits are accelerate's.
 """
 
 from __future__ import annotations
@@ -29,47 +29,62 @@ def name_parallel(args: SettingFields) -> None:
     told = _told_sizes(args)
     if told is not None:
         _take_told(args, told)
-    tp, sp = args.tp_size or 1, args.sp_size or 1
-    settings.dp_replicate_size = told["dp_replicate_size"] if told is not None and tp > 1 else 1
     settings.parallelism_config = None  # what is said by it is said now; transformers makes its own
-    if tp * sp == 1:
+    sizes = {name: getattr(args, name) or 1 for name in ("tp_size", "sp_size", "dp_replicate_size")}
+    if told is not None and (sizes["sp_size"] == 1 or math.prod(_engine_sizes(told)) > 1):
+        sizes["dp_shard_size"] = told["dp_shard_size"]
+    if math.prod(sizes.values()) == 1:
         return
+    tp, sp, replicas = sizes["tp_size"], sizes["sp_size"], sizes["dp_replicate_size"]
     if tp > 1 and sp > 1:
         raise ValueError(f"tp_size, sp_size: got {tp} and {sp}, wanted one of the two above 1")
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = {"tp_size": tp} if tp > 1 else {"sp_size": sp}
-    is_told = told is not None and tp > 1
-    if told is not None and is_told:
-        sizes |= {name: told[name] for name in ("dp_replicate_size", "dp_shard_size")}
-    product = math.prod(sizes.values())
-    if world % product or (is_told and product != world):
-        named = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        wanted = str(product) if is_told else f"a multiple of {product}"
+    _check_product(sizes, world)
+    others = world // (tp * sp * replicas)
+    shards = sizes.get("dp_shard_size", others if replicas > 1 else 1)
+    if tp > 1:
+        if replicas > 1 and shards == 1:
+            raise ValueError(
+                f"dp_replicate_size: got {replicas} with tp_size {tp} on {world} processes, which leaves "
+                "none to split the model over by FSDP2, wanted more processes, or a smaller tp_size"
+            )
+        _settle_tensors(args)
+        return
+    if sp > 1:
+        _settle_sequences(args)
+    _settle_replicas(args, replicas, sp * others, shards)
+
+
+def _engine_sizes(told: dict[str, int]) -> tuple[int, int]:
+    return told["dp_replicate_size"], told["dp_shard_size"]
+
+
+def _check_product(sizes: dict[str, int], world: int) -> None:
+    """Raise ValueError for sizes that do not divide the processes, or, all told, are not all of them."""
+    product, is_all = math.prod(sizes.values()), "dp_shard_size" in sizes
+    if world % product or (is_all and product != world):
+        named = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        wanted = str(product) if is_all else f"a multiple of {product}"
         raise ValueError(
             f"{named}: got {world} processes, wanted {wanted}: torchrun --nproc_per_node, or accelerate "
             "launch --num_processes"
         )
-    (_settle_tensors if tp > 1 else _settle_sequences)(args)
 
 
 def _take_told(args: Any, told: dict[str, int]) -> None:
-    for name in ("tp_size", "sp_size"):
+    for name in ("tp_size", "sp_size", "dp_replicate_size"):
         if getattr(args, name) not in (None, told[name]):
             raise ValueError(
                 f"{name}: got {getattr(args, name)}, and {told[name]} in parallelism_config, wanted one"
             )
         setattr(args, name, told[name])
+        if told[name] > 1:
+            args.given[name] = told[name]
     args.given.pop("parallelism_config", None)
-    args.given |= {name: told[name] for name in ("tp_size", "sp_size") if told[name] > 1}
     if told["cp_size"] > 1:
         raise ValueError(
             f"cp_size: got {told['cp_size']}, whose attention in torch takes causal rows on a GPU alone, no "
             "packed ones, and puts their tokens in another order; wanted sp_size, for rows of any kind"
-        )
-    if told["tp_size"] * told["sp_size"] == 1 and told["dp_replicate_size"] * told["dp_shard_size"] > 1:
-        raise ValueError(
-            f"parallelism_config: got dp_shard_size {told['dp_shard_size']} and dp_replicate_size "
-            f"{told['dp_replicate_size']} without tp_size, wanted engine='fsdp2', or none for DDP"
         )
 
 
@@ -142,6 +157,39 @@ def _settle_sequences(args: Any) -> None:
         os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"
 
 
+def _settle_replicas(args: Any, replicas: int, split_over: int, shards: int) -> None:
+    """FSDP2 over groups of ranks, each with all of the model (HSDP): accelerate makes the mesh.
+
+    Args:
+        split_over: how many ranks have parts of the model; those that share rows are among them.
+        shards: how many of them are asked for.
+    """
+    is_zero = args.engine in ("zero2", "zero3") or args.deepspeed or launches("DEEPSPEED")
+    is_fsdp = args.engine == "fsdp2" or args.fsdp or args.fsdp_config or launches("FSDP")
+    if is_zero and replicas > 1:
+        raise ValueError(
+            f"dp_replicate_size: got {replicas} under DeepSpeed, wanted engine='fsdp2', or none: replicas of "
+            "a split model are FSDP2's"
+        )
+    if not is_fsdp and not is_zero and shards > 1:
+        raise ValueError(
+            f"dp_shard_size: got {shards}, and dp_replicate_size {replicas}, without an engine that splits a "
+            "model, wanted engine='fsdp2'; or neither size, for DDP"
+        )
+    if is_fsdp and split_over == 1:
+        raise ValueError(
+            f"dp_replicate_size: got {replicas} of {replicas} processes under FSDP2, which leaves one to "
+            f"split a model over; wanted at most {replicas // 2}, or no engine, for DDP"
+        )
+    if is_fsdp and replicas > 1:
+        from accelerate import ParallelismConfig
+
+        # To FSDP2 ranks that share rows are as ranks with rows of their own.
+        args.parallelism_config = ParallelismConfig(
+            dp_replicate_size=replicas, dp_shard_size=split_over, tp_size=1, cp_size=1, sp_size=1
+        )
+
+
 def check_same_settings(args: Any) -> None:
     """Raise ValueError, on every rank, where ranks have other sizes than the first: they would hang."""
     if args.world_size == 1 or not torch.distributed.is_initialized():
@@ -163,7 +211,7 @@ def loading_of(args: Any) -> dict[str, Any]:
         return {}
     from transformers.distributed import DistributedConfig
 
-    replicas = args.dp_replicate_size
+    replicas = args.dp_replicate_size or 1
     split = DistributedConfig(
         tp_size=args.tp_size,
         tp_plan="auto",

@@ -33,6 +33,49 @@ def test_what_ranks_with_one_batch_cannot_do(settings, message, tmp_path, monkey
         PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
 
 
+def _sizes(**sizes: int) -> dict[str, Any]:
+    return {"parallelism_config": ParallelismConfig(**sizes)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            _sizes(dp_replicate_size=2, dp_shard_size=2),
+            "dp_shard_size: got 2, and dp_replicate_size 2, without",
+        ),
+        (_sizes(dp_shard_size=4), "dp_shard_size: got 4, .* wanted engine='fsdp2'; or neither size, for DDP"),
+        (_sizes(sp_size=2, dp_shard_size=2), "dp_shard_size: got 2, .* wanted engine='fsdp2'"),
+        ({"dp_replicate_size": 2}, "dp_shard_size: got 2, and dp_replicate_size 2, without an engine"),
+        (
+            {"dp_replicate_size": 2, "engine": "zero3"},
+            "dp_replicate_size: got 2 under DeepSpeed, wanted engine='f",
+        ),
+        (
+            {"dp_replicate_size": 4, "engine": "fsdp2"},
+            "dp_replicate_size: got 4 of 4 processes under FSDP2, .* 2,",
+        ),
+        (
+            {"dp_replicate_size": 3, "fsdp": True},
+            "dp_replicate_size 3: got 4 processes, wanted a multiple of 3",
+        ),
+        ({"dp_replicate_size": 2, "tp_size": 2}, "dp_replicate_size: got 2 with tp_size 2 on 4 processes"),
+        (
+            {"dp_replicate_size": 4, "engine": "fsdp2", **_sizes(dp_replicate_size=2, dp_shard_size=2)},
+            "dp_replicate_size: got 4, and 2 in parallelism_config, wanted one",
+        ),
+        (
+            {"engine": "fsdp2", **_sizes(dp_replicate_size=2, dp_shard_size=4)},
+            "dp_replicate_size 2, dp_shard_size 4: got 4 processes, wanted 8",
+        ),
+    ],
+)
+def test_copies_of_a_split_model_that_do_not_go_together(settings, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=message):
+        PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
 @pytest.mark.promise(23)
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -118,7 +161,7 @@ def test_what_ranks_with_one_batch_cannot_do(settings, message, tmp_path, monkey
         ({"parallelism_config": object()}, "parallelism_config: got a object, wanted accelerate's"),
         ({"parallelism_config": ParallelismConfig(cp_size=2)}, "cp_size: got 2, .* wanted sp_size"),
         ({"parallelism_config": ParallelismConfig(tp_size=2), "tp_size": 4}, "tp_size: got 4, and 2 in"),
-        ({"parallelism_config": ParallelismConfig(dp_shard_size=2)}, "dp_shard_size 2.* engine='fsdp2'"),
+        ({"parallelism_config": ParallelismConfig(dp_shard_size=2)}, "dp_shard_size 2: got 1 processes"),
         ({"tp_size": 2}, "tp_size 2: got 1 processes, wanted a multiple of 2"),
         ({"sp_size": 2}, "sp_size 2: got 1 processes, wanted a multiple of 2"),
         ({"tp_size": 2, "sp_size": 2}, "tp_size, sp_size: got 2 and 2, wanted one"),
