@@ -118,9 +118,11 @@ def train(argv: Sequence[str]) -> None:
     from fastdpo.training.loop.folders import check_output_dir
     from fastdpo.training.loop.trainer import PreferenceTrainer
     from fastdpo.training.settings.command_line import parse_train
+    from fastdpo.training.settings.engines import check_launched
 
     arguments = parse_train(argv)
     set_up_logging(arguments.config.process_index)
+    check_launched(arguments.config)
     check_output_dir(arguments.config)
     trainer = PreferenceTrainer(**load_run(arguments))
     trainer.told = arguments.told()

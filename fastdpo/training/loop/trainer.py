@@ -83,6 +83,7 @@ from fastdpo.training.reference.sources import (
 from fastdpo.training.reference.teachers import common_vocabulary, prepare_teacher
 from fastdpo.training.settings.batches import check_own_collator, check_own_masks
 from fastdpo.training.settings.config import PreferenceConfig
+from fastdpo.training.settings.engines import check_launched
 from fastdpo.training.settings.fields import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE
 from fastdpo.training.settings.parallel import check_same_settings
 from fastdpo.training.settings.steps import monitor_options
@@ -142,6 +143,7 @@ class PreferenceTrainer(SavingTrainer):
     ) -> None:
         if not isinstance(args, PreferenceConfig):
             raise TypeError(f"args: got {type(args).__name__}, wanted PreferenceConfig")
+        check_launched(args)
         check_same_settings(args)
         if processing_class is None and isinstance(model, str):
             processing_class = load_tokenizer(model, or_processor=True)

@@ -16,7 +16,13 @@ from fastdpo.losses import build_objective
 from fastdpo.training.settings.batches import check_batches, check_loader
 from fastdpo.training.settings.data import check_data_settings
 from fastdpo.training.settings.encoding import EncodingOptions
-from fastdpo.training.settings.engines import check_engine, join_ranks, name_engine, told_engine
+from fastdpo.training.settings.engines import (
+    check_engine,
+    is_launched,
+    join_ranks,
+    name_engine,
+    told_engine,
+)
 from fastdpo.training.settings.fields import SettingFields
 from fastdpo.training.settings.kinds import kind_of
 from fastdpo.training.settings.loop import check_installed, check_loop
@@ -66,7 +72,7 @@ class PreferenceConfig(SettingFields, metaclass=TakesLossOptions):
         super().__post_init__()
         engine = told_engine(self)
         check_engine(self, engine)
-        if engine == "ZeRO-3" or (self.sp_size or 1) > 1:
+        if is_launched() and (engine == "ZeRO-3" or (self.sp_size or 1) > 1):
             join_ranks(self)
         check_loader(self)
         check_installed(self)

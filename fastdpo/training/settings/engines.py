@@ -10,6 +10,9 @@ import torch
 
 from fastdpo.training.settings.fields import SettingFields
 
+# What a launcher tells each rank: its number on a machine, by accelerate's list.
+_OF_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+
 
 def name_engine(args: SettingFields) -> None:
     """``engine`` in the words of transformers.
@@ -52,6 +55,24 @@ def name_engine(args: SettingFields) -> None:
 def launches(what: str) -> bool:
     """Whether ``accelerate launch`` names FSDP, DEEPSPEED or a PARALLELISM_CONFIG."""
     return os.environ.get(f"ACCELERATE_USE_{what}", "").lower() in ("1", "true", "yes")
+
+
+def is_launched() -> bool:
+    """Whether torchrun, ``accelerate launch``, DeepSpeed's launcher or MPI started this process as a rank."""
+    return any(name in os.environ for name in _OF_RANKS)
+
+
+def check_launched(args: Any) -> None:
+    """Raise ValueError for an engine in a process that is no rank, before a model is loaded.
+
+    And before accelerate's state and variables say so to whatever runs in this process next.
+    """
+    engine = told_engine(args)
+    if engine is None or is_launched():
+        return
+    way = "deepspeed" if engine.startswith("ZeRO") else "fsdp"
+    got = f"{way}: got {engine}" if args.engine is None else f"engine: got {args.engine!r}"
+    raise ValueError(f"{got} in one process, wanted torchrun --nproc_per_node N or accelerate launch")
 
 
 def told_engine(args: Any) -> str | None:

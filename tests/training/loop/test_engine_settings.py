@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +13,16 @@ from typing import Any
 import pytest
 import torch
 
+from fastdpo import cli
 from fastdpo.training.loop.engines import settle_engine
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
-from fastdpo.training.settings.engines import check_engine
+from fastdpo.training.settings.engines import check_engine, told_engine
 from tests.training.conftest import make_rows, tiny_llama
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed (make test-deepspeed)"
+)
 
 
 @pytest.mark.parametrize("said", [{"engine": "fsdp2"}, {"fsdp": True}])
@@ -31,6 +39,40 @@ def test_fsdp_where_accelerate_would_not_run_it(
     with pytest.raises(ValueError, match="fsdp: got FSDP2, .* here are 2 on cpu: wanted torchrun"):
         settle_engine(args, of_cpus)
     settle_engine(make_args(), of_cpus)
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"engine": "fsdp2"}, "engine: got 'fsdp2'"),
+        ({"fsdp": True}, "fsdp: got FSDP2"),
+        pytest.param({"engine": "zero2"}, "engine: got 'zero2'", marks=needs_deepspeed),
+        pytest.param({"engine": "zero3"}, "engine: got 'zero3'", marks=needs_deepspeed),
+        pytest.param(
+            {"deepspeed": {"zero_optimization": {"stage": 1}}}, "deepspeed: got ZeRO-1", marks=needs_deepspeed
+        ),
+    ],
+)
+def test_an_engine_in_one_process_is_refused_and_leaves_nothing_behind(
+    said: dict[str, Any],
+    named: str,
+    make_args: Callable[..., PreferenceConfig],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    def told() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+
+    before = told()
+    wanted = f"{named} in one process, wanted torchrun --nproc_per_node N or accelerate launch"
+    with pytest.raises(ValueError, match=wanted):
+        PreferenceTrainer("nowhere", make_args(**said), train_dataset=make_rows(4))
+    words = [word for name, value in said.items() for word in (f"--{name}", json.dumps(value).strip('"'))]
+    files = ["--model", "nowhere", "--dataset", "nowhere.jsonl", "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["train", *files, "--use_cpu", *words]) == 2
+    assert capsys.readouterr().err == f"fastdpo: error: {wanted}\n"
+    assert told() == before
+    assert told_engine(make_args()) is None
 
 
 @pytest.mark.parametrize(
