@@ -41,8 +41,13 @@ def refuse(model: nn.Module, reason: str) -> NoReturn:
 
 
 def load_balancing_loss(model: nn.Module) -> Callable[..., Tensor] | None:
-    """The ``load_balancing_loss_func`` of the file that defines the model's class, or None."""
-    return getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    """The ``load_balancing_loss_func`` of the file that defines the model's class, or None.
+
+    FSDP2 gives a model a class of its own, in a file of its own.
+    """
+    files = (sys.modules.get(kind.__module__) for kind in type(model).__mro__)
+    named = (getattr(file, "load_balancing_loss_func", None) for file in files)
+    return next((function for function in named if function is not None), None)
 
 
 class _BackboneOutput:

@@ -354,6 +354,7 @@ LOOP: dict[str, dict[str, Any]] = {
         "eval_steps": 3,
     },
     "a rank without rows": {"batch_layout": "packed", "num_train": 3, "max_steps": 1, "budget": 24},
+    "experts": {"experts": "qwen3_moe", "router_aux_loss_coef": 0.3, "loss_type": "simpo"},
     "16 bits": {"ref_model": True, "bf16": True},
     "resumed": {"ref_model": True, "is_resumed": True, "save_strategy": "steps", "save_steps": 2},
 }

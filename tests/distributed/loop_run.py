@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.distributed.cases import LOOP
+from tests.distributed.problem import tiny_experts
 from tests.training.conftest import tiny_llama
 from tests.training.loop.ddp_run import answers, pairs
 
@@ -82,6 +83,10 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
     num_eval, lora = case.pop("num_eval", 0), case.pop("lora", ())
     is_resumed, has_ref_model = case.pop("is_resumed", False), case.pop("ref_model", False)
     has_teacher = case.pop("teacher", False)
+    experts = case.pop("experts", None)
+    if experts:  # their balance is one of a micro-batch: the same ones everywhere
+        ranks = 1 if engine is None else int(os.environ["WORLD_SIZE"])
+        case |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // ranks}
     kind, num_train, budget = case.pop("kind", None), case.pop("num_train", 24), case.pop("budget", None)
     if engine == "hsdp":  # as many rows in a step on twice the ranks
         case = {"per_device_train_batch_size": 1, **case}
@@ -113,7 +118,7 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
             peft_config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=list(lora))
         torch.manual_seed(7)
         return PreferenceTrainer(
-            tiny_llama(1),
+            tiny_experts(experts) if experts else tiny_llama(1),
             args,
             train_dataset=rows(num_train, 0),
             eval_dataset=rows(num_eval, 1) if num_eval else None,
@@ -148,6 +153,7 @@ def logged(trainer: PreferenceTrainer) -> dict[str, Any]:
     return {
         "losses": [entry["loss"] for entry in history if "loss" in entry],
         "evaluations": [[entry[n] for n in names if n in entry] for entry in history if names[0] in entry],
+        "balance": [entry["aux_loss"] for entry in history if "aux_loss" in entry],
         "weights": weights(trainer),
     }
 

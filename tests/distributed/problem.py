@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from fastdpo import TokenLayout, patch_model
 
@@ -73,7 +73,8 @@ def tiny_experts(family: str) -> Any:
         initializer_range=0.2,
         max_position_embeddings=256,
     )
-    return AutoModelForCausalLM.from_config(config)
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # whole, also where ZeRO-3 is told of
+    return model
 
 
 def batch(*, without_labels_from: int = PAIRS) -> dict[str, Tensor]:

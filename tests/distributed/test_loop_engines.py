@@ -10,9 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fastdpo.training.batches.collate import PaddedCollator
 from tests.distributed.cases import LOOP
 from tests.distributed.loop_run import run_case
+from tests.distributed.problem import tiny_experts
 from tests.distributed.ranks import run_ranks
+from tests.training.loop.ddp_run import pairs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ENGINES = {"fsdp2": 2, "hsdp": 4, "zero2": 2, "zero3": 2}
@@ -59,6 +62,37 @@ def test_an_engine_trains_as_one_process(engine: str, name: str, ran: Path, alon
         return
     for key, value in wanted["weights"].items():
         torch.testing.assert_close(found["weights"][key], value, rtol=0, atol=2e-5)
+
+
+def test_experts_are_balanced_within_each_micro_batch(tmp_path: Path, alone: dict[str, Any]):
+    """What the routers' loss is of two ranks, under DDP too: the mean of each micro-batch's, by hand."""
+    run_ranks("tests.distributed.loop_run", str(tmp_path), "ddp", "experts")
+    found, wanted = torch.load(tmp_path / "ddp experts" / "found.pt"), alone["experts"]
+    assert not isinstance(found, str), found
+    assert found["losses"] == pytest.approx(wanted["losses"], abs=1e-5)
+    for key, value in wanted["weights"].items():
+        torch.testing.assert_close(found["weights"][key], value, rtol=0, atol=2e-5)
+    model, rows = tiny_experts("qwen3_moe"), pairs(24, 0)
+    parts = [_balance(model, rows, range(first, first + 2)) for first in range(0, 8, 2)]
+    for run in (found, wanted):
+        assert run["balance"][0] == pytest.approx(sum(parts) / 4, abs=1e-5)
+    assert abs(sum(parts) / 4 - _balance(model, rows, range(8))) > 1e-3  # of the step at once it is another
+
+
+@torch.no_grad()
+def _balance(model: Any, rows: Any, chosen: range) -> float:
+    """Experts times the sum over them of their share of choices and their mean probability, of a batch.
+
+    Fedus et al. 2021, equation 4, with as many choices as a token has; over the tokens of all layers.
+    """
+    batch = PaddedCollator(0)([rows[row] for row in chosen])
+    inputs = batch.model_inputs(model)
+    logits = model(**inputs, output_router_logits=True).router_logits
+    is_token = inputs["attention_mask"].flatten().bool()
+    probs = torch.cat([layer.softmax(-1)[is_token] for layer in logits])
+    chosen_experts = probs.topk(2).indices
+    share = torch.stack([(chosen_experts == expert).any(1).double().mean() for expert in range(4)])
+    return float(4 * (share * probs.mean(0)).sum())
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "hsdp"], indirect=True)

@@ -88,7 +88,7 @@ def batch_loss(
     if args.needs_divergences:
         with router_losses(are_wanted=router != 0) as found:
             result = _divergence_loss(model, policy, batch, counts, args, reference)
-        return _with_router(result, found, router * batch.loss_rows / counts.rows)
+        return _with_router(result, found, router, batch.loss_rows / counts.rows)
     # The reference first: its activations are gone before the policy's are made.
     ref_logps = reference.logps(policy, batch)
     with router_losses(are_wanted=router != 0) as found:
@@ -96,17 +96,18 @@ def batch_loss(
             result = _pair_loss(model, batch, ref_logps, counts, args, values, over_ranks=over_ranks)
         else:
             result = _row_loss(model, batch, ref_logps, counts, args, values)
-    return _with_router(result, found, router * batch.loss_rows / counts.rows)
+    return _with_router(result, found, router, batch.loss_rows / counts.rows)
 
 
 def _with_router(
-    result: PreferenceLossOutput, found: Sequence[Tensor], weight: float | Tensor
+    result: PreferenceLossOutput, found: Sequence[Tensor], router: float, share: float | Tensor
 ) -> PreferenceLossOutput:
     """The loss with what the routers add to it."""
-    if not found:
+    if router == 0:
         return result
+    assert found, "a model whose class has a router loss gave none"
     aux_loss = found[-1].to(result.loss.device)
-    loss = result.loss + (weight * aux_loss).to(result.loss.dtype)
+    loss = result.loss + (router * share * aux_loss).to(result.loss.dtype)
     return result._replace(loss=loss, metrics={**result.metrics, "aux_loss": aux_loss.detach()})
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from fastdpo.integrations.probe import load_balancing_loss
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from tests.training.conftest import (
     VOCABULARY,
@@ -165,6 +166,13 @@ def test_other_losses_adapters_and_evaluations_have_it_too(tmp_path: Path, train
         )
         more = metrics[0]["loss"] - without[0]["loss"]
         assert more == pytest.approx(0.3 * metrics[0]["aux_loss"], abs=1e-5) and "aux_loss" not in without[0]
+
+
+def test_the_loss_is_that_of_the_model_whose_class_an_engine_replaced():
+    model = mixture()
+    wanted = load_balancing_loss(model)
+    model.__class__ = type("FSDPMixtral", (type(model),), {"__module__": "torch.distributed.fsdp"})
+    assert wanted is not None and load_balancing_loss(model) is wanted
 
 
 def test_what_is_saved_is_as_it_was(tmp_path: Path, trained_bpe: str):
