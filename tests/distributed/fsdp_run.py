@@ -27,6 +27,7 @@ from tests.distributed.problem import (
     truth,
     worst_error,
 )
+from tests.distributed.ranks import join, own_device
 
 
 def _fsdp2(model: Any, unit: str, *, reshards: bool = False) -> Any:
@@ -37,7 +38,7 @@ def _fsdp2(model: Any, unit: str, *, reshards: bool = False) -> Any:
     """
     # Of four ranks two and two have all of the model.
     sizes, names = ((2,), ("shard",)) if dist.get_world_size() == 2 else ((2, 2), ("replicate", "shard"))
-    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    mesh = init_device_mesh(own_device().type, sizes, mesh_dim_names=names)
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     for layer in base.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -60,7 +61,7 @@ def _fsdp1(model: Any, unit: str) -> Any:
 
     policy = functools.partial(lambda_auto_wrap_policy, lambda_fn=is_unit)
     return FullyShardedDataParallel(
-        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=own_device()
     )
 
 
@@ -91,7 +92,9 @@ def _case(
     split_head: str = "weight",
     **model: Any,
 ) -> dict[str, Any]:
-    base, whole = tiny(**model), batch(without_labels_from=labels)
+    device = own_device()
+    base = tiny(**model).to(device)
+    whole = {name: value.to(device) for name, value in batch(without_labels_from=labels).items()}
     options: Any = {"execution": Execution(mode=mode)}
     if how.startswith("lazy"):
         options["on_materialize"] = "error"
@@ -115,7 +118,7 @@ def _case(
     calls: Any = {}
     for _ in range(2):  # the second step finds what the first one left
         ours.zero_grad()
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         with Collectives() as counted:
             for number, pairs in enumerate(parts):
                 if is_late_sync:
@@ -131,7 +134,7 @@ def _case(
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    join()
     torch.set_num_threads(1)
     print_results(FSDP if dist.get_world_size() == 2 else HSDP, _case)
     dist.destroy_process_group()

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if os.environ.get("FASTDPO_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.distributed.cases import LOOP
 from tests.distributed.problem import tiny_experts
+from tests.distributed.ranks import own_device
 from tests.training.conftest import tiny_llama
 from tests.training.loop.ddp_run import answers, pairs
 
@@ -36,11 +38,11 @@ REPLICAS = {"engine": "fsdp2", "parallelism_config": ParallelismConfig(dp_replic
 
 
 def settings(folder: Path, engine: str | None, *, data: int = 2, **changes: Any) -> PreferenceConfig:
-    alone = engine is None
+    alone, on_cpu = engine is None, own_device().type == "cpu"
     args = PreferenceConfig(
         output_dir=str(folder),
-        use_cpu=True,
-        ddp_backend=None if alone else "gloo",
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and not alone else None,
         per_device_eval_batch_size=4 if alone else 2,
         train_sampling_strategy="sequential",
         learning_rate=1e-3,
@@ -50,6 +52,10 @@ def settings(folder: Path, engine: str | None, *, data: int = 2, **changes: Any)
         report_to="none",
         seed=1,
         **{
+            # What a GPU has other defaults for.
+            "bf16": False,
+            "activation_checkpointing": False,
+            "longest_batch_first": False,
             "save_strategy": "no",
             "loss_type": "sigmoid",
             "max_steps": 3,
@@ -59,7 +65,7 @@ def settings(folder: Path, engine: str | None, *, data: int = 2, **changes: Any)
         },
         **(REPLICAS if engine == "hsdp" else {"engine": None if engine in ("tensors", "ddp") else engine}),
     )
-    if engine not in (None, "ddp"):
+    if on_cpu and engine not in (None, "ddp"):
         as_on_gpus(args)
     return args
 
@@ -154,7 +160,7 @@ def logged(trainer: PreferenceTrainer) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in history if "loss" in entry],
         "evaluations": [[entry[n] for n in names if n in entry] for entry in history if names[0] in entry],
         "balance": [entry["aux_loss"] for entry in history if "aux_loss" in entry],
-        "weights": weights(trainer),
+        "weights": {name: weight.cpu() for name, weight in weights(trainer).items()},
     }
 
 

@@ -119,7 +119,7 @@ def dpo(model: Any, of: dict[str, Tensor], how: str) -> Tensor:
     predicted = of["labels"][:, 1:]
     row, place = (predicted != -100).nonzero().T
     layout = TokenLayout(row * length + place, predicted[row, place], row)
-    positions = torch.arange(length).repeat(rows)[None]
+    positions = torch.arange(length, device=predicted.device).repeat(rows)[None]
     packed: Tensor = model(
         input_ids=of["input_ids"].reshape(1, -1), position_ids=positions, token_layout=layout, **arguments
     ).loss

@@ -1,4 +1,4 @@
-"""Several processes on this machine, over gloo on loopback, with a time limit."""
+"""Several processes on this machine, over gloo on loopback or on GPUs of their own, with a time limit."""
 
 from __future__ import annotations
 
@@ -10,19 +10,48 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
+import torch
+import torch.distributed as dist
+
 from tests import ROOT
 
+# Parameters of a fixture: the same ranks on CPUs, and where there are enough on GPUs.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+_DEVICE = "FASTDPO_TEST_DEVICE"
 
-def run_ranks(module: str, *arguments: str, world: int = 2, seconds: float = 240) -> list[str]:
+
+def own_device() -> torch.device:
+    """Of this rank: one GPU, or the CPU."""
+    kind = os.environ.get(_DEVICE, "cpu")
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, int(os.environ["LOCAL_RANK"]))
+
+
+def join() -> torch.device:
+    """Make the process group of the ranks; the device of this one."""
+    device = own_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    return device
+
+
+def run_ranks(
+    module: str, *arguments: str, world: int = 2, seconds: float = 240, device: str = "cpu"
+) -> list[str]:
     """Run ``python -m module arguments`` as ``world`` ranks; what each printed.
+
+    Skips the test where ``device`` is ``"cuda"`` and there are fewer GPUs than ranks.
 
     Raises:
         AssertionError: a rank failed, or was not done in time; with what the ranks printed. None is left.
     """
+    if device == "cuda" and torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} CUDA devices, here are {torch.cuda.device_count()}")
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         logs = [Path(folder) / f"{rank}.log" for rank in range(world)]
-        ranks = [start(module, arguments, rank, world, port, logs[rank]) for rank in range(world)]
+        ranks = [start(module, arguments, rank, world, port, logs[rank], device) for rank in range(world)]
         try:
             end = time.monotonic() + seconds
             while any(rank.poll() is None for rank in ranks):
@@ -53,7 +82,13 @@ def free_port() -> int:
 
 
 def start(
-    module: str, arguments: tuple[str, ...], rank: int, world: int, port: int, log: Path
+    module: str,
+    arguments: tuple[str, ...],
+    rank: int,
+    world: int,
+    port: int,
+    log: Path,
+    device: str = "cpu",
 ) -> subprocess.Popen[bytes]:
     """One rank of several, which prints into ``log``."""
     environment = {
@@ -67,6 +102,7 @@ def start(
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        _DEVICE: device,
     }
     with log.open("wb") as output:
         return subprocess.Popen(

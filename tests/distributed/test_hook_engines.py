@@ -11,7 +11,7 @@ import pytest
 from fastdpo.plan.traffic import head_traffic
 from tests.distributed.cases import FSDP, HSDP, ZERO
 from tests.distributed.problem import VOCABULARY, batch, part
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import DEVICES, run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 # fp32: the loss, and the largest error of any gradient over the gradient's largest number.
@@ -20,20 +20,20 @@ _TOLERANCE = 2e-6
 _BESIDE = 5
 
 
-def _results(module: str, world: int = 2) -> dict[str, Any]:
-    printed = run_ranks(module, world=world, seconds=500)
+def _results(module: str, world: int = 2, device: str = "cpu") -> dict[str, Any]:
+    printed = run_ranks(module, world=world, seconds=500, device=device)
     lines = [json.loads(line) for line in printed[0].splitlines() if line.startswith('{"case"')]
     return {line.pop("case"): line for line in lines}
 
 
-@pytest.fixture(scope="module")
-def fsdp() -> dict[str, Any]:
-    return _results("tests.distributed.fsdp_run")
+@pytest.fixture(scope="module", params=DEVICES)
+def fsdp(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return _results("tests.distributed.fsdp_run", 2, request.param)
 
 
-@pytest.fixture(scope="module")
-def hsdp() -> dict[str, Any]:
-    return _results("tests.distributed.fsdp_run", 4)
+@pytest.fixture(scope="module", params=DEVICES)
+def hsdp(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return _results("tests.distributed.fsdp_run", 4, request.param)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from fastdpo.training.batches.collate import PaddedCollator
 from tests.distributed.cases import LOOP
 from tests.distributed.loop_run import run_case
 from tests.distributed.problem import tiny_experts
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import DEVICES, run_ranks
 from tests.training.loop.ddp_run import pairs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -39,11 +39,12 @@ def engine(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(scope="module")
-def ran(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an engine's runs."""
+@pytest.fixture(scope="module", params=DEVICES)
+def ran(engine: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The folder of an engine's runs; what they are held to ran on a CPU."""
     folder = tmp_path_factory.mktemp(engine)
-    run_ranks("tests.distributed.loop_run", str(folder), engine, world=ENGINES[engine], seconds=500)
+    run = ("tests.distributed.loop_run", str(folder), engine)
+    run_ranks(*run, world=ENGINES[engine], seconds=500, device=request.param)
     return folder
 
 

@@ -31,7 +31,8 @@ def name_parallel(args: SettingFields) -> None:
         _take_told(args, told)
     settings.parallelism_config = None  # what is said by it is said now; transformers makes its own
     sizes = {name: getattr(args, name) or 1 for name in ("tp_size", "sp_size", "dp_replicate_size")}
-    if told is not None and (sizes["sp_size"] == 1 or math.prod(_engine_sizes(told)) > 1):
+    # Beside sp_size accelerate's sizes need not be all processes, unless they say how a model is split.
+    if told is not None and (sizes["sp_size"] == 1 or sizes["dp_replicate_size"] * told["dp_shard_size"] > 1):
         sizes["dp_shard_size"] = told["dp_shard_size"]
     if math.prod(sizes.values()) == 1:
         return
@@ -53,10 +54,6 @@ def name_parallel(args: SettingFields) -> None:
     if sp > 1:
         _settle_sequences(args)
     _settle_replicas(args, replicas, sp * others, shards)
-
-
-def _engine_sizes(told: dict[str, int]) -> tuple[int, int]:
-    return told["dp_replicate_size"], told["dp_shard_size"]
 
 
 def _check_product(sizes: dict[str, int], world: int) -> None:
