@@ -50,6 +50,8 @@ def name_parallel(args: SettingFields) -> None:
                 "none to split the model over by FSDP2, wanted more processes, or a smaller tp_size"
             )
         _settle_tensors(args)
+        if replicas > 1:  # transformers' copies count as shards to accelerate, whose variables name them too
+            settings.parallelism_config = _config(tp_size=tp, dp_shard_size=world // tp)
         return
     if sp > 1:
         _settle_sequences(args)
@@ -179,12 +181,15 @@ def _settle_replicas(args: Any, replicas: int, split_over: int, shards: int) -> 
             f"split a model over; wanted at most {replicas // 2}, or no engine, for DDP"
         )
     if is_fsdp and replicas > 1:
-        from accelerate import ParallelismConfig
-
         # To FSDP2 ranks that share rows are as ranks with rows of their own.
-        args.parallelism_config = ParallelismConfig(
-            dp_replicate_size=replicas, dp_shard_size=split_over, tp_size=1, cp_size=1, sp_size=1
-        )
+        args.parallelism_config = _config(dp_replicate_size=replicas, dp_shard_size=split_over)
+
+
+def _config(**sizes: int) -> Any:
+    """accelerate's words for these sizes, and 1 for the others, whatever its variables say."""
+    from accelerate import ParallelismConfig
+
+    return ParallelismConfig(**{**dict.fromkeys(_SIZES, 1), **sizes})
 
 
 def check_same_settings(args: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 from accelerate import ParallelismConfig
 
 from fastdpo.losses import LOSSES, PairLogps
+from fastdpo.training.settings import parallel
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.steps import COLUMN_FIELDS
 
@@ -74,6 +75,12 @@ def test_copies_of_a_split_model_that_do_not_go_together(settings, message, tmp_
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match=message):
         PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_accelerate_is_told_of_no_size_twice(monkeypatch):
+    """By its variables too, which name the copies that transformers' own sizes contain."""
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
+    assert parallel._config(tp_size=2, dp_shard_size=4).total_size == 8
 
 
 @pytest.mark.promise(23)
