@@ -70,7 +70,9 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def forget(checkpoint: Path) -> None:
-    """Remove a checkpoint. What a process that dies meanwhile leaves of it is none."""
+    """Remove a checkpoint, if there is one. What a process that dies meanwhile leaves of it is none."""
+    if not checkpoint.is_dir():
+        return
     for last in (RUN_FILE, TRAINER_STATE_NAME):
         (checkpoint / last).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
