@@ -43,7 +43,11 @@ def kept_table(fingerprint: str, make: Callable[[str], Any]) -> Any:
             # Another process may have made it again meanwhile.
             if (difference := _difference(folder)) is not None:
                 logger.warning("%s: it was changed, and is made again", difference)
-                shutil.rmtree(folder)
+                # At once: half-removed, without its manifest, it would be believed.
+                changed = folder.with_name(f"{fingerprint}.changed")
+                shutil.rmtree(changed, ignore_errors=True)
+                folder.rename(changed)
+                shutil.rmtree(changed)
     made = make(str(folder))
     if not (folder / _MANIFEST).is_file():
         with lock:
@@ -69,7 +73,7 @@ def _difference(folder: Path) -> str | None:
         if missing is not None:
             return f"{folder / missing} is missing"
         return next((" ".join(map(str, found)) for found in differences(folder, told)), None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         return f"{manifest} cannot be read ({error})"
 
 
