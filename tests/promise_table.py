@@ -170,7 +170,7 @@ PROMISES = (
     Promise(68, "C", "rounds, killed anywhere", "the end of the run that was not"),
     Promise(
         69, "CM", "kill -9 or a full disk in tokenising, scoring, saving",
-        "nothing half-written is trusted",
+        "nothing half-written is trusted; with room again, the curve of the run that was not stopped",
     ),
     Promise(
         70, "C", "`import fastdpo`, `fastdpo --help`, a misspelt name",
@@ -179,4 +179,8 @@ PROMISES = (
     Promise(71, "C", "public names, parameters, settings, commands", "none goes or changes unseen"),
     Promise(72, "C", "pickles in data, caches, checkpoints", "none of ours is read; remote code if asked"),
     Promise(73, "C", "rows, YAML and words made up at random", "an error that says what is wrong, or a run"),
+    Promise(
+        74, "C", "a bit that flipped, a file cut off: checkpoints, tables of rows and tokens, scores, rounds",
+        "an error with the file's name, or made again; a checkpoint without digests goes on, and it is said",
+    ),
 )  # fmt: skip

@@ -79,7 +79,7 @@ def test_a_pickle_in_a_cache_is_not_run(tmp_path: Path, caplog: pytest.LogCaptur
     assert cache.load("key", (1, 2)) is None
 
 
-@pytest.mark.promise(69)
+@pytest.mark.promise(69, 74)
 def test_no_flipped_bit_of_a_cache_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every byte, and every length: the numbers that were written, or none."""
     monkeypatch.setattr("fastdpo.training.reference.cache.logger.warning", lambda *text: None)

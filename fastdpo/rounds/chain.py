@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer import TRAINER_STATE_NAME
 
 from fastdpo.rounds.functions import load_function, source_of
 from fastdpo.rounds.judge import judge
-from fastdpo.rounds.partial import digest, stamp, write_json
+from fastdpo.rounds.notes import check, check_model, model_files, note, read_json
+from fastdpo.rounds.partial import digest, stamp
 from fastdpo.rounds.ranks import Ranks
 from fastdpo.rounds.rounds_file import RoundPlan, RoundsArguments, plan_round
 from fastdpo.rounds.sample import sample
 from fastdpo.training.data.source import read_rows
+from fastdpo.training.loop.checkpoint_files import read_state
 from fastdpo.training.loop.folders import is_whole
 from fastdpo.training.settings.hub import check_there
+from fastdpo.training.written import write_json
 
 # What says of which settings a folder of rounds is.
 ROUNDS_FILE = "rounds.json"
@@ -82,7 +84,7 @@ def _check_folder(rounds: RoundsArguments, plans: Sequence[RoundPlan], ranks: Ra
     told = json.loads(json.dumps(_told(rounds, plans, [row for _, row in source]), default=str))
     path = rounds.directory / ROUNDS_FILE
     if path.is_file():
-        then = json.loads(path.read_text(encoding="utf-8"))
+        then = read_json(path) or {}
         names = [name for name in {**then, **told} if then.get(name) != told.get(name)]
         if names:
             changes = "; ".join(f"{name}: {then.get(name)!r} -> {told.get(name)!r}" for name in names)
@@ -133,6 +135,9 @@ class _Round:
                     f"output_dir: round {self.plan.number} is over, but {self.model} is not there"
                 )
             return
+        if self.plan.number > 1:
+            before = self.rounds.folder(self.plan.number - 1)
+            self._on_main(lambda: check_model(before / TRAINED_FILE, before / self.model.name))
         if self.ranks.is_main:
             self.folder.mkdir(exist_ok=True)
         self.ranks.wait()
@@ -150,6 +155,7 @@ class _Round:
 
     def _do(self, made: Path, step: Callable[[], None]) -> None:
         if self._is_done(made):
+            self._on_main(lambda: check(made))
             return
         logger.info("round %d: %s", self.plan.number, made.name)
         step()
@@ -157,6 +163,12 @@ class _Round:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.ranks.wait()
+        if made.name != TRAINED_FILE:
+            self._on_main(lambda: note(made))
+
+    def _on_main(self, step: Callable[[], None]) -> None:
+        """Do it on the main process; what it raises is raised on all."""
+        self.ranks.together(step if self.ranks.is_main else lambda: None)
 
     def _say(self, done: object) -> None:
         logger.info("round %d: %s", self.plan.number, done)
@@ -186,7 +198,8 @@ class _Round:
         self.ranks.wait()
         if self.ranks.is_main:
             shutil.rmtree(self.folder / "cache", ignore_errors=True)
-            write_json(self.folder / TRAINED_FILE, {"model": stamp(str(self.model))})
+            told = {"model": stamp(str(self.model)), "files": model_files(self.model)}
+            write_json(self.folder / TRAINED_FILE, told)
 
     def _file(self, name: str, settings: dict[str, Any]) -> str:
         """The settings of a step, which the command reads, and anyone who wants to do it again."""
@@ -203,7 +216,7 @@ def _unfinished(folder: Path) -> Path | None:
     """The last whole checkpoint that has steps left: one at the end cannot be gone on with."""
     found: list[tuple[int, Path]] = []
     for checkpoint in filter(is_whole, folder.glob("checkpoint-*")):
-        told = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        told = read_state(checkpoint)
         if told["global_step"] < told["max_steps"]:
             found.append((told["global_step"], checkpoint))
     return max(found)[1] if found else None

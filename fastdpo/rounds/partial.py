@@ -14,9 +14,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from fastdpo.rounds.notes import read_json
 from fastdpo.rounds.ranks import Ranks
+from fastdpo.training.written import errors_named, own_digest, placed, write_json
 
 _RUN_FILE = "run.json"
+# Of a record, what it is held to.
+_OWN = "digest"
 
 
 class PartialWork:
@@ -61,8 +65,7 @@ class PartialWork:
             )
 
     def _told_then(self) -> Any:
-        path = self.folder / _RUN_FILE
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_json(self.folder / _RUN_FILE)
 
     def _begin(self) -> None:
         if self._told_then() != self._told and self.folder.exists():
@@ -78,11 +81,13 @@ class PartialWork:
             # What follows the last line's end is a record that its process did not come to write.
             for place, line in enumerate(lines[:-1], start=1):
                 try:
-                    found.append(json.loads(line))
-                except ValueError:
-                    raise ValueError(
-                        f"{path}, line {place}: got no record: the file is broken, remove it"
-                    ) from None
+                    record = json.loads(line)
+                    is_whole = record.pop(_OWN) == own_digest(record)
+                except (ValueError, TypeError, KeyError, AttributeError):
+                    is_whole = False
+                if not is_whole:
+                    raise ValueError(f"{path}, line {place}: got no record: the file is broken, remove it")
+                found.append(record)
         return found
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -91,7 +96,11 @@ class PartialWork:
             # A file of its own for each start, so that nothing is written behind a broken end.
             count = len(list(self.folder.glob(f"part-{self.ranks.rank}-*.jsonl")))
             self._file = (self.folder / f"part-{self.ranks.rank}-{count}.jsonl").open("wb")
-        _write(self._file, json.dumps(dict(record), ensure_ascii=True).encode() + b"\n")
+        line = json.dumps({**record, _OWN: own_digest(record)}, ensure_ascii=True)
+        with errors_named(Path(self._file.name)):
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Nothing more comes of this process."""
@@ -114,29 +123,11 @@ class PartialWork:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write JSONL that is there whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
+    with placed(path) as file:
         for row in rows:
             line = json.dumps(dict(row), ensure_ascii=False, default=str)
             # Columns that nobody looked at may hold half a surrogate pair, which JSON can only escape.
             file.write(line.encode("utf-8", "backslashreplace") + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON that is there whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        _write(file, json.dumps(value, indent=1).encode())
-    partial.replace(path)
-
-
-def _write(file: IO[bytes], data: bytes) -> None:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def stamp(name: str | None) -> Any:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fastdpo.integrations.auto_class import read_config
 from fastdpo.rounds.candidates import Candidates
@@ -63,7 +64,7 @@ class RewardModel:
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 self.name, dtype=dtype, output_loading_info=True, **options
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"reward_model: could not load {self.name!r}: {first_line(error)}") from error
         missing = sorted(found["missing_keys"])
         if missing:

@@ -107,6 +107,7 @@ DEATHS = {
     "between batches of round 1": (TransformersSampler, "draw", 2),
     "between batches of round 2": (TransformersSampler, "draw", 4),
     "samples drawn and not written": (partial, "write_rows", 0),
+    "samples written, not noted": (chain, "note", 0),
     "before the judge": (chain, "judge", 0),
     "verdicts and no file": (judge.PartialWork, "finish", 0),
     "before scoring": (cli, "write_scored", 0),

@@ -1,23 +1,21 @@
 """Rows on disk, memory-mapped: what the library ``datasets`` keeps, and makes of files once.
 
 The cache is that of ``datasets`` (``HF_DATASETS_CACHE``). What is made of a text file is found by the file's
-path, size, time and inode: a file that changes is read anew. One process of a node makes it, under the
-library's lock, and the others find it; what is not finished has another name.
+path, size, time and inode: a file that changes is read anew.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastdpo.training.data.kept import cache_folder, kept_table
 from fastdpo.training.data.records import records
 
 logger = logging.getLogger(__name__)
@@ -111,16 +109,18 @@ def kept_records(path: Path, suffix: str, compression: str) -> tuple[KeptRows, S
     import datasets
 
     features = datasets.Features({"number": datasets.Value("int64"), "text": datasets.Value("string")})
-    data = _made(
-        path,
-        lambda: datasets.Dataset.from_generator(
+    fingerprint = file_fingerprint(path, suffix + compression)
+
+    def make(folder: str) -> Any:
+        return datasets.Dataset.from_generator(
             _examples,
             features=features,
-            cache_dir=cache_folder(),
+            cache_dir=folder,
             gen_kwargs={"path": path, "suffix": suffix, "compression": compression},
-            fingerprint=file_fingerprint(path, suffix + compression),
-        ),
-    )
+            fingerprint=fingerprint,
+        )
+
+    data = _made(path, lambda: kept_table(fingerprint, make))
     # Without gaps the last row's number is how many there are.
     has_gaps = data[len(data) - 1]["number"] != len(data)
     return KeptRows(data), _KeptNumbers(data) if has_gaps else range(1, len(data) + 1)
@@ -140,7 +140,12 @@ def table_rows(path: Path, suffix: str) -> Any:
             raise ValueError(f"{path}: no rows")
         return rows
     _check_parquet(path)
-    return _made(path, lambda: datasets.Dataset.from_parquet(str(path), cache_dir=cache_folder()))
+    fingerprint = file_fingerprint(path, suffix)
+
+    def make(folder: str) -> Any:
+        return datasets.Dataset.from_parquet(str(path), cache_dir=folder)
+
+    return _made(path, lambda: kept_table(fingerprint, make))
 
 
 def table_stream(path: Path) -> Any:
@@ -157,26 +162,6 @@ def _check_parquet(path: Path) -> None:
 
     if not _made(path, lambda: read_metadata(path)).num_rows:
         raise ValueError(f"{path}: no rows")
-
-
-def cache_folder() -> str:
-    """Where ``datasets`` keeps what it makes; a folder that goes with this process where that cannot be."""
-    import datasets
-
-    folder = str(datasets.config.HF_DATASETS_CACHE)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        return _temporary_folder(f"{folder}: {error.strerror}").name
-
-
-@functools.cache
-def _temporary_folder(why: str) -> tempfile.TemporaryDirectory[str]:
-    folder = tempfile.TemporaryDirectory(prefix="fastdpo-rows-")
-    logger.warning("%s: rows are kept in %s while this process runs (HF_DATASETS_CACHE)", why, folder.name)
-    return folder
 
 
 def _examples(path: Path, suffix: str, compression: str) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,7 @@
 """Rows as token ids in a table of Arrow: made once, and memory-mapped from then on.
 
 Where it is known which rows a source has, the table is kept in the cache of ``datasets``, under a name that
-says what it is made of: the rows, the tokenizer, the settings, and the code of this room. One process of a
-node makes it, under the library's lock, and the others find it; what is not finished has another name.
+says what it is made of: the rows, the tokenizer, the settings, and the code of this room.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.training.data.arrow import bars, cache_folder
+from fastdpo.training.data.arrow import bars
 from fastdpo.training.data.chunks import Chunks
 from fastdpo.training.data.images import images_digest
+from fastdpo.training.data.kept import cache_folder, kept_table
 from fastdpo.training.data.maker import LeftOut, MadeRow
 from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.settings.row_checks import Finding
@@ -106,14 +106,17 @@ def encoded_rows(made: Made, told: str | None) -> EncodedRows:
     fingerprint = hashlib.blake2b("\n".join([told, _code()]).encode(), digest_size=8).hexdigest()
     try:
         with bars(False):
-            kept = datasets.Dataset.from_generator(
-                _records,
-                features=features,
-                cache_dir=cache_folder(),
-                gen_kwargs={"made": made},
-                fingerprint=fingerprint,
+            kept = kept_table(
+                fingerprint,
+                lambda folder: datasets.Dataset.from_generator(
+                    _records,
+                    features=features,
+                    cache_dir=folder,
+                    gen_kwargs={"made": made},
+                    fingerprint=fingerprint,
+                ),
             )
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError):
             raise ValueError(

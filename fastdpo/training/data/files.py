@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from fastdpo.training.data.arrow import cache_folder
+from fastdpo.training.data.kept import cache_folder
 from fastdpo.training.data.records import COMPRESSIONS, READERS
 from fastdpo.training.settings.hub import looks_like_path
 

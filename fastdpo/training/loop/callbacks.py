@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from fastdpo.training.loop.announce import announce
 from fastdpo.training.loop.base import BaseTrainer
 from fastdpo.training.loop.curves import CURVES_FILE, draw_curves
 from fastdpo.training.loop.largest_batch import try_largest_batch
+from fastdpo.training.written import errors_named, placed
 
 METRICS_FILE = "metrics.jsonl"
+logger = logging.getLogger(__name__)
 
 
 class MetricsFileCallback(TrainerCallback):
@@ -44,23 +46,31 @@ class MetricsFileCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        with (Path(args.output_dir or ".") / METRICS_FILE).open("a", encoding="utf-8") as file:
+        path = Path(args.output_dir or ".") / METRICS_FILE
+        with errors_named(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **_finite(logs)}) + "\n")
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop from a metrics file what came after ``step``, run summaries, and a half-written last line."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Drop from a metrics file what came after ``step``, run summaries, and lines that are no log.
+
+    The last one may be half-written; of others that were changed a line in the log says how many.
+    """
+    kept, broken = [], 0
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in lines[:-1]:
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+            is_before = entry["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            broken += 1
             continue
-        if entry["step"] <= step and "train_runtime" not in entry:
+        if is_before and "train_runtime" not in entry:
             kept.append(line + "\n")
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    if broken:
+        logger.warning("%s: %d lines that are no log are left out", path, broken)
+    with placed(path) as file:
+        file.write("".join(kept).encode())
 
 
 def _finite(logs: Mapping[str, Any]) -> dict[str, Any]:

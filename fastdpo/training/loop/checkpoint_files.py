@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+
+from fastdpo.training.written import describe, differences, own_digest, write_json
 
 RUN_FILE = "preference_run.json"
+_OWN = "digest"
+_REMEDY = "remove this checkpoint, or name an earlier one"
 _MODEL_FOLDER, _OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"
 _MODEL_FILE, _OPTIMIZER_FILE = "pytorch_model_fsdp.bin", "optimizer.bin"
 # Files that a run does without, and says so.
@@ -30,6 +35,7 @@ _SPARED = (
     "training_",
 )
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+logger = logging.getLogger(__name__)
 
 
 def layout_of(folder: Path) -> str:
@@ -41,31 +47,78 @@ def layout_of(folder: Path) -> str:
     return "FSDP2" if (folder / _MODEL_FILE).is_file() else "whole"
 
 
-def files_of(folder: Path) -> dict[str, int]:
-    """Bytes of each file of a checkpoint, by its place in it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RUN_FILE)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+def write_run(folder: Path, told: Mapping[str, Any]) -> None:
+    """Write into a checkpoint what it is of and which files it has: the last file of all."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    named = describe(folder, (path.relative_to(folder).as_posix() for path in files))
+    described = json.loads(json.dumps({**told, "files": named}, default=str))
+    write_json(folder / RUN_FILE, {**described, _OWN: own_digest(described)})
 
 
-def check_files(folder: Path, wanted: Mapping[str, int]) -> None:
-    """Hold a checkpoint's files to what was written.
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint says that it is of; None where it does not.
 
     Raises:
-        ValueError: one is missing, or of another size; names it.
+        ValueError: it is not what was written.
     """
-    for name, size in wanted.items():
-        path = folder / name
-        if not path.is_file():
-            if not name.startswith(_SPARED):
-                raise ValueError(
-                    f"resume_from_checkpoint: {folder} has no {name}, which was written with it; wanted the "
-                    "whole checkpoint, or an earlier one"
-                )
-        elif path.stat().st_size != size:
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return None
+    told = _read_json(path)
+    own = told.pop(_OWN, None)
+    is_early = not any(isinstance(of_file, list) for of_file in told.get("files", {}).values())
+    if own != own_digest(told) and not (own is None and is_early):
+        raise ValueError(f"resume_from_checkpoint: {path} is not what was written: it was changed; {_REMEDY}")
+    return told
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What transformers says of a checkpoint. Raises ValueError where it cannot be read."""
+    return _read_json(folder / TRAINER_STATE_NAME)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        found = error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"resume_from_checkpoint: {path} cannot be read: it is cut off or was changed; {_REMEDY}"
+        )
+    return found
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """As ``read_run``, and hold the files to it as ``check_files`` does."""
+    told = read_run(folder)
+    if told is not None:
+        check_files(folder, told.get("files", {}))
+    return told
+
+
+def check_files(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Hold a checkpoint's files to what was written: ``[bytes, digest]`` of each, of early versions bytes.
+
+    Raises:
+        ValueError: one is missing, of another size, or has other bytes; names it.
+    """
+    for name in wanted:
+        if not (folder / name).is_file() and not name.startswith(_SPARED):
             raise ValueError(
-                f"resume_from_checkpoint: {path} has {path.stat().st_size} bytes, wanted the {size} that "
-                "were written: it is cut off or was changed; take an earlier checkpoint"
+                f"resume_from_checkpoint: {folder} has no {name}, which was written with it; wanted the "
+                "whole checkpoint, or an earlier one"
             )
+    for path, difference in differences(folder, wanted):
+        raise ValueError(
+            f"resume_from_checkpoint: {path} {difference}: it is cut off or was changed; {_REMEDY}"
+        )
+    if not any(isinstance(told, list) for told in wanted.values()):
+        logger.warning(
+            "%s is of a version that kept no digests of files: whether their bytes are what was written is "
+            "not known",
+            folder,
+        )
 
 
 class TensorSource(Protocol):
@@ -238,9 +291,3 @@ def _step_of(folder: Path) -> float:
 def _load(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return found
-
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint says that it is of; None where it does not."""
-    path = folder / RUN_FILE
-    return json.loads(path.read_text()) if path.is_file() else None

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Draw the training curves; False, with a line in the log, where matplotlib is missing."""
+    """Draw the training curves; False, with a line in the log, without matplotlib or room for it."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -61,7 +61,12 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
             columns = drawn if drawn > 1 else len(axes.lines)
             place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
             axes.legend(fontsize="small", ncols=columns, columnspacing=1.0, frameon=False, **place)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:  # no reason to lose the run
+        logger.warning("%s is not drawn: %s", path, error.strerror)
+        path.unlink(missing_ok=True)
+        return False
     return True
 
 

@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
@@ -14,6 +16,7 @@ from fastdpo.training.loop.callbacks import METRICS_FILE
 from fastdpo.training.loop.checkpoint_files import RUN_FILE
 from fastdpo.training.loop.curves import CURVES_FILE
 from fastdpo.training.settings.config import PreferenceConfig
+from fastdpo.training.written import no_room
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 logger = logging.getLogger(__name__)
@@ -66,6 +69,53 @@ def is_whole(checkpoint: Path) -> bool:
     return (checkpoint / TRAINER_STATE_NAME).is_file() and (not is_ours or (checkpoint / RUN_FILE).is_file())
 
 
+def forget(checkpoint: Path) -> None:
+    """Remove a checkpoint, if there is one. What a process that dies meanwhile leaves of it is none."""
+    if not checkpoint.is_dir():
+        return
+    for last in (RUN_FILE, TRAINER_STATE_NAME):
+        (checkpoint / last).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def rotate(folder: Path, limit: int | None, *spared: str | Path | None) -> None:
+    """Remove the oldest checkpoints of a directory beyond ``save_total_limit``, unfinished ones first.
+
+    Args:
+        spared: that stay: the one just written, and the best.
+    """
+    if limit is None or limit <= 0:
+        return
+    kept = {Path(path).absolute() for path in spared if path is not None}
+    others = [found for found in _checkpoints(folder) if found.absolute() not in kept]
+    others.sort(key=lambda found: (is_whole(found), found.stat().st_mtime))
+    surplus = len(others) + len(kept) - max(limit, len(kept))
+    for checkpoint in others[: max(surplus, 0)]:
+        forget(checkpoint)
+
+
+@contextmanager
+def full_disk_named(folder: Path, what: str) -> Iterator[None]:
+    """Libraries say of a full disk that a position is not what they expected.
+
+    Raises:
+        OSError: where nothing more can be written: says so, and what to go on from.
+    """
+    try:
+        yield
+    except Exception as error:
+        standing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+        why = no_room(standing)
+        if why is None:
+            raise
+        left = [found for found in _checkpoints(folder.parent) + _checkpoints(folder) if is_whole(found)]
+        then = f", from {left[0]}" if left else ""
+        raise OSError(
+            f"{folder}: {what} was not written to its end: {why}; make room, and go on with "
+            f"resume_from_checkpoint=True{then}"
+        ) from error
+
+
 def is_unused(output_dir: str | None) -> bool:
     """Whether a directory does not exist or is empty."""
     path = Path(output_dir or ".")
@@ -106,6 +156,6 @@ def clear_output_dir(args: PreferenceConfig) -> None:
     path = Path(args.output_dir or ".")
     for entry in path.iterdir() if path.exists() else ():
         if entry.is_dir() and _CHECKPOINT.fullmatch(entry.name):
-            shutil.rmtree(entry)
+            forget(entry)
         elif entry.name in (METRICS_FILE, CURVES_FILE):
             entry.unlink()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fastdpo.training.loop.models import load_model, load_tokenizer
@@ -95,7 +96,11 @@ def merged_model(adapter: str, dtype: str, bits: QuantisationArguments, **option
         base = base.dequantize(dtype=precision)
     base = base.to(precision)
     is_tied = _untie(base)
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True).to(precision)
+    try:
+        adapted = PeftModel.from_pretrained(base, adapter)
+    except SafetensorError as error:
+        raise ValueError(f"adapter: could not load {adapter!r}: {error}") from error
+    merged = adapted.merge_and_unload(safe_merge=True).to(precision)
     if is_tied and torch.equal(merged.get_output_embeddings().weight, merged.get_input_embeddings().weight):
         _set_tied(merged, True)
         merged.tie_weights()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import set_seed
 
@@ -55,7 +56,7 @@ def load_model(
         if load is _load_whole or error.name != "peft":
             raise
         raise ImportError(f"{what}: {name} is an adapter, which needs peft: pip install peft") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{what}: could not load {name!r}: {first_line(error)}") from error
     if is_quantised(model):
         compute_alike(model)

@@ -8,19 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME
 
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.ragged import Ragged
 from fastdpo.training.data.row import WRITTEN_COLUMNS
 from fastdpo.training.data.stream import known_rows
-from fastdpo.training.loop.checkpoint_files import RUN_FILE, check_files, files_of, layout_of
+from fastdpo.training.loop.checkpoint_files import RUN_FILE, check_checkpoint, layout_of, read_state
 from fastdpo.training.loop.engines import engine_of, is_split_as_loaded
 from fastdpo.training.loop.run_record import settings_of
 from fastdpo.training.settings.config import PreferenceConfig
@@ -65,12 +64,9 @@ TENSORS = "tensor parallelism"
 logger = logging.getLogger(__name__)
 
 
-def write_run(trainer: Any, folder: Path) -> None:
-    """Write into a checkpoint what it is of."""
-    described = {**_description(trainer), "ranks": ranks_of(trainer), "files": files_of(folder)}
-    partial = folder / f"{RUN_FILE}.tmp"
-    partial.write_text(json.dumps(described, default=str))
-    os.replace(partial, folder / RUN_FILE)
+def description(trainer: Any) -> dict[str, Any]:
+    """What a checkpoint is of."""
+    return {**_description(trainer), "ranks": ranks_of(trainer)}
 
 
 def ranks_of(trainer: Any) -> dict[str, Any]:
@@ -112,17 +108,16 @@ def check_same_run(trainer: Any, folder: Path) -> None:
     Raises:
         ValueError: it is of other losses, data or adapters, says which, then and now; or it is at the end.
     """
+    then = check_checkpoint(folder)
     _check_unfinished(trainer.args, folder)
     if layout_of(folder) == "whole" and not (folder / OPTIMIZER_NAME).is_file():
         logger.warning("%s has no %s: the optimiser and its schedule start anew", folder, OPTIMIZER_NAME)
-    path = folder / RUN_FILE
-    if not path.is_file():
+    if then is None:
         logger.warning(
-            "%s is missing: whether losses and data are those of the checkpoint is not known", path
+            "%s is missing: whether losses and data are those of the checkpoint is not known",
+            folder / RUN_FILE,
         )
         return
-    then = json.loads(path.read_text())
-    check_files(folder, then.get("files", {}))
     now = json.loads(json.dumps(_description(trainer), default=str))
     for part, what in (("loss", "another loss"), ("adapter", "another adapter"), ("data", "other data")):
         if then.get(part) != now[part]:
@@ -167,7 +162,7 @@ def _tell_of_ranks(then: Any, now: dict[str, Any], folder: Path) -> None:
             now["ranks"],
             then["ranks"],
         )
-    step = json.loads((folder / TRAINER_STATE_NAME).read_text()).get("global_step", 0)
+    step = read_state(folder).get("global_step", 0)
     if then["rows"] is not None and then["rows"] == now["rows"]:
         logger.info("steps are of the same %d rows as before: the data go on where they were", now["rows"])
     elif then["rows"] is not None and now["rows"] is not None:
@@ -185,7 +180,7 @@ def _tell_of_ranks(then: Any, now: dict[str, Any], folder: Path) -> None:
 
 def _check_unfinished(args: PreferenceConfig, folder: Path) -> None:
     """Raise ValueError where there is nothing left to train: transformers would make one more step."""
-    state = json.loads((folder / TRAINER_STATE_NAME).read_text())
+    state = read_state(folder)
     step, epoch = state.get("global_step", 0), state.get("epoch") or 0.0
     is_over, limit = epoch >= args.num_train_epochs, f"num_train_epochs is {args.num_train_epochs:g}"
     if args.max_steps > 0:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from transformers.trainer import SCHEDULER_NAME
 
+from fastdpo.training.loop.checkpoint_files import check_checkpoint, write_run
 from fastdpo.training.loop.engines import engine_of, is_split_as_loaded
 from fastdpo.training.loop.evaluation import EvaluatingTrainer
-from fastdpo.training.loop.folders import find_checkpoint, warn_of_unfinished
+from fastdpo.training.loop.folders import find_checkpoint, forget, full_disk_named, rotate, warn_of_unfinished
 from fastdpo.training.loop.progress import load_progress, save_progress
 from fastdpo.training.loop.reference_sync import load_reference, save_reference
 from fastdpo.training.loop.run_record import has_own_card, settings_of, write_card, write_settings
-from fastdpo.training.loop.same_run import check_same_run, write_run
+from fastdpo.training.loop.same_run import check_same_run, description
 from fastdpo.training.loop.split_checkpoint import load_optimizer, load_weights, save_optimizer
 from fastdpo.training.loop.take_over import is_native, on_main, take_over
 from fastdpo.training.reference.sources import is_adapter_model
@@ -36,11 +37,23 @@ def whole_weights(model: nn.Module) -> dict[str, Any]:
 class SavingTrainer(EvaluatingTrainer):
     """What ``PreferenceTrainer`` keeps of a run, and goes on from."""
 
+    _is_in_checkpoint = False
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer.save_model``: a folder that ``from_pretrained`` loads, under each engine.
 
         A checkpoint of sharded state dicts has an adapter whole, and else no second copy of the weights.
+
+        Raises:
+            OSError: the disk is full; says so, whatever the libraries raise.
         """
+        with full_disk_named(Path(output_dir or self.args.output_dir or "."), "the model"):
+            self._save_model(output_dir, _internal_call)
+        if self._is_in_checkpoint:
+            # transformers removes earlier checkpoints before this one is whole: `rotate` does so afterwards.
+            self.args.save_total_limit = None
+
+    def _save_model(self, output_dir: str | None, _internal_call: bool) -> None:
         if self._is_sharded():
             is_adapter = is_adapter_model(self.accelerator.unwrap_model(self.model))
             if _internal_call and not is_adapter:
@@ -73,14 +86,24 @@ class SavingTrainer(EvaluatingTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_progress(self, folder)
-        self.loss_state.save(folder)
-        save_reference(self, folder)
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        limit, self._is_in_checkpoint = self.args.save_total_limit, True
+        try:
+            with full_disk_named(folder, "the checkpoint"):
+                # What an earlier attempt left would be taken for this one's.
+                on_main(self.accelerator, lambda: forget(folder))
+                folder.mkdir(parents=True, exist_ok=True)
+                save_progress(self, folder)
+                self.loss_state.save(folder)
+                save_reference(self, folder)
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    # The last: without it the checkpoint was not written to its end.
+                    write_run(folder, description(self))
+        finally:
+            self.args.save_total_limit, self._is_in_checkpoint = limit, False
         if self.args.should_save:
-            write_run(self, folder)  # the last: without it the checkpoint was not written to its end
+            rotate(folder.parent, limit, folder, self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -127,6 +150,7 @@ class SavingTrainer(EvaluatingTrainer):
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
+        on_main(self.accelerator, lambda: check_checkpoint(best))
         if is_native(self, best):
             super()._load_best_model()
         else:

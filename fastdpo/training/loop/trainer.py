@@ -36,7 +36,6 @@ from fastdpo.training.batches.router import router_coefficient
 from fastdpo.training.batches.stream import stream_dataloader
 from fastdpo.training.data.dataset import RowDataset
 from fastdpo.training.data.model_fit import StreamFit, check_fit
-from fastdpo.training.data.row_numbers import row_list
 from fastdpo.training.data.rows import is_stream
 from fastdpo.training.data.stream import StreamDataset, known_rows, may_have_images
 from fastdpo.training.loop.callbacks import CurvesCallback, MetricsFileCallback, TrainerHooks
@@ -49,6 +48,7 @@ from fastdpo.training.loop.engines import (
     split_frozen,
 )
 from fastdpo.training.loop.folders import is_unused, start_output_dir
+from fastdpo.training.loop.guard import GuardedTrainer
 from fastdpo.training.loop.kernels import use_liger
 from fastdpo.training.loop.largest_batch import try_before_scoring
 from fastdpo.training.loop.loss_state import LossState
@@ -59,11 +59,9 @@ from fastdpo.training.loop.offload import offloaded_activations
 from fastdpo.training.loop.over_optimisation import OverOptimisationMonitor
 from fastdpo.training.loop.reference_sync import sync_reference
 from fastdpo.training.loop.same_run import check_same_ranks
-from fastdpo.training.loop.saving import SavingTrainer
 from fastdpo.training.loop.setup import check_machine, check_pairs, find_unused_weights, prepare_pairs
 from fastdpo.training.loop.step import (
     BatchCounts,
-    bad_rows,
     batch_loss,
     local_counts,
     record,
@@ -88,16 +86,11 @@ from fastdpo.training.settings.fields import ADAPTER_LEARNING_RATE, FULL_LEARNIN
 from fastdpo.training.settings.parallel import check_same_settings
 from fastdpo.training.settings.steps import monitor_options
 from fastdpo.training.settings.stream import check_no_stream_settings, check_stream_settings
-from fastdpo.types import PreferenceLossOutput
 
 logger = logging.getLogger(__name__)
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite; the message names the step and the rows."""
-
-
-class PreferenceTrainer(SavingTrainer):
+class PreferenceTrainer(GuardedTrainer):
     """Train a causal LM on preference pairs, or on what other losses take (``kinds.py``).
 
     Args:
@@ -210,7 +203,6 @@ class PreferenceTrainer(SavingTrainer):
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._input_tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         self.loss_state = LossState(args, self.reference, self.ranks)
-        self._is_step_bad = False
 
     def _set_reference(
         self, kind: str, ref_model: nn.Module | None, teacher: nn.Module | None, data_collator: Any
@@ -330,6 +322,7 @@ class PreferenceTrainer(SavingTrainer):
                 if self._precomputed is not None:
                     self._precomputed.model_will_change()
                 output: TrainOutput = super().train(self.resumed_from, trial, ignore_keys_for_eval)
+                self.check_gradients()
         report_stream(self.train_dataset)
         return output
 
@@ -388,25 +381,6 @@ class PreferenceTrainer(SavingTrainer):
         """One micro-batch forward and backward; a loss that is not finite is logged as 0."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return torch.zeros_like(loss) if self._is_step_bad else loss
-
-    def _report_nonfinite(self, inputs: Batch, result: PreferenceLossOutput) -> None:
-        rows = row_list(bad_rows(inputs, result))
-        step = f"the loss is {result.loss.item()} at step {self.state.global_step + 1}"
-        message = f"{step}, from the log-probabilities of {rows} of the training data"
-        if self.args.on_nonfinite_loss == "stop":
-            raise NonFiniteLossError(f"{message} (on_nonfinite_loss='skip' leaves such steps out)")
-        logger.warning("%s; this optimiser step is left out", message)
-        self._is_step_bad = True
-
-    def drop_nonfinite_step(self) -> None:
-        """Before an optimiser step: forget the gradients if any rank met a loss that is not finite."""
-        if self.args.on_nonfinite_loss != "skip":
-            return
-        num_bad = self._over_ranks(torch.tensor(int(self._is_step_bad), device=self.accelerator.device))
-        # A gradient scaler finds the bad gradients, and skips the step, by itself.
-        if num_bad > 0 and self.accelerator.scaler is None:
-            self.optimizer.zero_grad()
-        self._is_step_bad = False
 
     # Logs and checkpoints
 

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from fastdpo.integrations.forest.attention import own_attention
 from fastdpo.training.reference.shards import ScoreShards
+from fastdpo.training.written import placed
 
 FORMAT_VERSION = 1
 logger = logging.getLogger(__name__)
@@ -129,11 +129,6 @@ class ReferenceCache:
     def save(self, key: str, scores: Tensor) -> Path:
         """Write scores in one step; returns the path."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".tmp", delete=False) as file:
-            try:
-                np.savez(file, key=np.array(key), logps=scores.numpy().astype(np.float32))
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        os.replace(file.name, self.path(key))
+        with placed(self.path(key), is_shared=True) as file:
+            np.savez(file, key=np.array(key), logps=scores.numpy().astype(np.float32))
         return self.path(key)

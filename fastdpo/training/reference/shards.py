@@ -8,10 +8,9 @@ name of its own; it is written under another name and moved into place.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import tempfile
 import time
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -19,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastdpo.training.written import placed
 
 # What a crash that leaves no time to write costs at most, in seconds; an error or ^C costs nothing.
 FLUSH_SECONDS = 60.0
@@ -95,21 +96,16 @@ class ScoreShards:
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows, values = zip(*self._pending, strict=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
-            try:
-                np.savez(
-                    file,
-                    key=np.array(self.key),
-                    num_rows=np.array(self.num_rows),
-                    rows=torch.cat(rows).numpy(),
-                    values=torch.cat(values).numpy(),
-                    row_counts=np.array([len(part) for part in rows]),
-                    value_counts=np.array([len(part) for part in values]),
-                )
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        os.replace(file.name, Path(file.name).with_suffix(".npz"))
+        with placed(self.folder / f"{uuid.uuid4().hex}.npz") as file:
+            np.savez(
+                file,
+                key=np.array(self.key),
+                num_rows=np.array(self.num_rows),
+                rows=torch.cat(rows).numpy(),
+                values=torch.cat(values).numpy(),
+                row_counts=np.array([len(part) for part in rows]),
+                value_counts=np.array([len(part) for part in values]),
+            )
 
     def remove(self) -> None:
         """All shards, of every rank, once the cache has the whole."""

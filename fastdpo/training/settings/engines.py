@@ -28,13 +28,13 @@ def name_engine(args: SettingFields) -> None:
         f"sp_size: got {args.sp_size}": (args.sp_size or 1) > 1,
     }
     named = [way for way, is_asked in ways.items() if is_asked]
+    given = [name for name in ("fsdp", "fsdp_config", "deepspeed") if getattr(args, name)]
+    if args.engine is not None and given:
+        raise ValueError(f"engine: got {args.engine!r} and {', '.join(given)}, wanted one of the two")
     if named and importlib.util.find_spec("deepspeed") is None:
         raise ValueError(f"{named[0]}, which needs DeepSpeed: pip install deepspeed")
     if args.engine is None:
         return
-    given = [name for name in ("fsdp", "fsdp_config", "deepspeed") if getattr(args, name)]
-    if given:
-        raise ValueError(f"engine: got {args.engine!r} and {', '.join(given)}, wanted one of the two")
     settings: Any = args
     if args.engine == "fsdp2":
         settings.fsdp, settings.fsdp_config = True, {"version": 2}

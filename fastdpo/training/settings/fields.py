@@ -290,7 +290,7 @@ class SettingFields(DataSettings, TrainingArguments):
 
     on_nonfinite_loss: str = field(
         default="stop",
-        metadata=_help("A loss that is not finite: stop (naming the rows), or skip that optimiser step."),
+        metadata=_help("A loss or gradient that is not finite: stop (naming the rows), or skip the step."),
     )
     overwrite_output_dir: bool = field(
         default=False,

@@ -12,7 +12,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from fastdpo.training.loop.trainer import NonFiniteLossError, PreferenceTrainer
+import fastdpo.training.loop.trainer
+from fastdpo.training.loop.guard import NonFiniteLossError
+from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.training.conftest import make_rows, read_metrics, tiny_llama
 
@@ -75,6 +77,87 @@ def test_skip_leaves_that_step_out(
     text = (Path(args.output_dir) / "metrics.jsonl").read_text()
     assert "NaN" not in text  # grad_norm of the step left out is null
     assert json.loads(text.splitlines()[1])["grad_norm"] is None
+
+
+class BadGradient(TrainerCallback):
+    """Once, in the backward pass of the third step, while its loss is finite."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            weight = model.lm_head.weight
+
+            def spoil(gradient: torch.Tensor) -> torch.Tensor:
+                hook.remove()
+                return gradient.index_fill(0, torch.tensor([3]), self.value)
+
+            hook = weight.register_hook(spoil)
+
+
+def guarded(args: PreferenceConfig, tokenizer: Any, *callbacks: TrainerCallback) -> PreferenceTrainer:
+    return PreferenceTrainer(
+        tiny_llama(), args, train_dataset=make_rows(20), processing_class=tokenizer, callbacks=list(callbacks)
+    )
+
+
+@pytest.mark.promise(56)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("save_steps", "max_steps"), [(1, 5), (2, 5), (2, 3)])
+def test_gradients_that_are_not_finite_stop_the_run_and_are_in_no_checkpoint(
+    make_args: MakeArgs, tokenizer: Any, tmp_path: Path, value: float, save_steps: int, max_steps: int
+):
+    """Before the checkpoint of that step, in the next one, and at the end. Resumed, the curve is whole."""
+    how = {"save_strategy": "steps", "save_steps": save_steps, "max_steps": max_steps}
+    args = make_args(**how)
+    with pytest.raises(NonFiniteLossError, match=r"the gradients of step 3 are not finite \(their norm is"):
+        guarded(args, tokenizer, BadGradient(value)).train()
+    folder = Path(args.output_dir)
+    assert max(path.name for path in folder.glob("checkpoint-*")) == "checkpoint-2"
+    guarded(args, tokenizer).train(resume_from_checkpoint=True)
+    whole = make_args(**how, output_dir=str(tmp_path / "whole"))
+    guarded(whole, tokenizer).train()
+    assert read_metrics(folder) == read_metrics(whole.output_dir)
+
+
+@pytest.mark.promise(56)
+def test_a_step_whose_gradients_are_not_finite_is_left_out(
+    make_args: MakeArgs, tokenizer: Any, caplog: pytest.LogCaptureFixture
+):
+    kept = KeepWeights()
+    trainer = guarded(make_args(on_nonfinite_loss="skip"), tokenizer, BadGradient(float("nan")), kept)
+    trainer.train()
+    assert caplog.text.count("the gradients of step 3 are not finite, though its loss is") == 1
+    for name, value in kept.steps[1].items():
+        assert torch.equal(kept.steps[2][name], value)
+    assert not torch.equal(kept.steps[3]["lm_head.weight"], kept.steps[2]["lm_head.weight"])
+    assert all(value.isfinite().all() for value in kept.steps[3].values())
+
+
+@pytest.mark.promise(56)
+def test_a_run_that_stopped_for_its_loss_goes_on_to_the_same_curve(
+    make_args: MakeArgs, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Where it was the machine, once."""
+    how = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
+    args = make_args(**how)
+    trainer = guarded(args, tokenizer)
+    with monkeypatch.context() as patch:
+        plain = fastdpo.training.loop.trainer.batch_loss
+
+        def spoiled(*given: Any, **options: Any) -> Any:
+            result = plain(*given, **options)
+            is_bad = trainer.state.global_step == 2
+            return result._replace(loss=result.loss * float("nan")) if is_bad else result
+
+        patch.setattr("fastdpo.training.loop.trainer.batch_loss", spoiled)
+        with pytest.raises(NonFiniteLossError, match="the loss is nan at step 3, from the log-prob"):
+            trainer.train()
+    guarded(args, tokenizer).train(resume_from_checkpoint=True)
+    whole = make_args(**how, output_dir=str(tmp_path / "whole"))
+    guarded(whole, tokenizer).train()
+    assert read_metrics(args.output_dir) == read_metrics(whole.output_dir)
 
 
 def make_trainer(args: PreferenceConfig, tokenizer: Any) -> PreferenceTrainer:
