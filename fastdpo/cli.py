@@ -19,6 +19,7 @@ import fastdpo
 from fastdpo import native_build
 from fastdpo.commands.diagnose import diagnose
 from fastdpo.commands.run import load_pairs, load_run, set_up_logging, write_scored
+from fastdpo.commands.words import convert_words, merge_words, plan_words
 from fastdpo.training.settings.typos import check_words
 from fastdpo.training.settings.words import ArgumentError, Parser
 
@@ -241,26 +242,28 @@ def bench(argv: Sequence[str]) -> int:
 
 def plan(argv: Sequence[str]) -> None:
     """``fastdpo plan``."""
-    from fastdpo.doctor.machine_report import machine_report, make_parser
+    options = plan_words(argv)
+    from fastdpo.doctor.machine_report import machine_report
     from fastdpo.training.settings.hub import check_there
 
-    options = make_parser(Parser).parse_args(argv)
     check_there("model", options.model)
     print(machine_report(options))
 
 
 def merge(argv: Sequence[str]) -> None:
     """``fastdpo merge``."""
+    words = merge_words(argv)
     from fastdpo.training.loop.merge import merge as run
 
-    run(argv)
+    run(**vars(words))
 
 
 def convert_config(argv: Sequence[str]) -> None:
     """``fastdpo convert-config``."""
+    words = convert_words(argv)
     from fastdpo.training.settings.converters.convert import convert_config as run
 
-    run(argv)
+    run(**vars(words))
 
 
 if __name__ == "__main__":

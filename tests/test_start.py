@@ -64,6 +64,9 @@ def loaded(program: str) -> tuple[int | None, list[str]]:
         (AT_ONCE.format(words="train --model m --betta 1"), 2),
         (AT_ONCE.format(words="sample --modle m"), 2),
         (AT_ONCE.format(words="doctor --model m --dataset d --betta 1"), 2),
+        (AT_ONCE.format(words="merge out --output_dri merged"), 2),
+        (AT_ONCE.format(words="convert-config a.yaml --form trl"), 2),
+        (AT_ONCE.format(words="plan --model m --gpus 8 --engine fsdp3"), 2),
     ],
 )
 def test_nothing_is_loaded_for_what_words_alone_tell(program: str, code: int | None):

@@ -1,4 +1,4 @@
-"""``fastdpo plan``: its settings, and what it prints."""
+"""``fastdpo plan``: what its settings ask for, and what it prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from fastdpo.doctor.context import GIB
 from fastdpo.doctor.machines import MULTIPROCESSORS, PAIR_TOKENS, Machine, Run, plan_machines
 from fastdpo.integrations.auto_class import read_config
 from fastdpo.plan.machine_traffic import COLLECTIVES
-from fastdpo.plan.machines import ENGINES, REFERENCES
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HELD = ("weights", "gradients", "optimizer", "reference", "engine", "activations", "head")
@@ -24,58 +23,6 @@ _ADDED = {
     "zero3": "1e9 whole weights, DeepSpeed's default, and a bucket of gradients",
     "tp": "what FSDP2 has whole for the moment, and at the most autocast's copies of the weights",
 }
-
-
-def make_parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Of the words after ``fastdpo plan``; ``kind`` says what becomes of a mistake."""
-    parser = kind(
-        prog="fastdpo plan",
-        allow_abbrev=False,
-        description="Predict what each GPU of many holds and sends in a step. Reads a config, no weights; "
-        "needs no GPU.",
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="a config.json, a folder that has one, or a hub id")
-    add(
-        "--gpus",
-        type=_counts,
-        required=True,
-        metavar="N",
-        help="8, or 8,12,64, or powers of two: 8..1024",
-    )
-    add("--engine", required=True, choices=ENGINES, help="tp: tensor parallelism, FSDP2 over the other ranks")
-    add("--tp_size", type=int, default=1, help="with tp or fsdp2: GPUs that share each layer's tensors")
-    add("--lora", action="store_true", help="adapters of rank 16 on all linear layers but the head")
-    add("--tokens", type=int, default=8192, help="positions of a GPU's micro-batch (8192)")
-    add("--labelled_tokens", type=int, help="of these, tokens of answers (a quarter)")
-    add("--dtype", choices=_DTYPES, help="of the weights as loaded (float32; with --lora bfloat16)")
-    add("--mixed_precision", choices=("bf16", "no"), default="bf16", help="what they compute in (bf16)")
-    add("--reference", choices=REFERENCES, help="(copy; with --lora adapter)")
-    add("--no_activation_checkpointing", action="store_true", help="keep all activations")
-    add("--context_chunk", type=int, help="tokens of a chunk where contexts are carried")
-    add("--memory_gib", type=float, default=80.0, help="of a GPU (80)")
-    return parser
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    """Numbers of GPUs.
-
-    Raises:
-        argparse.ArgumentTypeError: no numbers, or a range without a power of two.
-    """
-    first, dots, last = text.partition("..")
-    try:
-        if not dots:
-            counts = tuple(int(word) for word in text.split(","))
-        else:
-            counts = tuple(2**n for n in range(31) if int(first) <= 2**n <= int(last))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, wanted a number of GPUs, a list (8,12,64), or a range of powers of two (8..1024)"
-        )
-    return counts
 
 
 def checked_run(options: argparse.Namespace) -> Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from torch import nn
 from fastdpo.training.loop.models import load_model, load_tokenizer
 from fastdpo.training.loop.run_record import SETTINGS_FILE
 from fastdpo.training.settings.quantisation import QuantisationArguments
-from fastdpo.training.settings.words import Parser
 from fastdpo.training.settings.yaml_file import read_settings
 
-_DTYPES = ("bfloat16", "float16", "float32")
 _BITS = (
     "load_in_4bit",
     "load_in_8bit",
@@ -26,43 +23,30 @@ _BITS = (
 )
 
 
-def merge(argv: Sequence[str]) -> None:
-    """``fastdpo merge``: write the merged model and its tokenizer into a folder of their own."""
-    parser = Parser(
-        prog="fastdpo merge",
-        description="Merges an adapter into its base. A base that was trained on in 4 or 8 bits, as "
-        "settings.yaml beside the adapter says, is dequantised first: that is the model trained.",
-    )
-    parser.add_argument("adapter", help="its folder or hub id")
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="a folder that is not there yet, or empty"
-    )
-    parser.add_argument(
-        "--dtype", choices=_DTYPES, default="bfloat16", help="of the weights; default bfloat16"
-    )
-    parser.add_argument(
-        "--base",
-        choices=("trained", "original"),
-        default="trained",
-        help="of a base of few bits: the weights that were trained on, or those they were made of",
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    told = parser.parse_args(list(argv))
-    folder = told.output_dir
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+def merge(adapter: str, output_dir: Path, *, dtype: str, base: str, trust_remote_code: bool = False) -> None:
+    """``fastdpo merge``: write the merged model and its tokenizer into a folder of their own.
+
+    Args:
+        adapter: its folder or id.
+        base: of a base of few bits: ``trained``, the weights that were trained on, or ``original``.
+
+    Raises:
+        ValueError: the folder is in use; and as `merged_model`.
+    """
+    if output_dir.is_file() or output_dir.is_dir() and any(output_dir.iterdir()):
         raise ValueError(
-            f"output_dir: got {folder}, which is in use, wanted a folder that is not there, or empty"
+            f"output_dir: got {output_dir}, which is in use, wanted a folder that is not there, or empty"
         )
-    bits = bits_of(Path(told.adapter)) if told.base == "trained" else QuantisationArguments()
+    bits = bits_of(Path(adapter)) if base == "trained" else QuantisationArguments()
     bits.check_quantisation()
-    options = {"trust_remote_code": True} if told.trust_remote_code else {}
-    model = merged_model(told.adapter, told.dtype, bits, **options)
-    tokenizer = _tokenizer(told.adapter, model.name_or_path, options)
-    model.save_pretrained(folder)
+    options = {"trust_remote_code": True} if trust_remote_code else {}
+    model = merged_model(adapter, dtype, bits, **options)
+    tokenizer = _tokenizer(adapter, model.name_or_path, options)
+    model.save_pretrained(output_dir)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(output_dir)
     how = " of the dequantised base" if bits.is_quantised else ""
-    print(f"merged into {folder}: {told.dtype}{how}")
+    print(f"merged into {output_dir}: {dtype}{how}")
 
 
 def merged_model(adapter: str, dtype: str, bits: QuantisationArguments, **options: Any) -> Any:

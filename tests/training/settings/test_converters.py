@@ -359,4 +359,4 @@ def test_a_trainer_is_of_trls_files(tmp_path: Path):
     from fastdpo.training.settings.converters.convert import convert_config
 
     with pytest.raises(ArgumentError, match="--trainer: got 'orpo'"):
-        convert_config([str(path), "--trainer", "orpo"])
+        convert_config(path, trainer="orpo")

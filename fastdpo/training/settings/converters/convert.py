@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastdpo.training.settings.command_line import known_settings, parse_train
-from fastdpo.training.settings.converters import axolotl, llama_factory, trl_files
+from fastdpo.training.settings.converters import SOURCES, axolotl, llama_factory, trl_files
 from fastdpo.training.settings.converters.parts import Theirs
-from fastdpo.training.settings.words import ArgumentError, Parser
+from fastdpo.training.settings.words import ArgumentError
 from fastdpo.training.settings.yaml_file import read_settings
-
-SOURCES = ("llama-factory", "axolotl", "trl", "alignment-handbook")
 
 
 def source_of(given: dict[str, Any]) -> str:
@@ -63,26 +60,15 @@ def convert(
     return trl_files.convert(given, known_settings(), trainer), source
 
 
-def convert_config(argv: Sequence[str]) -> None:
+def convert_config(file: Path, source: str | None = None, trainer: str | None = None) -> None:
     """``fastdpo convert-config``: print our YAML, with what it leaves out in comments."""
     import yaml  # type: ignore[import-untyped]
 
-    parser = Parser(
-        prog="fastdpo convert-config",
-        description="Prints a YAML file for `fastdpo train` with what a file of another library says.",
-    )
-    parser.add_argument("file", type=Path, help="YAML of LLaMA-Factory, axolotl, TRL or alignment-handbook")
-    parser.add_argument("--from", dest="source", choices=SOURCES, help="default: told by its settings")
-    parser.add_argument(
-        "--trainer", choices=trl_files.TRAINERS, help="of TRL's and alignment-handbook's files; default: told"
-    )
-    options = parser.parse_args(list(argv))
-    given = read_settings(options.file)
-    found, source = convert(given, options.source, trainer=options.trainer, folder=options.file.parent)
-    if options.trainer is not None and source not in ("trl", "alignment-handbook"):
-        raise ArgumentError(f"--trainer: got {options.trainer!r}, but {options.file} is of {source}")
+    found, source = convert(read_settings(file), source, trainer=trainer, folder=file.parent)
+    if trainer is not None and source not in ("trl", "alignment-handbook"):
+        raise ArgumentError(f"--trainer: got {trainer!r}, but {file} is of {source}")
     notes = [f"{name}: {why}" for name, why in found.left_out.items()]
-    print(f"# made of {options.file.name}, of {source}, by fastdpo convert-config")
+    print(f"# made of {file.name}, of {source}, by fastdpo convert-config")
     if notes:
         print("# not taken as it was, and why:")
         print("\n".join(f"#   {' '.join(note.split())}" for note in notes))

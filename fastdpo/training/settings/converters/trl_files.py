@@ -8,7 +8,6 @@ from fastdpo.training.settings.converters.parts import Theirs
 from fastdpo.training.settings.names import ELSEWHERE, UNSUPPORTED, our_names
 from fastdpo.training.settings.trl_options import CPO_LOSSES
 
-TRAINERS = ("dpo", "kto", "cpo", "orpo")
 MARKS = ("dataset_name", "model_name_or_path", "dataset_train_split", "lora_target_modules", "use_peft")
 HANDBOOK_MARKS = (
     "dataset_mixer",
