@@ -163,7 +163,9 @@ def test_a_process_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("number", gpu.ENDINGS, ids=str)
 def test_who_is_asked_to_end_lets_the_part_keep_what_it_has(number: signal.Signals) -> None:
     """By ^C, or by a limit on the whole: the process that measures is asked too, and waited for."""
-    kept = "import time\ntry:\n print(flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+    # A shell's background jobs, and what they start, are deaf to ^C.
+    hears = "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    kept = f"{hears}\ntry:\n print(flush=True); time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
     with subprocess.Popen([sys.executable, "-c", kept], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline()
         timer = threading.Timer(0.1, os.kill, (os.getpid(), number))

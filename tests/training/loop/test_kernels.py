@@ -101,10 +101,12 @@ def test_what_is_not_installed_is_said_before_anything_is_loaded(
         parse_train(["--model", "m", "--dataset", "d", "--use_cpu", "--use_kernels"])
 
 
-def test_the_hubs_kernels_are_asked_for_as_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch):
+def test_the_hubs_kernels_are_asked_for_as_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(sys.modules, "kernels", sys)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: object())
-    run = parse_train(["--model", "m", "--dataset", "d", "--use_cpu", "--use_kernels"])
-    assert run.loading_options()["use_kernels"] is True
-    run = parse_train(["--model", "m", "--dataset", "d", "--use_cpu"])
+    words = ["--model", str(tmp_path), "--dataset", "d", "--use_cpu"]
+    assert parse_train([*words, "--use_kernels"]).loading_options()["use_kernels"] is True
+    run = parse_train(words)
     assert "use_kernels" not in run.loading_options()

@@ -195,10 +195,10 @@ def test_twenty_steps_are_trls(folder: Path, bits: int, tmp_path: Path, trained_
         ("--use_peft --use_bnb_nested_quant", "use_bnb_nested_quant: got True without load_in_4bit"),
     ],
 )
-def test_what_few_bits_do_not_go_with(words: str, said: str, monkeypatch: pytest.MonkeyPatch):
+def test_what_few_bits_do_not_go_with(words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: object())
     with pytest.raises(ValueError, match=said):
-        parse_train(["--model", "m", "--dataset", "d", "--use_cpu", *words.split()])
+        parse_train(["--model", str(tmp_path), "--dataset", "d", "--use_cpu", *words.split()])
 
 
 def test_without_the_library_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch):
