@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.trainer  # noqa: F401  bitsandbytes, which it imports, would look for CUDA's own functions
 
 from benchmarks.dry.claims import Claims
 from benchmarks.dry.device import CARDS, Card, Pretence

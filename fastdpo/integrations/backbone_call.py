@@ -20,7 +20,7 @@ from fastdpo.integrations.probe import HEAD_ARGUMENTS, NotSupportedArgument, loa
 from fastdpo.ops.checks import fail
 from fastdpo.types import CarriedContext, TokenLayout
 
-Layout = TypeVar("Layout", TokenLayout, None)
+Layout = TypeVar("Layout", TokenLayout, TokenLayout | None)
 # One thing, by the names that releases of transformers and families have for it.
 CACHES = ("cache", "past_key_values", "cache_params")
 

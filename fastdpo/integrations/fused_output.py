@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -93,7 +93,8 @@ class HeadStates:
     All that a divergence from the model needs; no logits have been made.
 
     Args:
-        hidden: ``(B, T, H)``; with ``row_batches`` ``(M, H)``, all positions one after the other.
+        hidden: ``(B, T, H)``; with ``row_batches`` or ``token_layout`` ``(M, H)``, all positions one after
+            the other; of carried contexts with ``token_layout`` those that predict one of its tokens alone.
         lm_head: its weights are the model's own.
     """
 
@@ -187,6 +188,31 @@ class ScoreRequest:
             raise TypeError(f"reference: got {type(self.reference).__name__}, wanted HeadStates or Teachers")
         elif self.topk is not None:
             raise fail("logps_topk", repr(self.topk), "None with a reference, beside which there are none")
+
+    def of_positions(self, kept: Tensor, num_positions: int) -> ScoreRequest:
+        """This request where there are states of some positions alone: whole references become as theirs.
+
+        Args:
+            kept: ``(K,)`` int64, ascending.
+        """
+
+        def taken(hidden: Tensor) -> Tensor:
+            rows = flat_rows(hidden)
+            return rows[kept.to(rows.device)] if len(rows) == num_positions else rows
+
+        def of_model(states: HeadStates) -> HeadStates:
+            return replace(states, hidden=taken(states.hidden))
+
+        found: Any = self.reference
+        if isinstance(found, Teachers):
+            second = None if found.second is None else of_model(found.second)
+            found = replace(found, first=of_model(found.first), second=second)
+        pair_loss = None if self.pair_loss is None else dict(self.pair_loss)
+        for name in ("ref_hidden", "teacher_hidden"):
+            if pair_loss is not None and isinstance(pair_loss.get(name), Tensor):
+                pair_loss[name] = taken(pair_loss[name])
+        reference = of_model(found) if isinstance(found, HeadStates) else found
+        return replace(self, reference=reference, pair_loss=pair_loss)
 
     def settled_split(self, choice: str, execution: Execution) -> str:
         """``split_head`` for this request: what no part of a head gives settles the choice."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -124,10 +125,18 @@ def split_head(model: Any, idle: Hooks, own: Callable[[Tensor], Tensor]) -> Spli
     return SplitHead(model, bare_linear(model), adapter_of(model), idle, own)
 
 
-@functools.lru_cache(maxsize=16)
+# By the world they are in, and gone with it: a group that outlives it keeps threads that end the interpreter.
+_MEETINGS: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+
+
 def _meeting(ranks: tuple[int, ...], world: Any) -> Any:
     """A group of these ranks for what they say to each other, in the processes that ``world`` is of."""
-    return dist.new_group(list(ranks), timeout=PATIENCE, backend="gloo", use_local_synchronization=True)
+    known = _MEETINGS.setdefault(world, {})
+    if ranks not in known:
+        known[ranks] = dist.new_group(
+            list(ranks), timeout=PATIENCE, backend="gloo", use_local_synchronization=True
+        )
+    return known[ranks]
 
 
 class _Steps:

@@ -264,9 +264,10 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
             kwargs["cache"] = kwargs.pop("past_key_values")
         if not return_logps:
             given: dict[str, Any] = {"logps_outputs": logps_outputs or None, "logps_topk": logps_topk}
-            given |= {"reference": reference, "pair_loss": pair_loss, "token_layout": token_layout}
+            given |= {"reference": reference, "pair_loss": pair_loss}
             if not return_states:
-                given |= {"row_batches": row_batches, "num_virtual_tokens": num_virtual_tokens}
+                given |= {"token_layout": token_layout, "row_batches": row_batches}
+                given |= {"num_virtual_tokens": num_virtual_tokens}
             for name, value in given.items():
                 if value is not None:
                     raise fail(name, "a value", "return_logps=True with it")
@@ -284,7 +285,7 @@ def _patched_class(original: Any, hook: _Hook) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         num_virtual = num_virtual_tokens or 0
         if return_states:
-            return _head_states(self, hook, arguments, row_batches, num_virtual)
+            return _head_states(self, hook, arguments, token_layout, row_batches, num_virtual)
         request = ScoreRequest(logps_outputs, logps_topk, reference, pair_loss)  # type: ignore[arg-type]
         if token_layout is None and row_batches is None:
             return _fused_forward(self, hook, arguments, request, num_virtual)
@@ -364,8 +365,11 @@ def _layout_forward(
         raise fail("token_layout", type(layout).__name__, "a TokenLayout")
     if arguments.get("labels") is not None:
         raise fail("labels", "a value together with token_layout", "one of the two")
-    calls, layout = backbone_calls(model, hook.tail, arguments, row_batches, layout)
+    calls, tokens = backbone_calls(model, hook.tail, arguments, row_batches, layout)
     hidden = all_positions(calls, num_virtual)
+    if tokens is not layout:  # states are made of the labelled ones alone
+        num_positions = sum(inputs["input_ids"].numel() for inputs, _ in calls)
+        request = request.of_positions(layout.token_index.unique().to(torch.int64), num_positions)
     if len(calls) == 1:
         passed = passed_through(model, hook.tail, *calls[0])
     else:
@@ -374,14 +378,14 @@ def _layout_forward(
 
     def run(states: Tensor, head: LMHead) -> dict[str, Any]:
         on_device = TokenLayout(
-            layout.token_index.to(states.device, torch.int64),
-            layout.target_ids.to(states.device),
-            layout.sequence_ids.to(states.device, torch.int64),
-            layout.lengths,
+            tokens.token_index.to(states.device, torch.int64),
+            tokens.target_ids.to(states.device),
+            tokens.sequence_ids.to(states.device, torch.int64),
+            tokens.lengths,
         )
         return make(states, head, on_device, **hook.settings)
 
-    how = (request.settled_split(hook.split_head, hook.execution), lambda: len(layout.target_ids))
+    how = (request.settled_split(hook.split_head, hook.execution), lambda: len(tokens.target_ids))
     return FusedLMOutput(**call_head(model, hook.tail, hidden, run, request.pair_loss, *how), **passed)
 
 
@@ -389,15 +393,18 @@ def _head_states(
     model: Any,
     hook: _Hook,
     arguments: dict[str, Any],
+    layout: TokenLayout | None,
     row_batches: Sequence[Mapping[str, Any]] | None,
     num_virtual: int,
 ) -> HeadStates:
     """What the head would see."""
+    if layout is not None and not isinstance(layout, TokenLayout):
+        raise fail("token_layout", type(layout).__name__, "a TokenLayout")
     if arguments.get("labels") is not None:
         raise fail("labels", "a value together with return_states", "return_logps=True with it")
-    calls, _ = backbone_calls(model, hook.tail, arguments, row_batches, None)
+    calls, _ = backbone_calls(model, hook.tail, arguments, row_batches, layout)
     hidden = all_positions(calls, num_virtual)
-    if row_batches is None:
+    if row_batches is None and layout is None:
         hidden = calls[0][1].last_hidden_state[:, num_virtual:]
     if engine_around(model) is None and not is_partitioned(model):
         head = current_head(model, hook.tail)

@@ -1,17 +1,17 @@
 """Mode ``pairs`` over a vocabulary that is split over ranks: one all-gather for each group of rows.
 
-An op takes no process group: it is named by its name, in a table. Ranks plan their groups by the largest
+An op takes no process group but its name, by which torch finds it. Ranks plan their groups by the largest
 part, so all have the same ones, and meet as often; chunks, which are nobody else's business, are each rank's.
 """
 
 from __future__ import annotations
 
 from ast import literal_eval
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from fastdpo.kernels.contract import RowOutputs
 from fastdpo.ops.grouped_chunks import Join
@@ -20,8 +20,6 @@ from fastdpo.ops.shard_check import largest_part
 from fastdpo.ops.vocab_parallel import own_columns, whole_results
 from fastdpo.types import LinearLogprobOutput, LMHead, VocabShard
 
-_GROUPS: dict[str, Any] = {}
-
 
 def carried_shard(head: LMHead) -> str:
     """What an op is told of a part of the vocabulary."""
@@ -29,7 +27,6 @@ def carried_shard(head: LMHead) -> str:
     assert isinstance(shard, VocabShard)
     group = dist.group.WORLD if shard.group is None else shard.group
     assert group is not None
-    _GROUPS[group.group_name] = group
     return repr((group.group_name, shard.vocab_size, largest_part(head)))
 
 
@@ -47,6 +44,6 @@ def restored_shard(carried: str, size: int) -> tuple[int, Join | None]:
         if ref_outputs is not None:
             columns["ref_lse"] = ref_outputs.lse
             columns["ref_label"] = torch.where(own >= 0, ref_outputs.logps + ref_outputs.lse, 0)
-        return whole_results(columns, _GROUPS[name], vocab_size)
+        return whole_results(columns, _resolve_process_group(name), vocab_size)
 
     return largest, join

@@ -27,7 +27,7 @@ from tests.distributed.problem import (
     truth,
     worst_error,
 )
-from tests.distributed.ranks import join, own_device
+from tests.distributed.ranks import join, leave, own_device
 
 
 def _fsdp2(model: Any, unit: str, *, reshards: bool = False) -> Any:
@@ -137,4 +137,4 @@ if __name__ == "__main__":
     join()
     torch.set_num_threads(1)
     print_results(FSDP if dist.get_world_size() == 2 else HSDP, _case)
-    dist.destroy_process_group()
+    leave()

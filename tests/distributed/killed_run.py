@@ -14,11 +14,11 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-import torch.distributed as dist
 import transformers
 from transformers import TrainerCallback
 
 from tests.distributed.loop_run import weights
+from tests.distributed.ranks import leave
 from tests.distributed.resume_run import make
 
 TIMEOUT = 15
@@ -56,7 +56,7 @@ def main(folder: Path, way: str, how: str, rank: str = "1") -> None:
     }
     if os.environ["RANK"] == "0":
         torch.save(found, folder / f"{way}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

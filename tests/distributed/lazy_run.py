@@ -21,6 +21,7 @@ from fastdpo.integrations.lm_head import unwrap
 from tests.distributed.cases import LAZY
 from tests.distributed.fsdp_run import _fsdp2, _gradients
 from tests.distributed.problem import PAIRS, batch, dpo, part, print_results, tiny, worst_error
+from tests.distributed.ranks import leave
 
 _MINE = ([0, 1], [2, 3])
 
@@ -287,4 +288,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     print_results(LAZY, _case)
-    dist.destroy_process_group()
+    leave()

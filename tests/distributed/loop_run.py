@@ -29,7 +29,7 @@ from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.distributed.cases import LOOP
 from tests.distributed.problem import tiny_experts
-from tests.distributed.ranks import own_device
+from tests.distributed.ranks import leave, own_device
 from tests.training.conftest import tiny_llama
 from tests.training.loop.ddp_run import answers, pairs
 
@@ -203,7 +203,7 @@ def main(folder: Path, engine: str, names: list[str]) -> None:
             torch.save(found, place / "found.pt")
         gc.collect()
         dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

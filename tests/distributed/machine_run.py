@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from fastdpo.training.loop.trainer import PreferenceTrainer
 from tests.distributed.cases import MACHINES
 from tests.distributed.loop_run import settings
 from tests.distributed.problem import Collectives, batch, dpo, part, print_results, tiny
+from tests.distributed.ranks import leave
 from tests.distributed.tensor_run import _loaded
 from tests.training.conftest import tiny_llama
 from tests.training.loop.ddp_run import pairs
@@ -195,5 +195,4 @@ if __name__ == "__main__":
         deepspeed.comm.torch.build_shm_op = lambda: None  # a build of minutes; gloo does without
     sys.argv[1:] = []
     print_results(its, _case)
-    gc.collect()
-    dist.destroy_process_group()
+    leave()

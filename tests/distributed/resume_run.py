@@ -26,6 +26,7 @@ from accelerate.utils import DistributedType
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.distributed.loop_run import StopAfterSaving, weights
+from tests.distributed.ranks import leave
 from tests.training.conftest import tiny_llama
 from tests.training.loop.ddp_run import pairs
 
@@ -157,8 +158,7 @@ def main(folder: Path, what: str, ways: list[str]) -> None:
         gc.collect()
         if dist.is_initialized():
             dist.barrier()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdpo import TokenLayout, fused_dpo_loss, fused_preference_loss, shift_labels
 from tests.distributed.cases import SEQUENCES
 from tests.distributed.problem import Collectives, print_results
+from tests.distributed.ranks import leave
 
 P, T, H, V = 3, 10, 16, 61
 
@@ -98,4 +99,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     print_results(SEQUENCES, _case)
-    dist.destroy_process_group()
+    leave()

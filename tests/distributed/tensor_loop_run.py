@@ -27,6 +27,7 @@ from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings import parallel
 from tests.distributed.cases import SEQUENCE_LOOP, TENSOR_LOOP
 from tests.distributed.loop_run import as_on_gpus, logged, settings, trained
+from tests.distributed.ranks import leave
 from tests.training.conftest import bpe_text, made_tokenizer, tiny_llama
 from tests.training.loop.ddp_run import answers, pairs
 
@@ -208,7 +209,7 @@ def main(folder: Path, names: list[str]) -> None:
             torch.save(found, folder / name / "found.pt")
         gc.collect()
         dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tests.distributed.problem import (
     truth,
     worst_error,
 )
+from tests.distributed.ranks import leave
 
 
 def _loaded(base: Any, tensor: int, data: int) -> Any:
@@ -71,4 +72,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     ranks = dist.get_world_size()
     print_results({n: c for n, c in TENSOR_PARALLEL.items() if 2 * c.get("data", 1) == ranks}, _case)
-    dist.destroy_process_group()
+    leave()

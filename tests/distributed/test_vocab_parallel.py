@@ -49,6 +49,13 @@ def test_shards_give_what_the_whole_head_gives(
 
 @pytest.mark.distributed
 @pytest.mark.slow
+def test_a_group_that_is_destroyed_is_kept_by_nobody(two: list[dict[str, Any]], three: list[dict[str, Any]]):
+    for of_rank in [*two, *three]:
+        assert of_rank["afterwards"]["is_held"] is False
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
 def test_a_call_exchanges_a_few_numbers_a_token_and_sums_dhidden(two: list[dict[str, Any]]):
     exchanged, summed = 0, 0
     for name, num_columns in (("stash", 3), ("statistics", 7)):
@@ -93,8 +100,8 @@ def test_pairs_take_three_products_and_an_exchange_a_group(
         ("too few", "wanted .* 0 to 60 together"),
         ("nothing", "at least one row"),
         ("another size", r"got vocab_size \[61, 62\] of the ranks"),
-        ("another scale", "got scale, cap, temperature, bias, LoRA"),
-        ("a bias", "got scale, cap, temperature, bias, LoRA"),
+        ("another scale", "got own rows, scale, cap, temperature, bias, LoRA"),
+        ("a bias", "got own rows, scale, cap, temperature, bias, LoRA"),
         ("another dtype", "got dtypes of the weight"),
         ("other labels", "labels: got others on some ranks"),
         ("a label beyond all", "labels: got 61"),

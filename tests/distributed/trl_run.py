@@ -15,6 +15,7 @@ from fastdpo import patch_trl, unpatch_trl
 from tests.distributed.cases import TRL
 from tests.distributed.fsdp_run import _fsdp2
 from tests.distributed.problem import PAIRS, batch, part, print_results, tiny, worst_error
+from tests.distributed.ranks import leave
 
 _WORLD = 2
 
@@ -53,4 +54,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     print_results(TRL, _case)
-    dist.destroy_process_group()
+    leave()

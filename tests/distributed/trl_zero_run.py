@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from tests.distributed import zero_run  # first: it chooses DeepSpeed's accelerator
+from tests.distributed.ranks import leave
 
 import deepspeed  # isort: skip
 import deepspeed.comm.torch  # isort: skip
@@ -78,4 +79,4 @@ if __name__ == "__main__":
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     torch.set_num_threads(1)
     print_results(TRL_ZERO, _case)
-    dist.destroy_process_group()
+    leave()

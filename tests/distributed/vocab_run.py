@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from fastdpo.testing import assert_close_to_fp64, assert_logps_close
 from fastdpo.types import HeadAdapter
 from tests.distributed.cases import MISTAKES, VOCABULARY_SHARDS
 from tests.distributed.problem import Collectives, print_results
+from tests.distributed.ranks import leave
 
 H, N = 24, 45
 PAIRS, LENGTH = 12, 45  # of mode `pairs`; a pair of two long answers outgrows a small cache
@@ -264,10 +267,19 @@ def _mistake(
     return {"said": None}
 
 
+def _is_held() -> dict[str, Any]:
+    """Whether a group is kept when all its uses are over: its threads would go on."""
+    world = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    gc.collect()
+    return {"is_held": world() is not None}
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     print_results(VOCABULARY_SHARDS, _case)
     if dist.get_world_size() == 2:
         print_results(MISTAKES, _mistake)
-    dist.destroy_process_group()
+    print_results({"afterwards": {}}, _is_held)
+    leave()

@@ -69,8 +69,10 @@ def divergence_logps(
 
 
 def head_states(model: nn.Module, batch: Scorable) -> HeadStates:
-    """What the model's head sees of a batch, and the head."""
-    return require_states(model(**batch.model_inputs(model), return_states=True))
+    """What the model's head sees of a batch, and the head; of a carried one what predicts labels alone."""
+    layout = batch.label_inputs().get("token_layout")
+    asked = {} if layout is None else {"token_layout": layout}
+    return require_states(model(**batch.model_inputs(model), return_states=True, **asked))
 
 
 def _scored(model: nn.Module, batch: Scorable, **asked: Any) -> FusedLMOutput:
