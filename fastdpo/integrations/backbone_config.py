@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastdpo.integrations.lm_head import unwrap
+from fastdpo.integrations.partitioned import whole_shape
 
 # Layers whose tokens see those before them, all or within a window, and nothing else.
 _KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -53,8 +54,9 @@ def backbone_size(model: nn.Module) -> BackboneSize:
     inner: Any = unwrap(model)
     outer = [inner.get_input_embeddings(), inner.get_output_embeddings()]
     left_out = {id(weight) for module in outer if module is not None for weight in module.parameters()}
-    matrices = sum(p.numel() for p in inner.parameters() if p.dim() > 1 and id(p) not in left_out)
-    hidden = inner.get_output_embeddings().weight.shape[-1]
+    shapes = [whole_shape(p) for p in inner.parameters() if id(p) not in left_out]
+    matrices = sum(shape.numel() for shape in shapes if len(shape) > 1)
+    hidden = whole_shape(inner.get_output_embeddings().weight)[-1]
     config = text_config(model)
     layers = layer_configs(config) or [config]
     types = getattr(config, "layer_types", None) or [""] * len(layers)

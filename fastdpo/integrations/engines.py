@@ -13,13 +13,14 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastdpo.integrations.partitioned import is_partitioned, partitioned_copy, whole_shape
 from fastdpo.ops.checks import fail
 from fastdpo.types import VocabShard
 
@@ -65,20 +66,6 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has split a model's weights, which are whole in its engine's calls alone."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def gathered(parameters: Iterable[Any]) -> AbstractContextManager[Any]:
-    """A context in which parameters that ZeRO-3 has split are whole; those that are so are left alone."""
-    split = {id(p): p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"}
-    if not split:
-        return nullcontext()
-    context: AbstractContextManager[Any] = sys.modules["deepspeed"].zero.GatheredParameters([*split.values()])
-    return context
-
-
 def _is_fsdp2(module: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
@@ -86,8 +73,7 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 def weight_shape(linear: Any) -> torch.Size:
     """``(V, H)``, also of a weight that is partitioned."""
-    shape = kept_weight(linear).shape
-    return shape if len(shape) == 2 else torch.Size((linear.out_features, linear.in_features))
+    return whole_shape(kept_weight(linear))
 
 
 def kept_weight(linear: Any) -> Any:
@@ -147,11 +133,13 @@ def is_split_by_tensors(model: nn.Module) -> bool:
 
 
 def copied(model: Any) -> Any:
-    """A deep copy of a model, also of one whose layers tensor parallelism has given forwards of their own.
+    """A deep copy of a model, also of one that is split over ranks by tensors or as ZeRO-3 loads it.
 
     Raises:
-        ValueError: FSDP2 has units in it, which cannot be copied.
+        ValueError: FSDP2 has units in it, or it is no model of transformers that ZeRO-3 has split.
     """
+    if is_partitioned(model):
+        return partitioned_copy(model)
     if not is_split_by_tensors(model):
         return copy.deepcopy(model)
     if engine_around(model) is not None:

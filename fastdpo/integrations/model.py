@@ -27,7 +27,7 @@ from fastdpo.integrations.backbone_call import (
     passed_through,
     run_backbone,
 )
-from fastdpo.integrations.engines import engine_around, is_partitioned
+from fastdpo.integrations.engines import engine_around
 from fastdpo.integrations.forest.attention import restore_attention
 from fastdpo.integrations.fused_output import FusedLMOutput as FusedLMOutput
 from fastdpo.integrations.fused_output import HeadStates, ScoreRequest, Teachers
@@ -48,6 +48,7 @@ from fastdpo.integrations.lm_head import (
     wrappers_and_model,
 )
 from fastdpo.integrations.moved_states import SPLIT_HEAD
+from fastdpo.integrations.partitioned import is_partitioned
 from fastdpo.integrations.patched_class import exchange_class, make_subclass, own_forward, restore_class
 from fastdpo.integrations.probe import refuse
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens, is_patched_wrapper, patched_wrapper

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastdpo.integrations.engines import gathered
+from fastdpo.integrations.partitioned import gathered
 from fastdpo.integrations.probe import NotSupported
 from fastdpo.integrations.trainer_steps import say_own
 from fastdpo.ops.checks import check_execution, fail

@@ -23,8 +23,10 @@ from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from fastdpo.integrations.partitioned import is_partitioned
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from tests.distributed.cases import LOOP
@@ -89,7 +91,7 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
     num_eval, lora = case.pop("num_eval", 0), case.pop("lora", ())
     is_resumed, has_ref_model = case.pop("is_resumed", False), case.pop("ref_model", False)
     has_teacher = case.pop("teacher", False)
-    experts = case.pop("experts", None)
+    experts, by_path = case.pop("experts", None), case.pop("by_path", False)
     if experts:  # their balance is one of a micro-batch: the same ones everywhere
         ranks = 1 if engine is None else int(os.environ["WORLD_SIZE"])
         case |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // ranks}
@@ -123,8 +125,9 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
 
             peft_config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=list(lora))
         torch.manual_seed(7)
+        model: Any = tiny_experts(experts) if experts else tiny_llama(1)
         return PreferenceTrainer(
-            tiny_experts(experts) if experts else tiny_llama(1),
+            loaded(model, folder.parent / "model") if by_path else model,
             args,
             train_dataset=rows(num_train, 0),
             eval_dataset=rows(num_eval, 1) if num_eval else None,
@@ -139,6 +142,17 @@ def run_case(folder: Path, engine: str | None, case: dict[str, Any]) -> dict[str
         found["whole"] = [n for n, p in made.reference.model.named_parameters() if not isinstance(p, DTensor)]
     if engine is not None and not lora:
         made.save_model(str(folder / "final"))
+    return found
+
+
+def loaded(model: Any, path: Path) -> Any:
+    """The model from a path, which ZeRO-3 splits as it loads it."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        model.save_pretrained(path)
+    if dist.is_initialized():
+        dist.barrier()
+    found = AutoModelForCausalLM.from_pretrained(path)
+    assert is_partitioned(found) == is_deepspeed_zero3_enabled()
     return found
 
 

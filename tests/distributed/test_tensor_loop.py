@@ -22,7 +22,7 @@ needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed (make test-deepspeed)"
 )
 # Rows split over two ranks, and with other rows on two more; an engine's settings stay with a process.
-_ALONE = ("ZeRO-2", "FSDP2", "FSDP2 twice")
+_ALONE = ("ZeRO-2", "ZeRO-3", "FSDP2", "FSDP2 twice")
 SEQUENCES = {
     (2, "DDP"): tuple(name for name in SEQUENCE_LOOP if name not in _ALONE),
     **{(4 if name == "FSDP2 twice" else 2, name): (name,) for name in _ALONE},

@@ -24,11 +24,12 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from fastdpo.integrations.backbone_config import why_no_neighbours
-from fastdpo.integrations.engines import engine_around, is_partitioned
+from fastdpo.integrations.engines import engine_around
 from fastdpo.integrations.forest.attention import Attention, attention_by
 from fastdpo.integrations.forest.backends import attend
 from fastdpo.integrations.forest.keys_values import KeysValues
 from fastdpo.integrations.forest.segments import Forest, Piece
+from fastdpo.integrations.partitioned import is_partitioned
 from fastdpo.ops.checks import fail
 from fastdpo.types import CarriedContext
 

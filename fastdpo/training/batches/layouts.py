@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.integrations.backbone_config import backbone_size, text_config
-from fastdpo.integrations.engines import FSDP2, engine_around, is_partitioned, reshard
+from fastdpo.integrations.engines import FSDP2, engine_around, reshard
 from fastdpo.integrations.forest.attention import own_attention
 from fastdpo.integrations.lm_head import wrappers_and_model
+from fastdpo.integrations.partitioned import gathered_in_calls
 from fastdpo.integrations.processor import ImageTokens, sees
 from fastdpo.integrations.virtual_tokens import has_virtual_tokens
 from fastdpo.training.batches.budget import TokenBudget, training_sampler
@@ -74,13 +75,6 @@ def choose_collator(
     padded = replace(padded_collator(args, pad_token_id), images=images)
     if args.batch_layout == "padded":
         return padded
-    if any(map(is_partitioned, models)):
-        if args.batch_layout == "auto":
-            return padded
-        raise ValueError(
-            f"batch_layout: got {args.batch_layout!r} with a model that ZeRO-3 has split over the ranks as "
-            "it was loaded, which cannot be tried before its engine runs: wanted 'padded' or 'auto'"
-        )
     costs = row_costs(models[0])
     layouts: tuple[str, ...] = (
         ("shared_prompt", "packed") if args.batch_layout == "auto" else (args.batch_layout,)
@@ -191,7 +185,8 @@ def _refusals(
         if any(has_virtual_tokens(wrapper) for wrapper in wrappers_and_model(model)):
             verdicts: dict[tuple[str, str], str | None] = dict.fromkeys(candidates, _VIRTUAL_TOKENS)
         else:
-            with accelerator.autocast() if is_flash else contextlib.nullcontext():
+            precision = accelerator.autocast() if is_flash else contextlib.nullcontext()
+            with gathered_in_calls(model), precision:
                 verdicts = refusals(model, candidates, longest=longest, is_carried=is_carried, images=images)
         if is_in_units:
             _call_whole(model, accelerator.device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastdpo.integrations.partitioned import whole_shape
 from fastdpo.ops.backends import resolve_backend, resolve_divergence_backend
 from fastdpo.training.batches.layouts import layout_of
 from fastdpo.training.data.stream import known_rows
@@ -82,8 +83,8 @@ def _backend(trainer: Any) -> str:
 
 def _precision(trainer: Any) -> str:
     model = trainer.model
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trained = sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
+    total = sum(whole_shape(p).numel() for p in model.parameters())
     precision = trainer.accelerator.mixed_precision
     computed = "" if precision == "no" else f", computed in {precision}"
     return f"{trained:,} of {total:,} parameters trained{computed}"

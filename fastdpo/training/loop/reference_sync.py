@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastdpo.integrations.engines import gathered
+from fastdpo.integrations.partitioned import gathered
 from fastdpo.losses.reference_updates import mix_parameters
 from fastdpo.training.loop.base import BaseTrainer
 from fastdpo.training.loop.take_over import named_tensors, on_main, put_tensor, whole_shape

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import fastdpo
+from fastdpo.integrations.partitioned import whole_shape
 from fastdpo.training.loop.announce import betas_of
 from fastdpo.training.loop.curves import CURVES_FILE
 from fastdpo.training.reference.sources import is_adapter_model
@@ -126,8 +127,8 @@ def _citations(args: PreferenceConfig) -> str:
 
 
 def _what_is_trained(model: Any, is_adapter: bool) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trained = sum(whole_shape(p).numel() for p in model.parameters() if p.requires_grad)
+    total = sum(whole_shape(p).numel() for p in model.parameters())
     share = f"{trained:,} of {total:,} parameters"
     if not is_adapter:
         return share

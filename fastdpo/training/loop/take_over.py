@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import SCHEDULER_NAME
 
-from fastdpo.integrations.engines import is_partitioned
+from fastdpo.integrations.partitioned import is_partitioned, whole_shape
 from fastdpo.training.loop.checkpoint_files import TensorSource, layout_of, read_run, tensors_of
 from fastdpo.training.loop.engines import engine_of, is_split_as_loaded
 from fastdpo.training.reference.sources import is_adapter_model
@@ -172,10 +172,6 @@ def _survey(
             return {"weights": found, "states": {}}
         states[name] = {key: value.dim() > 0 for key, value in of_it.items()}
     return {"weights": found, "states": states}
-
-
-def whole_shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def _whole(accelerator: Any, value: Tensor | None, like: Any) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.integrations.forest.attention import own_attention
+from fastdpo.integrations.partitioned import gathered
 from fastdpo.training.reference.shards import ScoreShards
 from fastdpo.training.written import placed
 
@@ -43,16 +44,18 @@ def fingerprint_model(model: nn.Module, *, without_adapter: bool = False) -> str
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(_canonical_json(_model_settings(model, with_adapters=not without_adapter)))
-    tensors = model.state_dict()
+    tensors = model.state_dict(keep_vars=True)
     if without_adapter:
         tensors = {
             _base_name(name): value for name, value in tensors.items() if not _ADAPTER_PART.search(name)
         }
     for name, tensor in sorted(tensors.items()):
-        if hasattr(tensor, "full_tensor"):  # split by transformers: the same hash as of the whole
-            tensor = tensor.full_tensor()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        with gathered([tensor]):
+            value = tensor.detach()
+            if hasattr(value, "full_tensor"):  # split by transformers: the same hash as of the whole
+                value = value.full_tensor()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

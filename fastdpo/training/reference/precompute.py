@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import fastdpo
-from fastdpo.integrations.engines import engine_around, is_partitioned
+from fastdpo.integrations.engines import engine_around
+from fastdpo.integrations.partitioned import gathered_in_calls, is_partitioned
 from fastdpo.training.batches.layouts import layout_of, token_budget
 from fastdpo.training.batches.ranks import DataRanks
 from fastdpo.training.data.dataset import RowDataset
@@ -70,11 +71,6 @@ class PrecomputedReference:
         if dataset.has_reference:
             check_weighted_reference(dataset, self.args)
             return dataset
-        if is_partitioned(self.model):  # whose fingerprint would be that of no weights
-            raise ValueError(
-                "reference: 'precomputed' cannot score with a model that ZeRO-3 has split over the ranks as "
-                "it was loaded: wanted data with its numbers (`fastdpo score --output FILE`), or a ref_model"
-            )
         check_fit(dataset, {"model": self.model}, self.args)
         key = self._key(dataset)
         is_main = self.accelerator.is_main_process
@@ -91,7 +87,8 @@ class PrecomputedReference:
         if self._fingerprint is None:
             if self._is_stale:
                 return None
-            self._fingerprint = fingerprint_model(self.model, without_adapter=self.is_base)
+            model = self.accelerator.unwrap_model(self.model)
+            self._fingerprint = fingerprint_model(model, without_adapter=self.is_base)
         return cache_key(
             {
                 "model": self._fingerprint,
@@ -140,7 +137,7 @@ class PrecomputedReference:
         if kept:
             logger.info("%d of %d rows were scored by an interrupted run", int(is_done.sum()), len(dataset))
         without_adapter = adapter_off(self.model) if self.is_base else contextlib.nullcontext()
-        with accelerator.autocast(), without_adapter:
+        with accelerator.autocast(), without_adapter, gathered_in_calls(self.model):
             scores = score_dataset(
                 self.model,
                 dataset,
@@ -153,7 +150,7 @@ class PrecomputedReference:
                 show_progress=not self.args.disable_tqdm and accelerator.is_main_process,
                 is_done=is_done,
                 keep=shards.add if self.ranks.is_first else None,
-                in_step=engine_around(self.model) is not None,
+                in_step=engine_around(self.model) is not None or is_partitioned(self.model),
             )
         for batch in kept:
             dataset.put_scores(scores, *batch)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastdpo.integrations.engines import copied, is_partitioned
+from fastdpo.integrations.engines import copied
 from fastdpo.integrations.fused_output import HeadStates, Teachers
 from fastdpo.integrations.head_adapter import has_adapter
 from fastdpo.integrations.lm_head import head_module, unwrap
@@ -110,14 +110,9 @@ def reference_model(kind: str, policy: nn.Module, given: nn.Module | None) -> nn
     """The model that is never trained, without gradients and dropout: the one given, a copy, or None.
 
     Raises:
-        ValueError: a copy of a model that ZeRO-3 has partitioned as it was loaded.
+        ValueError: a copy of a model that cannot be copied.
     """
     if given is None and kind == "copy":
-        if is_partitioned(policy):
-            raise ValueError(
-                "reference: got 'copy' of a model that ZeRO-3 has split over the ranks as it was loaded, "
-                "which cannot be copied: wanted a ref_model, the same path once more (--ref_model)"
-            )
         given = copied(policy)
     return None if given is None else given.requires_grad_(False).eval()
 

@@ -1,4 +1,4 @@
-"""An engine that would be ignored is refused, and what a model split by ZeRO-3 as it was loaded cannot do."""
+"""An engine that would be ignored is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastdpo.training.loop.engines import settle_engine
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.engines import check_engine, told_engine
-from tests.training.conftest import make_rows, tiny_llama
+from tests.training.conftest import make_rows
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed (make test-deepspeed)"
@@ -111,43 +111,3 @@ def test_the_largest_batch_is_not_tried_under_deepspeed(
     by_default.given.pop("longest_batch_first", None)
     check_engine(by_default, f"ZeRO-{stage}")
     assert by_default.longest_batch_first is False
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (
-            {"reference": "copy"},
-            "reference: got 'copy' of a model that ZeRO-3.* a ref_model",
-        ),
-        (
-            {"loss_type": "simpo", "batch_layout": "packed"},
-            "batch_layout: got 'packed' with a model that ZeRO-3",
-        ),
-    ],
-)
-def test_a_partitioned_model_is_not_looked_into(
-    settings: dict[str, Any], said: str, make_args: Callable[..., PreferenceConfig], tokenizer: Any
-):
-    model = _partitioned()
-    with pytest.raises(ValueError, match=said):
-        PreferenceTrainer(
-            model, make_args(**settings), train_dataset=make_rows(4), processing_class=tokenizer
-        )
-
-
-def test_nothing_is_scored_with_a_partitioned_model(
-    make_args: Callable[..., PreferenceConfig], tokenizer: Any, tmp_path: Path
-):
-    """Its weights are empty, so its fingerprint would be that of any other model's."""
-    args = make_args(reference="precomputed", reference_cache_dir=str(tmp_path / "cache"))
-    trainer = PreferenceTrainer(_partitioned(), args, train_dataset=make_rows(4), processing_class=tokenizer)
-    with pytest.raises(ValueError, match="'precomputed' cannot score with a model that ZeRO-3 has split"):
-        trainer.train()
-
-
-def _partitioned() -> Any:
-    model = tiny_llama()
-    for parameter in model.parameters():
-        parameter.ds_id = 0  # type: ignore[attr-defined]
-    return model
