@@ -30,6 +30,7 @@ def plan_words(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--engine", required=True, choices=ENGINES, help="tp: tensor parallelism, FSDP2 over the other ranks")
     add("--tp_size", type=int, default=1, help="with tp or fsdp2: GPUs that share each layer's tensors")
+    add("--dp_replicate_size", type=int, default=1, help="with fsdp2: copies of the model (HSDP)")
     add("--lora", action="store_true", help="adapters of rank 16 on all linear layers but the head")
     add("--tokens", type=int, default=8192, help="positions of a GPU's micro-batch (8192)")
     add("--labelled_tokens", type=int, help="of these, tokens of answers (a quarter)")

@@ -36,6 +36,7 @@ def checked_run(options: argparse.Namespace) -> Run:
     labelled = -(-options.tokens // 4) if labelled is None else labelled
     reference = options.reference or ("adapter" if options.lora else "copy")
     chunk, tp, mib = options.context_chunk, options.tp_size, options.memory_gib
+    replicas = options.dp_replicate_size
     refused = {
         f"tokens: got {options.tokens}, wanted more than 0": options.tokens < 1,
         f"labelled_tokens: got {labelled}, wanted 1 to {options.tokens}, the tokens": not (
@@ -53,6 +54,10 @@ def checked_run(options: argparse.Namespace) -> Run:
         f"tp_size: got {tp} under {engine}, wanted engine tp or fsdp2": tp > 1 and engine != "tp",
         "tp_size: got 1 under tp, wanted 2 or more: how many GPUs share each layer": tp == 1
         and engine == "tp",
+        f"dp_replicate_size: got {replicas}, wanted 1 or more": replicas < 1,
+        f"dp_replicate_size: got {replicas} under {engine}, wanted fsdp2 without tp_size": (
+            replicas > 1 and engine != "fsdp2"
+        ),
         "lora: got it under tp, where what adapters exchange is not counted in this version; wanted fsdp2": (
             options.lora and engine == "tp"
         ),
@@ -67,6 +72,11 @@ def checked_run(options: argparse.Namespace) -> Run:
     for count in options.gpus:
         if count % tp:
             raise ValueError(f"gpus: got {count}, wanted a multiple of tp_size, {tp}")
+        if replicas > 1 and (count % replicas or count == replicas):
+            raise ValueError(
+                f"gpus: got {count}, wanted a multiple of dp_replicate_size, {replicas}, and 2 or more to "
+                "split each copy over"
+            )
     return Run(
         engine=engine,
         tp_size=tp,
@@ -78,6 +88,7 @@ def checked_run(options: argparse.Namespace) -> Run:
         reference=reference,
         is_checkpointed=not options.no_activation_checkpointing,
         context_chunk=chunk,
+        replicas=replicas,
     )
 
 
@@ -126,6 +137,7 @@ def machine_report(options: argparse.Namespace) -> str:
 def _assumed(run: Run) -> Iterator[tuple[str, str]]:
     what = "LoRA of rank 16 on all linear layers but the head" if run.is_lora else "all weights trained"
     tensors = f", tensors over {run.tp_size} GPUs" if run.tp_size > 1 else ""
+    tensors += f" in {run.replicas} copies of the model" if run.replicas > 1 else ""
     yield "run", f"{run.engine}{tensors}; {what}; Adam; reference: {run.reference}"
     computing = "bf16" if run.is_mixed else str(run.dtype).removeprefix("torch.")
     yield "dtypes", f"weights loaded as {str(run.dtype).removeprefix('torch.')}, activations in {computing}"

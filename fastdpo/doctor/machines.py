@@ -40,6 +40,7 @@ class Run:
         dtype: of the weights as they are loaded; adapters are PEFT's, in fp32.
         is_mixed: bf16 autocast; else activations are of ``dtype``.
         context_chunk: tokens; None where contexts are not carried.
+        replicas: copies of a model that FSDP2 splits.
     """
 
     engine: str
@@ -52,6 +53,7 @@ class Run:
     reference: str
     is_checkpointed: bool
     context_chunk: int | None
+    replicas: int = 1
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -121,6 +123,7 @@ def plan_machines(config: Any, run: Run, num_gpus: tuple[int, ...]) -> list[Mach
             engine=run.engine,
             num_gpus=count,
             tp_size=run.tp_size,
+            replicas=run.replicas,
             compute_bytes=run.compute_dtype.itemsize,
             reference=run.reference,
             tokens=run.tokens,
@@ -136,7 +139,7 @@ def plan_machines(config: Any, run: Run, num_gpus: tuple[int, ...]) -> list[Mach
         own = _head_of(weights).size * step.compute_bytes if is_kept else 0
         held = held_bytes(weights, step, gathers_head=not moves)
         held |= {"activations": counted, "head": plan.peak_bytes - own}
-        ways = head_choice(weights, step) if run.engine == "fsdp2" and step.ranks > 1 else None
+        ways = head_choice(weights, step) if run.engine == "fsdp2" and step.shards > 1 else None
         made.append(Machine(count, held, step_transfers(weights, step), plan, ways, moves))
     return made
 
@@ -231,7 +234,7 @@ def _plan_of_head(weights: list[Weight], run: Run, step: Step, moves: bool) -> P
     tokens, vocabulary = run.labelled_tokens, head.shape[0]
     pairs = max(1, tokens // PAIR_TOKENS)
     if moves:
-        tokens, vocabulary = tokens * step.ranks, -(-vocabulary // step.ranks)
+        tokens, vocabulary = tokens * step.shards, -(-vocabulary // step.shards)
     mode = "stash" if not head.is_trained else "cache" if run.tp_size > 1 else "pairs"
     size = step.compute_bytes if step.casts_units or step.is_zero else head.itemsize
     return make_plan(

@@ -44,14 +44,14 @@ def step_transfers(weights: Sequence[Weight], step: Step) -> list[Transfer]:
     if step.ranks > 1:
         engines = {"ddp": _of_ddp, "zero1": _of_zero, "zero2": _of_zero, "zero3": _of_zero3}
         of_weights = engines.get(step.engine, _of_units)(weights, step)
-    return [transfer for transfer in (*of_batch, *of_weights) if transfer.size]
+    return [transfer for transfer in (*of_batch, *of_weights) if transfer.size and transfer.ranks > 1]
 
 
 def head_choice(weights: Sequence[Weight], step: Step) -> HeadTraffic:
     """Both ways of a head in a unit of FSDP2's of its own."""
     (head,) = (w for w in weights if w.unit == "head" and len(w.shape) == 2)
     return head_traffic(
-        *(step.labelled, head.shape[1], head.shape[0], step.ranks),
+        *(step.labelled, head.shape[1], head.shape[0], step.shards),
         weight_bytes=step.compute_bytes if step.casts_units else head.itemsize,
         states_bytes=step.compute_bytes,
         grad_bytes=4 if step.casts_units else head.itemsize,
@@ -67,7 +67,7 @@ def moves_states(weights: Sequence[Weight], step: Step) -> bool:
     """
     is_alone = sum(w.unit == "head" for w in weights) == 1 and any(w.unit == "embeddings" for w in weights)
     has_adapter = not all(w.is_trained for w in weights)
-    if step.engine != "fsdp2" or step.ranks == 1 or not (is_alone and has_adapter):
+    if step.engine != "fsdp2" or step.shards == 1 or not (is_alone and has_adapter):
         return False
     return head_choice(weights, step).choice == "states"
 
@@ -118,8 +118,11 @@ def _padded(weight: Weight, ranks: int) -> int:
 
 
 def _of_units(weights: Sequence[Weight], step: Step) -> Iterator[Transfer]:
-    """FSDP2: units are gathered for each pass; those that are kept for the backward pass once for both."""
-    ranks = step.ranks
+    """FSDP2: units are gathered for each pass; those that are kept for the backward pass once for both.
+
+    Copies of the model reduce each rank's part of the gradients once more, among themselves.
+    """
+    ranks = step.shards
     moves = moves_states(weights, step)
     for of, its in _halves(weights):
         if of == "head" and moves:
@@ -136,11 +139,12 @@ def _of_units(weights: Sequence[Weight], step: Step) -> Iterator[Transfer]:
         reduced = unit_bytes((w for w in its if w.is_trained), ranks, 4 if step.casts_units else None)
         yield Transfer(of, "all-gather", gathered, ranks)
         yield Transfer(of, "reduce-scatter", sum(reduced.values()), ranks)
+        yield Transfer(of, "all-reduce", sum(reduced.values()) // ranks, step.replicas)
 
 
 def _of_states(weights: Sequence[Weight], step: Step) -> Iterator[Transfer]:
     """The hidden states of all ranks' labelled tokens, their numbers, and their gradients back."""
-    ranks, rows = step.ranks, step.labelled * step.ranks
+    ranks, rows = step.shards, step.labelled * step.shards
     (head,) = (w for w in weights if w.unit == "head")
     states = rows * head.shape[1] * step.compute_bytes
     passes = 1 + (step.reference == "adapter")

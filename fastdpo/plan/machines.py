@@ -55,6 +55,7 @@ class Step:
 
     Args:
         num_gpus, tp_size: in all, and of those the ones that share the tensors of each layer.
+        replicas: copies of a model that FSDP2 splits (HSDP), each over as many GPUs.
         compute_bytes: of an element of activations: 2 in bf16, 4 in fp32.
         tokens, labelled: of a micro-batch: positions of the backbone, and tokens of answers.
         hidden_size: H.
@@ -66,6 +67,7 @@ class Step:
     engine: str
     num_gpus: int
     tp_size: int = 1
+    replicas: int = 1
     compute_bytes: int = 2
     reference: str = "none"
     tokens: int = 0
@@ -79,6 +81,11 @@ class Step:
     def ranks(self) -> int:
         """Those with batches of their own."""
         return self.num_gpus // self.tp_size
+
+    @property
+    def shards(self) -> int:
+        """Ranks that FSDP2 splits the model over."""
+        return self.ranks // self.replicas
 
     @property
     def casts_units(self) -> bool:
@@ -104,11 +111,10 @@ def held_bytes(weights: Sequence[Weight], step: Step, *, gathers_head: bool = Tr
         gathers_head: whether FSDP2's unit of the head is ever whole.
     """
     trained = [w for w in weights if w.is_trained]
-    ranks = step.ranks
     if step.is_zero:
         found = _held_by_zero(weights, trained, step)
     else:
-        parts = ranks if step.has_units else 1
+        parts = step.shards if step.has_units else 1
         found = {"weights": sum(w.part(parts) * w.itemsize for w in weights)}
         found["gradients"] = sum(w.part(parts) * w.itemsize for w in trained)
         found["optimizer"] = _MOMENTS * found["gradients"]
@@ -156,13 +162,13 @@ def _added_by_engine(weights: Sequence[Weight], trained: Sequence[Weight], step:
     if step.engine == "ddp":  # gradients once more, in the buckets that are reduced
         buckets = sum(w.size * w.itemsize for w in trained) if step.ranks > 1 else 0
         return copies + buckets
-    units = unit_bytes(weights, step.ranks, step.compute_bytes if step.casts_units else None)
+    units = unit_bytes(weights, step.shards, step.compute_bytes if step.casts_units else None)
     others = sorted((size for name, size in units.items() if name not in ("head", "kept")), reverse=True)
     kept = sum(size for name, size in units.items() if name in ("head", "kept"))
     # One unit runs, and the next is on its way; gradients of one are made whole, and reduced in fp32.
-    reduced = unit_bytes(trained, step.ranks, _NUMBER if step.casts_units else None)
+    reduced = unit_bytes(trained, step.shards, _NUMBER if step.casts_units else None)
     gathered = kept + sum(others[:2]) + 2 * max(reduced.values(), default=0)
-    return (gathered if step.ranks > 1 else 0) + (copies if step.engine == "tp" else 0)
+    return (gathered if step.shards > 1 else 0) + (copies if step.engine == "tp" else 0)
 
 
 def unit_bytes(weights: Iterable[Weight], ranks: int, itemsize: int | None) -> dict[str, int]:

@@ -445,6 +445,8 @@ MACHINES: dict[str, dict[str, Any]] = {
     "fsdp2, 16 bits": {"engine": "fsdp2", "bf16": True},
     "fsdp2, LoRA, adapter": {"engine": "fsdp2", "lora": True, "reference": "adapter"},
     "fsdp2, LoRA, copy": {"engine": "fsdp2", "lora": True, "reference": "copy"},
+    "hsdp": {"engine": "fsdp2", "replicas": 2, "data": 4},
+    "hsdp, copy, 16 bits": {"engine": "fsdp2", "replicas": 2, "data": 4, "reference": "copy", "bf16": True},
     "zero1": {"engine": "zero1"},
     "zero2": {"engine": "zero2"},
     "zero2, 16 bits": {"engine": "zero2", "bf16": True},

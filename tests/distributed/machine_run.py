@@ -120,6 +120,7 @@ def _case(
     persistent: int = 0,
     tensors: int = 1,
     data: int = 2,
+    replicas: int = 1,
 ) -> dict[str, Any]:
     if tensors > 1:
         return _of_tensors(tensors, data)
@@ -127,7 +128,7 @@ def _case(
     if engine.startswith("zero"):
         told = {"engine": None, "deepspeed": _deepspeed_settings(int(engine[-1]), persistent)}
     else:
-        told = {"engine": None if engine == "ddp" else engine}
+        told = {"engine": "hsdp" if replicas > 1 else None if engine == "ddp" else engine}
     loss = {"loss_type": "simpo"} if reference == "none" else {"loss_type": "sigmoid", "reference": reference}
     counted = Counted()
     with tempfile.TemporaryDirectory() as folder:

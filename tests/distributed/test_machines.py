@@ -56,6 +56,7 @@ def test_a_plan_is_what_ranks_count(name: str, ran: dict[str, Any]):
     case, counted = MACHINES[name], ran[name]
     assert "raised" not in counted, counted["raised"]
     tensors, data, is_mixed = case.get("tensors", 1), case.get("data", 2), case.get("bf16", False)
+    replicas = case.get("replicas", 1)
     # Pairs of 6 tokens of prompt and 6 of each answer, two a rank.
     tokens, labelled = counted.get("tokens", 48), counted.get("labelled", 24)
     reference = case.get("reference", "none")
@@ -63,12 +64,12 @@ def test_a_plan_is_what_ranks_count(name: str, ran: dict[str, Any]):
     run = Run(
         engine=case["engine"], tp_size=tensors, is_lora=case.get("lora", False), tokens=tokens,
         labelled_tokens=labelled, dtype=torch.float32, is_mixed=is_mixed, reference=reference,
-        is_checkpointed=False, context_chunk=None,
+        is_checkpointed=False, context_chunk=None, replicas=replicas,
     )  # fmt: skip
     step = Step(
         engine=run.engine, num_gpus=tensors * data, tp_size=tensors, compute_bytes=run.compute_dtype.itemsize,
         reference=reference, tokens=tokens, labelled=labelled, hidden_size=config.hidden_size,
-        is_mixed=is_mixed, persistent=case.get("persistent", 0),
+        is_mixed=is_mixed, persistent=case.get("persistent", 0), replicas=replicas,
     )  # fmt: skip
     weights = weights_of(config, run)
     held = held_bytes(weights, step)

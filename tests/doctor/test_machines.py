@@ -72,6 +72,18 @@ def test_tensors_are_divided():
     assert whole.held["activations"] < plan_machines(CONFIG, run("fsdp2"), (2,))[0].held["activations"]
 
 
+def test_copies_of_a_split_model_add_a_sum_of_gradients():
+    """8 GPUs in 4 copies hold what 2 GPUs hold; each sums its half of the gradients with 3 others."""
+    copies = plan_machines(CONFIG, run("fsdp2", replicas=4), (8,))[0]
+    once = plan_machines(CONFIG, run("fsdp2"), (2,))[0]
+    assert copies.held == once.held and copies.ways == once.ways
+    others = [t for t in copies.transfers if t.collective != "all-reduce"]
+    assert others == once.transfers
+    sums = {t.of: t.size for t in copies.transfers if t.collective == "all-reduce"}
+    halves = {t.of: t.size // 2 for t in once.transfers if t.collective == "reduce-scatter"}
+    assert sums == halves and copies.sent("head", "all-reduce") == 2 * sums["head"] * 3 // 4
+
+
 def test_hidden_states_move_where_the_head_is_alone():
     """Of a model with an adapter; accelerate joins the last norm to the head of others."""
     lora = run("fsdp2", is_lora=True, dtype=torch.bfloat16, reference="adapter", labelled_tokens=16)
@@ -138,6 +150,11 @@ def test_the_page_has_what_is_printed(
         ("--gpus 8 --engine tp --tp_size 8", "tp_size: got 8, wanted a divisor of num_attention_heads, 4"),
         ("--gpus 8 --engine tp", "tp_size: got 1 under tp, wanted 2 or more"),
         ("--gpus 8 --engine zero2 --tp_size 2", "tp_size: got 2 under zero2, wanted engine tp or fsdp2"),
+        ("--gpus 8 --engine ddp --dp_replicate_size 2", "dp_replicate_size: got 2 under ddp, wanted fsdp2"),
+        ("--gpus 8 --engine tp --tp_size 2 --dp_replicate_size 2", "dp_replicate_size: got 2 under tp"),
+        ("--gpus 8 --engine fsdp2 --dp_replicate_size 0", "dp_replicate_size: got 0, wanted 1 or more"),
+        ("--gpus 8 --engine fsdp2 --dp_replicate_size 8", "gpus: got 8, wanted a multiple of dp_replicate"),
+        ("--gpus 6 --engine fsdp2 --dp_replicate_size 4", "gpus: got 6, wanted a multiple of dp_replicate"),
         ("--gpus 8 --engine fsdp2 --reference adapter", "reference: got adapter without --lora"),
         ("--gpus 8 --engine fsdp2 --context_chunk 64", "context_chunk: got 64 under fsdp2"),
         ("--gpus 8 --engine tp --tp_size 2 --lora", "lora: got it under tp"),
