@@ -10,7 +10,8 @@ from typing import Any
 
 import datasets
 import pytest
-from transformers import TrainerCallback
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fastdpo.cli import main
 from fastdpo.rounds.notes import read_json
@@ -21,8 +22,9 @@ from fastdpo.training.data.encode import encode_rows
 from fastdpo.training.data.kept import _MANIFEST
 from fastdpo.training.data.source import read_rows
 from fastdpo.training.loop.callbacks import METRICS_FILE
-from fastdpo.training.loop.checkpoint_files import RUN_FILE, check_checkpoint, read_run
+from fastdpo.training.loop.checkpoint_files import RUN_FILE, check_checkpoint, read_run, write_run
 from fastdpo.training.loop.folders import rotate
+from fastdpo.training.loop.models import load_model
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.encoding import EncodingOptions
 from fastdpo.training.written import describe, differences
@@ -123,6 +125,44 @@ def test_every_file_of_a_checkpoint_is_held_to_what_was_written(
             check_checkpoint(checkpoint)
         path.write_bytes(content)
     assert check_checkpoint(checkpoint) is not None
+
+
+@pytest.mark.promise(74)
+@pytest.mark.parametrize("change", [flip, cut])
+def test_weights_of_a_checkpoint_that_is_loaded_as_a_model_are_too(
+    interrupted: Path, change: Callable[[Path], None]
+):
+    checkpoint = interrupted / "checkpoint-4"
+    weights, optimizer = checkpoint / "model.safetensors", checkpoint / "optimizer.pt"
+    change(optimizer)  # which a model is without
+    load_model(str(checkpoint))
+    change(weights)
+    with pytest.raises(ValueError, match=f"^ref_model: {weights} .* was changed; remove this"):
+        load_model(str(checkpoint), what="ref_model")
+    (checkpoint / RUN_FILE).write_text("{")
+    with pytest.raises(ValueError, match=f"^model: {checkpoint / RUN_FILE} cannot be read"):
+        load_model(str(checkpoint))
+
+
+@pytest.mark.promise(74)
+@pytest.mark.parametrize("change", [flip, cut])
+def test_weights_of_an_adapter_that_is_merged_are_too(
+    tmp_path: Path, change: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+):
+    base, adapter = str(tmp_path / "base"), tmp_path / "adapter"
+    tiny_llama().save_pretrained(base)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"], r=2)
+    )
+    model.save_pretrained(adapter)
+    write_run(adapter, {})
+    assert main(["merge", str(adapter), "--output_dir", str(tmp_path / "merged")]) == 0
+    change(adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"^model: {adapter / 'adapter_model.safetensors'} has "):
+        load_model(str(adapter))
+    capsys.readouterr()
+    assert main(["merge", str(adapter), "--output_dir", str(tmp_path / "again")]) == 2
+    assert f"error: adapter: {adapter / 'adapter_model.safetensors'} has " in capsys.readouterr().err
 
 
 @pytest.mark.promise(74)

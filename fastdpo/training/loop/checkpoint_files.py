@@ -21,6 +21,8 @@ from fastdpo.training.written import describe, differences, own_digest, write_js
 
 RUN_FILE = "preference_run.json"
 _OWN = "digest"
+_SETTING = "resume_from_checkpoint"
+_WEIGHTS = ".safetensors"
 _REMEDY = "remove this checkpoint, or name an earlier one"
 _MODEL_FOLDER, _OPTIMIZER_FOLDER = "pytorch_model_fsdp_0", "optimizer_0"
 _MODEL_FILE, _OPTIMIZER_FILE = "pytorch_model_fsdp.bin", "optimizer.bin"
@@ -55,8 +57,11 @@ def write_run(folder: Path, told: Mapping[str, Any]) -> None:
     write_json(folder / RUN_FILE, {**described, _OWN: own_digest(described)})
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
+def read_run(folder: Path, setting: str = _SETTING) -> dict[str, Any] | None:
     """What a checkpoint says that it is of; None where it does not.
+
+    Args:
+        setting: that names the folder, for messages.
 
     Raises:
         ValueError: it is not what was written.
@@ -64,11 +69,11 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     path = folder / RUN_FILE
     if not path.is_file():
         return None
-    told = _read_json(path)
+    told = _read_json(path, setting)
     own = told.pop(_OWN, None)
     is_early = not any(isinstance(of_file, list) for of_file in told.get("files", {}).values())
     if own != own_digest(told) and not (own is None and is_early):
-        raise ValueError(f"resume_from_checkpoint: {path} is not what was written: it was changed; {_REMEDY}")
+        raise ValueError(f"{setting}: {path} is not what was written: it was changed; {_REMEDY}")
     return told
 
 
@@ -77,15 +82,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _read_json(folder / TRAINER_STATE_NAME)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, setting: str = _SETTING) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         found = error
     if not isinstance(found, dict):
-        raise ValueError(
-            f"resume_from_checkpoint: {path} cannot be read: it is cut off or was changed; {_REMEDY}"
-        )
+        raise ValueError(f"{setting}: {path} cannot be read: it is cut off or was changed; {_REMEDY}")
     return found
 
 
@@ -106,19 +109,34 @@ def check_files(folder: Path, wanted: Mapping[str, Any]) -> None:
     for name in wanted:
         if not (folder / name).is_file() and not name.startswith(_SPARED):
             raise ValueError(
-                f"resume_from_checkpoint: {folder} has no {name}, which was written with it; wanted the "
+                f"{_SETTING}: {folder} has no {name}, which was written with it; wanted the "
                 "whole checkpoint, or an earlier one"
             )
-    for path, difference in differences(folder, wanted):
-        raise ValueError(
-            f"resume_from_checkpoint: {path} {difference}: it is cut off or was changed; {_REMEDY}"
-        )
+    _check_same(folder, wanted, _SETTING)
     if not any(isinstance(told, list) for told in wanted.values()):
         logger.warning(
             "%s is of a version that kept no digests of files: whether their bytes are what was written is "
             "not known",
             folder,
         )
+
+
+def check_weights(folder: Path, setting: str) -> None:
+    """Hold the weights in a checkpoint that is loaded as a model to what was written; other folders pass.
+
+    Args:
+        setting: that names the folder, for messages.
+
+    Raises:
+        ValueError: a file of weights has other bytes; names it.
+    """
+    files = (read_run(folder, setting) or {}).get("files", {})
+    _check_same(folder, {name: told for name, told in files.items() if name.endswith(_WEIGHTS)}, setting)
+
+
+def _check_same(folder: Path, wanted: Mapping[str, Any], setting: str) -> None:
+    for path, difference in differences(folder, wanted):
+        raise ValueError(f"{setting}: {path} {difference}: it is cut off or was changed; {_REMEDY}")
 
 
 class TensorSource(Protocol):
@@ -236,7 +254,7 @@ class _Universal:
             from deepspeed.checkpoint import ds_to_universal
         except ImportError:
             raise ValueError(
-                f"resume_from_checkpoint: {folder} is DeepSpeed's, which has to be there to read it: "
+                f"{_SETTING}: {folder} is DeepSpeed's, which has to be there to read it: "
                 "pip install deepspeed"
             ) from None
         tag = (folder / "latest").read_text().strip()

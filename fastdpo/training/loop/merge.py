@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from fastdpo.training.loop.checkpoint_files import check_weights
 from fastdpo.training.loop.models import load_model, load_tokenizer
 from fastdpo.training.loop.run_record import SETTINGS_FILE
 from fastdpo.training.settings.quantisation import QuantisationArguments
@@ -59,7 +60,8 @@ def merged_model(adapter: str, dtype: str, bits: QuantisationArguments, **option
         options: of ``load_model``, for the base.
 
     Raises:
-        ValueError: no adapter, or one whose base is not known or cannot be loaded.
+        ValueError: no adapter, or one whose base is not known or cannot be loaded; or weights in a checkpoint
+            have changed since they were written.
         ImportError: without peft.
     """
     try:
@@ -72,6 +74,7 @@ def merged_model(adapter: str, dtype: str, bits: QuantisationArguments, **option
         raise ValueError(f"adapter: got {adapter!r}, which is none: {str(error).splitlines()[0]}") from None
     if not config.base_model_name_or_path:
         raise ValueError(f"adapter: got {adapter!r}, which does not name its base")
+    check_weights(Path(adapter), "adapter")
     precision = getattr(torch, dtype)
     if bits.is_quantised:
         options["quantization_config"] = bits.quantisation_config(dtype)

@@ -18,6 +18,7 @@ from fastdpo.integrations.auto_class import auto_class, read_config, sees_images
 from fastdpo.integrations.lm_head import unwrap
 from fastdpo.integrations.processor import tokenizer_of
 from fastdpo.integrations.virtual_tokens import has_prefix
+from fastdpo.training.loop.checkpoint_files import check_weights
 from fastdpo.training.loop.quantised import compute_alike, is_quantised, prepare_quantised
 from fastdpo.training.reference.sources import disable_dropout, is_adapter_model
 from fastdpo.training.settings.checkpointing import recomputes_activations
@@ -44,10 +45,12 @@ def load_model(
         with_images: the data have some: of a family that has a language model by itself, the whole.
 
     Raises:
-        ValueError: there is no such model, or it cannot be loaded; names it.
+        ValueError: there is no such model, it cannot be loaded, or is a checkpoint whose weights have changed
+            since they were written; names it.
     """
     check_there(what, name)
     name = str(Path(name).expanduser()) if name.startswith("~") else name
+    check_weights(Path(name), what)
     load = _load_adapted if is_adapter(name) else _load_whole
     try:
         with _without_future_warnings():
