@@ -95,13 +95,8 @@ def check_engine(args: SettingFields, engine: str | None) -> None:
             "fsdp: got version 1, which transformers gives up, wanted FSDP2: fsdp_config={'version': 2}, or "
             "fsdp_version: 2 in accelerate's file"
         )
-    if engine is not None and engine.startswith("ZeRO") and args.longest_batch_first:
-        if "longest_batch_first" in getattr(args, "given", {}):
-            raise ValueError(
-                f"longest_batch_first: got True under {engine}, whose backward pass reduces gradients and "
-                "takes steps by itself; wanted False"
-            )
-        args.longest_batch_first = False  # the default on a GPU
+    if engine is not None and engine.startswith("ZeRO"):
+        _check_own_steps(args, engine)
     if engine not in ("FSDP2", "ZeRO-3"):
         return
     refused = {
@@ -112,6 +107,15 @@ def check_engine(args: SettingFields, engine: str | None) -> None:
     for what, is_asked in refused.items():
         if is_asked:
             raise ValueError(f"{what}; wanted none under {engine}, or ZeRO-2 or DDP")
+
+
+def _check_own_steps(args: SettingFields, engine: str) -> None:
+    why = f"under {engine}, whose backward pass reduces gradients and takes steps by itself"
+    if args.on_nonfinite_loss == "skip":
+        raise ValueError(f"on_nonfinite_loss: got 'skip' {why}; wanted 'stop'")
+    if args.longest_batch_first and "longest_batch_first" in getattr(args, "given", {}):
+        raise ValueError(f"longest_batch_first: got True {why}; wanted False")
+    args.longest_batch_first = False  # which is another by default on a GPU
 
 
 def join_ranks(args: Any) -> None:

@@ -111,3 +111,11 @@ def test_the_largest_batch_is_not_tried_under_deepspeed(
     by_default.given.pop("longest_batch_first", None)
     check_engine(by_default, f"ZeRO-{stage}")
     assert by_default.longest_batch_first is False
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_steps_that_deepspeed_takes_are_not_left_out(stage: int, make_args: Callable[..., PreferenceConfig]):
+    args = make_args(on_nonfinite_loss="skip")
+    with pytest.raises(ValueError, match=f"on_nonfinite_loss: got 'skip' under ZeRO-{stage}.*wanted 'stop'"):
+        check_engine(args, f"ZeRO-{stage}")
+    check_engine(args, "FSDP2")
