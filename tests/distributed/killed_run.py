@@ -1,6 +1,8 @@
 """One of several ranks, of which one is lost in the middle of the third step; or that go on afterwards.
 
-python -m tests.distributed.killed_run FOLDER WAY killed|stopped|raised|resumed [RANK]
+python -m tests.distributed.killed_run FOLDER WAY killed|stopped|raised|full|resumed [RANK]
+
+``full``: FOLDER is a small disk, which is filled before the second checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from transformers import TrainerCallback
 from tests.distributed.loop_run import weights
 from tests.distributed.ranks import leave
 from tests.distributed.resume_run import make
+from tests.faults.conftest import SmallDisk
 
 TIMEOUT = 15
 
@@ -34,6 +37,10 @@ class Lost(TrainerCallback):
         if os.environ["RANK"] != self.rank or state.global_step != 2:
             return
         print("LOST", flush=True)
+        if self.how == "full":
+            files = Path(args.output_dir, "checkpoint-2").rglob("*")
+            size = sum(file.stat().st_size for file in files if file.is_file())
+            return SmallDisk(Path(args.output_dir).parent).leave(size // 2)
         if self.how == "raised":
             raise OSError("the disk is full")
         os.kill(os.getpid(), signal.SIGKILL if self.how == "killed" else signal.SIGSTOP)

@@ -19,6 +19,8 @@ from fastdpo.training.data.source import read_rows
 from fastdpo.training.loop.trainer import PreferenceTrainer
 from fastdpo.training.settings.config import PreferenceConfig
 from fastdpo.training.settings.encoding import EncodingOptions
+from tests.distributed.ranks import free_port, run_ranks, start
+from tests.distributed.resume_run import whole
 from tests.faults.conftest import SmallDisk
 from tests.rounds.conftest import read
 from tests.training.conftest import (
@@ -31,7 +33,7 @@ from tests.training.conftest import (
     write_jsonl,
 )
 
-FULL = "No space left on device"
+FULL, KILLED = "No space left on device", "tests.distributed.killed_run"
 SETTINGS: dict[str, Any] = {
     "save_strategy": "steps",
     "save_steps": 2,
@@ -102,6 +104,41 @@ def test_a_checkpoint_that_has_no_room(
         assert torch.equal(resumed.model.state_dict()[name], value), name
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
     assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return whole(tmp_path_factory.mktemp("truth"), "alone")
+
+
+@pytest.mark.promise(69)
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "sharded"])
+def test_a_checkpoint_of_two_ranks_that_has_no_room(
+    disk: SmallDisk, way: str, truth: dict[str, Any], tmp_path: Path
+):
+    """Each rank ends by itself, with the disk's error or the name of the rank that has it."""
+    port, arguments = free_port(), (str(disk.folder), way, "full", "0")
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    ranks = [start(KILLED, arguments, rank, 2, port, logs[rank]) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [1, 1]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    for said in (log.read_text() for log in logs):
+        assert FULL in said or "ended with OSError" in said, said[-3000:]
+    said = logs[0].read_text()
+    assert f"{disk.folder / way / 'checkpoint-4'}: the checkpoint was not written to its end" in said
+    assert (disk.folder / way / "checkpoint-2" / "preference_run.json").is_file()
+    disk.make_room()
+    run_ranks(KILLED, str(disk.folder), way, "resumed")
+    found = torch.load(disk.folder / f"{way}.pt")
+    assert found["losses"] == pytest.approx(truth["losses"], abs=1e-5)
+    for name, value in truth["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=0, atol=2e-6)
 
 
 @pytest.mark.promise(69)

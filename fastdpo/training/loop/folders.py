@@ -103,7 +103,9 @@ def full_disk_named(folder: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         standing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
         why = no_room(standing)
         if why is None:
