@@ -88,6 +88,14 @@ def test_names_of_torch_load_torch_and_no_more():
     assert set(ours) - set(of_torch) == {"fastdpo"}
 
 
+@pytest.mark.promise(70)
+def test_doctor_loads_no_library_that_it_names():
+    """Of transformers, TRL, PEFT and datasets the version tells enough."""
+    _, of_torch = loaded("import torch")
+    code, ours = loaded(AT_ONCE.format(words="doctor"))
+    assert code == 0 and set(ours) - set(of_torch) <= {"fastdpo", "packaging", "triton"}
+
+
 def test_names_are_those_of_the_settings():
     """What `typos.py` says without the dataclasses."""
     of_base = {item.name for item in dataclasses.fields(PreferenceConfig.__mro__[3])}

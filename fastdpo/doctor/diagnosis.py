@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastdpo.doctor.trainers import trainer_lines
+from fastdpo.integrations.source_patch import installed_version
+from fastdpo.integrations.trl_releases import said_by_version
 from fastdpo.ops.backends import backend_report, explain_auto
 from fastdpo.plan.schedule import MIB
 from fastdpo.types import Execution
@@ -137,20 +139,14 @@ def _loaded(target: Any) -> dict[str, list[tuple[str, str]]]:
 
 def _versions() -> list[tuple[str, str]]:
     lines = [
-        ("fastdpo", _version("fastdpo") or "in its source tree, not installed"),
+        ("fastdpo", installed_version("fastdpo") or "in its source tree, not installed"),
         ("python", platform.python_version()),
     ]
-    lines += [(name, _version(name) or "not installed") for name in REQUIRED]
+    lines += [(name, installed_version(name) or "not installed") for name in REQUIRED]
     return lines + [
-        (name, _version(name) or f"not installed: needed for {use}") for name, use in OPTIONAL.items()
+        (name, installed_version(name) or f"not installed: needed for {use}")
+        for name, use in OPTIONAL.items()
     ]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -203,12 +199,17 @@ def _extension() -> str:
 
 
 def _trl() -> list[tuple[str, str]]:
+    is_loaded = "fastdpo.integrations.trl" in sys.modules  # and may have patched it
+    if not is_loaded and (said := said_by_version(installed_version("trl"))) is not None:
+        return said
     from fastdpo.integrations.trl import trl_status
 
     return trl_status()
 
 
 def _llama_factory() -> list[tuple[str, str]]:
+    if installed_version("llamafactory") is None:
+        return [("patch_llama_factory", "LLaMA-Factory is not installed")]
     from fastdpo.integrations.llama_factory import llama_factory_status
 
     return llama_factory_status()

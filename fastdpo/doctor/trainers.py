@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastdpo.integrations.source_patch import installed_version
+from fastdpo.integrations.trl_releases import FIRST_VERSION, is_before_the_seam
 
 _PLUGIN = Path(__file__).parents[1] / "integrations" / "ms_swift.py"
 _FOUND: dict[str, str] = {
@@ -33,8 +34,6 @@ def trainer_lines() -> list[tuple[str, str]]:
 
 
 def _of_trl(version: str) -> str:
-    from fastdpo.integrations.trl import FIRST_VERSION, is_before_the_seam
-
     if is_before_the_seam(version):
         return "fastdpo.patch_trl(): DPO, KTO, CPO/SimPO, ORPO and TPO make no logits"
     return (

@@ -94,8 +94,6 @@ def unpatch_llama_factory() -> None:
 def llama_factory_status() -> list[tuple[str, str]]:
     """``(name, finding)`` lines for `fastdpo.doctor`."""
     version = installed_version("llamafactory")
-    if version is None:
-        return [("patch_llama_factory", "LLaMA-Factory is not installed")]
     if _active is not None:
         replaced = [("replaced", entry.path) for entry in _active.replaced]
         return [("patch_llama_factory", f"LLaMA-Factory {version} is patched"), *replaced]

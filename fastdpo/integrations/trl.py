@@ -25,12 +25,17 @@ from fastdpo.integrations.source_patch import (
 )
 from fastdpo.integrations.trainer_steps import steps_of
 from fastdpo.integrations.trl_logprob import APPLY_SIGNATURE, FusedLogProb, drop_unlabelled
+from fastdpo.integrations.trl_releases import (
+    COMPACTION,
+    FIRST_VERSION,
+    SEAM,
+    SEAM_SOURCES,
+    is_before_the_seam,
+    said_by_version,
+)
 from fastdpo.ops.checks import check_execution
 from fastdpo.types import Execution
 
-SEAM = "trl.trainer.utils:_ChunkedLogProbFunction"
-COMPACTION = "trl.trainer.utils:_use_triton"  # since 1.16; 1.15 drops unlabelled tokens everywhere
-FIRST_VERSION = "1.15"
 # Trainers that take a model's logits, where releases have them.
 BEFORE_THE_SEAM = (
     *("trl.trainer.dpo_trainer:DPOTrainer", "trl.trainer.kto_trainer:KTOTrainer"),
@@ -41,14 +46,6 @@ EXPERIMENTAL = (
     *("trl.experimental.cpo.cpo_trainer:CPOTrainer", "trl.experimental.orpo.orpo_trainer:ORPOTrainer"),
     "trl.experimental.tpo.tpo_trainer:TPOTrainer",
 )
-
-# sha256 of the source, by the releases that have it: of what is replaced, and of what calls it or takes its
-# results. `source_patch.source_hash` makes them.
-SEAM_SOURCES: dict[str, dict[str, str]] = {
-    "trl.trainer.utils:_ChunkedLogProbFunction": {"6a4578b8e7f201fa": "1.15", "17b8716d26881cf9": "1.16"},
-    "trl.trainer.utils:_use_triton": {"8bdca0eb73925ed1": "1.16"},
-    "trl.trainer.utils:add_fused_lm_head": {"65d22e63e4870d0f": "1.15", "c309684c7d7599a8": "1.16"},
-}
 
 
 @dataclass(frozen=True)
@@ -135,14 +132,12 @@ def trl_status(trainer: type | None = None) -> list[tuple[str, str]]:
     ``trainer``: of which class to say as well whether the patch reaches it.
     """
     version = _installed_version()
-    if version is None:
-        return [("patch_trl", "TRL is not installed")]
+    if _active is None and (said := said_by_version(version)) is not None:
+        return said
     if _active is not None:
         lines = [("patch_trl", f"TRL {version} is patched")]
         lines += [("replaced", entry.path) for entry in _active.replaced]
         return lines if trainer is None else [*lines, *_not_reached(_active, trainer)]
-    if is_before_the_seam(version):  # not imported for a look: its trainers load half of transformers
-        return [("patch_trl", f"TRL {version} is not patched; fastdpo.patch_trl() would, with lazy logits")]
     try:
         reason = refusal()
     except Exception as error:  # a TRL that fails to import is a finding
@@ -156,16 +151,6 @@ def _not_reached(active: _Active, trainer: type) -> list[tuple[str, str]]:
     """A trainer of a release without the function, of a kind that is not in `BEFORE_THE_SEAM`."""
     is_reached = any(entry.path == SEAM or entry.owner in trainer.__mro__ for entry in active.replaced)
     return [] if is_reached else [("not fused", f"{trainer.__name__} is not one that is replaced")]
-
-
-def is_before_the_seam(version: str) -> bool:
-    """Whether a release has no log-prob function that its trainers share."""
-    from packaging.version import InvalidVersion, Version
-
-    try:
-        return Version(version) < Version(FIRST_VERSION)
-    except InvalidVersion:
-        return False  # `refusal` says so
 
 
 def refusal() -> str | None:
