@@ -207,12 +207,16 @@ class ScoreRequest:
         if isinstance(found, Teachers):
             second = None if found.second is None else of_model(found.second)
             found = replace(found, first=of_model(found.first), second=second)
-        pair_loss = None if self.pair_loss is None else dict(self.pair_loss)
-        for name in ("ref_hidden", "teacher_hidden"):
-            if pair_loss is not None and isinstance(pair_loss.get(name), Tensor):
-                pair_loss[name] = taken(pair_loss[name])
-        reference = of_model(found) if isinstance(found, HeadStates) else found
-        return replace(self, reference=reference, pair_loss=pair_loss)
+        if isinstance(found, HeadStates):
+            found = of_model(found)
+        given = self.pair_loss or {}
+        states = {
+            name: taken(given[name])
+            for name in ("ref_hidden", "teacher_hidden")
+            if isinstance(given.get(name), Tensor)
+        }
+        pair_loss = MappingProxyType({**given, **states}) if states else self.pair_loss
+        return replace(self, reference=found, pair_loss=pair_loss)
 
     def settled_split(self, choice: str, execution: Execution) -> str:
         """``split_head`` for this request: what no part of a head gives settles the choice."""

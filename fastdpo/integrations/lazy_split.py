@@ -125,7 +125,7 @@ def split_head(model: Any, idle: Hooks, own: Callable[[Tensor], Tensor]) -> Spli
     return SplitHead(model, bare_linear(model), adapter_of(model), idle, own)
 
 
-# By the world they are in, and gone with it: a group that outlives it keeps threads that end the interpreter.
+# By the world they are in, and gone with it: a group that is kept has threads that outlive it.
 _MEETINGS: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 
 
