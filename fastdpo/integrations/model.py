@@ -106,8 +106,8 @@ def patch_model(
     With ``return_states=True`` in place of ``return_logps`` and of labels a patched model returns
     `HeadStates`; with ``token_layout`` those of its tokens alone where contexts are carried. States of
     another model, or of this one without its adapter, given as ``reference`` to a call with ``return_logps``
-    let ``logps_outputs`` name divergences from it, ``forward_kl``, ``reverse_kl`` or ``jsd`` (at least one, and
-    no statistics); ``ref_logps`` come with them. `Teachers` as ``reference`` make one teacher of two such
+    let ``logps_outputs`` name divergences from it, ``forward_kl``, ``reverse_kl`` or ``jsd`` (at least one,
+    and no statistics); ``ref_logps`` come with them. `Teachers` as ``reference`` make one teacher of two such
     models, whose ``l1_distance`` may be named too. See ``token_divergence``.
 
     ``pair_loss``, a dict of arguments of `fused_dpo_loss` (``loss_type``, ``beta``, ``ref_logps`` ...), asks
