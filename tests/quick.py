@@ -18,7 +18,7 @@ from tests import ROOT
 
 SLOW = ("slow", "distributed", "network", "gpu")
 WHOLE = ("test_tolerances_have_teeth.py", "test_layers.py")
-# One to seven seconds each, together a third of the time; their rooms have shorter ones of the same functions.
+# One to seven seconds each, together a third of the time; their rooms have shorter tests.
 LONG = frozenset(
     """
     benchmarks/test_context.py::test_all_contenders_take_the_same_step
