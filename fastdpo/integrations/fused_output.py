@@ -189,16 +189,18 @@ class ScoreRequest:
         elif self.topk is not None:
             raise fail("logps_topk", repr(self.topk), "None with a reference, beside which there are none")
 
-    def of_positions(self, kept: Tensor, num_positions: int) -> ScoreRequest:
-        """This request where there are states of some positions alone: whole references become as theirs.
+    def of_positions(self, token_index: Tensor, num_positions: int) -> ScoreRequest:
+        """This request where there are states of labelled positions alone: whole references become as theirs.
 
         Args:
-            kept: ``(K,)`` int64, ascending.
+            token_index: of the layout that was asked for, over all positions.
         """
 
         def taken(hidden: Tensor) -> Tensor:
             rows = flat_rows(hidden)
-            return rows[kept.to(rows.device)] if len(rows) == num_positions else rows
+            if len(rows) != num_positions:
+                return rows
+            return rows[token_index.unique().to(rows.device, torch.int64)]
 
         def of_model(states: HeadStates) -> HeadStates:
             return replace(states, hidden=taken(states.hidden))

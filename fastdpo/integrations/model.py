@@ -371,7 +371,7 @@ def _layout_forward(
     hidden = all_positions(calls, num_virtual)
     if tokens is not layout:  # states are made of the labelled ones alone
         num_positions = sum(inputs["input_ids"].numel() for inputs, _ in calls)
-        request = request.of_positions(layout.token_index.unique().to(torch.int64), num_positions)
+        request = request.of_positions(layout.token_index, num_positions)
     if len(calls) == 1:
         passed = passed_through(model, hook.tail, *calls[0])
     else:

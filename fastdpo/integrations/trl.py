@@ -132,12 +132,12 @@ def trl_status(trainer: type | None = None) -> list[tuple[str, str]]:
     ``trainer``: of which class to say as well whether the patch reaches it.
     """
     version = _installed_version()
-    if _active is None and (said := said_by_version(version)) is not None:
-        return said
     if _active is not None:
         lines = [("patch_trl", f"TRL {version} is patched")]
         lines += [("replaced", entry.path) for entry in _active.replaced]
         return lines if trainer is None else [*lines, *_not_reached(_active, trainer)]
+    if (said := said_by_version(version)) is not None:
+        return said
     try:
         reason = refusal()
     except Exception as error:  # a TRL that fails to import is a finding

@@ -151,6 +151,7 @@ def test_weights_of_an_adapter_that_is_merged_are_too(
 ):
     base, adapter = str(tmp_path / "base"), tmp_path / "adapter"
     tiny_llama().save_pretrained(base)
+    write_run(Path(base), {})
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"], r=2)
     )
@@ -163,6 +164,10 @@ def test_weights_of_an_adapter_that_is_merged_are_too(
     capsys.readouterr()
     assert main(["merge", str(adapter), "--output_dir", str(tmp_path / "again")]) == 2
     assert f"error: adapter: {adapter / 'adapter_model.safetensors'} has " in capsys.readouterr().err
+    write_run(adapter, {})  # whole again, and its base is not
+    change(Path(base, "model.safetensors"))
+    with pytest.raises(ValueError, match=f"^model: could not load .*: base: {base}/model.safetensors has "):
+        load_model(str(adapter))
 
 
 @pytest.mark.promise(74)

@@ -78,6 +78,8 @@ def _load_adapted(name: str, *, with_images: bool, **options: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    if base:
+        check_weights(Path(base), "base")
     kind = auto_class(read_config(base), with_images=with_images) if base else AutoModelForCausalLM
     model: nn.Module
     if kind is AutoModelForCausalLM:
